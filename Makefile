@@ -1,0 +1,46 @@
+# make demo   the whole pipeline at nano scale, then where its report is
+# make test   everything that must hold before a commit
+# make lab    JupyterLab on the notebooks, on this machine only
+# make export the package from the notebooks
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lab export clean-runs
+
+# the first Python between 3.11 and 3.13 wins
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info < (3,14))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+setup: $(READY)
+
+$(READY): pyproject.toml configs/constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: K2 Lab needs Python 3.11, 3.12 or 3.13; none of them is on the PATH" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; \
+	  echo "make: $(PYTHON) cannot create a virtual environment; on Debian: apt install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c configs/constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/k2lab pipeline --scale nano --campaign demo
+
+# notebooks under test leave their runs in a folder of their own, so that runs/ holds what a person made
+test: $(READY)
+	$(BIN)/python tests/in_sync.py
+	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export K2LAB_LAB_RUNS_PATH="$$runs" && set -x && \
+	  $(BIN)/nbdev-test && $(BIN)/python -m pytest -q tests
+
+lab: $(READY)
+	$(BIN)/nbdev-install-hooks
+	$(BIN)/jupyter lab --ip 127.0.0.1 nbs
+
+export: $(READY)
+	$(BIN)/nbdev-export
+
+clean-runs:
+	rm -rf runs/scratch

@@ -1,0 +1,244 @@
+"""The `k2lab` command: stages by their names, the pipeline, and the runs they left. Nothing heavy is imported until a stage runs."""
+import argparse, os, shutil, sys, time
+from pathlib import Path
+
+from k2lab.core import LabError, SCALES, did_you_mean, lab_path, one_of, read_yaml, resolve, setting, stage_names
+
+USAGE = """usage: k2lab pipeline [--scale S] [--campaign C] [--from STAGE] [--to STAGE] [--seed N]
+       k2lab STAGE [--scale S] [--campaign C] [field=value ...]
+       k2lab runs [--campaign C]
+       k2lab show RUN
+
+Every stage is a notebook; a run is an executed notebook in a folder of its own.
+"""
+
+
+def usage() -> str:
+    "What `k2lab --help` prints."
+    return f"{USAGE}\nstages: {', '.join(stage_names()) or 'none here'}\nscales: {', '.join(SCALES)} (here: {setting('lab', 'scale')})\n" \
+           "A field is any key of the stage's file, `trainer.KEY=VALUE` reaches TRL's own options. Add --debug for a traceback."
+
+
+def changes_of(words:list) -> dict:
+    "`field=value`, `--field value` and `--field=value` as a dictionary of text."
+    out, rest = {}, list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, value = word.removeprefix('--').partition('=')
+        if not equals and word.startswith('--') and rest: value, equals = rest.pop(0), '='
+        if not equals: raise LabError(f"'{word}': expected field=value")
+        out[key.replace('-', '_')] = value
+    return out
+
+
+def parse(words:list, *options) -> tuple:
+    "`(the options by name, the remaining words)`; every option takes a value."
+    parser = argparse.ArgumentParser('k2lab', add_help=False, allow_abbrev=False, exit_on_error=False)
+    for option in options: parser.add_argument(f'--{option}')
+    try: known, rest = parser.parse_known_args(words)
+    except argparse.ArgumentError as e: raise LabError(str(e)) from None
+    return vars(known), rest
+
+
+# ---- progress -------------------------------------------------------------------------------------------------------------
+
+class Progress:
+    "One line about the stage at work: rewritten in place on a terminal, a sober line every half minute elsewhere."
+    def __init__(self, stage:str, i:int=1, n:int=1):
+        self.head, self.began, self.told, self.tty = f'[{i}/{n}] {stage}' if n > 1 else stage, time.monotonic(), 0, sys.stderr.isatty()
+
+    def __call__(self, row:dict):
+        "Show one line of metrics.jsonl."
+        self.say(f'{self.head}  {describe(row)}')
+
+    def say(self, text:str):
+        "Put `text` on the line, or print it when enough time has passed."
+        if self.tty: sys.stderr.write('\r\x1b[K' + text[:shutil.get_terminal_size().columns - 1]); sys.stderr.flush()
+        elif time.monotonic() - self.told > 30 or not self.told: print(text, file=sys.stderr, flush=True); self.told = time.monotonic()
+
+    def end(self, record:dict):
+        "Leave one final line about the run."
+        sys.stderr.write(('\r\x1b[K' if self.tty else '') + f"{self.head}  {outcome(record)}  {clock(record.get('wall_s', 0))}\n")
+
+
+def clock(seconds:float) -> str:
+    "Seconds as 1:05 or 2:01:05."
+    m, s = divmod(int(seconds), 60)
+    return f'{m//60}:{m%60:02d}:{s:02d}' if m >= 60 else f'{m}:{s:02d}'
+
+
+def describe(row:dict) -> str:
+    "A line of metrics.jsonl in words."
+    told = [row['phase']] if row.get('phase') else []
+    if 'step' in row: told.append(f"step {row['step']}/{row['steps']}" if row.get('steps') else f"step {row['step']}")
+    for key, text in (('loss', 'loss {:.3f}'), ('eval_loss', 'eval loss {:.3f}'), ('tokens_s', '{:.0f} tokens/s')):
+        if row.get(key) is not None: told.append(text.format(row[key]))
+    if row.get('eta_s') is not None: told.append(f"{clock(row['eta_s'])} left")
+    return ' · '.join(told)
+
+
+def outcome(record:dict) -> str:
+    "The status of a run, with the reason when it has one."
+    return f"{record['status']}: {record['reason']}" if record['reason'] else record['status']
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------------
+
+def run_stage(stage:str, words:list) -> int:
+    "Run one stage; 1 when it did not complete."
+    from k2lab.run import execute, read_run
+    options, rest = parse(words, 'scale', 'campaign')
+    progress = Progress(one_of('command', stage, stage_names()))
+    folder = execute(stage, changes=changes_of(rest), on_progress=progress, **options)
+    record = read_run(folder)
+    progress.end(record)
+    print(run_text(record))
+    return int(record['status'] != 'complete')
+
+
+def steps_of(first:str|None, last:str|None) -> list:
+    "The steps of configs/pipeline.yaml between two stages: dictionaries of stage, changes and always."
+    path = lab_path('configs')/'pipeline.yaml'
+    steps = [{'changes': {}, 'always': False} | step for step in read_yaml(path).get('steps') or []]
+    for step in steps:
+        for key in step: one_of('key', key, ('stage', 'changes', 'always'), str(path))
+    names = [one_of('stage', step.get('stage'), stage_names(), str(path)) for step in steps]
+    lo = names.index(one_of('stage', first, names, 'pipeline')) if first else 0
+    hi = len(names) - names[::-1].index(one_of('stage', last, names, 'pipeline')) if last else len(names)
+    return steps[lo:hi]
+
+
+def pipeline(words:list) -> int:
+    "Run the steps of configs/pipeline.yaml that are not complete yet; stop at the first that fails."
+    from k2lab.run import execute, read_run
+    options, rest = parse(words, 'scale', 'campaign', 'from', 'to', 'seed')
+    if rest: raise LabError(f"pipeline does not take '{rest[0]}'; it takes --scale, --campaign, --from, --to and --seed")
+    scale = one_of('scale', options['scale'] or setting('lab', 'scale'), SCALES)
+    campaign = options['campaign'] or (f"{scale}-seed{options['seed']}" if options['seed'] else scale)
+    steps, records = steps_of(options['from'], options['to']), []
+    for step in steps:      # a mistake in the last step is refused before the first one runs
+        step['changes'] = step['changes'] | seed_for(step['stage'], options['seed'])
+        told(step['stage'], scale, step['changes'])
+    for i, step in enumerate(steps, 1):
+        ask = step['stage'], scale, campaign, step['changes']
+        done, progress = None if step['always'] else finished(*ask), Progress(step['stage'], i, len(steps))
+        records.append(done or read_run(execute(*ask, progress)))
+        progress.end(records[-1] | ({'reason': f"already, in {Path(done['folder']).name}"} if done else {}))
+        if records[-1]['status'] != 'complete': break
+    print(summary(records))
+    report = lab_path('runs')/campaign/'report.html'
+    if report.exists(): print(f'\nreport: {report}')
+    return int(len(records) < len(steps) or records[-1]['status'] != 'complete')
+
+
+def seed_for(stage:str, seed:str|None) -> dict:
+    "The change that gives a stage its seed, if one was named and the stage has a field for it."
+    import dataclasses
+    from k2lab.job import stage_module
+    return {'seed': seed} if seed and 'seed' in {f.name for f in dataclasses.fields(stage_module(stage).Config)} else {}
+
+
+def told(stage:str, scale:str, changes:dict) -> dict:
+    "The config a stage would get, as a record keeps it."
+    from k2lab.job import config_of, stage_module
+    return config_of(resolve(stage_module(stage).Config, stage, scale, changes))
+
+
+def finished(stage:str, scale:str, campaign:str, changes:dict) -> dict|None:
+    "The newest complete run that was told the same and whose parents are still the newest of their names."
+    from k2lab.files import verify
+    from k2lab.job import runs, saved_by
+    want, home = told(stage, scale, changes), lab_path('runs')/campaign
+    for record in reversed(runs(campaign)):
+        same = (record['stage'], record['scale'], record['status'], record['config']) == (stage, scale, 'complete', want)
+        if same and not any(verify(Path(record['folder']), name) for name in record['saves']): break
+    else: return None
+    newest = lambda p: getattr(saved_by(home, p['name'], scale), 'name', None) == p['run']
+    return record if all(newest(p) for p in record['parents']) else None
+
+
+def show_runs(words:list) -> int:
+    "List the runs."
+    from k2lab.job import runs
+    options, rest = parse(words, 'campaign')
+    found = runs(options['campaign'] or (rest[0] if rest else None))
+    rows = [[r['campaign'], Path(r['folder']).name, r['scale'], r['seed'], clock(r.get('wall_s', 0)), outcome(r)] for r in found]
+    print(table(['campaign', 'run', 'scale', 'seed', 'wall', 'status'], rows) if rows else 'no runs yet')
+    return 0
+
+
+def show(words:list) -> int:
+    "Tell what a run did."
+    from k2lab.job import find_run, read_run
+    if len(words) != 1: raise LabError('show needs one run; `k2lab runs` lists them')
+    record = read_run(find_run(words[0]))
+    print(run_text(record))
+    for title, rows in (('config', record['config'].items()), ('parents', [(p['name'], p['run'] or p['place']) for p in record['parents']]),
+                        ('code', record['code'].items()), ('hardware', record['hardware'].items()), ('versions', record['versions'].items())):
+        print(f'\n{title}'); print(table([], [[f'  {k}', v] for k, v in rows]))
+    return 0
+
+
+def work(words:list) -> int:
+    "Do a stage's work on a prepared run folder: what `accelerate launch` starts in every process."
+    from k2lab.job import open_job, stage_module
+    job = open_job(Path(words[0]))
+    stage_module(job.stage).work(job)
+    return 0
+
+
+# ---- text -----------------------------------------------------------------------------------------------------------------
+
+def table(header:list, rows:list) -> str:
+    "Rows as aligned text, under a header unless it is empty."
+    from k2lab.display import short
+    cells = [[short(c) for c in row] for row in ([header] if header else []) + rows]
+    wide = [max(map(len, column)) for column in zip(*cells)]
+    return '\n'.join('  '.join(c.ljust(w) for c, w in zip(row, wide)).rstrip() for row in cells)
+
+
+def run_text(record:dict) -> str:
+    "A run's outcome, its measures, failed checks and what it saved, as text."
+    lines = [f"{record['campaign']}/{Path(record['folder']).name}: {outcome(record)}", f"  in {record['folder']}"]
+    lines += [f"  {name}: {save['bytes']/2**20:.2f} MiB in {save['files']} files" for name, save in record['saves'].items()]
+    if record['metrics']: lines += ['', table(['measure', 'before', 'after', 'n'], [[m['measure'], m['before'], m['after'], m['n']] for m in record['metrics']])]
+    return '\n'.join(lines + [f"  check failed: {c['name']} {c['detail']}" for c in record['checks'] if not c['ok']])
+
+
+def summary(records:list) -> str:
+    "The pipeline's table: stage, status, first measure before and after, wall seconds, peak GiB."
+    rows = []
+    for r in records:
+        m = next(iter(r['metrics']), {'measure': '-', 'before': None, 'after': None})
+        rows.append([r['stage'], outcome(r), m['measure'], m['before'], m['after'], r.get('wall_s'), r.get('peak_gib')])
+    rows.append(['all', '', '', '', '', sum(r.get('wall_s', 0) for r in records), max(r.get('peak_gib', 0) for r in records)])
+    return '\n' + table(['stage', 'status', 'measure', 'before', 'after', 'wall s', 'peak GiB'], rows)
+
+
+COMMANDS = {'pipeline': pipeline, 'runs': show_runs, 'show': show, 'work': work}
+
+
+def main(words:list) -> int:
+    "Run one command line and return its exit code: 0 done, 1 a run did not complete, 2 a mistake in the request, 130 Ctrl-C."
+    if not words or words[0] in ('-h', '--help', 'help'): print(usage()); return 0
+    if words[0] == '--version':
+        import k2lab
+        print(k2lab.__version__); return 0
+    name, rest = words[0], words[1:]
+    if name in COMMANDS: return COMMANDS[name](rest)
+    if name not in stage_names():
+        known = [*COMMANDS, *stage_names()]
+        raise LabError(f"unknown command '{name}'{did_you_mean(name, known)}; valid: {', '.join(known)}")
+    return run_stage(name, rest)
+
+
+def app():
+    "The console script: a `LabError` is one line, never a traceback (unless --debug)."
+    words = [w for w in sys.argv[1:] if w != '--debug']
+    try: code = main(words)
+    except LabError as e:
+        if '--debug' in sys.argv: raise
+        print(f'k2lab: {e}', file=sys.stderr); code = 2
+    except KeyboardInterrupt: print('\nk2lab: interrupted', file=sys.stderr); code = 130
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); code = 1
+    sys.exit(code)
