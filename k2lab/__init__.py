@@ -1,1 +1,8 @@
+"""Notebook-first research workbench for post-training on top of Kimi K2
+
+Modules:
+
+- `k2lab.sandbox`: Run a model's Python code where it can do no harm: no network, no files of yours, bounded time, memory, disk and output.
+- `k2lab.server`: A small OpenAI-compatible server for small models: FastAPI in front of transformers."""
+
 __version__ = "0.1.0"

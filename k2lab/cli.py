@@ -101,7 +101,7 @@ def steps_of(first:str|None, last:str|None) -> list:
     path = lab_path('configs')/'pipeline.yaml'
     steps = [{'changes': {}, 'always': False} | step for step in read_yaml(path).get('steps') or []]
     for step in steps:
-        for key in step: one_of('key', key, ('stage', 'changes', 'always'), str(path))
+        for key in step: one_of('key', key, ('stage', 'changes', 'always', 'saves'), str(path))
     names = [one_of('stage', step.get('stage'), stage_names(), str(path)) for step in steps]
     lo = names.index(one_of('stage', first, names, 'pipeline')) if first else 0
     hi = len(names) - names[::-1].index(one_of('stage', last, names, 'pipeline')) if last else len(names)

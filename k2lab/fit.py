@@ -24,12 +24,14 @@ def options(kind, trainer: dict, **ours):
     gpu = torch.cuda.is_available()
     return kind(**{**LAB_DEFAULTS, 'use_cpu': not gpu, 'bf16': gpu, **ours, **trainer})
 
-# %% ../nbs/07_fit.ipynb #7a6e363d
+# %% ../nbs/07_fit.ipynb #b7349a92
 def live(job, ledger, phase: str = 'train'):
     "A trainer callback that logs step, loss, tokens per second and time left to the job."
     from transformers import TrainerCallback
     class Live(TrainerCallback):
         def on_train_begin(self, args, state, control, **kw): self.began = time.monotonic()
+        def on_substep_end(self, args, state, control, **kw): ledger.passed()
+        def on_step_end(self, args, state, control, **kw): ledger.passed()
         def on_log(self, args, state, control, logs=None, **kw):
             if 'loss' not in logs: return
             seconds = time.monotonic() - self.began
@@ -70,7 +72,7 @@ def expert_load(model) -> list:
     gates = [m for n, m in model.named_modules() if hasattr(m, 'load')]
     return [round(float(g.load.max()/g.load.mean()), 2) for g in gates]
 
-# %% ../nbs/07_fit.ipynb #1ad13116
+# %% ../nbs/07_fit.ipynb #25608ad3
 def examples_with_labels(examples: list) -> list:
     "`completion_mask` turned into labels: the id where it is 1, -100 where it is 0."
     return [dict(input_ids=e['input_ids'], labels=[i if m else -100 for i, m in zip(e['input_ids'], e['completion_mask'])]) for e in examples]
@@ -82,7 +84,7 @@ def fit_sft(job, model, tok, examples: list, trainer: dict, optimizer: str = 'ad
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
     opts = options(SFTConfig, trainer, output_dir=str(job.folder/'trainer'), seed=job.seed, max_length=None, loss_type='chunked_nll', train_sampling_strategy='group_by_length')
-    ledger = Ledger(tok)
+    ledger = Ledger(tok, wait=True)
     model.train()
     fit = SFTTrainer(model, opts, train_dataset=Dataset.from_list(examples_with_labels(examples)), processing_class=tok, peft_config=lora(model, load),
                      data_collator=recording(DataCollatorForLanguageModeling(tok.pad_token_id), ledger), callbacks=[live(job, ledger, phase)], optimizers=optimizer_for(model, optimizer, opts))
@@ -98,14 +100,14 @@ def finish_fit(job, fit, ledger, phase: str):
     job.record.setdefault('training', {})[phase] = dict(loss=out.training_loss, steps=out.global_step, seconds=seconds, tokens_s=round(ledger.tokens/seconds), **ledger.summary())
     return fit.model
 
-# %% ../nbs/07_fit.ipynb #ce7cbe1a
+# %% ../nbs/07_fit.ipynb #3f62e4f8
 def fit_dpo(job, model, reference, tok, pairs: list, trainer: dict, load=Loading(), optimizer: str = 'adamw', phase: str = 'train'):
     "Train on `[{'prompt_ids', 'chosen_ids', 'rejected_ids'}]` against a frozen reference; returns the trained model."
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
     from trl.trainer.dpo_trainer import DataCollatorForPreference
     opts = options(DPOConfig, trainer, output_dir=str(job.folder/'trainer'), seed=job.seed, max_length=None)
-    ledger, placeholder = Ledger(tok), Dataset.from_list([dict(prompt='a', chosen='b', rejected='c')])
+    ledger, placeholder = Ledger(tok, wait=True), Dataset.from_list([dict(prompt='a', chosen='b', rejected='c')])
     fit = DPOTrainer(model, reference, opts, train_dataset=placeholder, processing_class=tok, peft_config=lora(model, load), callbacks=[live(job, ledger, phase)],
                      data_collator=recording(DataCollatorForPreference(tok.pad_token_id), ledger), optimizers=optimizer_for(model, optimizer, opts))
     fit.train_dataset = Dataset.from_list(pairs)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RUN_NAME', 'new_folder', 'check_campaign', 'read_run', 'run_order', 'runs', 'find_run', 'Job', 'stage_module',
-           'config_of', 'new_record', 'prepare', 'open_job', 'start', 'saved_by', 'open_place', 'makers', 'missing',
-           'launch_command', 'run_group', 'launch', 'lacks']
+           'config_of', 'new_record', 'prepare', 'open_job', 'start', 'saved_by', 'open_place', 'commands', 'maker',
+           'missing', 'launch_command', 'run_group', 'launch', 'lacks']
 
 # %% ../nbs/01_job.ipynb #fdbf58fa
 import contextlib, dataclasses, hashlib, importlib, json, os, re, shutil, signal, subprocess, sys, time
@@ -175,19 +175,25 @@ def open_place(name:str, place:str):
     if re.fullmatch(r'[\w.-]+/[\w.-]+', place) and not place.endswith(('.jsonl', '.gz', '.txt')) and place[0] != '.': return place
     raise LabError(f"configs/env.yaml: '{name}' leads to {place}, and there is nothing there")
 
-# %% ../nbs/01_job.ipynb #68e0020a
-def makers(name:str) -> list:
-    "The stages whose files say that they save `name`."
-    def says(value): return name in value if isinstance(value, (list, dict)) else value == name
-    def found(body): return any(says(v) if k.startswith('saves') else isinstance(v, dict) and found(v) for k, v in body.items())
-    paths = ((s, lab_path('configs')/f'{s}.yaml') for s in stage_names())
-    return [s for s, path in paths if path.exists() and found(read_yaml(path))]
+# %% ../nbs/01_job.ipynb #c265823a
+def commands() -> list:
+    "`(what is saved, the command that makes it)` for the steps of configs/pipeline.yaml and for every stage file."
+    path = lab_path('configs')/'pipeline.yaml'
+    steps = (read_yaml(path).get('steps') or []) if path.exists() else []
+    told = [(s.get('saves'), ' '.join([s['stage'], *(f'{k}={v}' for k, v in (s.get('changes') or {}).items())])) for s in steps]
+    files = ((s, lab_path('configs')/f'{s}.yaml') for s in stage_names())
+    return told + [(read_yaml(f).get('saves'), s) for s, f in files if f.exists()]
 
-# %% ../nbs/01_job.ipynb #2b040e07
+# %% ../nbs/01_job.ipynb #f4f50396
+def maker(name:str) -> str:
+    "The command that makes `name`, such as `prepare_corpus mode=domain`, or an empty string."
+    return next((command for saves, command in commands() if saves and (name in saves if isinstance(saves, list) else name == saves)), '')
+
+# %% ../nbs/01_job.ipynb #64f1874c
 def missing(name:str, job:Job) -> LabError:
     "The `LabError` for a name that leads nowhere."
-    made = makers(name)
-    if made: return LabError(f"'{name}' is not there yet at {job.scale}: run `k2lab {made[0]} --scale {job.scale} --campaign {job.campaign}` first")
+    made = maker(name)
+    if made: return LabError(f"'{name}' is not there yet at {job.scale}: run `k2lab {made} --scale {job.scale} --campaign {job.campaign}` first")
     known = sorted({*job.env['models'], *job.env['data']})
     return LabError(f"unknown name '{name}'{did_you_mean(name, known)}; known at {job.scale}: {', '.join(known)}")
 

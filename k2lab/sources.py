@@ -118,9 +118,10 @@ def licence_of(package: str) -> str:
     text = meta.get('License-Expression') or next((c.split(' :: ')[-1] for c in meta.get_all('Classifier') or [] if c.startswith('License')), '')
     return text or (meta.get('License') or 'unknown').splitlines()[0][:60]
 
-# %% ../nbs/03a_sources.ipynb #0cda6065
+# %% ../nbs/03a_sources.ipynb #004282e1
 def python_documents(package: str | None = None):
     "Manual pages of a package (None: the standard library) as documents."
+    if package: package_folder(package)
     licence = licence_of(package) if package else 'PSF-2.0'
     for module, name, node, doc in python_nodes(package):
         yield dict(text=page(name, node, doc), source=package or 'stdlib', licence=licence, key=f'{module}.{name}'.rstrip('.'))

@@ -6,11 +6,12 @@
 __all__ = ['encode_row', 'encode_rows', 'mask_runs', 'mask_text', 'shorten', 'mask_html', 'chunks', 'concatenate', 'hash_row',
            'stream_hash', 'batch_rows', 'speech', 'Ledger']
 
-# %% ../nbs/05_tokens.ipynb #e4cfb791
+# %% ../nbs/05_tokens.ipynb #b90238d9
 import hashlib, html
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from itertools import groupby
+from fastcore.basics import patch
 from .chat import encode, family_of, plain_tokenizer, row_spans
 from .core import LabError
 
@@ -110,16 +111,23 @@ def speech(ids: list[int], names: dict):
         yield 'end' if name == '<|im_end|>' else state
         if name in _LEAVE or name == '<|im_end|>': state = 'answer'
 
-# %% ../nbs/05_tokens.ipynb #87626019
+# %% ../nbs/05_tokens.ipynb #04e4fccb
 class Ledger:
-    "What was trained: `add` each batch, read `summary()`. `tokens` counts real tokens so far, padding left out."
-    def __init__(self, tok):
+    "What was trained: `add` each batch, read `summary()`. With `wait`, a batch counts once `passed` is called for it. `tokens` counts real tokens so far, padding left out."
+    def __init__(self, tok, wait: bool = False):
         self.names = {i: t for t, i in tok.get_added_vocab().items()}
         self.batches = self.rows = self.tokens = self.places = 0
-        self.trained, self.digest = Counter(), hashlib.sha256()
+        self.trained, self.digest, self.wait, self.queue = Counter(), hashlib.sha256(), wait, deque()
 
     def add(self, batch: dict):
-        "Enter a batch of lists or tensors, [rows, width]."
+        "Take a batch of lists or tensors, [rows, width]."
+        self.queue.append(batch)
+        if not self.wait: self.passed()
+
+    def passed(self):
+        "The oldest batch that waits was trained: enter it."
+        if not self.queue: raise LabError('the ledger saw no batch for a training step; set dataloader_num_workers to 0, so that batches are made in this process')
+        batch = self.queue.popleft()
         self.batches += 1
         self.places += sum(map(len, batch['input_ids']))
         for ids, mask in batch_rows(batch):
@@ -127,8 +135,10 @@ class Ledger:
             self.trained.update(kind for kind, m in zip(speech(ids, self.names), mask) if m)
             hash_row(self.digest, ids)
 
-    def summary(self) -> dict:
-        "Batches, rows, tokens, trained tokens in all and by kind of speech, ends of turn learned, share of padding, hash of the stream."
-        kinds = {k: self.trained[k] for k in ('think', 'answer', 'call', 'end') if self.trained[k]}
-        return dict(batches=self.batches, rows=self.rows, tokens=self.tokens, trained_tokens=sum(kinds.values()), trained_by_kind=kinds, ends_of_turn=kinds.get('end', 0),
-                    padding_share=round(1 - self.tokens / max(self.places, 1), 4), stream_sha256=self.digest.hexdigest())
+# %% ../nbs/05_tokens.ipynb #8e638c41
+@patch
+def summary(self: Ledger) -> dict:
+    "Batches, rows, tokens, trained tokens in all and by kind of speech, ends of turn learned, share of padding, hash of the stream."
+    kinds = {k: self.trained[k] for k in ('think', 'answer', 'call', 'end') if self.trained[k]}
+    return dict(batches=self.batches, rows=self.rows, tokens=self.tokens, trained_tokens=sum(kinds.values()), trained_by_kind=kinds, ends_of_turn=kinds.get('end', 0),
+                padding_share=round(1 - self.tokens / max(self.places, 1), 4), stream_sha256=self.digest.hexdigest())

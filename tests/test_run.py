@@ -70,6 +70,8 @@ def test_a_missing_parent_names_the_stage_that_makes_it(lab):
     record = read_run(execute('train_more', 'nano', 'c'))
     assert record['status'] == 'failed'
     assert record['reason'] == "'k2_toy' is not there yet at nano: run `k2lab train_toy --scale nano --campaign c` first"
+    lab.write('configs/pipeline.yaml', 'steps: [{stage: train_toy, changes: {how: well}, saves: [pairs]}]')
+    with pytest.raises(LabError, match='run `k2lab train_toy how=well --scale smoke'): start('train_toy').find('pairs')
 
 
 def test_a_parameter_the_notebook_lacks_is_refused(lab):

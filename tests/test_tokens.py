@@ -10,7 +10,7 @@ def tok(request): return build_tokenizer(['user assistant system 12 + 3 = 15, so
 
 ROWS = [dict(prompt='12 + 3?', reasoning='12 + 3 = 15', final='15'), dict(instruction='A graph?', input='G', output='nodes'), dict(prompt='a', response='<think>b</think>c'), dict(prompt='a', response='d')]
 
-@pytest.mark.parametrize('row,said', zip(ROWS, ['<think>12 + 3 = 15</think>15<|im_end|>', 'nodes<|im_end|>', '<think>b</think>c<|im_end|>', 'd<|im_end|>']))
+@pytest.mark.parametrize('row,said', list(zip(ROWS, ['<think>12 + 3 = 15</think>15<|im_end|>', 'nodes<|im_end|>', '<think>b</think>c<|im_end|>', 'd<|im_end|>'])))
 def test_exactly_the_reply_is_trained(tok, row, said):
     e = encode_row(tok, row, 'S')
     assert tok.decode([i for i, m in zip(*e.values()) if m]) == said and mask_text(tok, e).endswith(f'⟦{said}⟧') and mask_text(tok, e).count('⟦') == 1
@@ -84,3 +84,28 @@ def test_viewer_escapes_and_stays_small(tok):
     page = mask_html(tok, e)
     assert '<script' not in page and '<b>' not in page and len(page) < 3000 and 'é&lt;b&gt;😀' in page
     assert ''.join(t for t, *_ in mask_runs(tok, e)) == tok.decode(e['input_ids'])
+
+def test_a_ledger_that_waits_counts_what_was_trained(tmp_path):
+    "max_steps in mid-epoch: TRL collates one batch more than it trains."
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+    from k2lab.model import small_model
+    tok = build_tokenizer(['user assistant a b c d'] * 5, 300)
+    ledger, eager = Ledger(tok, wait=True), Ledger(tok)
+    class Passing(TrainerCallback):
+        def on_substep_end(self, *args, **kw): ledger.passed()
+        def on_step_end(self, *args, **kw): ledger.passed()
+    collator = DataCollatorForLanguageModeling(tok.pad_token_id)
+    def collate(rows):
+        batch = collator(rows)
+        ledger.add(batch); eager.add(batch)
+        return batch
+    rows = [dict(input_ids=e['input_ids'], labels=e['input_ids']) for e in encode_rows(tok, ROWS * 5, 'S')[0]]
+    args = SFTConfig(output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=3, use_cpu=True, bf16=False, report_to='none', save_strategy='no', disable_tqdm=True, max_length=None, gradient_checkpointing=False)
+    SFTTrainer(small_model('qwen', 'smoke', build_tokenizer(['user assistant a b c d'] * 5, 300)), args, train_dataset=Dataset.from_list(rows), processing_class=tok, data_collator=collate, callbacks=[Passing()]).train()
+    assert (ledger.batches, ledger.rows, eager.batches) == (6, 12, 7)
+
+def test_a_ledger_without_batches_complains(tok):
+    with pytest.raises(LabError, match='dataloader_num_workers'): Ledger(tok, wait=True).passed()
