@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from k2lab.core import read_yaml
-from k2lab.report import KEYS, MEASURES, TESTS, alternatives, ancestors, change, el, for_machines, headline, holds, judged, line_of, measured, newest, page, student_lines, verdict
+from k2lab.charts import el
+from k2lab.evidence import KEYS, MEASURES, TESTS, alternatives, change, for_machines, holds, judged, line_of, measured, newest, verdict
+from k2lab.report import ancestors, headline, page, student_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -138,7 +140,7 @@ def test_a_full_page_is_well_formed_and_needs_nothing_from_outside(home):
     text = page(found, aside, judged([], measured(found), 'nano', True), 'c<1>', 'nano')
     tags = Balanced(text).seen
     assert 'script' not in tags and 'img' not in tags and 'link' not in tags and not re.search(r'\b(src|href)=|https?:', text)
-    for words in ('c&lt;1&gt;', '10.0 % → ', '70.0 %', 'since replaced', 'replaced by a newer run', 'majority 10.0 %', '✓ right', '✗ wrong', '16 shorter than 80', 'BSD-3-Clause', '22 dpo_pairs', 'answer 100 %', 'No complete run of: prepare_corpus (reasoning)'): assert words in text, words
+    for words in ('c&lt;1&gt;', '10.0 % → ', '70.0 %', 'since replaced', 'replaced by a newer run', 'majority 10.0 %', '✓ right', '✗ wrong', '16 shorter than 80', 'BSD-3-Clause', '22 dpo_pairs', 'answer 100 %', 'No complete run of: prepare_corpus (reasoning)', 'replaced since: train_sft_domain.'): assert words in text, words
     assert [Path(r['folder']).name[11] for r in ancestors(found)] == ['1', '2', '3', '4', '5']
 
 
