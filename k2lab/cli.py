@@ -88,12 +88,20 @@ def run_stage(stage:str, words:list) -> int:
     "Run one stage; 1 when it did not complete."
     from k2lab.run import execute, read_run
     options, rest = parse(words, 'scale', 'campaign')
+    if stage == 'agentic_demo' and sys.stdin.isatty(): return converse(options, changes_of(rest))
     progress = Progress(one_of('command', stage, stage_names()))
     folder = execute(stage, changes=changes_of(rest), on_progress=progress, **options)
     record = read_run(folder)
     progress.end(record)
     print(run_text(record))
     return int(record['status'] != 'complete')
+
+
+def converse(options:dict, changes:dict) -> int:
+    "Talk to the agent in this terminal; papermill's kernel would have no keyboard."
+    from k2lab.agentic_demo import talk
+    print(f"transcript in {talk(options['scale'], options['campaign'], changes)}")
+    return 0
 
 
 def steps_of(first:str|None, last:str|None) -> list:
@@ -109,7 +117,7 @@ def steps_of(first:str|None, last:str|None) -> list:
 
 
 def pipeline(words:list) -> int:
-    "Run the steps of configs/pipeline.yaml that are not complete yet; stop at the first that fails."
+    "Run the steps of configs/pipeline.yaml that are not complete yet; after the first that fails only those marked `always`, so that there is a report of it."
     from k2lab.run import execute, read_run
     options, rest = parse(words, 'scale', 'campaign', 'from', 'to', 'seed')
     if rest: raise LabError(f"pipeline does not take '{rest[0]}'; it takes --scale, --campaign, --from, --to and --seed")
@@ -120,15 +128,15 @@ def pipeline(words:list) -> int:
         step['changes'] = step['changes'] | seed_for(step['stage'], options['seed'])
         told(step['stage'], scale, step['changes'])
     for i, step in enumerate(steps, 1):
+        if any(r['status'] != 'complete' for r in records) and not step['always']: continue
         ask = step['stage'], scale, campaign, step['changes']
         done, progress = None if step['always'] else finished(*ask), Progress(step['stage'], i, len(steps))
         records.append(done or read_run(execute(*ask, progress)))
         progress.end(records[-1] | ({'reason': f"already, in {Path(done['folder']).name}"} if done else {}))
-        if records[-1]['status'] != 'complete': break
     print(summary(records))
     report = lab_path('runs')/campaign/'report.html'
     if report.exists(): print(f'\nreport: {report}')
-    return int(len(records) < len(steps) or records[-1]['status'] != 'complete')
+    return int(any(r['status'] != 'complete' for r in records))
 
 
 def seed_for(stage:str, seed:str|None) -> dict:

@@ -64,7 +64,7 @@ def mixed(job, tok, wanted: dict) -> list:
     job.show_rows([mask_html(tok, part[i]) for i in (0, 1) for part in parts.values() if i < len(part)])
     return rng.sample([e for part in parts.values() for e in part], sum(map(len, parts.values())))
 
-# %% ../nbs/09b_training.ipynb #57d450f9
+# %% ../nbs/09b_training.ipynb #076aabd2
 def inherited(job, measures: list) -> dict:
     "`{measure: value}` from the record of the run that made `init_from`."
     run = next((p['run'] for p in job.record['parents'] if p['name'] == job.cfg.init_from and p['run']), None)
@@ -73,7 +73,7 @@ def inherited(job, measures: list) -> dict:
 
 def before(job, model, tok) -> dict:
     "`{measure: value}` of the checkpoint that the stage starts from."
-    known = inherited(job, job.cfg.measures)
+    known = inherited(job, [*job.cfg.measures, 'reasoning_tokens'])
     fresh = take(job, model, tok, [m for m in job.cfg.measures if m not in known])
     job.record['before_from'] = dict({m: 'parent run' for m in known}, **{m: 'measured' for m in fresh})
     return {**known, **{m: s.value for m, s in fresh.items()}}
