@@ -164,6 +164,12 @@ def test_no_two_runs_share_a_folder_or_a_number(lab):
     assert sorted(int(n.split('.')[1].split('-')[0]) for n in names) == list(range(1, 41))
 
 
+def test_runs_started_together_have_kernels_of_their_own(lab):
+    with ThreadPoolExecutor(3) as pool: done = list(pool.map(lambda i: k2lab('train_toy', f'steps={i}', '--campaign', 'c'), (1, 2, 3)))
+    assert [d.returncode for d in done] == [0, 0, 0], [d.stdout + d.stderr for d in done]
+    assert {(r['config']['steps'], r['metrics'][0]['after'], r['status']) for r in runs('c')} == {(i, i, 'complete') for i in (1, 2, 3)}
+
+
 def test_a_folder_is_never_used_twice(lab):
     folder = execute('train_toy')
     with pytest.raises(LabError, match='a run folder is never used twice'): start('train_toy', run=str(folder))
