@@ -463,6 +463,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'k2lab.run.ending': ('run.html#ending', 'k2lab/run.py'),
                            'k2lab.run.execute': ('run.html#execute', 'k2lab/run.py'),
                            'k2lab.run.following': ('run.html#following', 'k2lab/run.py'),
+                           'k2lab.run.insisting': ('run.html#insisting', 'k2lab/run.py'),
                            'k2lab.run.kernel_environment': ('run.html#kernel_environment', 'k2lab/run.py'),
                            'k2lab.run.logging_kernels': ('run.html#logging_kernels', 'k2lab/run.py'),
                            'k2lab.run.page': ('run.html#page', 'k2lab/run.py'),

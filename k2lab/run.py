@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['run_half', 'check_parameters', 'following', 'kernel_environment', 'logging_kernels', 'transport', 'run_notebook',
-           'ending', 'publish_notebook', 'page', 'conclude', 'execute']
+           'ending', 'publish_notebook', 'page', 'conclude', 'insisting', 'execute']
 
-# %% ../nbs/01a_run.ipynb #26b32b15
-import contextlib, html, json, os, re, tempfile, threading, time
+# %% ../nbs/01a_run.ipynb #77eb6af6
+import contextlib, html, json, os, re, signal, tempfile, threading, time
 from pathlib import Path
 
 from .core import LabError, one_of, root, setting, stage_names, stage_notebooks
@@ -129,7 +129,23 @@ def conclude(folder:Path, error, began:float) -> dict:
     write_text(folder/'run.json', as_json(record, indent=1) + '\n')
     return record
 
-# %% ../nbs/01a_run.ipynb #ac7ec1fe
+# %% ../nbs/01a_run.ipynb #68b69725
+@contextlib.contextmanager
+def insisting(every:float=10.):
+    "Repeat Ctrl-C every few seconds until the block ends; only in the main thread, where signals arrive."
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    timers = []
+    def again(number, frame):
+        timers.append(threading.Timer(every, os.kill, (os.getpid(), number)))
+        timers[-1].daemon = True; timers[-1].start()
+        raise KeyboardInterrupt
+    before = signal.signal(signal.SIGINT, again)
+    try: yield
+    finally:
+        for t in timers: t.cancel()
+        signal.signal(signal.SIGINT, before)
+
+# %% ../nbs/01a_run.ipynb #dd4b3e85
 def execute(stage:str, scale:str=None, campaign:str=None, changes:dict=None, on_progress=None) -> Path:
     "Execute a stage's notebook into a new run folder and return it, complete or not; `on_progress` gets each line of metrics.jsonl."
     path, began, error = stage_notebooks()[one_of('stage', stage, stage_names())], time.monotonic(), None
@@ -140,7 +156,7 @@ def execute(stage:str, scale:str=None, campaign:str=None, changes:dict=None, on_
     job.write()
     on_progress({'phase': 'starting'})
     try:
-        with following(job.folder/'metrics.jsonl', on_progress), disk_errors(str(job.folder)):
+        with insisting(), following(job.folder/'metrics.jsonl', on_progress), disk_errors(str(job.folder)):
             run_notebook(nb, job.folder, {'scale': job.scale, 'run': os.path.relpath(job.folder, root()), 'changes': mask(changes or {})})
     except (Exception, KeyboardInterrupt) as e: error = e
     conclude(job.folder, error, began)
