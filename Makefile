@@ -37,7 +37,7 @@ test: $(READY)
 
 lab: $(READY)
 	$(BIN)/nbdev-install-hooks
-	$(BIN)/jupyter lab --ip 127.0.0.1 nbs
+	$(BIN)/jupyter lab --ip 127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) nbs
 
 export: $(READY)
 	$(BIN)/nbdev-export

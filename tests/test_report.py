@@ -8,7 +8,7 @@ import pytest
 from k2lab.core import read_yaml
 from k2lab.charts import el
 from k2lab.evidence import KEYS, MEASURES, TESTS, alternatives, change, for_machines, holds, judged, line_of, measured, newest, verdict
-from k2lab.report import ancestors, headline, page, student_lines
+from k2lab.page import ancestors, headline, page, student_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 
