@@ -196,6 +196,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'k2lab.grade.copy_baseline': ('grade.html#copy_baseline', 'k2lab/grade.py'),
                              'k2lab.grade.extract': ('grade.html#extract', 'k2lab/grade.py'),
                              'k2lab.grade.extract_lenient': ('grade.html#extract_lenient', 'k2lab/grade.py'),
+                             'k2lab.grade.fact': ('grade.html#fact', 'k2lab/grade.py'),
                              'k2lab.grade.majority_baseline': ('grade.html#majority_baseline', 'k2lab/grade.py'),
                              'k2lab.grade.mcnemar': ('grade.html#mcnemar', 'k2lab/grade.py'),
                              'k2lab.grade.normalise_answer': ('grade.html#normalise_answer', 'k2lab/grade.py'),

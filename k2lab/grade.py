@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['END', 'EXPRESSION', 'SOLVERS', 'extract', 'normalise_answer', 'extract_lenient', 'value', 'solve_chain',
-           'solve_compare', 'solve_sort', 'solve_count', 'answer_of', 'prompt_of', 'truth', 'verify', 'steps_right',
-           'wilson', 'tally', 'score', 'paired_difference', 'mcnemar', 'by_family', 'with_total', 'majority_baseline',
-           'copied', 'copy_baseline']
+           'solve_compare', 'solve_sort', 'solve_count', 'answer_of', 'prompt_of', 'truth', 'fact', 'verify',
+           'steps_right', 'wilson', 'tally', 'score', 'paired_difference', 'mcnemar', 'by_family', 'with_total',
+           'majority_baseline', 'copied', 'copy_baseline']
 
 # %% ../nbs/09_grade.ipynb #2ebf44be
 import math, re
@@ -82,7 +82,7 @@ def prompt_of(row: dict) -> str:
     "The question of a row of any format, as one text"
     return row['prompt'] if 'prompt' in row else '\n\n'.join(row[key] for key in ('instruction', 'input') if row.get(key))
 
-# %% ../nbs/09_grade.ipynb #e351817c
+# %% ../nbs/09_grade.ipynb #352372d0
 def truth(row: dict) -> str:
     "The right answer: computed from the question where its family has a solver, else the row's own"
     solver = SOLVERS.get(row.get('family'))
@@ -90,11 +90,14 @@ def truth(row: dict) -> str:
     try: return solver(row['prompt'])
     except (TypeError, AttributeError, ValueError): raise LabError(f'not a {row["family"]} question: {row["prompt"]!r}') from None
 
+def fact(row: dict) -> str:
+    "What a right answer comes down to, where it quotes more than was asked (`None` of `weight=None`): the row's `fact`, else its truth"
+    return row.get('fact') or truth(row)
+
 def verify(row: dict, text: str, lenient: bool = False) -> bool:
     "Whether a reply answers the row's question; `lenient` takes the most generous reading of the reply"
-    right = normalise_answer(truth(row))
-    if lenient: return right in extract_lenient(text)
-    answer = extract(text)
+    right, answer = normalise_answer(truth(row)), extract(text)
+    if lenient: return bool({right, normalise_answer(fact(row))} & set(extract_lenient(text)))
     return answer is not None and normalise_answer(answer) == right
 
 # %% ../nbs/09_grade.ipynb #f08257a6
@@ -144,7 +147,7 @@ def mcnemar(a, b) -> float:
     n = up + down
     return min(1.0, 2*sum(math.comb(n, i) for i in range(min(up, down) + 1))/2**n) if n else 1.0
 
-# %% ../nbs/09_grade.ipynb #108cd01e
+# %% ../nbs/09_grade.ipynb #e3f0378e
 def by_family(rows: list) -> dict:
     "{family: rows}"
     groups = {}
@@ -158,9 +161,9 @@ def with_total(hits: dict, rows: list) -> dict:
 
 def majority_baseline(rows: list) -> dict:
     "{family: share} of the answers that are the family's most frequent one, 'all' first"
-    return with_total({family: Counter(normalise_answer(truth(row)) for row in group).most_common(1)[0][1] for family, group in by_family(rows).items()}, rows)
+    return with_total({family: Counter(normalise_answer(fact(row)) for row in group).most_common(1)[0][1] for family, group in by_family(rows).items()}, rows)
 
-# %% ../nbs/09_grade.ipynb #8ea36a35
+# %% ../nbs/09_grade.ipynb #53091574
 def copied(row: dict) -> dict:
     "{rule: answer}: the pieces of the question by position from the front and from the back, as words and as lines"
     text = row['input'] if row.get('input') else prompt_of(row)
@@ -172,6 +175,6 @@ def copy_baseline(rows: list) -> dict:
     "{family: share} answered right by always copying the same position of the question, 'all' first"
     hits = {}
     for family, group in by_family(rows).items():
-        right = Counter(rule for row in group for rule, answer in copied(row).items() if normalise_answer(answer) == normalise_answer(truth(row)))
+        right = Counter(rule for row in group for rule, answer in copied(row).items() if normalise_answer(answer) == normalise_answer(fact(row)))
         hits[family] = max(right.values(), default=0)
     return with_total(hits, rows)

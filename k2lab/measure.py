@@ -133,8 +133,8 @@ def generation_speed(model, tok, batch: int = 16, new_tokens: int = 64, rounds: 
     speeds = sorted(speeds[1:])
     return Score(speeds[len(speeds)//2], speeds[0], speeds[-1], rounds)
 
-# %% ../nbs/09a_measure.ipynb #cee08073
-ROOM = {'domain_questions': 40, 'reasoning_verified': 160}      # tokens an answer may take at most
+# %% ../nbs/09a_measure.ipynb #a61e40fe
+ROOM = {'domain_questions': 80, 'reasoning_verified': 160}      # tokens an answer may take at most
 DATA = {'domain_bits_per_byte': 'domain_heldout', 'general_bits_per_byte': 'general_heldout', 'domain_questions': 'domain_questions', 'reasoning_verified': 'reasoning_eval'}
 
 def take(job, model, tok, measures: list) -> dict:

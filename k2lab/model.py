@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'GROUPS', 'SHIPPED', 'register_kimi_k2', 'small_config', 'small_model', 'ready', 'group_of',
-           'parameter_counts', 'end_ids', 'save_checkpoint', 'Loading', 'quantization', 'open_model', 'open_tokenizer',
-           'shipped', 'smoke_model', 'Reply', 'generate', 'adapter_targets', 'lora']
+           'parameter_counts', 'trained_counts', 'end_ids', 'save_checkpoint', 'Loading', 'quantization', 'open_model',
+           'open_tokenizer', 'shipped', 'smoke_model', 'Reply', 'generate', 'adapter_targets', 'lora', 'moved_adapter',
+           'merged']
 
-# %% ../nbs/06_model.ipynb #084fc740
+# %% ../nbs/06_model.ipynb #ecff08ba
 import dataclasses, json, os, shutil
 from pathlib import Path
-from .core import LabError, lab_path
+from .core import LabError, lab_path, one_of
 from .chat import build_tokenizer, family_of
 
 # %% ../nbs/06_model.ipynb #fb8b392d
@@ -59,7 +60,7 @@ def ready(model):
     if getattr(model.config, 'n_routed_experts', None): model.set_experts_implementation('grouped_mm')
     return model
 
-# %% ../nbs/06_model.ipynb #f029a086
+# %% ../nbs/06_model.ipynb #9c7a426b
 GROUPS = {'routed': '.experts.', 'shared': '.shared_experts.', 'router': '.mlp.gate.', 'attention': '.self_attn.', 'dense': '.mlp.', 'embedding': 'embed_tokens', 'head': 'lm_head'}
 
 def group_of(name: str) -> str:
@@ -74,32 +75,43 @@ def parameter_counts(model) -> dict:
     idle = counts.get('routed', 0)*(1 - c.num_experts_per_tok/c.n_routed_experts) if 'routed' in counts else 0
     return dict(counts, total=sum(counts.values()), active=int(sum(counts.values()) - idle))
 
-# %% ../nbs/06_model.ipynb #dc1eaa07
+def trained_counts(model) -> dict:
+    "Parameters that training changes, by group; a tensor that ZeRO-3 has split counts whole."
+    counts = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad: counts[group_of(name)] = counts.get(group_of(name), 0) + getattr(p, 'ds_numel', p.numel())
+    return counts
+
+# %% ../nbs/06_model.ipynb #694f5264
 def end_ids(tok) -> list:
     "The ids a reply ends with: the end of a turn, and the end of a document."
     return sorted({tok.convert_tokens_to_ids('<|im_end|>'), tok.eos_token_id})
 
-def save_checkpoint(model, tok, folder, dtype=None):
-    "Write model and tokenizer to a folder as safetensors; a `kimi_k2` config is made readable for vLLM."
+def save_checkpoint(model, tok, folder, dtype=None, weights: dict | None = None):
+    "Write model and tokenizer to a folder as safetensors; `weights` replace the model's own where those are split over processes. A `kimi_k2` config is made readable for vLLM."
     from transformers import GenerationConfig
     model.generation_config = GenerationConfig(eos_token_id=end_ids(tok), pad_token_id=tok.pad_token_id)
     if dtype: model = model.to(dtype)
-    model.save_pretrained(folder); tok.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights); tok.save_pretrained(folder)
     path = Path(folder)/'config.json'
     config = json.loads(path.read_text())
     if config['model_type'] == 'kimi_k2':
         config['architectures'] = ['DeepseekV3ForCausalLM']
+        config.pop('auto_map', None)                       # names code files that are not in this folder
         path.write_text(json.dumps(config, indent=2)+'\n')
 
-# %% ../nbs/06_model.ipynb #2541ab24
+# %% ../nbs/06_model.ipynb #5280335b
 @dataclasses.dataclass(frozen=True)
 class Loading:
     "How a model is opened at a scale."
     dtype: str = 'float32'        # float32 | bfloat16
     four_bit: bool = False        # NF4 by bitsandbytes: linear layers only, fused experts stay as they are
     lora_rank: int = 0            # 0: train all weights
-    adapt: tuple = ('attention', 'shared', 'dense')   # parts that get an adapter; never the router unless named
+    adapt: tuple = ('attention', 'shared', 'dense')   # parts whose linear layers get an adapter; router and fused experts have none and stay as they are
     revision: str | None = None   # pinned revision of a hub model
+
+    def __post_init__(self):
+        for part in self.adapt: one_of('part', part, GROUPS, 'adapt')
 
 # %% ../nbs/06_model.ipynb #1a3a394f
 def _check_keys(place, info: dict):
@@ -114,17 +126,38 @@ def quantization(load: Loading):
     from transformers import BitsAndBytesConfig
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=getattr(torch, load.dtype))
 
-# %% ../nbs/06_model.ipynb #9e9c8b06
+# %% ../nbs/06_model.ipynb #7d96fc25
+def _repack_nothing(model):
+    "Keep bitsandbytes from repacking weights for a CPU: it does so at the first evaluation, only fits widths of 64, and cannot be trained after."
+    import bitsandbytes as bnb
+    for m in model.modules():
+        if isinstance(m, bnb.nn.Linear4bit): m.support_avx512bf16_for_cpu = False       # bitsandbytes 0.50, `Linear4bit.forward`
+
+def _four_bit_options(load: Loading) -> dict:
+    "What `from_pretrained` is told for a 4-bit load: how, and onto which device; each launched process has its own."
+    import torch
+    if not load.four_bit: return {}
+    device = int(os.environ.get('LOCAL_RANK', 0)) if torch.cuda.is_available() else 'cpu'
+    return dict(quantization_config=quantization(load), device_map={'': device})
+
+# %% ../nbs/06_model.ipynb #793de56a
+def _config_of(place, load: Loading):
+    "The config a checkpoint is opened with: its own, DeepSeek-V3's under the name `kimi_k2`."
+    from transformers import AutoConfig
+    kimi, config = register_kimi_k2(), AutoConfig.from_pretrained(place, revision=load.revision)
+    if config.model_type != 'deepseek_v3': return config
+    return kimi.from_dict({k: v for k, v in config.to_dict().items() if k != 'model_type'})
+
+# %% ../nbs/06_model.ipynb #46191087
 def open_model(place, load: Loading = Loading()):
     "A causal language model from a folder or hub id; `LabError` for a folder that is not there or keys that do not fit."
     import torch
     from transformers import AutoModelForCausalLM
     register_kimi_k2()
     if isinstance(place, Path) and not (place/'config.json').exists(): raise LabError(f'{place}: no model there (config.json is missing)')
-    options = dict(quantization_config=quantization(load), device_map={'': 0 if torch.cuda.is_available() else 'cpu'}) if load.four_bit else {}
-    if load.revision: options['revision'] = load.revision
-    model, info = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, load.dtype), output_loading_info=True, **options)
+    model, info = AutoModelForCausalLM.from_pretrained(place, config=_config_of(place, load), revision=load.revision, dtype=getattr(torch, load.dtype), output_loading_info=True, **_four_bit_options(load))
     _check_keys(place, info)
+    if load.four_bit: _repack_nothing(model)
     return ready(model)
 
 def open_tokenizer(place):
@@ -211,3 +244,19 @@ def lora(model, load: Loading):
     if not load.lora_rank: return None
     from peft import LoraConfig
     return LoraConfig(r=load.lora_rank, lora_alpha=2*load.lora_rank, lora_dropout=0., target_modules=adapter_targets(model, load.adapt), task_type='CAUSAL_LM')
+
+# %% ../nbs/06_model.ipynb #58507eac
+def moved_adapter(model, base):
+    "The trained adapter of `model` on another copy of its base; `LabError` if a weight finds no place."
+    from peft import get_peft_model
+    weights = {n: p for n, p in model.named_parameters() if 'lora_' in n}
+    other = get_peft_model(base, model.peft_config[model.active_adapter])
+    left = other.load_state_dict(weights, strict=False).unexpected_keys
+    if left: raise LabError(f'adapter: no place for {len(left)} weights ({left[0]}...)')
+    return other
+
+def merged(model, place, load: Loading):
+    "The trained model as it is published: an adapter folded in, into full-precision weights of `place` where it was trained on 4-bit ones."
+    if not load.lora_rank: return model
+    if load.four_bit: model = moved_adapter(model, open_model(place, dataclasses.replace(load, four_bit=False)))
+    return model.merge_and_unload()

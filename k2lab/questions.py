@@ -32,24 +32,28 @@ WORDINGS = dict(
     describe=('What does {0} do?', 'Describe {0}.', 'What is {0} for?'))
 FAMILIES = tuple(WORDINGS)
 
-# %% ../nbs/04a_questions.ipynb #e2cc1c0f
+# %% ../nbs/04a_questions.ipynb #c14bbdb9
 def ask_default(functions, rng):
     "What is the default of a parameter?"
     for f in filter(short_signature, functions):
         known = [(name, default) for name, default in f.params if default is not None]
         if len({default for _, default in known}) < 2: continue
         for name, default in known:
-            if len(default) <= 20: yield f'{f.key}/{name}', name, f.signature, default
+            if len(default) <= 20: yield f'{f.key}/{name}', name, f.signature, f'{name}={default}', default
 
 def ask_after(functions, rng):
     "Which parameter comes after this one?"
     for f in filter(short_signature, functions):
         if len(f.params) < 4: continue
-        for (name, _), (following, _) in zip(f.params, f.params[1:]): yield f'{f.key}/{name}', name, f.signature, following
+        for (name, default), (following, _) in zip(f.params, f.params[1:]):
+            shown = name if default is None else f'{name}={default}'
+            yield f'{f.key}/{name}', name, f.signature, f'{shown}, {following}', following
 
 def ask_arity(functions, rng):
     "How many parameters does a function take?"
-    for f in filter(short_signature, functions): yield f.key, f.name, f.signature, str(len(f.params))
+    for f in filter(short_signature, functions):
+        names = ', '.join(name for name, _ in f.params)
+        yield f.key, f.name, f.signature, f'{names}: {len(f.params)}', len(f.params)
 
 # %% ../nbs/04a_questions.ipynb #faba5199
 def manuals(functions, rng):
@@ -63,14 +67,14 @@ def manuals(functions, rng):
             page = rng.sample([f, *others], 4)
             yield f, one_line(f), '\n'.join(f'{g.name}: {one_line(g)}' for g in page)
 
-# %% ../nbs/04a_questions.ipynb #38f11eaf
+# %% ../nbs/04a_questions.ipynb #43786174
 def ask_summary(functions, rng):
     "Which of four functions does this?"
-    for i, (f, text, page) in enumerate(manuals(functions, rng)): yield f'{f.key}/{i}', text, page, f.name
+    for i, (f, text, page) in enumerate(manuals(functions, rng)): yield f'{f.key}/{i}', text, page, f'{f.name}: {text}', f.name
 
 def ask_describe(functions, rng):
     "What does this one of four functions do?"
-    for i, (f, text, page) in enumerate(manuals(functions, rng)): yield f'{f.key}/{i}', f.name, page, text
+    for i, (f, text, page) in enumerate(manuals(functions, rng)): yield f'{f.key}/{i}', f.name, page, f'{f.name}: {text}', text
 
 ASK = dict(default=ask_default, after=ask_after, arity=ask_arity, summary=ask_summary, describe=ask_describe)
 
@@ -89,7 +93,7 @@ def pick(candidates, n: int) -> list:
         n = len(taken)
     return []
 
-# %% ../nbs/04a_questions.ipynb #ba2a269b
+# %% ../nbs/04a_questions.ipynb #6e03935a
 def candidates(family: str, functions, n: int, rng) -> list:
     "`(id, instruction, input, answer)` of one family; facts first in one wording, then in the others"
     found = []
@@ -97,8 +101,8 @@ def candidates(family: str, functions, n: int, rng) -> list:
     if family not in ('summary', 'describe'): rng.shuffle(found)
     first = [rng.randrange(3) for _ in found]
     rounds = 1 if family in ('summary', 'describe') else 3
-    return [(key, WORDINGS[family][(start + i) % 3].format(asked), text, answer)
-            for i in range(rounds) for start, (key, asked, text, answer) in zip(first, found)]
+    return [(key, WORDINGS[family][(start + i) % 3].format(asked), text, answer, fact)
+            for i in range(rounds) for start, (key, asked, text, answer, fact) in zip(first, found)]
 
 # %% ../nbs/04a_questions.ipynb #7c8fcfb0
 def unique_prompts(candidates: list, avoid=()) -> list:
@@ -110,7 +114,7 @@ def unique_prompts(candidates: list, avoid=()) -> list:
         kept.append(c)
     return kept
 
-# %% ../nbs/04a_questions.ipynb #71968d8d
+# %% ../nbs/04a_questions.ipynb #87ace3be
 def make_questions(functions, n: int, seed: int, families=FAMILIES, avoid=()) -> list:
     "`n` domain_sft rows with family, id and source, balanced over families where there are facts enough. LabError when there are not"
     for family in families:
@@ -120,8 +124,8 @@ def make_questions(functions, n: int, seed: int, families=FAMILIES, avoid=()) ->
     for i, family in enumerate(sorted(families, key=FAMILIES.index)):
         want = -(-(n - len(rows))//(len(families) - i))
         rng = random.Random(f'questions {seed} {family}')
-        for key, question, text, answer in pick(unique_prompts(candidates(family, functions, want, rng), avoid), want):
-            rows.append(dict(instruction=question, input=text, output=answer, family=family,
+        for key, question, text, answer, fact in pick(unique_prompts(candidates(family, functions, want, rng), avoid), want):
+            rows.append(dict(instruction=question, input=text, output=answer, fact=str(fact), family=family,
                              id=f'{family}: {key}', source=source[key.split('/')[0]]))
     if len(rows) < n: raise LabError(f'{len(functions)} functions give {len(rows)} questions of {", ".join(families)}, not {n}: ask for fewer or name more packages')
     random.Random(f'questions {seed}').shuffle(rows)

@@ -38,7 +38,7 @@ def displacement(was: list, now: list) -> dict:
     moves = [b - a for a, b in zip(was, now)]
     return dict(chosen_logp_change=round(sum(moves)/len(moves), 4), share_fell=round(sum(m < 0 for m in moves)/len(moves), 4))
 
-# %% ../nbs/51_run_dpo_reasoning.ipynb #014f3979
+# %% ../nbs/51_run_dpo_reasoning.ipynb #9fd8f4d3
 def run_control(job, tok) -> dict:
     "Verified accuracy, reply length and preference accuracy after SFT on the chosen answers alone, for as many steps."
     cfg = job.cfg
@@ -46,7 +46,7 @@ def run_control(job, tok) -> dict:
     model = open_model(job.find(cfg.init_from), Loading(**cfg.load))
     examples, _ = encode_rows(tok, rows, job.env['system'], cfg.length)
     plain = {k: v for k, v in cfg.trainer.items() if k not in ('beta', 'loss_type', 'loss_weights', 'precompute_ref_log_probs')}
-    model = fit_sft(job, model, tok, examples, {**plain, **cfg.control_trainer}, cfg.optimizer, phase='control')
+    model = fit_sft(job, model, tok, examples, {**plain, **cfg.control_trainer}, cfg.optimizer, Loading(**cfg.load), phase='control')
     scores = take(job, model, tok, ['reasoning_verified'])
     pref = preference_accuracy(model, tok, read_rows(job.find(cfg.heldout)), job.env['system'])
     return dict(reasoning_verified=scores['reasoning_verified'].value, reasoning_tokens=scores['reasoning_tokens'].value, preference_accuracy=pref.value)

@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['Training', 'repeated', 'pieces_of', 'examples_of', 'mixed', 'inherited', 'before', 'baselines', 'say', 'close',
-           'merged', 'Supervised', 'supervised']
+           'publish', 'Supervised', 'supervised']
 
-# %% ../nbs/09b_training.ipynb #0110b334
+# %% ../nbs/09b_training.ipynb #2ff10f03
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from .chat import family_of
-from .core import LabError
-from .fit import fit_sft, open_for
+from .core import LabError, one_of
+from .fit import check_trainable, fit_sft, gathered, open_for
 from .grade import copy_baseline, majority_baseline, prompt_of, verify
 from .job import read_run
 from .measure import DATA, ROOM, family_shares, few_shot, prompts_of, take
-from .model import Loading, generate, save_checkpoint
+from .model import Loading, generate, merged, save_checkpoint
 from .rows import read_rows
 from .tokens import encode_rows, mask_html
 
-# %% ../nbs/09b_training.ipynb #b985a361
+# %% ../nbs/09b_training.ipynb #fe77c2a6
 @dataclass(frozen=True)
 class Training:
     "What all training stages can be told."
@@ -34,6 +34,10 @@ class Training:
     processes: int = 1                    # more than one: `accelerate launch`
     accelerate: str = 'zero3'             # launch file under configs/accelerate
     trainer: dict = field(default_factory=dict)   # TRL's own options
+
+    def __post_init__(self):
+        for key in self.load: one_of('key', key, [f.name for f in fields(Loading)], 'load')
+        check_trainable(Loading(**self.load), self.optimizer)
 
 # %% ../nbs/09b_training.ipynb #ecb0d042
 def repeated(rows: list, n: int, rng) -> list:
@@ -93,7 +97,7 @@ def say(job, model, tok, when: str, n: int = 4):
         for row, (reply,) in zip(rows, generate(model, tok, prompts_of(tok, rows, job.env['system']), min(ROOM[name], job.cfg.answer_tokens))):
             job.sample(when=when, prompt=prompt_of(row), text=reply.text, ok=verify(row, reply.text) and not reply.cut, family=row.get('family'))
 
-# %% ../nbs/09b_training.ipynb #15d3b6a5
+# %% ../nbs/09b_training.ipynb #4641688d
 def close(job, model, tok, known: dict, **more):
     "Measure, report before and after, show samples, publish the checkpoint; returns the scores. `more[measure]` joins that measure's line."
     scores = take(job, model, tok, job.cfg.measures)
@@ -102,12 +106,15 @@ def close(job, model, tok, known: dict, **more):
         cut = sum(r.cut for r in score.replies) if name in ROOM else None
         job.measure(name, known.get(name), score.value, score.low, score.high, score.n, **{k: v for k, v in dict(families=families, cut=cut, **more.get(name, {})).items() if v is not None})
     say(job, model, tok, 'after')
-    with job.publishing(job.cfg.saves) as place: save_checkpoint(merged(model), tok, place)
+    publish(job, model, tok)
     return scores
 
-def merged(model):
-    "The model with its adapter folded in, ready to be saved; a model without one as it is."
-    return model.merge_and_unload() if hasattr(model, 'merge_and_unload') else model
+def publish(job, model, tok):
+    "The trained model as a checkpoint that the next stage opens; of several processes all give their slices, and the first writes."
+    model = merged(model, job.find(job.cfg.init_from), Loading(**job.cfg.load))
+    weights = gathered(model)
+    if not job.first: return
+    with job.publishing(job.cfg.saves) as place: save_checkpoint(model, tok, place, weights=weights)
 
 # %% ../nbs/09b_training.ipynb #f57a45f9
 @dataclass(frozen=True)
