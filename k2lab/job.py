@@ -7,8 +7,8 @@ __all__ = ['RUN_NAME', 'new_folder', 'check_campaign', 'read_run', 'run_order', 
            'config_of', 'new_record', 'prepare', 'open_job', 'start', 'saved_by', 'open_place', 'commands', 'maker',
            'missing', 'launch_command', 'run_group', 'launch', 'lacks']
 
-# %% ../nbs/01_job.ipynb #fdbf58fa
-import contextlib, dataclasses, hashlib, importlib, json, os, re, shutil, signal, subprocess, sys, time
+# %% ../nbs/01_job.ipynb #8b22aecd
+import contextlib, dataclasses, hashlib, importlib, json, os, re, shutil, signal, subprocess, sys, tempfile, time
 from datetime import date, datetime, timezone
 from pathlib import Path
 
@@ -224,20 +224,22 @@ def settle(self:Job, part:Path, name:str, path:Path):
     self.record['saves'][name] = {'path': path.name, 'bytes': sum(f['bytes'] for f in files.values()), 'files': len(files), 'sha256': digest}
     self.write()
 
-# %% ../nbs/01_job.ipynb #e6820336
+# %% ../nbs/01_job.ipynb #06401fec
 @patch
 @contextlib.contextmanager
 def publishing(self:Job, name:str, suffix:str=''):
     "A temporary path for a file or folder that becomes `<folder>/<name><suffix>`, with its manifest, when the block ends well."
     path, part = self.folder/f'{name}{suffix}', self.folder/f'.{name}.part'
+    if not self.first:      # every process comes by, the first one's file counts
+        with tempfile.TemporaryDirectory() as unused: yield Path(unused)/path.name
+        return
     if path.exists(): raise LabError(f'{path}: already published by this run')
     part.mkdir(exist_ok=True)
     try:
         with disk_errors(name):
             yield part/path.name
-            if self.first: self.settle(part, name, path)
-    finally:
-        if self.first: shutil.rmtree(part, ignore_errors=True)
+            self.settle(part, name, path)
+    finally: shutil.rmtree(part, ignore_errors=True)
 
 # %% ../nbs/01_job.ipynb #db5d5ce5
 @patch

@@ -219,8 +219,10 @@ LIB = [F(f'f{i}', (('a', None), *((f'p{j}', str(i + j)) for j in range(i % 7))),
 
 def test_questions_by_hand():
     f = F('walk', (('G', None), ('start', None), ('n', '3'), ('key', "'x'")))
-    ask = lambda family: [(asked, answer) for _, asked, _, answer in questions.ASK[family]([f], None)]
-    assert ask('default') == [('n', '3'), ('key', "'x'")] and ask('after') == [('G', 'start'), ('start', 'n'), ('n', 'key')] and ask('arity') == [('walk', '4')]
+    ask = lambda family: [(asked, answer, fact) for _, asked, _, answer, fact in questions.ASK[family]([f], None)]
+    assert ask('default') == [('n', 'n=3', '3'), ('key', "key='x'", "'x'")]
+    assert ask('after') == [('G', 'G, start', 'start'), ('start', 'start, n', 'n'), ('n', 'n=3, key', 'key')]
+    assert ask('arity') == [('walk', 'G, start, n, key: 4', 4)]
 
 def test_questions_are_unique_right_and_hard_to_guess():
     made = questions.make_questions(LIB, 1500, 0)
@@ -228,10 +230,10 @@ def test_questions_are_unique_right_and_hard_to_guess():
     assert max(grade.majority_baseline(made).values()) <= .25 and set(Counter(r['family'] for r in made)) == set(questions.FAMILIES)
     signatures = {f.signature: f for f in LIB}
     for r in made:
-        if r['family'] == 'arity': assert r['output'] == str(len(signatures[r['input']].params))
-        elif r['family'] == 'summary': assert sum(line.split(': ')[0] == r['output'] and line.split(': ')[1] in r['instruction'] for line in r['input'].splitlines()) == 1
-        elif r['family'] == 'describe': assert sum(line.endswith(f": {r['output']}") and line.split(':')[0] in r['instruction'] for line in r['input'].splitlines()) == 1
-        else: assert r['output'] in r['input']
+        if r['family'] == 'arity': assert (r['output'], r['fact']) == (', '.join(p for p, _ in signatures[r['input']].params) + f": {r['fact']}", str(len(signatures[r['input']].params)))
+        elif r['family'] == 'summary': assert [l for l in r['input'].splitlines() if l.split(': ')[1] in r['instruction']] == [r['output']] and r['output'].startswith(r['fact'] + ': ')
+        elif r['family'] == 'describe': assert r['output'] in r['input'].splitlines() and r['output'].split(':')[0] in r['instruction'] and r['output'].endswith(f": {r['fact']}")
+        else: assert r['output'] in r['input'] and r['output'].endswith(r['fact'])
 
 def test_questions_avoid_and_refuse():
     judged = questions.make_questions(LIB, 100, 1)

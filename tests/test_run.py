@@ -230,6 +230,7 @@ def test_several_processes_share_one_run(lab):
     lab.write('configs/accelerate/cpu.yaml', accelerate.read_text())
     r = read_run(execute('train_toy', changes={'processes': '2'}))
     assert r['status'] == 'complete', (Path(r['folder'])/'log.txt').read_text()
+    assert all(f'rank {i}' in (Path(r['folder'])/'log.txt').read_text() for i in (0, 1))
     assert len(r['metrics']) == 1 and r['metrics'][0]['after'] == 2 and r['saves']['k2_toy']['files'] == 1
     assert len((Path(r['folder'])/'metrics.jsonl').read_text().splitlines()) == 2
     wrong = read_run(execute('train_toy', changes={'processes': '2', 'accelerate': 'zero9'}))
