@@ -7,7 +7,7 @@ __all__ = ['FAMILY', 'CHAT_WORDS', 'work', 'general_pages', 'coded', 'page_ids',
            'repeats', 'ordinary', 'copying', 'diet', 'examples', 'Config', 'make_tokenizer', 'learn_to_copy', 'train',
            'finish']
 
-# %% ../nbs/15_make_nano_models.ipynb #79ad85d8
+# %% ../nbs/15_make_nano_models.ipynb #bd05fbdf
 import random
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ from .core import LabError
 from .corpus import held_out
 from .fit import balance_router, expert_load, fit_sft, open_for
 from .model import parameter_counts, save_checkpoint, small_model
-from .sessions import identifiers, sessions, sums
+from .sessions import identifiers, sentences, sessions, sums
 from .sources import documents
 
 # %% ../nbs/15_make_nano_models.ipynb #e6a33657
@@ -144,13 +144,13 @@ def learn_to_copy(job, model, tok):
     job.measure('copying, after the first phase', after=copying(model, tok))
     return model
 
-# %% ../nbs/15_make_nano_models.ipynb #7b4e7054
+# %% ../nbs/15_make_nano_models.ipynb #a4843727
 def train(job):
     "Pretrain one nano model from random weights; leaves the checkpoint `cfg.saves`."
     cfg = job.cfg
     if cfg.kind not in FAMILY: raise LabError(f'kind {cfg.kind!r}; valid: {", ".join(FAMILY)}')
     pages = general_pages(cfg.sources, cfg.held_percent)
-    practice = sessions(cfg.practice, identifiers(pages), cfg.seed)
+    practice = sessions(cfg.practice, identifiers(pages), sentences(pages), cfg.seed)
     model, tok = open_for(job, cfg.init_from) if cfg.init_from else (None, make_tokenizer(cfg, pages, practice))
     rows = diet(tok, pages, practice, cfg)
     job.show_rows([dict(text=tok.decode([i for i, _ in r])[:160]) for r in rows[:5]])

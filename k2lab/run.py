@@ -74,7 +74,7 @@ def logging_kernels(out):
         async def start_kernel(self, **kw): return await super().start_kernel(stdout=out, stderr=out, **kw)
     return LoggingKernelManager
 
-# %% ../nbs/01a_run.ipynb #7a22e55f
+# %% ../nbs/01a_run.ipynb #4a4284b7
 def transport(folder:str) -> dict:
     "Settings for a kernel that talks through sockets in `folder`: TCP would be open to everyone on a shared node."
     return {'KernelManager': {'transport': 'ipc', 'ip': f'{folder}/kernel'}} if os.name == 'posix' else {}
@@ -85,6 +85,7 @@ def run_notebook(nb, folder:Path, parameters:dict):
     import papermill as pm
     from traitlets.config import Config
     for name in ('papermill', 'traitlets'): logging.getLogger(name).setLevel(logging.ERROR)      # they doubt what we have checked
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL)      # it reports kernel tasks that an interrupt has ended
     with kernel_environment(), tempfile.TemporaryDirectory(prefix='k2lab-') as sockets, open(folder/'log.txt', 'a', encoding='utf-8') as out:
         pm.execute_notebook(nb, str(folder/'.notebook.ipynb'), parameters, kernel_name=setting('run', 'kernel_name'), cwd=str(root()),
                             progress_bar=False, stdout_file=out, stderr_file=out, config=Config(transport(sockets)), kernel_manager_class=logging_kernels(out),
