@@ -7,10 +7,10 @@ __all__ = ['ROOM', 'DATA', 'Score', 'share', 'token_logps', 'scored', 'windows',
            'answers', 'family_shares', 'plain_example', 'few_shot', 'target_logps', 'pair_ids', 'preference_accuracy',
            'generation_speed', 'take', 'reply_tokens']
 
-# %% ../nbs/09a_measure.ipynb #22284a40
+# %% ../nbs/09a_measure.ipynb #2405ef1b
 import dataclasses, math, random, time
 from .chat import encode, family_of, pair_spans, prompt_spans
-from .core import LabError
+from .core import LabError, one_of
 from .grade import prompt_of, verify, wilson
 from .model import generate
 from .rows import read_rows
@@ -133,13 +133,13 @@ def generation_speed(model, tok, batch: int = 16, new_tokens: int = 64, rounds: 
     speeds = sorted(speeds[1:])
     return Score(speeds[len(speeds)//2], speeds[0], speeds[-1], rounds)
 
-# %% ../nbs/09a_measure.ipynb #a61e40fe
+# %% ../nbs/09a_measure.ipynb #3ea0631a
 ROOM = {'domain_questions': 80, 'reasoning_verified': 160}      # tokens an answer may take at most
 DATA = {'domain_bits_per_byte': 'domain_heldout', 'general_bits_per_byte': 'general_heldout', 'domain_questions': 'domain_questions', 'reasoning_verified': 'reasoning_eval'}
 
 def take(job, model, tok, measures: list) -> dict:
-    "`{measure: Score}`; `reasoning_tokens` comes along with `reasoning_verified`."
-    out = {}
+    "`{measure: Score}`; `reasoning_tokens` comes along with `reasoning_verified`. `LabError` for a measure nobody knows, before any is taken."
+    out, measures = {}, [one_of('measure', m, DATA, 'measures') for m in measures]
     for name in measures:
         began, rows = time.monotonic(), read_rows(job.find(DATA[name]))
         job.log(phase=f'measuring {name}')
