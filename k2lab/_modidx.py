@@ -336,6 +336,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'k2lab.model._batch': ('model.html#_batch', 'k2lab/model.py'),
                              'k2lab.model._check_keys': ('model.html#_check_keys', 'k2lab/model.py'),
                              'k2lab.model._config_of': ('model.html#_config_of', 'k2lab/model.py'),
+                             'k2lab.model._continued': ('model.html#_continued', 'k2lab/model.py'),
                              'k2lab.model._four_bit_options': ('model.html#_four_bit_options', 'k2lab/model.py'),
                              'k2lab.model._repack_nothing': ('model.html#_repack_nothing', 'k2lab/model.py'),
                              'k2lab.model._reply': ('model.html#_reply', 'k2lab/model.py'),

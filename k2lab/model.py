@@ -201,7 +201,7 @@ def _reply(tok, ids, ends) -> Reply:
     body = ids if stop is None else ids[:stop]
     return Reply(tok.decode(body, skip_special_tokens=False), len(body) + (stop is not None), stop is None)
 
-# %% ../nbs/06_model.ipynb #640125fb
+# %% ../nbs/06_model.ipynb #e62888ea
 def _batch(prompts, pad, device):
     "Left-padded ids and attention mask."
     import torch
@@ -210,23 +210,32 @@ def _batch(prompts, pad, device):
     mask = torch.tensor([[0]*(width-len(p)) + [1]*len(p) for p in prompts], device=device)
     return dict(input_ids=ids, attention_mask=mask)
 
-def generate(model, tok, prompts: list, max_new_tokens: int = 96, n: int = 1, temperature: float = 0., seed: int = 0, batch: int = 128, on_batch=None) -> list:
-    "For each prompt (a list of ids) a list of n `Reply`s; temperature 0 is greedy."
+def _continued(model, tok, rows: list, room: int, options: dict) -> list:
+    "Up to `room` new ids for each row of ids; an end of turn, if there is one, is the last."
     import torch
-    ends, out = end_ids(tok), [None]*len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    ends, width = end_ids(tok), max(map(len, rows))
+    with torch.inference_mode():
+        ids = model.generate(**_batch(rows, tok.pad_token_id, model.device), max_new_tokens=room, eos_token_id=ends, pad_token_id=tok.pad_token_id, **options)
+    new = [row[width:].tolist() for row in ids]
+    return [row[:next((i+1 for i, t in enumerate(row) if t in ends), len(row))] for row in new]
+
+def generate(model, tok, prompts: list, max_new_tokens: int = 96, n: int = 1, temperature: float = 0., seed: int = 0, batch: int = 128, on_batch=None, first: int = 32) -> list:
+    "For each prompt (a list of ids) a list of n `Reply`s; temperature 0 is greedy. After `first` tokens, and each time that number doubles, finished rows leave and the rest is batched anew."
+    import torch
     options = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.) if temperature else dict(do_sample=False)
     torch.manual_seed(seed); model.eval()
-    size = max(1, batch//n)
-    for start in range(0, len(order), size):
-        part = order[start:start+size]
-        with torch.inference_mode():
-            ids = model.generate(**_batch([prompts[i] for i in part], tok.pad_token_id, model.device), max_new_tokens=max_new_tokens, num_return_sequences=n,
-                                 eos_token_id=ends, pad_token_id=tok.pad_token_id, **options)
-        new = ids[:, -(ids.shape[1] - max(len(prompts[i]) for i in part)):]
-        for j, i in enumerate(part): out[i] = [_reply(tok, row, ends) for row in new[j*n:(j+1)*n]]
-        if on_batch: on_batch(min(start+size, len(order)), len(order))
-    return out
+    given, new, ends = [p for p in prompts for _ in range(n)], [[] for _ in range(n*len(prompts))], set(end_ids(tok))
+    left, spent = list(range(len(given))), 0
+    while left and spent < max_new_tokens:
+        room = min(max(first, spent), max_new_tokens-spent)
+        left.sort(key=lambda i: len(given[i]) + len(new[i]))
+        for start in range(0, len(left), batch):
+            part = left[start:start+batch]
+            for i, more in zip(part, _continued(model, tok, [given[i] + new[i] for i in part], room, options)): new[i] += more
+            if on_batch: on_batch(sum(row[-1:] != [] and row[-1] in ends for row in new)//n, len(prompts))
+        left, spent = [i for i in left if new[i][-1] not in ends], spent+room
+    replies = [_reply(tok, row, ends) for row in new]
+    return [replies[i*n:i*n+n] for i in range(len(prompts))]
 
 # %% ../nbs/06_model.ipynb #09240444
 def adapter_targets(model, adapt: tuple) -> list:
