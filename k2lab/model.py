@@ -201,7 +201,7 @@ def _reply(tok, ids, ends) -> Reply:
     body = ids if stop is None else ids[:stop]
     return Reply(tok.decode(body, skip_special_tokens=False), len(body) + (stop is not None), stop is None)
 
-# %% ../nbs/06_model.ipynb #e62888ea
+# %% ../nbs/06_model.ipynb #af387843
 def _batch(prompts, pad, device):
     "Left-padded ids and attention mask."
     import torch
@@ -219,7 +219,7 @@ def _continued(model, tok, rows: list, room: int, options: dict) -> list:
     new = [row[width:].tolist() for row in ids]
     return [row[:next((i+1 for i, t in enumerate(row) if t in ends), len(row))] for row in new]
 
-def generate(model, tok, prompts: list, max_new_tokens: int = 96, n: int = 1, temperature: float = 0., seed: int = 0, batch: int = 128, on_batch=None, first: int = 32) -> list:
+def generate(model, tok, prompts: list, max_new_tokens: int = 96, n: int = 1, temperature: float = 0., seed: int = 0, batch: int = 128, on_batch=None, first: int = 24) -> list:
     "For each prompt (a list of ids) a list of n `Reply`s; temperature 0 is greedy. After `first` tokens, and each time that number doubles, finished rows leave and the rest is batched anew."
     import torch
     options = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.) if temperature else dict(do_sample=False)

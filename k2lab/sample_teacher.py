@@ -19,7 +19,7 @@ from .model import Loading, Reply, generate
 from .rows import read_rows, write_rows
 from .teacher import Teacher, reply_text, sample_rows
 
-# %% ../nbs/50_sample_teacher.ipynb #f63c9f6f
+# %% ../nbs/50_sample_teacher.ipynb #9b473d86
 @dataclass(frozen=True)
 class Config:
     "Who is asked what, how often, and what is kept."
@@ -34,7 +34,7 @@ class Config:
     pairs_per_prompt: int = 3
     ratio: float = 1.5                    # a right answer this many times longer than the chosen one may be rejected
     held_percent: float = 20              # prompts whose pairs are held out, by a hash of the prompt
-    batch: int = 256
+    batch: int = 128
     load: dict = field(default_factory=dict)
     seed: int = 0
 
