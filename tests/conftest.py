@@ -19,7 +19,7 @@ class Config:
     how: str = 'well'         # what goes wrong
     trainer: dict = field(default_factory=dict)   # options that are not ours
 def train(job):
-    import os; print('rank', os.environ.get('RANK', '0'), flush=True)
+    import os; os.write(1, f"rank {os.environ.get('RANK', '0')}\\n".encode())      # in one piece: the processes share log.txt
     value = int(job.find(job.cfg.init_from).read_text())
     if job.cfg.how == 'raise': raise ValueError('the loss is not a number')
     if job.cfg.how == 'sleep': job.log(step=0, steps=job.cfg.steps); import time; time.sleep(60)
