@@ -12,6 +12,7 @@ import dataclasses, math, random, time
 from .chat import encode, family_of, pair_spans, prompt_spans
 from .core import LabError, one_of
 from .grade import prompt_of, verify, wilson
+from .mla import from_latents
 from .model import generate
 from .rows import read_rows
 
@@ -128,7 +129,7 @@ def generation_speed(model, tok, batch: int = 16, new_tokens: int = 64, rounds: 
     speeds = []
     for _ in range(rounds+1):
         began = time.perf_counter()
-        with torch.inference_mode(): model.eval().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=tok.pad_token_id)
+        with torch.inference_mode(), from_latents(model): model.eval().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=tok.pad_token_id)
         speeds.append(batch*new_tokens/(time.perf_counter()-began))
     speeds = sorted(speeds[1:])
     return Score(speeds[len(speeds)//2], speeds[0], speeds[-1], rounds)

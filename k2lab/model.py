@@ -13,6 +13,7 @@ import dataclasses, json, os, shutil
 from pathlib import Path
 from .core import LabError, lab_path, one_of
 from .chat import build_tokenizer, family_of
+from .mla import from_latents
 
 # %% ../nbs/06_model.ipynb #fb8b392d
 def register_kimi_k2():
@@ -214,7 +215,7 @@ def _continued(model, tok, rows: list, room: int, options: dict) -> list:
     "Up to `room` new ids for each row of ids; an end of turn, if there is one, is the last."
     import torch
     ends, width = end_ids(tok), max(map(len, rows))
-    with torch.inference_mode():
+    with torch.inference_mode(), from_latents(model):
         ids = model.generate(**_batch(rows, tok.pad_token_id, model.device), max_new_tokens=room, eos_token_id=ends, pad_token_id=tok.pad_token_id, **options)
     new = [row[width:].tolist() for row in ids]
     return [row[:next((i+1 for i, t in enumerate(row) if t in ends), len(row))] for row in new]
