@@ -120,12 +120,12 @@ def fit_dpo(job, model, reference, tok, pairs: list, trainer: dict, load=Loading
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
     from trl.trainer.dpo_trainer import DataCollatorForPreference
-    opts = options(DPOConfig, trainer, output_dir=str(job.folder/'trainer'), seed=job.seed, max_length=None)
+    opts = options(DPOConfig, trainer, output_dir=str(job.folder/'trainer'), seed=job.seed, max_length=None, train_sampling_strategy='group_by_length', remove_unused_columns=False)
     ledger, placeholder = Ledger(tok, wait=True), Dataset.from_list([dict(prompt='a', chosen='b', rejected='c')])
     check_trainable(load, optimizer)
     fit = DPOTrainer(model, reference, opts, train_dataset=placeholder, processing_class=tok, peft_config=lora(model, load), callbacks=[live(job, ledger, phase)],
                      data_collator=recording(DataCollatorForPreference(tok.pad_token_id), ledger), optimizers=optimizer_for(model, optimizer, opts))
-    fit.train_dataset = Dataset.from_list(pairs)
+    fit.train_dataset = Dataset.from_list([dict(p, length=len(p['prompt_ids']) + max(len(p['chosen_ids']), len(p['rejected_ids']))) for p in pairs])
     return finish_fit(job, fit, ledger, phase, load)
 
 # %% ../nbs/07_fit.ipynb #6d155e98
