@@ -25,7 +25,7 @@ class Config:
     endpoint: Literal['scripted', 'env', 'serve'] = 'scripted'   # recorded replies | the endpoint of env.yaml | the lab's own server for `model`
     model: str = 'k2_think_dpo'        # checkpoint behind the lab's own server
     questions: list[str] = field(default_factory=list)   # what a run asks; in a terminal you type
-    tools: list[str] = field(default_factory=lambda: ['python'])
+    tools: list[str] = field(default_factory=lambda: ['python'])   # what the model may call
     max_turns: int = 8                 # replies of the model to one question
     max_tokens: int = 4096             # generated tokens for one question
     max_seconds: float = 300           # for one question
@@ -34,7 +34,7 @@ class Config:
     tool_memory_mb: int = 512          # for one tool call
     tool_output: int = 8000            # characters of a result that the model gets to see
     allow_unsafe: bool = False         # run code without isolation where the machine offers none
-    seed: int = 0
+    seed: int = 0                      # of everything random in this stage
 
 # %% ../nbs/70_agentic_demo.ipynb #1937ef75
 def tools_of(cfg: Config) -> dict:

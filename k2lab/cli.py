@@ -8,6 +8,7 @@ USAGE = """usage: k2lab pipeline [--scale S] [--campaign C] [--from STAGE] [--to
        k2lab STAGE [--scale S] [--campaign C] [field=value ...]
        k2lab runs [--campaign C]
        k2lab show RUN
+       k2lab STAGE --help       what the stage can be told
 
 Every stage is a notebook; a run is an executed notebook in a folder of its own.
 """
@@ -17,6 +18,24 @@ def usage() -> str:
     "What `k2lab --help` prints."
     return f"{USAGE}\nstages: {', '.join(stage_names()) or 'none here'}\nscales: {', '.join(SCALES)} (here: {setting('lab', 'scale')})\n" \
            "A field is any key of the stage's file, `trainer.KEY=VALUE` reaches TRL's own options. Add --debug for a traceback."
+
+
+def comments(cls) -> dict:
+    "`{field: the comment behind it}` of a dataclass and those it inherits from."
+    import inspect, re
+    text = '\n'.join(inspect.getsource(c) for c in reversed(cls.__mro__[:-1]))
+    return dict(re.findall(r'^ {4}(\w+) *:.*?  # (.*)$', text, re.M))
+
+
+def stage_help(stage:str) -> str:
+    "The fields of a stage: name, meaning, value at this lab's scale."
+    import dataclasses
+    from k2lab.job import stage_module
+    config, scale = stage_module(stage).Config, setting('lab', 'scale')
+    values, meant = told(stage, scale, {}), comments(config)
+    rows = [[f'  {f.name}', meant.get(f.name, ''), str(values[f.name])] for f in dataclasses.fields(config)]
+    head = f'usage: k2lab {stage} [--scale S] [--campaign C] [field=value ...]\n\n{config.__doc__}\n\n'
+    return head + table(['field', 'meaning', f'at {scale}'], rows)
 
 
 def changes_of(words:list) -> dict:
@@ -233,6 +252,7 @@ def main(words:list) -> int:
         import k2lab
         print(k2lab.__version__); return 0
     name, rest = words[0], words[1:]
+    if {'-h', '--help'} & set(rest): print(stage_help(name) if name in stage_names() else usage()); return 0
     if name in COMMANDS: return COMMANDS[name](rest)
     if name not in stage_names():
         known = [*COMMANDS, *stage_names()]

@@ -20,14 +20,14 @@ from .rows import read_rows
 class Config:
     "Which checkpoints are measured how, and what may not be lost."
     checkpoints: dict = field(default_factory=lambda: dict(k2_think_dpo='Kimi-K2-Base', k2_student_7b='k2_think_dpo'))   # each with the one it is compared with
-    measures: dict = field(default_factory=lambda: dict(k2_think_dpo=['domain_bits_per_byte', 'general_bits_per_byte', 'domain_questions', 'reasoning_verified'],
+    measures: dict = field(default_factory=lambda: dict(k2_think_dpo=['domain_bits_per_byte', 'general_bits_per_byte', 'domain_questions', 'reasoning_verified'],     # what is measured of each
                                                         k2_student_7b=['domain_questions', 'reasoning_verified']))
     may_lose: float = .05                 # points of accuracy that a later stage may cost an earlier one
     gate: bool = True                     # a greater loss fails the run
     harness: list = field(default_factory=list)      # task names of lm-eval
     harness_tasks: str = ''               # folder of your own task files for lm-eval
-    answer_tokens: int = 160
-    seed: int = 0
+    answer_tokens: int = 160              # the longest answer that is waited for
+    seed: int = 0                         # of everything random in this stage
 
 # %% ../nbs/80_evaluate.ipynb #52105631
 def history(job) -> list:

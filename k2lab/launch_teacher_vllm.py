@@ -21,7 +21,7 @@ from .teacher import Teacher, reply_text
 class Config:
     "A server for one model."
     model: str = 'k2_think_dpo'            # checkpoint to serve, by name; the server knows it by the same name
-    engine: Literal['embedded', 'vllm'] = 'embedded'
+    engine: Literal['embedded', 'vllm'] = 'embedded'      # the lab's own small server, or vLLM
     family: Literal['kimi', 'qwen'] = 'kimi'   # picks vLLM's tool-call and reasoning parsers
     host: str = '127.0.0.1'                # this machine only; 0.0.0.0 opens it to the network
     port: int = 0                          # 0: any free one
@@ -33,7 +33,7 @@ class Config:
     prompt: str = 'What is 7 * 6?'         # the question of the check
     max_tokens: int = 64                   # of its answer
     parity: bool = True                    # check that the server counts the prompt's tokens as we do
-    seed: int = 0
+    seed: int = 0                          # of everything random in this stage
 
 # %% ../nbs/60_launch_teacher_vllm.ipynb #e4440869
 PARSERS = {'kimi': dict(tool_call_parser='kimi_k2', reasoning_parser='kimi_k2', enable_auto_tool_choice=True), 'qwen': dict(tool_call_parser='hermes', enable_auto_tool_choice=True)}

@@ -125,7 +125,7 @@ class Config:
     balance: float = .005         # step of the router's balancing bias
     optimizer: str = 'muon'       # muon | adamw
     saves: str = ''               # k2-nano-base or qwen-nano-base
-    seed: int = 0
+    seed: int = 0                         # of everything random in this stage
     trainer: dict = field(default_factory=dict)      # TRL's own options
 
 # %% ../nbs/15_make_nano_models.ipynb #8c5e1405

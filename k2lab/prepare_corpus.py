@@ -24,7 +24,7 @@ from .splits import check_apart, check_held, domain_text, general_text, split_fu
 @dataclass(frozen=True)
 class Config:
     "What prepare_corpus can be told."
-    mode: Literal['domain', 'reasoning'] = 'domain'
+    mode: Literal['domain', 'reasoning'] = 'domain'   # which files to make: domain text and questions, or puzzles
     sources: list = field(default_factory=lambda: [{'package': 'networkx'}])       # the domain: {package: NAME}, {stdlib: true}, {files: GLOB or URL, licence: TEXT}
     general_sources: list = field(default_factory=lambda: [{'stdlib': True}, {'package': 'numpy'}])   # text to replay, so that nothing is forgotten
     question_sources: list = field(default_factory=list)   # more packages whose functions training questions may be about
@@ -41,7 +41,7 @@ class Config:
     eval_items: int = 450             # questions or puzzles to judge on
     families: list = field(default_factory=lambda: list(FAMILIES))   # puzzle families
     long_share: float = 0.65          # share of worked solutions that are right but wasteful
-    seed: int = 0
+    seed: int = 0                         # of everything random in this stage
 
 # %% ../nbs/10_prepare_corpus.ipynb #726edc97
 def source_name(spec: dict) -> str:

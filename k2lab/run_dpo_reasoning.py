@@ -20,8 +20,8 @@ class Config(Training):
     "Preference optimization."
     init_from: str = 'k2_reason_sft'
     saves: str = 'k2_think_dpo'
-    data: str = 'dpo_pairs'
-    heldout: str = 'dpo_pairs_heldout'
+    data: str = 'dpo_pairs'               # pairs to train on
+    heldout: str = 'dpo_pairs_heldout'    # pairs to judge on
     control: bool = True                  # also train and measure SFT on the chosen answers, same steps
     control_trainer: dict = field(default_factory=dict)     # TRL's options of the control, where they differ
     measures: list = field(default_factory=lambda: ['reasoning_verified', 'domain_questions', 'domain_bits_per_byte'])

@@ -23,20 +23,20 @@ from .teacher import Teacher, reply_text, sample_rows
 @dataclass(frozen=True)
 class Config:
     "Who is asked what, how often, and what is kept."
-    mode: Literal['preferences', 'distill'] = 'preferences'
-    teacher: dict = field(default_factory=lambda: dict(preferences='k2_reason_sft', distill='k2_think_dpo'))
+    mode: Literal['preferences', 'distill'] = 'preferences'    # what the answers are for
+    teacher: dict = field(default_factory=lambda: dict(preferences='k2_reason_sft', distill='k2_think_dpo'))   # the checkpoint that answers, by mode
     endpoint: bool = False                # ask the server of env.yaml instead of a local checkpoint
     replay: str = ''                      # name of a file of recorded answers to use instead of asking anyone
     ask: dict = field(default_factory=lambda: dict(preferences=dict(reasoning_prompts=700), distill=dict(reasoning_prompts=1000, domain_sft=1000)))   # prompts of each corpus
     samples: dict = field(default_factory=lambda: dict(preferences=8, distill=1))       # answers to each prompt
-    temperature: dict = field(default_factory=lambda: dict(preferences=1., distill=0.))
-    max_new_tokens: int = 160
-    pairs_per_prompt: int = 3
+    temperature: dict = field(default_factory=lambda: dict(preferences=1., distill=0.))     # 0: greedy
+    max_new_tokens: int = 160             # the longest answer that is waited for
+    pairs_per_prompt: int = 3             # at most
     ratio: float = 1.5                    # a right answer this many times longer than the chosen one may be rejected
     held_percent: float = 20              # prompts whose pairs are held out, by a hash of the prompt
-    batch: int = 128
-    load: dict = field(default_factory=dict)
-    seed: int = 0
+    batch: int = 128                      # answers written side by side
+    load: dict = field(default_factory=dict)   # dtype, four_bit: see k2lab.model.Loading
+    seed: int = 0                         # of everything random in this stage
 
 # %% ../nbs/50_sample_teacher.ipynb #699faeee
 def ask_locally(job, rows: list) -> list:

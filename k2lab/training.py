@@ -30,7 +30,7 @@ class Training:
     load: dict = field(default_factory=dict)      # dtype, four_bit, lora_rank, adapt: see k2lab.model.Loading
     measures: list = field(default_factory=list)  # what to measure before and after
     answer_tokens: int = 160              # the longest answer that is waited for when measuring
-    seed: int = 0
+    seed: int = 0                         # of everything random in this stage
     processes: int = 1                    # more than one: `accelerate launch`
     accelerate: str = 'zero3'             # launch file under configs/accelerate
     trainer: dict = field(default_factory=dict)   # TRL's own options

@@ -94,6 +94,15 @@ def test_settings_ini_is_the_labs_own():
     assert not nbdev & {k for s in ini.sections() for k in ini[s]}
 
 
+@by_name(STAGES)
+def test_help_tells_the_meaning_of_every_field(path):
+    from k2lab.cli import stage_help
+    listed = stage_help(name_of(path)).split('\n\n')[-1].splitlines()[1:]
+    assert listed and all(len(re.split('  +', line.strip())) >= 2 for line in listed)
+    meaning = {re.split('  +', line.strip())[0]: re.split('  +', line.strip())[1] for line in listed}
+    assert not [name for name, text in meaning.items() if len(text) < 6 or text.startswith(('{', '['))], meaning
+
+
 @pytest.mark.parametrize('what', ['import k2lab', 'import k2lab.core, k2lab.run, k2lab.cli', "from k2lab.cli import main; main(['--help'])",
                                   *(f'import k2lab.{name_of(p)}' for p in NOTEBOOKS)])
 def test_imports_cost_nothing(what):
