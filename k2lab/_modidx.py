@@ -401,6 +401,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'k2lab.page.style': ('page.html#style', 'k2lab/page.py'),
                             'k2lab.page.value_cells': ('page.html#value_cells', 'k2lab/page.py')},
             'k2lab.prepare_corpus': { 'k2lab.prepare_corpus.Config': ('prepare_corpus.html#config', 'k2lab/prepare_corpus.py'),
+                                      'k2lab.prepare_corpus.Config.__post_init__': ( 'prepare_corpus.html#config.__post_init__',
+                                                                                     'k2lab/prepare_corpus.py'),
                                       'k2lab.prepare_corpus.as_text': ('prepare_corpus.html#as_text', 'k2lab/prepare_corpus.py'),
                                       'k2lab.prepare_corpus.check_packages': ( 'prepare_corpus.html#check_packages',
                                                                                'k2lab/prepare_corpus.py'),

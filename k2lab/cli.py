@@ -130,8 +130,8 @@ def steps_of(first:str|None, last:str|None) -> list:
     for step in steps:
         for key in step: one_of('key', key, ('stage', 'changes', 'always', 'saves'), str(path))
     names = [one_of('stage', step.get('stage'), stage_names(), str(path)) for step in steps]
-    lo = names.index(one_of('stage', first, names, 'pipeline')) if first else 0
-    hi = len(names) - names[::-1].index(one_of('stage', last, names, 'pipeline')) if last else len(names)
+    lo = names.index(one_of('stage', first, dict.fromkeys(names), 'pipeline')) if first else 0
+    hi = len(names) - names[::-1].index(one_of('stage', last, dict.fromkeys(names), 'pipeline')) if last else len(names)
     return steps[lo:hi]
 
 

@@ -15,7 +15,7 @@ from .card import LICENCE, publish
 from .core import LabError
 from .files import as_json, write_text
 from .grade import copy_baseline, majority_baseline
-from .puzzles import FAMILIES, make_puzzles
+from .puzzles import FAMILIES, check_families, make_puzzles
 from .questions import make_questions
 from .sources import documents, licence_of, package_folder
 from .splits import check_apart, check_held, domain_text, general_text, split_functions, split_own, without
@@ -42,6 +42,8 @@ class Config:
     families: list = field(default_factory=lambda: list(FAMILIES))   # puzzle families
     long_share: float = 0.65          # share of worked solutions that are right but wasteful
     seed: int = 0                         # of everything random in this stage
+
+    def __post_init__(self): check_families(self.families)
 
 # %% ../nbs/10_prepare_corpus.ipynb #726edc97
 def source_name(spec: dict) -> str:
