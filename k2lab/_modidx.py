@@ -494,6 +494,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'k2lab.sample_teacher.verified_rows': ( 'sample_teacher.html#verified_rows',
                                                                               'k2lab/sample_teacher.py')},
             'k2lab.sessions': { 'k2lab.sessions.ask': ('sessions.html#ask', 'k2lab/sessions.py'),
+                                'k2lab.sessions.call': ('sessions.html#call', 'k2lab/sessions.py'),
                                 'k2lab.sessions.call_defaults': ('sessions.html#call_defaults', 'k2lab/sessions.py'),
                                 'k2lab.sessions.comparing': ('sessions.html#comparing', 'k2lab/sessions.py'),
                                 'k2lab.sessions.compound': ('sessions.html#compound', 'k2lab/sessions.py'),

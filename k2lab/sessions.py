@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OFTEN', 'identifiers', 'sentences', 'compound', 'literal', 'made_up', 'jumbled', 'look_up', 'next_name',
            'call_defaults', 'operation', 'sums', 'running_total', 'counting_on', 'ordering', 'taking_out', 'few',
-           'printing', 'removing', 'simplifying', 'counting', 'tally', 'comparing', 'signature', 'ask', 'listing',
-           'sessions']
+           'printing', 'removing', 'simplifying', 'counting', 'tally', 'comparing', 'call', 'signature', 'ask',
+           'listing', 'sessions']
 
 # %% ../nbs/04d_sessions.ipynb #fcd2eacc
 import random, re
@@ -150,12 +150,16 @@ def comparing(rng, names, lines):
     (s, a), (t, b) = operation(rng), operation(rng)
     return '', f'>>> {a} < {b}\n{a < b}\n>>> max({a}, {b})\n{max(a, b)}\n>>> {s}, {t}, max({s}, {t})\n({a}, {b}, {max(a, b)})\n'
 
+def call(rng, name: str, argument: str) -> str:
+    "A function with its argument, in brackets or as IPython's magics have it, after a space: to a tokenizer `(path` and ` path` begin differently."
+    return f'{name}({argument})' if rng.random() < .4 else f'%{name} {argument}'
+
 def signature(rng, names, lines):
     "One signature, and three of: the default of a parameter, what follows it, how many there are; asked before it or after it."
     f, keys, plain = compound(rng, names), rng.sample(names, rng.randint(2, 7)), rng.randint(1, 2)
     shown = keys[:plain] + [f'{k}={literal(rng, names)}' for k in keys[plain:]]
     i, j = rng.randrange(plain, len(keys)) if len(keys) > plain else 0, rng.randrange(len(keys)-1)
-    asked = {f"default('{keys[i]}')": shown[i], f"after('{keys[j]}')": f'{shown[j]}, {shown[j+1]}', 'len(parameters)': f'{", ".join(keys)}: {len(keys)}'}
+    asked = {call(rng, 'default', keys[i]): shown[i], call(rng, 'after', keys[j]): f'{shown[j]}, {shown[j+1]}', call(rng, 'count', f): f'{", ".join(keys)}: {len(keys)}'}
     return ask(rng, f'>>> help({f})\n{f}({", ".join(shown)})\n', asked)
 
 def ask(rng, page: str, asked: dict):
@@ -168,16 +172,16 @@ def listing(rng, names, lines):
     "A few lines `name: text`; one is looked up by its name, one by its text."
     page = {compound(rng, names): rng.choice(lines) for _ in range(rng.randint(2, 5))}
     a, b = rng.choice(list(page)), rng.choice(list(page))
-    return ask(rng, '>>> print(page)\n' + ''.join(f'{k}: {v}\n' for k, v in page.items()), {f'line({a})': f'{a}: {page[a]}', f'line({page[b]})': f'{b}: {page[b]}'})
+    return ask(rng, '>>> print(page)\n' + ''.join(f'{k}: {v}\n' for k, v in page.items()), {call(rng, 'line', a): f'{a}: {page[a]}', call(rng, 'line', page[b]): f'{b}: {page[b]}'})
 
 # %% ../nbs/04d_sessions.ipynb #1f2b3fc4
 OFTEN = {look_up: 1, next_name: 1, call_defaults: 1, sums: 2, running_total: 2, counting_on: 1, ordering: 2, taking_out: 4, printing: 2, removing: 3,
          simplifying: 4, counting: 1, tally: 4, comparing: 2, signature: 6, listing: 8}
 
 def sessions(n: int, names: list, lines: list, seed: int) -> list:
-    "n pairs (given, what follows) with names and sentences of real pages, and as many made-up ones."
+    "n pairs (given, what follows) with names and sentences of real pages, and half as many made-up ones."
     rng = random.Random(seed)
-    names = names + [made_up(rng) for _ in names]
+    names = names + [made_up(rng) for _ in names[::2]]
     words = names + [w for line in lines for w in line.split()]
-    lines = lines + [jumbled(rng, words) for _ in lines]
+    lines = lines + [jumbled(rng, words) for _ in lines[::2]]
     return [make(rng, names, lines) for make in rng.choices(list(OFTEN), OFTEN.values(), k=n)]
