@@ -6,6 +6,7 @@ import pytest
 
 from k2lab import corpus, grade, puzzles, questions, rows
 from k2lab.core import LabError
+from k2lab.prepare_corpus import Config as PrepareConfig
 
 TEXT = dict(text='Graphs have nodes and edges.', source='notes')
 SUM = dict(prompt='1+1?', reasoning='1+1=2', final='2')
@@ -319,3 +320,8 @@ def test_files_without_functions_ask_for_rows_of_your_own(prepared, tmp_path):
     (tmp_path/'mine.jsonl').write_text('\n'.join(map(json.dumps, mine)))
     job = prepared(sources=source, own_rows=[str(tmp_path/'mine.jsonl')])
     assert len(prompts(job, 'domain_sft')) + len(prompts(job, 'domain_questions')) == 60
+
+
+@pytest.mark.parametrize('mode', ['domain', 'reasoning'])
+def test_an_unknown_family_is_refused_in_either_mode(mode):
+    with pytest.raises(LabError, match="'chian' .did you mean 'chain'"): PrepareConfig(mode=mode, families=['chian'])
