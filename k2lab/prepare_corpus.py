@@ -40,10 +40,14 @@ class Config:
     prompts: int = 2400               # problems to sample answers for later
     eval_items: int = 450             # questions or puzzles to judge on
     families: list = field(default_factory=lambda: list(FAMILIES))   # puzzle families
+    turns: dict = field(default_factory=dict)   # how often a family comes up in a round of training problems, {sort: 2}; once if it is not named
     long_share: float = 0.65          # share of worked solutions that are right but wasteful
     seed: int = 0                         # of everything random in this stage
 
-    def __post_init__(self): check_families(self.families)
+    def __post_init__(self):
+        check_families([*self.families, *self.turns])
+        for family, n in self.turns.items():
+            if not isinstance(n, int) or n < 1: raise LabError(f'turns: {family} has {n}; a whole number from 1 on')
 
 # %% ../nbs/10_prepare_corpus.ipynb #726edc97
 def source_name(spec: dict) -> str:
@@ -91,10 +95,10 @@ def reasoning_rows(cfg) -> tuple:
     "(reasoning_sft rows, prompts to sample on, evaluation rows), no problem in two of them"
     own, own_held = split_own(cfg.own_rows, 'reasoning_sft', cfg.held_percent)
     judged = make_puzzles(cfg.eval_items, cfg.seed + EVALUATION, cfg.families)
-    taken = {row['id'] for row in judged}
-    sampled = make_puzzles(cfg.prompts, cfg.seed + SAMPLING, cfg.families, avoid=taken)
+    taken, turns = {row['id'] for row in judged}, {family: cfg.turns.get(family, 1) for family in cfg.families}
+    sampled = make_puzzles(cfg.prompts, cfg.seed + SAMPLING, turns, avoid=taken)
     taken |= {row['id'] for row in sampled}
-    made = make_puzzles(cfg.puzzles, cfg.seed, cfg.families, cfg.long_share, avoid=taken)
+    made = make_puzzles(cfg.puzzles, cfg.seed, turns, cfg.long_share, avoid=taken)
     judged += own_held[:cfg.eval_items]
     return made + without(own, judged + sampled), without(sampled, judged), judged
 

@@ -120,13 +120,14 @@ def new_items(family: str, seed: int, avoid: set):
 
 # %% ../nbs/04b_puzzles.ipynb #cce19931
 def make_puzzles(n: int, seed: int, families=FAMILIES, long_share: float = 0.65, style: str = None, avoid=()) -> list:
-    "`n` reasoning_sft rows with family, style, answer and id, balanced over families, no problem twice and none of the ids in `avoid`"
+    "`n` reasoning_sft rows with family, style, answer and id, families taking turns (`{family: turns in a round}` or a list), no problem twice and none of the ids in `avoid`"
     check_families(families)
-    streams = [(family, new_items(family, seed, set(avoid))) for family in families]
+    streams = {family: new_items(family, seed, set(avoid)) for family in families}
+    turns = [family for family in families for _ in range(families[family] if isinstance(families, dict) else 1)]
     rng, rows = random.Random(f'styles {seed}'), []
     for i in range(n):
-        family, stream = streams[i % len(streams)]
-        key, item = next(stream)
+        family = turns[i % len(turns)]
+        key, item = next(streams[family])
         manner = style or ('long' if rng.random() < long_share else 'short')
         rows.append(dict(prompt=item.prompt, reasoning=write_trace(item, manner), final=item.answer,
                          family=family, style=manner, answer=item.answer, id=key))
