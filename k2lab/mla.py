@@ -30,10 +30,10 @@ def latents(kv, rope):
     return torch.cat((kv, rope), -1), kv
 
 def plain_layers(model) -> list:
-    "The latent attention layers, if every `kv_b_proj` is a plain linear layer: an adapter or 4-bit weights would be passed over."
+    "The latent attention layers, if each caches latents (transformers has done so since `expand_kv`) and its `kv_b_proj` is a plain linear layer: an adapter or 4-bit weights would be passed over."
     from torch.nn import Linear
     layers = [m for m in model.modules() if type(m).__name__ == 'DeepseekV3Attention']
-    return layers if all(type(m.kv_b_proj) is Linear for m in layers) else []
+    return layers if all(type(m.kv_b_proj) is Linear and hasattr(type(m), 'expand_kv') for m in layers) else []
 
 @contextmanager
 def from_latents(model):
