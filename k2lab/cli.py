@@ -7,7 +7,11 @@ from k2lab.core import LabError, SCALES, did_you_mean, lab_path, one_of, read_ya
 USAGE = """usage: k2lab pipeline [--scale S] [--campaign C] [--from STAGE] [--to STAGE] [--seed N]
        k2lab STAGE [--scale S] [--campaign C] [field=value ...]
        k2lab runs [--campaign C]
-       k2lab show RUN
+       k2lab show RUN           what a run did, and what went into it
+       k2lab watch RUN          its progress, wherever it runs
+       k2lab resume RUN         go on with one that was killed or failed
+       k2lab reproduce RUN      do a complete one again and compare
+       k2lab diff RUN RUN       what differs in inputs and in results
        k2lab STAGE --help       what the stage can be told
 
 Every stage is a notebook; a run is an executed notebook in a folder of its own.
@@ -189,9 +193,22 @@ def show_runs(words:list) -> int:
     from k2lab.job import runs
     options, rest = parse(words, 'campaign')
     found = runs(options['campaign'] or (rest[0] if rest else None))
-    rows = [[r['campaign'], Path(r['folder']).name, r['scale'], r['seed'], clock(r.get('wall_s', 0)), outcome(r)] for r in found]
-    print(table(['campaign', 'run', 'scale', 'seed', 'wall', 'status'], rows) if rows else 'no runs yet')
+    rows = [[r['campaign'], Path(r['folder']).name, r['scale'], r['seed'], clock(r.get('wall_s') or 0), key_metric(r), parents(r), outcome(r)] for r in found]
+    print(table(['campaign', 'run', 'scale', 'seed', 'wall', 'measure', 'parents', 'status'], rows) if rows else 'no runs yet')
     return 0
+
+
+def key_metric(record:dict) -> str:
+    "A run's first measure, before and after."
+    from k2lab.display import short
+    m = next(iter(record['metrics']), None)
+    return f"{m['measure']} {short(m['before'])} -> {short(m['after'])}" if m else '-'
+
+
+def parents(record:dict) -> str:
+    "The runs a run read from, by day and number."
+    found = dict.fromkeys('-'.join(p['run'].split('-')[:3]) for p in record['parents'] if p['run'])
+    return ', '.join(found) or '-'
 
 
 def show(words:list) -> int:
@@ -199,11 +216,93 @@ def show(words:list) -> int:
     from k2lab.job import find_run, read_run
     if len(words) != 1: raise LabError('show needs one run; `k2lab runs` lists them')
     record = read_run(find_run(words[0]))
-    print(run_text(record))
+    print(attempts(record) + run_text(record))
     for title, rows in (('config', record['config'].items()), ('parents', [(p['name'], p['run'] or p['place']) for p in record['parents']]),
                         ('code', record['code'].items()), ('hardware', record['hardware'].items()), ('versions', record['versions'].items())):
         print(f'\n{title}'); print(table([], [[f'  {k}', v] for k, v in rows]))
     return 0
+
+
+def unfinished(words:list, command:str) -> str:
+    "The one run that a command is told."
+    if len(words) == 1: return words[0]
+    raise LabError(f'{command} needs one run; `k2lab runs` lists them')
+
+
+def resume_run(words:list) -> int:
+    "Go on with an unfinished run; 1 when it did not complete."
+    from k2lab.again import resume
+    from k2lab.job import find_run, read_run
+    folder = find_run(unfinished(words, 'resume'))
+    progress = Progress(read_run(folder)['stage'])
+    record = read_run(resume(folder, progress))
+    progress.end(record)
+    print(attempts(record) + run_text(record))
+    return int(record['status'] != 'complete')
+
+
+def attempts(record:dict) -> str:
+    "What became of the earlier attempts of a run, as lines of text."
+    lines = []
+    for a in record.get('attempts', []):
+        lines.append(f"  {a['ended']} ({a['reason']}), resumed " + (' and '.join(f'{phase} from step {step}' for phase, step in a.get('from', {}).items()) or 'from the start'))
+        lines += [f'    not taken: {told}' for told in a['set_aside']] + [f'    changed since: {told}' for told in a['differs']]
+    return ''.join(f'{line}\n' for line in lines)
+
+
+def reproduce_run(words:list) -> int:
+    "Do a complete run again and compare; 1 when the results differ."
+    from k2lab.again import reproduce
+    from k2lab.job import find_run, read_run
+    name = find_run(unfinished(words, 'reproduce'))
+    progress = Progress(read_run(name)['stage'])
+    folder, results, inputs = reproduce(name, progress)
+    progress.end(read_run(folder))
+    print(f'  in {folder}\n' + verdict(results, inputs))
+    return int(bool(results))
+
+
+def verdict(results:list, inputs:list) -> str:
+    "Whether two runs came out the same, and if not, which input is the first suspect."
+    if not results: return 'every measure, every weight and the token stream are the same' + (f' although {said(inputs[0])}' if inputs else '')
+    first = f'the first input that differs: {said(inputs[0])}' if inputs else 'no recorded input differs: the stage is not deterministic here'
+    return f'{len(results)} results differ, the first: {said(results[0])}\n{first}'
+
+
+def said(difference:tuple) -> str:
+    "One difference in words."
+    from k2lab.display import short
+    kind, name, a, b = difference
+    cut = lambda v: short(v) if not isinstance(v, str) or len(v) < 20 else v[:12] + '…'
+    return f'{kind} {name}: {cut(a)} -> {cut(b)}'
+
+
+def diff(words:list) -> int:
+    "Say what differs between two runs."
+    from k2lab.again import differences, inputs, results, with_env
+    from k2lab.job import find_run
+    if len(words) != 2: raise LabError('diff needs two runs; `k2lab runs` lists them')
+    a, b = (with_env(find_run(w)) for w in words)
+    for title, of in (('inputs', inputs), ('results', results)):
+        found = differences(of(a), of(b))
+        print(f'{title}: {len(found) or "nothing"} differs' if len(found) < 2 else f'{title}: {len(found)} differ')
+        for one in found: print('  ' + said(one))
+    return 0
+
+
+def watch(words:list) -> int:
+    "Show the progress of a run until it ends; 1 when it did not complete."
+    from k2lab.job import find_run, read_run
+    from k2lab.run import following
+    folder = find_run(unfinished(words, 'watch'))
+    record = read_run(folder)
+    progress = Progress(record['stage'])
+    with following(folder/'metrics.jsonl', progress):
+        while record['status'] in ('prepared', 'running'):
+            time.sleep(.5)
+            record = read_run(folder)
+    progress.end(record)
+    return int(record['status'] != 'complete')
 
 
 def work(words:list) -> int:
@@ -242,7 +341,7 @@ def summary(records:list) -> str:
     return '\n' + table(['stage', 'status', 'measure', 'before', 'after', 'wall s', 'peak GiB'], rows)
 
 
-COMMANDS = {'pipeline': pipeline, 'runs': show_runs, 'show': show, 'work': work}
+COMMANDS = {'pipeline': pipeline, 'runs': show_runs, 'show': show, 'watch': watch, 'resume': resume_run, 'reproduce': reproduce_run, 'diff': diff, 'work': work}
 
 
 def main(words:list) -> int:

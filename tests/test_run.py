@@ -27,7 +27,7 @@ def wait_for(found, seconds:float=60):
 # ---- refused before anything starts ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('words, line', [
-    (['train_toi'], "unknown command 'train_toi' (did you mean 'train_toy'?); valid: pipeline, runs, show, work, train_toy"),
+    (['train_toi'], "unknown command 'train_toi' (did you mean 'train_toy'?); valid: pipeline, runs, show, watch, resume, reproduce, diff, work, train_toy"),
     (['train_toy', '--scale', 'nan'], "unknown scale 'nan' (did you mean 'nano'?); valid: smoke, nano, qlora, full"),
     (['train_toy', 'stepz=3'], "changes: unknown key 'stepz' (did you mean 'steps'?); valid: init_from, saves, steps"),
     (['train_toy', 'steps=many'], "changes: steps must be int, not 'many'"),
@@ -91,18 +91,18 @@ def test_a_complete_run(lab):
     assert [row.get('step') for row in seen] == [None, 1, 2, 3, 4]          # the first one says that the kernel starts
     assert r['metrics'] == [{'stage': 'train_toy', 'measure': 'value', 'before': 0, 'after': 4, 'low': None, 'high': None, 'n': 1, 'seed': 0}]
     assert (folder/'k2_toy.txt').read_text() == '4' and not verify(folder, 'k2_toy', deep=True)
-    assert r['parents'] == [{'name': 'zero', 'run': None, 'place': './zero.txt'}]
+    assert [(p['name'], p['run'], p['place'], len(p['sha256'])) for p in r['parents']] == [('zero', None, './zero.txt', 64)]
     assert r['peak_gib'] > 0 and r['wall_s'] > 0 and r['hardware']['cores'] >= 1 and 'python' in r['versions']
     cells = json.loads((folder/'notebook.ipynb').read_text())['cells']
     assert not any('a lesson' in ''.join(c['source']) for c in cells)      # only the run half was executed
     assert 'image/svg+xml' in (folder/'report.html').read_text()
-    assert not [p.name for p in folder.iterdir() if p.name.startswith('.')]
+    assert [p.name for p in folder.iterdir() if p.name.startswith('.')] == ['.owner']
 
 
 @pytest.mark.parametrize('how, reason', [
     ('raise', 'ValueError: the loss is not a number'),
     ('fail', 'failed checks: counted up (as told)'),
-    ('full', 'no space left on the disk while writing k2_toy; nothing was published under that name'),
+    ('full', 'disk full while writing k2_toy; nothing was published under that name'),
     ('die', 'the kernel died'),
 ])
 def test_a_run_that_goes_wrong_says_why(lab, how, reason):
@@ -202,7 +202,7 @@ def test_parents_are_the_newest_complete_runs_of_the_campaign(lab):
     execute('train_toy', campaign='other', changes={'steps': '9'})
     job = start('train_toy', campaign='c')
     assert job.find('k2_toy') == second/'k2_toy.txt'
-    assert job.record['parents'] == [{'name': 'k2_toy', 'run': second.name, 'place': None}]
+    assert [(p['name'], p['campaign'], p['run'], p['place']) for p in job.record['parents']] == [('k2_toy', 'c', second.name, None)]
     (second/'k2_toy.txt').write_text('cut')
     assert start('train_toy', campaign='c').find('k2_toy') == first/'k2_toy.txt'      # a damaged one is passed over
     with pytest.raises(LabError, match="run `k2lab train_toy --scale nano"): start('train_toy', 'nano', campaign='c').find('k2_toy')
