@@ -1,10 +1,11 @@
 # make demo   the whole pipeline at nano scale, then where its report is
 # make test   everything that must hold before a commit
+# make test-faults  every fault injected, hundreds of kills (about an hour)
 # make lab    JupyterLab on the notebooks, on this machine only
 # make export the package from the notebooks
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab export clean-runs
+.PHONY: help setup demo test test-faults lab export clean-runs
 
 # the first Python between 3.11 and 3.13 wins
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -34,6 +35,9 @@ test: $(READY)
 	$(BIN)/python tests/in_sync.py
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export K2LAB_LAB_RUNS_PATH="$$runs" && set -x && \
 	  $(BIN)/nbdev-test && $(BIN)/python -m pytest -q tests
+
+test-faults: $(READY)
+	K2LAB_FAULTS=full $(BIN)/python -m pytest -q -s tests/test_faults.py tests/test_resume.py
 
 lab: $(READY)
 	$(BIN)/nbdev-install-hooks

@@ -55,7 +55,7 @@ def differences(a:dict, b:dict) -> list:
     return [(*key, a.get(key), b.get(key)) for key in [*a, *(k for k in b if k not in a)] if a.get(key) != b.get(key)]
 
 # %% ../nbs/01b_again.ipynb #dfc60553
-KEPT = ('stage', 'scale', 'campaign', 'seed', 'started', 'by_runner', 'changes', 'config', 'code', 'versions', 'hardware', 'reproduces')
+KEPT = ('stage', 'scale', 'campaign', 'seed', 'started', 'by_runner', 'changes', 'config', 'code', 'versions', 'hardware', 'reproduces', 'slurm')
 
 def here() -> dict:
     "The inputs that a resumed run takes from where it runs now."
@@ -104,7 +104,7 @@ def prepare_again(folder:Path) -> Job:
     new = new_folder(old['stage'], check_campaign(f"{old['campaign']}-again"))
     for name in ('stage.yaml', 'env.yaml'): shutil.copy(folder/name, new/name)
     pins = [p | {'sha256': now} for p in old['parents'] if (now := content_now(p)) or True]
-    record = {k: old[k] for k in KEPT if k in old} | here() | {'campaign': new.parent.name, 'status': 'prepared', 'reason': '', 'owner': owner(), 'by_runner': True,
+    record = {k: old[k] for k in KEPT if k in old and k != 'slurm'} | here() | {'campaign': new.parent.name, 'status': 'prepared', 'reason': '', 'owner': owner(), 'by_runner': True,
               'started': datetime.now(timezone.utc).isoformat(timespec='seconds'), 'reproduces': f"{old['campaign']}/{folder.name}", 'parents': [], 'pins': pins,
               'saves': {}, 'metrics': [], 'checks': [], 'timings': {}}
     write_text(new/'run.json', as_json(record, indent=1) + '\n')

@@ -5,7 +5,7 @@ from pathlib import Path
 from k2lab.core import LabError, SCALES, did_you_mean, lab_path, one_of, read_yaml, resolve, setting, stage_names
 
 USAGE = """usage: k2lab pipeline [--scale S] [--campaign C] [--from STAGE] [--to STAGE] [--seed N]
-       k2lab STAGE [--scale S] [--campaign C] [field=value ...]
+       k2lab STAGE [--scale S] [--campaign C] [--on slurm] [field=value ...]
        k2lab runs [--campaign C]
        k2lab show RUN           what a run did, and what went into it
        k2lab watch RUN          its progress, wherever it runs
@@ -101,7 +101,10 @@ def describe(row:dict) -> str:
 
 
 def outcome(record:dict) -> str:
-    "The status of a run, with the reason when it has one."
+    "The status of a run, with the reason when it has one, or where it stands in the queue of a cluster."
+    if record['status'] == 'prepared' and 'slurm' in record and shutil.which('squeue'):
+        from k2lab.slurm import waiting
+        return waiting(record['folder']) or 'prepared: Slurm does not have it any more'
     return f"{record['status']}: {record['reason']}" if record['reason'] else record['status']
 
 
@@ -110,7 +113,8 @@ def outcome(record:dict) -> str:
 def run_stage(stage:str, words:list) -> int:
     "Run one stage; 1 when it did not complete."
     from k2lab.run import execute, read_run
-    options, rest = parse(words, 'scale', 'campaign')
+    options, rest = parse(words, 'scale', 'campaign', 'on')
+    if place := options.pop('on'): return submit(place, stage, options, changes_of(rest))
     if stage == 'agentic_demo' and sys.stdin.isatty(): return converse(options, changes_of(rest))
     progress = Progress(one_of('command', stage, stage_names()))
     folder = execute(stage, changes=changes_of(rest), on_progress=progress, **options)
@@ -118,6 +122,23 @@ def run_stage(stage:str, words:list) -> int:
     progress.end(record)
     print(run_text(record))
     return int(record['status'] != 'complete')
+
+
+def submit(place:str, stage:str, options:dict, changes:dict) -> int:
+    "Submit one stage to a cluster instead of running it here; 0 once it is in the queue."
+    from k2lab.slurm import submit_stage
+    one_of('place', place, ('slurm',), '--on')
+    folder, job = submit_stage(stage, changes=changes, **options)
+    print(f'{folder.parent.name}/{folder.name}: Slurm job {job}\n  in {folder}')
+    return 0
+
+
+def resubmit(place:str, folder:Path) -> int:
+    "Submit an unfinished run to a cluster; 0 once it is in the queue."
+    from k2lab.slurm import submit
+    one_of('place', place, ('slurm',), '--on')
+    print(f'{folder.parent.name}/{folder.name}: Slurm job {submit(folder)}')
+    return 0
 
 
 def converse(options:dict, changes:dict) -> int:
@@ -223,7 +244,7 @@ def show(words:list) -> int:
     return 0
 
 
-def unfinished(words:list, command:str) -> str:
+def the_run(words:list, command:str) -> str:
     "The one run that a command is told."
     if len(words) == 1: return words[0]
     raise LabError(f'{command} needs one run; `k2lab runs` lists them')
@@ -233,7 +254,9 @@ def resume_run(words:list) -> int:
     "Go on with an unfinished run; 1 when it did not complete."
     from k2lab.again import resume
     from k2lab.job import find_run, read_run
-    folder = find_run(unfinished(words, 'resume'))
+    options, rest = parse(words, 'on')
+    folder = find_run(the_run(rest, 'resume'))
+    if place := options['on']: return resubmit(place, folder)
     progress = Progress(read_run(folder)['stage'])
     record = read_run(resume(folder, progress))
     progress.end(record)
@@ -254,7 +277,7 @@ def reproduce_run(words:list) -> int:
     "Do a complete run again and compare; 1 when the results differ."
     from k2lab.again import reproduce
     from k2lab.job import find_run, read_run
-    name = find_run(unfinished(words, 'reproduce'))
+    name = find_run(the_run(words, 'reproduce'))
     progress = Progress(read_run(name)['stage'])
     folder, results, inputs = reproduce(name, progress)
     progress.end(read_run(folder))
@@ -294,7 +317,7 @@ def watch(words:list) -> int:
     "Show the progress of a run until it ends; 1 when it did not complete."
     from k2lab.job import find_run, read_run
     from k2lab.run import following
-    folder = find_run(unfinished(words, 'watch'))
+    folder = find_run(the_run(words, 'watch'))
     record = read_run(folder)
     progress = Progress(record['stage'])
     with following(folder/'metrics.jsonl', progress):

@@ -350,8 +350,9 @@ def launch_command(job:Job) -> list:
     "The `accelerate launch` command that works on a run folder with several processes."
     config = lab_path('configs')/'accelerate'/f'{job.cfg.accelerate}.yaml'
     if not config.exists(): raise LabError(f"no {config}; there are: {', '.join(sorted(p.stem for p in config.parent.glob('*.yaml')))}")
-    return [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(config), '--num_processes', str(job.cfg.processes),
-            '-m', 'k2lab', 'work', str(job.folder)]
+    from k2lab.slurm import across_nodes
+    return across_nodes([sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(config), '--num_processes', str(job.cfg.processes),
+                         '-m', 'k2lab', 'work', str(job.folder)], os.environ)
 
 # %% ../nbs/01_job.ipynb #e2e107c1
 def run_group(command:list, log:Path) -> int:
