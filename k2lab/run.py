@@ -12,7 +12,7 @@ import contextlib, html, json, os, re, signal, tempfile, threading, time
 from pathlib import Path
 
 from .core import LabError, one_of, root, setting, stage_names, stage_notebooks
-from .files import SECRET_TEXT, as_json, disk_errors, mask, write_text
+from .files import as_json, disk_errors, mask, scrub, write_text
 from .guard import guarded, owning
 from .job import Job, find_run, lacks, launch, open_job, prepare, read_run, runs, saved_by, stage_module, start, config_of, tidy
 
@@ -104,13 +104,15 @@ def ending(error) -> str:
 
 # %% ../nbs/01a_run.ipynb #7efea340
 def publish_notebook(folder:Path):
-    "Give the executed copy its name, secrets masked, and put it beside as report.html; a copy that does not parse stays hidden."
+    "Give the executed copy its name, secrets masked here and in log.txt, and put it beside as report.html; a copy that does not parse stays hidden."
+    log = folder/'log.txt'
+    if log.exists(): write_text(log, scrub(log.read_text(encoding='utf-8', errors='replace')))
     part = folder/'.notebook.ipynb'
     try: nb = json.loads(part.read_text(encoding='utf-8'))
     except (FileNotFoundError, json.JSONDecodeError): return
     told = nb['metadata'].get('papermill', {})
     told.pop('input_path', None), told.pop('output_path', None)
-    write_text(folder/'notebook.ipynb', SECRET_TEXT.sub('***', as_json(nb, indent=1)) + '\n')
+    write_text(folder/'notebook.ipynb', scrub(as_json(nb, indent=1)) + '\n')
     part.unlink()
     write_text(folder/'report.html', page(folder))
 
@@ -130,7 +132,7 @@ def conclude(folder:Path, error, began:float) -> dict:
     status = 'interrupted' if isinstance(error, KeyboardInterrupt) else 'failed' if why else 'complete'
     record |= {'status': status, 'reason': str(error) or 'Ctrl-C' if status == 'interrupted' else why, 'wall_s': round(time.monotonic() - began, 3)}
     (folder/RESERVE).unlink(missing_ok=True)
-    write_text(folder/'run.json', as_json(record, indent=1) + '\n')
+    write_text(folder/'run.json', as_json(mask(record), indent=1) + '\n')
     if status == 'complete': tidy(folder)
     return record
 
@@ -160,7 +162,7 @@ def perform(job:Job, path:Path, began:float, on_progress) -> Path:
     error = None
     try:
         with insisting(), following(job.folder/'metrics.jsonl', on_progress), disk_errors(str(job.folder)), guarded():
-            write_text(job.folder/RESERVE, ' '*2**18)
+            write_text(job.folder/RESERVE, ' '*2**16)
             run_notebook(run_half(path), job.folder, {'scale': job.scale, 'run': os.path.relpath(job.folder, root()), 'changes': mask(job.record['changes'])})
     except (Exception, KeyboardInterrupt) as e: error = e
     conclude(job.folder, error, began)

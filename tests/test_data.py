@@ -46,6 +46,18 @@ def test_every_cut_of_a_published_file_is_noticed(tmp_path):
         path.write_bytes(broken)
         with pytest.raises(LabError, match='manifest'): rows.read_rows(path, 'reasoning_sft')
 
+def test_a_file_cut_at_200_offsets_never_loads_less_in_silence(tmp_path):
+    path = tmp_path/'a.jsonl'
+    rows.write_rows(path, [dict(SUM, n=i) for i in range(100)], 'reasoning_sft')
+    whole, rng = path.read_bytes(), random.Random(0)
+    borders = [i + 1 for i, byte in enumerate(whole[:-1]) if byte == 10]      # where a cut file still parses
+    noticed = 0
+    for at in rng.sample(borders, 60) + rng.sample(range(len(whole)), 140):
+        path.write_bytes(whole[:at])
+        try: rows.read_rows(path, 'reasoning_sft')
+        except LabError: noticed += 1
+    assert noticed == 200
+
 def test_row_count_of_the_manifest_is_checked(tmp_path):
     path = tmp_path/'a.jsonl'
     manifest = rows.write_rows(path, [SUM], 'reasoning_sft')

@@ -1,16 +1,19 @@
 """kill -9 at seeded moments of a run: never a false `complete`, never an unreadable record, nothing left alive, and a resume that ends where the uninterrupted run does.
 
 `make test` does the quick part; `make test-faults` all of it (K2LAB_FAULTS=full)."""
-import os, random, signal, subprocess, sys, time
+import json, multiprocessing, os, random, resource, signal, subprocess, sys, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil, pytest
 
-from k2lab.again import results
+from k2lab.again import inputs, differences, reproduce, results, with_env
 from k2lab.checkpoint import MANIFEST
-from k2lab.job import read_run
+from k2lab.core import LabError
+from k2lab.files import read_lines, verify
+from k2lab.job import prepare, read_run, start
+from k2lab.run import execute
 
 FULL = os.environ.get('K2LAB_FAULTS') == 'full'
 PHASES = ('start', 'data', 'step', 'save', 'evaluate', 'write', 'finish')
@@ -174,3 +177,143 @@ def test_killed_runs_of_real_training(tmp_path, monkeypatch):
     assert start_run([*words, '--campaign', 'whole']).wait(180) == 0
     want = results(read_run(next((tmp_path/'whole').iterdir())))
     check(verdict(kill_many(tmp_path, words, 36 if FULL else 3, 7), want), 'real training')
+
+
+# ---- two runs, one folder ----------------------------------------------------------------------------------------------------
+
+def race(folders:list, barrier, won):
+    "Try to start each prepared folder the moment the other process does; count the wins."
+    for i, folder in enumerate(folders):
+        barrier.wait()
+        try: job = start('train_toy', run=folder)
+        except LabError: continue
+        won[i] += 1
+        kept = job      # and with it the lock, until the next round
+
+
+def test_of_two_processes_one_gets_the_folder(lab):
+    n = 100 if FULL else 25
+    folders = [str(prepare('train_toy', campaign=f'r{i}').folder) for i in range(n)]
+    fork = multiprocessing.get_context('fork')
+    barrier, won = fork.Barrier(2), fork.Array('i', n)
+    both = [fork.Process(target=race, args=(folders, barrier, won)) for _ in range(2)]
+    for p in both: p.start()
+    for p in both: p.join(120)
+    print(f'\nraces: {n}, one winner in {sum(w == 1 for w in won)}')
+    assert list(won) == [1]*n
+
+
+# ---- the disk is full --------------------------------------------------------------------------------------------------------
+
+WRITER = STAGE.replace('STAGE', '').replace("    job.measure('value'", """    for kib in (80, 120, 180, 260, 360, 480, 600):
+        with job.publishing(f'part_{kib}', '.txt') as path: path.write_text('x'*kib*1024)
+    job.measure('value'""")
+
+
+def parses(folder:Path) -> bool:
+    "Whether every JSON file of a run folder can be read."
+    for p in folder.rglob('*'):
+        if p.suffix in ('.json', '.ipynb'): json.loads(p.read_text())
+        if p.suffix == '.jsonl': read_lines(p)
+    return True
+
+
+def test_a_full_disk_loses_nothing_that_was_published(lab):
+    lab.stage(20, 'train_toy', 'saves: k2_toy\n', cells=CELLS, module=WRITER)
+    rng, n = random.Random(3), 20 if FULL else 4
+    good = 0
+    for i, limit in enumerate(rng.sample(range(70, 600), n)):
+        cap = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit*1024, limit*1024))
+        code = subprocess.run([sys.executable, '-m', 'k2lab', 'train_toy', '--campaign', f'd{i}'], capture_output=True, preexec_fn=cap, timeout=90).returncode
+        folder = next((lab.runs/f'd{i}').iterdir())
+        record = read_run(folder)
+        kept = [name for name in record['saves'] if not verify(folder, name, deep=True)]
+        good += (code, record['status'], record['reason'].startswith('disk full')) == (1, 'failed', True) and kept == list(record['saves']) and parses(folder)
+    print(f'\nfull disks: {n}, nothing lost and said so: {good}')
+    assert good == n
+
+
+# ---- secrets -----------------------------------------------------------------------------------------------------------------
+
+LEAK = STAGE.replace('    time.sleep(.1)\n    place', """    import os
+    print(os.environ['HF_TOKEN'], 'and', 'sk-' + 'q'*24); os.write(1, os.environ['OPENAI_API_KEY'].encode())
+    job.sample(when='before', prompt='say it', text=os.environ['WANDB_API_KEY']); job.log(note=os.environ['MY_SECRET'])
+    place""", 1)
+
+
+def test_twelve_planted_secrets_reach_no_file(lab, monkeypatch):
+    named = dict(HF_TOKEN='planted-token-one', OPENAI_API_KEY='planted-key-two', WANDB_API_KEY='planted-key-three', MY_SECRET='planted-secret-four', DB_PASSWORD='planted-word-five')
+    for k, v in named.items(): monkeypatch.setenv(k, v)
+    looks = ['hf_' + 'a'*24, 'ghp_' + 'b'*30, 'AKIA' + 'C'*16]
+    lab.stage(20, 'train_toy', 'saves: k2_toy\n', cells=[*CELLS, "raise ValueError('bad key " + looks[0] + "')"],
+              module=LEAK.replace("    accelerate: str = 'cpu'", "    api_key: str = ''   # a secret\n    trainer: dict = field(default_factory=dict)   # TRL's\n    accelerate: str = 'cpu'"))
+    lab.write('configs/env.yaml', 'models: {zero: ./zero.txt}\nendpoint: {api_key: planted-key-six, base_url: "http://me:planted-word-seven@127.0.0.1/v1"}\n')
+    changes = {'api_key': 'planted-key-eight', 'trainer.hub_token': 'planted-token-nine', 'trainer.note': looks[1], 'trainer.other': looks[2]}
+    folder = execute('train_toy', changes=changes)
+    planted = [*named.values(), 'planted-key-six', 'planted-word-seven', 'planted-key-eight', 'planted-token-nine', *looks]
+    assert len(planted) == 12 and read_run(folder)['reason'].startswith('ValueError')
+    found = [(p.name, s) for p in folder.rglob('*') if p.is_file() for s in [*planted, 'sk-' + 'q'*24] if s in p.read_text(errors='replace')]
+    assert found == []
+    assert '***' in (folder/'log.txt').read_text()
+
+
+# ---- done again --------------------------------------------------------------------------------------------------------------
+
+CHANGES = [('parameter', f'steps={n}') for n in (4, 5, 7, 8, 9)] + [('parameter', 'env'), ('parameter', 'saves')] + [('seed', n) for n in (1, 2, 3, 4)] \
+    + [('data', text) for text in ('1', '2', '5', '77', '-3', '12 ')] + [('code', n) for n in (1, 2, 3, 4, 5)] + [('package version', p) for p in ('torch', 'trl', 'numpy', 'python')] \
+    + [('hardware', k) for k in ('cpu', 'cores', 'memory_gib', 'system')]
+
+
+def alter(lab, monkeypatch, kind:str, what):
+    "Change one input of the toy stage, for real where a test can."
+    import k2lab.again as again
+    if kind == 'data': lab.write('zero.txt', what)
+    if kind == 'code': lab.write('toylab/train_toy.py', STAGE.replace('value*31', f'value*{31 + what}'))
+    if kind == 'package version': now = {**again.versions(), what: '9.9'}; monkeypatch.setattr(again, 'versions', lambda: now)
+    if kind == 'hardware': there = {**again.hardware(), what: 'other'}; monkeypatch.setattr(again, 'hardware', lambda: there)
+
+
+def first_difference(lab, monkeypatch, kind:str, what, original:Path) -> str:
+    "The kind of the first input that differs, when a run is done again (or, for what it was told, done beside it)."
+    told = {'parameter': {'env': {}, 'saves': {'saves': 'k2_other'}}.get(what, dict([str(what).split('=')]) if '=' in str(what) else {}), 'seed': {'seed': str(what)}}
+    if kind in told:
+        if what == 'env': lab.write('configs/env.yaml', 'models: {zero: ./zero.txt}\nsystem: You are another.\n')
+        other = execute('train_toy', campaign='beside', changes=told[kind])
+        found = differences(inputs(with_env(original)), inputs(with_env(other)))
+    else:
+        alter(lab, monkeypatch, kind, what)
+        found = reproduce(original)[2]
+    return found[0][0] if found else ''
+
+
+def test_the_first_input_that_differs_is_named(lab, monkeypatch):
+    lab.stage(20, 'train_toy', 'saves: k2_toy\n', cells=CELLS, module=STAGE)
+    env = (lab.root/'configs/env.yaml').read_text()
+    original = execute('train_toy', campaign='first')
+    rng, right, chosen = random.Random(5), 0, CHANGES if FULL else random.Random(5).sample(CHANGES, 5)
+    for kind, what in chosen:
+        with monkeypatch.context() as patch: right += first_difference(lab, patch, kind, what, original) == kind
+        lab.write('zero.txt', '0'); lab.write('toylab/train_toy.py', STAGE); lab.write('configs/env.yaml', env)
+    print(f'\nseeded differences: {len(chosen)}, named right {right}')
+    assert right >= len(chosen) - (1 if FULL else 0)
+
+
+REPEATED = [('train_continual_pretrain', []), ('train_sft_domain', []), ('train_sft_reasoning', []), ('distill_to_student', []), ('prepare_corpus', ['mode=domain']), ('prepare_corpus', ['mode=reasoning']),
+            ('train_sft_domain', ['seed=1']), ('train_sft_reasoning', ['seed=1']), ('distill_to_student', ['seed=1']), ('train_sft_domain', ['trainer.num_train_epochs=2']),
+            ('sample_teacher', ['mode=preferences']), ('sample_teacher', ['mode=distill']), ('run_dpo_reasoning', []), ('evaluate', []),
+            ('train_sft_domain', ['trainer.gradient_accumulation_steps=2']), ('train_sft_domain', ['load={lora_rank: 4, adapt: [attention, shared]}']),
+            ('run_dpo_reasoning', ['seed=1']), ('train_continual_pretrain', ['seed=1']), ('prepare_corpus', ['seed=1']), ('distill_to_student', ['trainer.max_steps=6'])]
+
+
+def test_recorded_runs_come_out_the_same_again(tmp_path, monkeypatch):
+    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path))
+    chosen, same = REPEATED if FULL else REPEATED[1:2], 0
+    for i, (stage, words) in enumerate(chosen):
+        folder = execute(stage, 'smoke', f's{i}', dict(w.split('=', 1) for w in words))
+        record = read_run(folder)
+        assert record['status'] == 'complete', (stage, words, record['reason'])
+        new, results_, inputs_ = reproduce(folder)
+        same += not results_ and not inputs_ and read_run(new)['status'] == 'complete'
+        if results_ or inputs_: print(stage, words, results_[:2], inputs_[:2])
+    print(f'\ndone again: {len(chosen)}, bit-identical {same}')
+    assert same == len(chosen)
