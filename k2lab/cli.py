@@ -161,7 +161,8 @@ def steps_of(first:str|None, last:str|None) -> list:
 
 
 def pipeline(words:list) -> int:
-    "Run the steps of configs/pipeline.yaml that are not complete yet; after the first that fails only those marked `always`, so that there is a report of it."
+    "Run the steps of configs/pipeline.yaml that are not complete yet, going on with one that was interrupted; after the first that fails only those marked `always`, so that there is a report of it."
+    from k2lab.again import resume
     from k2lab.run import execute, read_run
     options, rest = parse(words, 'scale', 'campaign', 'from', 'to', 'seed')
     if rest: raise LabError(f"pipeline does not take '{rest[0]}'; it takes --scale, --campaign, --from, --to and --seed")
@@ -175,7 +176,8 @@ def pipeline(words:list) -> int:
         if any(r['status'] != 'complete' for r in records) and not step['always']: continue
         ask = step['stage'], scale, campaign, step['changes']
         done, progress = None if step['always'] else finished(*ask), Progress(step['stage'], i, len(steps))
-        records.append(done or read_run(execute(*ask, progress)))
+        begun = None if done or step['always'] else finished(*ask, 'interrupted')
+        records.append(done or read_run(resume(begun['folder'], progress) if begun else execute(*ask, progress)))
         progress.end(records[-1] | ({'reason': f"already, in {Path(done['folder']).name}"} if done else {}))
     print(summary(records))
     report = lab_path('runs')/campaign/'report.html'
@@ -196,13 +198,13 @@ def told(stage:str, scale:str, changes:dict) -> dict:
     return config_of(resolve(stage_module(stage).Config, stage, scale, changes))
 
 
-def finished(stage:str, scale:str, campaign:str, changes:dict) -> dict|None:
-    "The newest complete run that was told the same and whose parents are still the newest of their names."
+def finished(stage:str, scale:str, campaign:str, changes:dict, status:str='complete') -> dict|None:
+    "The newest run of this status that was told the same and whose parents are still the newest of their names."
     from k2lab.files import verify
     from k2lab.job import runs, saved_by
     want, home = told(stage, scale, changes), lab_path('runs')/campaign
     for record in reversed(runs(campaign)):
-        same = (record['stage'], record['scale'], record['status'], record['config']) == (stage, scale, 'complete', want)
+        same = (record['stage'], record['scale'], record['status'], record['config']) == (stage, scale, status, want)
         if same and not any(verify(Path(record['folder']), name) for name in record['saves']): break
     else: return None
     newest = lambda p: getattr(saved_by(home, p['name'], scale), 'name', None) == p['run']
@@ -316,7 +318,7 @@ def diff(words:list) -> int:
 def watch(words:list) -> int:
     "Show the progress of a run until it ends; 1 when it did not complete."
     from k2lab.job import find_run, read_run
-    from k2lab.run import following
+    from k2lab.files import following
     folder = find_run(the_run(words, 'watch'))
     record = read_run(folder)
     progress = Progress(record['stage'])
@@ -389,6 +391,9 @@ def app():
     except LabError as e:
         if '--debug' in sys.argv: raise
         print(f'k2lab: {e}', file=sys.stderr); code = 2
-    except KeyboardInterrupt: print('\nk2lab: interrupted', file=sys.stderr); code = 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); code = 1
+    except OSError as e:
+        if '--debug' in sys.argv or not e.filename: raise
+        print(f'k2lab: {e.filename}: {e.strerror}', file=sys.stderr); code = 2
+    except KeyboardInterrupt: print('\nk2lab: interrupted', file=sys.stderr); code = 130
     sys.exit(code)

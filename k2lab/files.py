@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DISK_FULL', 'SECRET_KEY', 'SECRET_TEXT', 'SECRET_URL', 'sync', 'move', 'write_text', 'disk_errors', 'sha256',
-           'inventory', 'verify', 'held_secrets', 'scrub', 'mask', 'as_json', 'read_lines']
+           'inventory', 'verify', 'held_secrets', 'scrub', 'mask', 'as_json', 'read_lines', 'following']
 
 # %% ../nbs/00a_files.ipynb #35cbcc42
-import contextlib, errno, hashlib, json, os, re
+import contextlib, errno, hashlib, json, os, re, threading
 from pathlib import Path
 
 from .core import LabError
@@ -105,3 +105,21 @@ def read_lines(path:Path) -> list:
     if not path.exists(): return []
     whole, _, _ = path.read_bytes().rpartition(b'\n')
     return [json.loads(line) for line in whole.splitlines() if line.strip()]
+
+# %% ../nbs/00a_files.ipynb #3b1aa330
+@contextlib.contextmanager
+def following(path:Path, on_line, every:float=0.5):
+    "Call `on_line` with each complete JSON line that appears in `path` while the block runs."
+    stop = threading.Event()
+    def tail(at=0, last=False):
+        while not last:
+            last = stop.wait(every)
+            if not path.exists(): continue
+            with open(path, 'rb') as f: f.seek(at); new = f.read()
+            whole = new[:new.rfind(b'\n') + 1]
+            at += len(whole)
+            for line in whole.splitlines(): on_line(json.loads(line))
+    thread = threading.Thread(target=tail, daemon=True)
+    thread.start()
+    try: yield
+    finally: stop.set(); thread.join()

@@ -16,8 +16,9 @@ from .origin import owner
 
 # %% ../nbs/00d_guard.ipynb #e62255d4
 def lock(folder:Path):
-    "The open, locked `.owner` file of a folder, or None if another process holds it."
-    file = open(Path(folder)/'.owner', 'a+', encoding='utf-8')
+    "The open, locked `.owner` file of a folder, or None if another process holds it; `LabError` where nothing can be written."
+    try: file = open(Path(folder)/'.owner', 'a+', encoding='utf-8')
+    except OSError as e: raise LabError(f'{folder}: cannot write there ({e.strerror})') from None
     try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError: file.close(); return None
     file.truncate(0)

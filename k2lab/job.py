@@ -6,7 +6,7 @@
 __all__ = ['RUN_NAME', 'OLD_LINES', 'new_folder', 'check_campaign', 'read_record', 'abandoned', 'read_run', 'run_order', 'runs',
            'read_or_say', 'find_run', 'Job', 'stage_module', 'config_of', 'new_record', 'prepare', 'open_job', 'take',
            'start', 'saved_by', 'open_place', 'data_sha256', 'commands', 'maker', 'missing', 'parent_of', 'place_of',
-           'launch_command', 'run_group', 'launch', 'lacks', 'tidy']
+           'launch_command', 'run_group', 'work_in_processes', 'launch', 'lacks', 'tidy']
 
 # %% ../nbs/01_job.ipynb #8b22aecd
 import contextlib, dataclasses, hashlib, importlib, json, os, re, shutil, signal, socket, subprocess, sys, tempfile, time
@@ -17,7 +17,7 @@ import psutil, yaml
 from fastcore.basics import patch
 
 from .core import LabError, SCALES, did_you_mean, fill, lab_path, load_env, one_of, read_yaml, resolve, root, setting, stage_names
-from .display import Html, Picture, Table, draw, short
+from .display import Html, Picture, Table, draw, live, short
 from .files import as_json, disk_errors, inventory, mask, move, read_lines, verify, write_text
 from .guard import holder, lock
 from .origin import code_state, hardware, is_alive, owner, peak_gib, versions
@@ -363,14 +363,18 @@ def run_group(command:list, log:Path) -> int:
         if proc.poll() is None: os.killpg(proc.pid, signal.SIGTERM)
 
 # %% ../nbs/01_job.ipynb #7f9f5465
+def work_in_processes(job:Job):
+    "Let several processes do a stage's work; `LabError` if one of them failed."
+    code = run_group(launch_command(job), job.folder/'log.txt')
+    if code: raise LabError(f"the training processes ended with code {code}; see {job.folder/'log.txt'}")
+    job.reload()
+
 def launch(work, job:Job):
     "Do the stage's work: `work(job)` here, or by `cfg.processes` processes of `accelerate launch`, whose output goes to log.txt."
     began = time.monotonic()
-    if dataclasses.asdict(job.cfg).get('processes', 1) <= 1: work(job)
-    else:
-        code = run_group(launch_command(job), job.folder/'log.txt')
-        if code: raise LabError(f"the training processes ended with code {code}; see {job.folder/'log.txt'}")
-        job.reload()
+    with live(job.folder/'metrics.jsonl', job.stage, watched=not job.record['by_runner']):
+        if dataclasses.asdict(job.cfg).get('processes', 1) <= 1: work(job)
+        else: work_in_processes(job)
     job.record['timings']['work_s'] = round(time.monotonic() - began, 3)
     job.write()
 

@@ -111,11 +111,12 @@ def kill_once(runs:Path, words:list, phase:str, victim:str, delay:float) -> dict
     time.sleep(delay)
     try: os.kill(pid, signal.SIGKILL) if pid else None
     except ProcessLookupError: pid = None
-    gone = time.monotonic() + 10
-    if victim == 'runner' and pid: proc.wait()
-    else: proc.wait(30)
-    while (left := carrying(tag)) and time.monotonic() < gone: time.sleep(.05)
-    return dict(killed=int(pid is not None), left=len(left), **after(folder))
+    struck = time.monotonic()
+    proc.wait(30)
+    noticed = time.monotonic() - struck if pid and victim != 'runner' else 0
+    gone = struck + 10
+    while (left := carrying(tag)) and time.monotonic() < max(gone, struck + noticed + .2): time.sleep(.05)
+    return dict(killed=int(pid is not None), left=len(left), noticed=noticed, **after(folder))
 
 
 def after(folder:Path) -> dict:
@@ -153,9 +154,12 @@ def verdict(found:list, want:dict) -> Counter:
     return count
 
 
-def check(count:Counter, name:str):
+def check(found:list, want:dict, name:str):
     "The promise, and the counts in sight."
-    print(f'\n{name}: ' + ', '.join(f'{v} {k}' for k, v in count.items()))
+    count = verdict(found, want)
+    slowest = max(f['noticed'] for f in found)
+    print(f'\n{name}: ' + ', '.join(f'{v} {k}' for k, v in count.items()) + f'; a dead kernel or trainer was noticed within {slowest:.1f} s')
+    assert slowest < 10
     assert (count['false complete'], count['unreadable'], count['left alive']) == (0, 0, 0)
     assert count['same result'] == count['kills']
     assert count['landed'] >= .9*count['kills']
@@ -168,7 +172,7 @@ def test_killed_runs_of_a_small_stage(lab, processes, kills):
     words = ['train_toy', f'processes={processes}']
     assert start_run([*words, '--campaign', 'whole']).wait(120) == 0
     want = results(read_run(next((lab.runs/'whole').iterdir())))
-    check(verdict(kill_many(lab.runs, words, kills, processes), want), f'{processes} process(es)')
+    check(kill_many(lab.runs, words, kills, processes), want, f'{processes} process(es)')
 
 
 def test_killed_runs_of_real_training(tmp_path, monkeypatch):
@@ -176,7 +180,7 @@ def test_killed_runs_of_real_training(tmp_path, monkeypatch):
     words = ['train_sft_domain', '--scale', 'smoke', 'trainer.save_steps=2', 'trainer.max_steps=8', 'trainer.num_train_epochs=4']
     assert start_run([*words, '--campaign', 'whole']).wait(180) == 0
     want = results(read_run(next((tmp_path/'whole').iterdir())))
-    check(verdict(kill_many(tmp_path, words, 36 if FULL else 3, 7), want), 'real training')
+    check(kill_many(tmp_path, words, 36 if FULL else 3, 7), want, 'real training')
 
 
 # ---- two runs, one folder ----------------------------------------------------------------------------------------------------

@@ -111,7 +111,8 @@ def test_a_run_that_goes_wrong_says_why(lab, how, reason):
     assert (r['status'], r['reason']) == ('failed', reason)
     assert (how == 'fail') == ('k2_toy' in r['saves']) == (folder/'k2_toy.txt').exists()
     assert not list(folder.glob('.*.part'))
-    json.loads((folder/'notebook.ipynb').read_text())
+    cells = [c for c in json.loads((folder/'notebook.ipynb').read_text())['cells'] if c['metadata'].get('papermill', {}).get('exception')]
+    assert len(cells) == 1 and any(o['output_type'] == 'error' for o in cells[0]['outputs'])      # the cell that was at work is marked, a killed one too
 
 
 def test_a_notebook_without_finish_is_not_complete(lab):

@@ -1,0 +1,57 @@
+"""Measurements with a peer beside them, interleaved in one run: `python -m k2lab.bench NAME`."""
+import statistics, subprocess, sys, time
+from datetime import datetime
+
+from k2lab.core import LabError, lab_path, one_of, root
+
+STAGE, WORDS = 'train_sft_domain', {'trainer.max_steps': '150', 'trainer.num_train_epochs': '40'}
+
+
+def median_and_range(values:list, digits:int=2) -> str:
+    "`median (lowest to highest)`."
+    return f'{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})'
+
+
+def step_seconds(folder) -> float:
+    "Seconds of one training step of a run, by its record."
+    from k2lab.job import read_record
+    told = read_record(folder)['training']['train']
+    return told['seconds']/told['steps']
+
+
+def by_runner(campaign:str) -> tuple:
+    "`(wall seconds, seconds of a step)` of the stage as the lab runs it: notebook, papermill, record."
+    from k2lab.run import execute
+    began = time.monotonic()
+    folder = execute(STAGE, 'smoke', campaign, WORDS)
+    return time.monotonic() - began, step_seconds(folder)
+
+
+def by_accelerate(campaign:str) -> tuple:
+    "The same for a bare `accelerate launch` of the same work."
+    from k2lab.job import prepare
+    job = prepare(STAGE, 'smoke', campaign, WORDS)
+    command = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(lab_path('configs')/'accelerate'/'cpu.yaml'), '--num_processes', '1', '-m', 'k2lab', 'work', str(job.folder)]
+    began = time.monotonic()
+    done = subprocess.run(command, cwd=root(), capture_output=True, text=True)
+    if done.returncode: raise LabError(f'accelerate launch ended with code {done.returncode}: {done.stderr.strip().splitlines()[-1]}')
+    return time.monotonic() - began, step_seconds(job.folder)
+
+
+def run(rounds:int=5):
+    "What the runner costs over a bare `accelerate launch` of the same training: seconds in all, and share of a step."
+    campaign = f'bench-{datetime.now():%Y%m%d-%H%M%S}'
+    pairs = []
+    for i in range(rounds):
+        pairs.append((by_runner(campaign), by_accelerate(campaign)))
+        print(f'round {i+1} of {rounds}: runner {pairs[-1][0][0]:.1f} s, accelerate launch {pairs[-1][1][0]:.1f} s', file=sys.stderr)
+    wall, step = [a[0] - b[0] for a, b in pairs], [100*(a[1]/b[1] - 1) for a, b in pairs]
+    print(f'{STAGE} at smoke, {WORDS["trainer.max_steps"]} steps, {rounds} rounds in turns')
+    print(f'the runner adds {median_and_range(wall)} s to a run, and {median_and_range(step, 1)} % to a step of {1000*statistics.median(b[1] for _, b in pairs):.1f} ms')
+
+
+BENCHES = {'run': run}
+
+if __name__ == '__main__':
+    try: BENCHES[one_of('bench', sys.argv[1] if len(sys.argv) > 1 else '', BENCHES)]()
+    except LabError as e: sys.exit(f'k2lab.bench: {e}')
