@@ -16,7 +16,7 @@ from .model import Loading, lora, open_model, open_tokenizer, trained_counts
 from .tokens import Ledger
 
 # %% ../nbs/07_fit.ipynb #d790fc1d
-LAB_DEFAULTS = dict(report_to='none', disable_tqdm=True, save_strategy='steps', save_steps=250, save_total_limit=2, logging_steps=10, gradient_checkpointing=False, lr_scheduler_type='cosine', dataloader_pin_memory=False)
+LAB_DEFAULTS = dict(report_to='none', disable_tqdm=True, save_strategy='steps', save_steps=500, save_total_limit=2, logging_steps=10, gradient_checkpointing=False, lr_scheduler_type='cosine', dataloader_pin_memory=False)
 
 def options(kind, trainer: dict, **ours):
     "A trainer config of class `kind`: the lab's defaults, then `ours`, then the stage file's `trainer` block. `LabError` for an unknown name."
