@@ -1,5 +1,5 @@
 """Measurements with a peer beside them, interleaved in one run: `python -m k2lab.bench NAME`."""
-import statistics, subprocess, sys, time
+import os, statistics, subprocess, sys, time
 from datetime import datetime
 
 from k2lab.core import LabError, lab_path, one_of, root
@@ -40,6 +40,7 @@ def by_accelerate(campaign:str) -> tuple:
 
 def run(rounds:int=5):
     "What the runner costs over a bare `accelerate launch` of the same training: seconds in all, and share of a step."
+    os.environ['OMP_NUM_THREADS'] = '1'      # accelerate would set it for its own processes, and only there
     campaign = f'bench-{datetime.now():%Y%m%d-%H%M%S}'
     pairs = []
     for i in range(rounds):
