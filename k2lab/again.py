@@ -7,17 +7,15 @@ __all__ = ['TIMED', 'KEPT', 'inputs', 'flat', 'results', 'differences', 'here', 
            'prepare_again', 'content_now', 'reproduce', 'with_env']
 
 # %% ../nbs/01b_again.ipynb #2bd1a5b1
-import json, os, shutil, time
+import shutil, time
 from datetime import datetime, timezone
 from pathlib import Path
 
-import yaml
-
 from .checkpoint import set_aside
-from .core import LabError, lab_path, read_yaml, root
+from .core import LabError, lab_path, read_yaml
 from .files import as_json, read_lines, write_text
 from .guard import owning
-from .job import OLD_LINES, Job, check_campaign, find_run, new_folder, open_job, read_record, read_run
+from .job import OLD_LINES, Job, check_campaign, data_sha256, find_run, new_folder, open_job, open_place, read_record, read_run
 from .origin import code_state, hardware, owner, versions
 from .run import checked_notebook, perform
 
@@ -103,7 +101,7 @@ def prepare_again(folder:Path) -> Job:
     old = read_run(folder)
     new = new_folder(old['stage'], check_campaign(f"{old['campaign']}-again"))
     for name in ('stage.yaml', 'env.yaml'): shutil.copy(folder/name, new/name)
-    pins = [p | {'sha256': now} for p in old['parents'] if (now := content_now(p)) or True]
+    pins = [p | {'sha256': content_now(p)} for p in old['parents']]
     record = {k: old[k] for k in KEPT if k in old and k != 'slurm'} | here() | {'campaign': new.parent.name, 'status': 'prepared', 'reason': '', 'owner': owner(), 'by_runner': True,
               'started': datetime.now(timezone.utc).isoformat(timespec='seconds'), 'reproduces': f"{old['campaign']}/{folder.name}", 'parents': [], 'pins': pins,
               'saves': {}, 'metrics': [], 'checks': [], 'timings': {}}
@@ -112,7 +110,6 @@ def prepare_again(folder:Path) -> Job:
 
 def content_now(parent:dict):
     "The hash of what a parent's place holds today; a run is asked for its record."
-    from k2lab.job import data_sha256, open_place
     name = parent['name'].partition('@')[0]
     if not parent['run']: return data_sha256(open_place(name, parent['place'])) if parent.get('sha256') else None
     return read_run(lab_path('runs')/parent['campaign']/parent['run'])['saves'].get(name, {}).get('sha256')

@@ -240,7 +240,9 @@ def parent_of(job:Job, name:str) -> dict:
     "What a name means to a job: `{'name', 'campaign', 'run', 'place', 'sha256'}`, one of `run` and `place` being None."
     bare, _, run = name.partition('@')
     alone = (job.campaign, job.scale) == ('scratch', 'smoke')
-    folder = find_run(run if '/' in run or not (job.folder.parent/run).exists() else f'{job.campaign}/{run}') if run else None if alone else saved_by(job.folder.parent, bare, job.scale)
+    here = f'{job.campaign}/{run}'
+    if run: folder = find_run(here if (lab_path('runs')/here).exists() else run)
+    else: folder = None if alone else saved_by(job.folder.parent, bare, job.scale)
     place = {**job.env['models'], **job.env['data']}.get(bare)
     if not folder and place is None: raise missing(bare, job)
     if not folder: return {'name': name, 'campaign': None, 'run': None, 'place': place, 'sha256': data_sha256(open_place(bare, place))}
