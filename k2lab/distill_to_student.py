@@ -47,7 +47,7 @@ def train(job):
     model, tok = open_for(job, cfg.init_from, load)
     known = before(job, model, tok)
     say(job, model, tok, 'before')
-    model = fit_sft(job, model, tok, mixed(job, tok, cfg.mix), cfg.trainer, cfg.optimizer, load)
+    model = fit_sft(job, model, tok, mixed(job, tok, cfg.mix), cfg.trainer, cfg.optimizer, load, room=cfg.length if cfg.pack else 0)
     compare(job, model, tok, close(job, model, tok, known))
 
 work = train

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['LAB_DEFAULTS', 'options', 'live', 'epoch_order', 'ordered', 'restore_weights', 'Finished', 'sealing', 'mean_loss',
-           'recording', 'optimizer_for', 'check_trainable', 'parts_trained', 'balance_router', 'expert_load',
-           'examples_with_labels', 'fit_sft', 'finish_fit', 'fit_dpo', 'whole', 'gathered', 'open_for']
+           'recording', 'optimizer_for', 'check_trainable', 'covering', 'balance_router', 'expert_load',
+           'examples_with_labels', 'collator_for', 'fit_sft', 'finish_fit', 'fit_dpo', 'whole', 'gathered', 'open_for']
 
 # %% ../nbs/07_fit.ipynb #16316cc2
 import contextlib, dataclasses, time
 from pathlib import Path
+from .adapters import certified, check_bits, coverage, lora, weight_bits, with_gradient
 from .checkpoint import newest, seal, step_of
 from .core import LabError, did_you_mean
-from .model import Loading, lora, open_model, open_tokenizer, trained_counts
+from .model import Loading, open_model, open_tokenizer, trained_counts
+from .packing import check_alone, pack, packed_batch
 from .tokens import Ledger
 
 # %% ../nbs/07_fit.ipynb #d790fc1d
@@ -121,11 +123,15 @@ def check_trainable(load: Loading, optimizer: str):
     if load.four_bit and not load.lora_rank: raise LabError('load: four_bit weights cannot be trained; give lora_rank as well')
     if load.lora_rank and optimizer == 'muon': raise LabError('optimizer: muon does not train adapters (lora_rank); use adamw')
 
-def parts_trained(model, load: Loading) -> dict:
-    "Trained parameters by part of the model; `LabError` if an adapter sits elsewhere than `load.adapt` says."
-    counts = trained_counts(model)
-    if load.lora_rank and set(counts) != set(load.adapt): raise LabError(f'adapt: asked for {", ".join(sorted(load.adapt))}; trainable are {", ".join(sorted(counts))}')
-    return counts
+# %% ../nbs/07_fit.ipynb #43426850
+def covering(record: dict, load: Loading):
+    "A trainer callback that enters in `record` which parts have adapters, before the first step, and which got a gradient, at it; `LabError` if not as `load` asks."
+    from transformers import TrainerCallback
+    class Covering(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kw): record['coverage'] = certified(coverage(model), load)
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kw):
+            if load.lora_rank and not state.global_step: record['coverage'] = certified(with_gradient(model, record['coverage']), load)
+    return Covering()
 
 # %% ../nbs/07_fit.ipynb #d086856a
 def balance_router(model, rate: float) -> list:
@@ -146,36 +152,42 @@ def expert_load(model) -> list:
 # %% ../nbs/07_fit.ipynb #315769be
 def examples_with_labels(examples: list) -> list:
     "`completion_mask` turned into labels: the id where it is 1, -100 where it is 0."
-    return [dict(input_ids=e['input_ids'], labels=[i if m else -100 for i, m in zip(e['input_ids'], e['completion_mask'])]) for e in examples]
+    return [{**{k: v for k, v in e.items() if k != 'completion_mask'}, 'labels': [i if m else -100 for i, m in zip(e['input_ids'], e['completion_mask'])]} for e in examples]
 
-def fit_sft(job, model, tok, examples: list, trainer: dict, optimizer: str = 'adamw', load=Loading(), phase: str = 'train'):
-    "Train on `[{'input_ids', 'completion_mask'}]`; returns the trained model. The ledger goes into the job's record."
-    import torch
+def collator_for(model, tok, packed: bool):
+    "What makes a batch of rows with labels: TRL's collator, or the one for packed rows."
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+    flat = 'flash' in model.config._attn_implementation
+    return (lambda rows: packed_batch(rows, tok.pad_token_id, flat)) if packed else DataCollatorForLanguageModeling(tok.pad_token_id)
+
+def fit_sft(job, model, tok, examples: list, trainer: dict, optimizer: str = 'adamw', load=Loading(), phase: str = 'train', room: int = 0):
+    "Train on `[{'input_ids', 'completion_mask'}]`, packed into rows of `room` tokens if that is not 0; returns the trained model. Ledger and coverage go into the job's record."
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-    opts = options(SFTConfig, trainer, output_dir=str(job.folder/'trainer'/phase), seed=job.seed, max_length=None, loss_type='chunked_nll', train_sampling_strategy='group_by_length')
-    ledger = Ledger(tok, wait=True)
+    rows = examples_with_labels(pack(examples, room) if room else examples)
+    opts = options(SFTConfig, trainer, output_dir=str(job.folder/'trainer'/phase), seed=job.seed, max_length=None, loss_type='chunked_nll', train_sampling_strategy='random' if room else 'group_by_length')
+    ledger, collate = Ledger(tok, wait=True), collator_for(model, tok, bool(room))
     check_trainable(load, optimizer)
+    if room: check_alone(model, rows, tok.pad_token_id)
     model.train()
-    fit = SFTTrainer(model, opts, train_dataset=Dataset.from_list(examples_with_labels(examples)), processing_class=tok, peft_config=lora(model, load),
-                     data_collator=recording(DataCollatorForLanguageModeling(tok.pad_token_id), ledger), optimizers=optimizer_for(model, optimizer, opts))
+    fit = SFTTrainer(model, opts, train_dataset=Dataset.from_list(rows), processing_class=tok, peft_config=lora(model, load),
+                     data_collator=recording(collate, ledger), optimizers=optimizer_for(model, optimizer, opts))
     return finish_fit(job, fit, ledger, phase, load)
 
 # %% ../nbs/07_fit.ipynb #6fbb4dc4
 def finish_fit(job, fit, ledger, phase: str, load=Loading()):
-    "Run the trainer, from its newest checkpoint if there is one; enter what was trained, loss, steps, time and ledger in the job's record; give back the trained model."
+    "Run the trainer, from its newest checkpoint if there is one; enter what was trained, loss, steps, time, coverage and ledger in the job's record; give back the trained model."
     from transformers.trainer_callback import PrinterCallback
     place, state = newest(Path(fit.args.output_dir))
     earlier, began = state.get('seconds', 0.), time.monotonic()
     if place: ledger.restore(state['ledger']); job.resumed(phase, step_of(place))
-    trained = parts_trained(fit.model, load)
+    told = job.record.setdefault('training', {}).setdefault(phase, {})
     fit.remove_callback(PrinterCallback)
-    for callback in (ordered(fit), live(job, ledger, phase, earlier), sealing(fit, ledger, place, began, earlier)): fit.add_callback(callback)
+    for callback in (ordered(fit), live(job, ledger, phase, earlier), sealing(fit, ledger, place, began, earlier), covering(told, load)): fit.add_callback(callback)
     with contextlib.suppress(Finished): fit.train(resume_from_checkpoint=str(place) if place else None)
     seconds = round(time.monotonic() - began + earlier, 3)
-    job.record.setdefault('training', {})[phase] = dict(loss=mean_loss(fit.state.log_history), steps=fit.state.global_step, seconds=seconds, tokens_s=round(ledger.tokens/seconds),
-                                                        trained_parameters=trained, **ledger.summary())
+    told |= dict(loss=mean_loss(fit.state.log_history), steps=fit.state.global_step, seconds=seconds, tokens_s=round(ledger.tokens/seconds), trained_parameters=trained_counts(fit.model), **ledger.summary())
+    if load.lora_rank: job.check(f'{phase}: adapters where asked, none elsewhere', True, ', '.join(f'{part} {c["adapted"]} of {c["layers"]}' + (f', {c["gradient"]} with a gradient' if 'gradient' in c else '') for part, c in told['coverage'].items() if c['adapted']))
     return fit.model
 
 # %% ../nbs/07_fit.ipynb #8dac71cf
@@ -210,8 +222,12 @@ def gathered(model):
 
 # %% ../nbs/07_fit.ipynb #b8dc27a8
 def open_for(job, name: str, load=Loading()):
-    "`(model, tokenizer)` of a checkpoint found by name, with the threads that the scale asks for."
+    "`(model, tokenizer)` of a checkpoint found by name, with the threads that the scale asks for; what its weights take in memory goes into the job's record."
     import torch
     if job.env.get('threads'): torch.set_num_threads(job.env['threads'])
     place = job.find(name)
-    return open_model(place, load), open_tokenizer(place)
+    model = open_model(place, load)
+    sizes = weight_bits(model)
+    job.record.setdefault('weights', {})[name] = {part: c['bytes'] for part, c in sizes.items()}
+    if load.four_bit: job.check(f'{name}: linear layers in 4 bits', True, check_bits(sizes, load))
+    return model, open_tokenizer(place)

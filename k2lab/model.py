@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPES', 'GROUPS', 'SHIPPED', 'register_kimi_k2', 'small_config', 'small_model', 'ready', 'group_of',
            'parameter_counts', 'trained_counts', 'end_ids', 'save_checkpoint', 'Loading', 'quantization', 'open_model',
-           'open_tokenizer', 'shipped', 'smoke_model', 'Reply', 'generate', 'adapter_targets', 'lora', 'moved_adapter',
-           'merged']
+           'open_tokenizer', 'shipped', 'smoke_model', 'Reply', 'left_padded', 'generate']
 
 # %% ../nbs/06_model.ipynb #ecff08ba
 import dataclasses, json, os, shutil
@@ -108,7 +107,7 @@ class Loading:
     dtype: str = 'float32'        # float32 | bfloat16
     four_bit: bool = False        # NF4 by bitsandbytes: linear layers only, fused experts stay as they are
     lora_rank: int = 0            # 0: train all weights
-    adapt: tuple = ('attention', 'shared', 'dense')   # parts whose linear layers get an adapter; router and fused experts have none and stay as they are
+    adapt: tuple = ('attention', 'shared', 'dense')   # parts that get an adapter; also: routed (the stacked experts), router, head
     revision: str | None = None   # pinned revision of a hub model
 
     def __post_init__(self):
@@ -203,7 +202,7 @@ def _reply(tok, ids, ends) -> Reply:
     return Reply(tok.decode(body, skip_special_tokens=False), len(body) + (stop is not None), stop is None)
 
 # %% ../nbs/06_model.ipynb #af387843
-def _batch(prompts, pad, device):
+def left_padded(prompts, pad, device):
     "Left-padded ids and attention mask."
     import torch
     width = max(map(len, prompts))
@@ -216,7 +215,7 @@ def _continued(model, tok, rows: list, room: int, options: dict) -> list:
     import torch
     ends, width = end_ids(tok), max(map(len, rows))
     with torch.inference_mode(), from_latents(model):
-        ids = model.generate(**_batch(rows, tok.pad_token_id, model.device), max_new_tokens=room, eos_token_id=ends, pad_token_id=tok.pad_token_id, **options)
+        ids = model.generate(**left_padded(rows, tok.pad_token_id, model.device), max_new_tokens=room, eos_token_id=ends, pad_token_id=tok.pad_token_id, **options)
     new = [row[width:].tolist() for row in ids]
     return [row[:next((i+1 for i, t in enumerate(row) if t in ends), len(row))] for row in new]
 
@@ -233,40 +232,7 @@ def generate(model, tok, prompts: list, max_new_tokens: int = 96, n: int = 1, te
         for start in range(0, len(left), batch):
             part = left[start:start+batch]
             for i, more in zip(part, _continued(model, tok, [given[i] + new[i] for i in part], room, options)): new[i] += more
-            if on_batch: on_batch(sum(row[-1:] != [] and row[-1] in ends for row in new)//n, len(prompts))
+            if on_batch: onleft_padded(sum(row[-1:] != [] and row[-1] in ends for row in new)//n, len(prompts))
         left, spent = [i for i in left if new[i][-1] not in ends], spent+room
     replies = [_reply(tok, row, ends) for row in new]
     return [replies[i*n:i*n+n] for i in range(len(prompts))]
-
-# %% ../nbs/06_model.ipynb #09240444
-def adapter_targets(model, adapt: tuple) -> list:
-    "Full names of the linear layers in the parts named by `adapt`; `LabError` for a part this model does not have."
-    import torch
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear): found.setdefault(group_of(name+'.weight'), []).append(name)
-    missing = [a for a in adapt if a not in found]
-    if missing: raise LabError(f'adapt: no linear layers in {", ".join(missing)}; this model has {", ".join(sorted(found))}')
-    return sorted(n for a in adapt for n in found[a])
-
-def lora(model, load: Loading):
-    "PEFT's config for the parts named in `load.adapt`, or None when all weights are trained."
-    if not load.lora_rank: return None
-    from peft import LoraConfig
-    return LoraConfig(r=load.lora_rank, lora_alpha=2*load.lora_rank, lora_dropout=0., target_modules=adapter_targets(model, load.adapt), task_type='CAUSAL_LM')
-
-# %% ../nbs/06_model.ipynb #58507eac
-def moved_adapter(model, base):
-    "The trained adapter of `model` on another copy of its base; `LabError` if a weight finds no place."
-    from peft import get_peft_model
-    weights = {n: p for n, p in model.named_parameters() if 'lora_' in n}
-    other = get_peft_model(base, model.peft_config[model.active_adapter])
-    left = other.load_state_dict(weights, strict=False).unexpected_keys
-    if left: raise LabError(f'adapter: no place for {len(left)} weights ({left[0]}...)')
-    return other
-
-def merged(model, place, load: Loading):
-    "The trained model as it is published: an adapter folded in, into full-precision weights of `place` where it was trained on 4-bit ones."
-    if not load.lora_rank: return model
-    if load.four_bit: model = moved_adapter(model, open_model(place, dataclasses.replace(load, four_bit=False)))
-    return model.merge_and_unload()

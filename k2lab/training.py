@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['Training', 'repeated', 'pieces_of', 'examples_of', 'mixed', 'inherited', 'before', 'baselines', 'say', 'close',
-           'publish', 'Supervised', 'supervised']
+           'says', 'publish_adapter', 'publish', 'Supervised', 'supervised']
 
 # %% ../nbs/09b_training.ipynb #2ff10f03
 import random
 from dataclasses import dataclass, field, fields
+from .adapters import certificate, check_saved, merged, spoken, unquantized
 from .chat import family_of
 from .core import LabError, one_of
 from .fit import check_trainable, fit_sft, gathered, open_for
 from .grade import copy_baseline, majority_baseline, prompt_of, verify
 from .job import read_run
 from .measure import DATA, ROOM, family_shares, few_shot, prompts_of, take
-from .model import Loading, generate, merged, save_checkpoint
+from .model import Loading, generate, open_model, save_checkpoint
 from .rows import read_rows
 from .tokens import encode_rows, mask_html
 
@@ -109,18 +110,44 @@ def close(job, model, tok, known: dict, **more):
     publish(job, model, tok)
     return scores
 
+
+# %% ../nbs/09b_training.ipynb #bf58b0fd
+def says(model) -> tuple:
+    "`(logits of the trained model, logits without its adapter or None)`."
+    if not hasattr(model, 'peft_config'): return spoken(model), None
+    with model.disable_adapter(): base = spoken(model)
+    return spoken(model), base
+
+def publish_adapter(job, model):
+    "Keep a trained adapter as `<saves>_adapter`, every tensor of it checked; nothing for a model without one."
+    if not (job.first and hasattr(model, 'peft_config')): return
+    with job.publishing(f'{job.cfg.saves}_adapter') as place:
+        model.save_pretrained(place)
+        check_saved(model, place)
+
 def publish(job, model, tok):
-    "The trained model as a checkpoint that the next stage opens; of several processes all give their slices, and the first writes."
-    model = merged(model, job.find(job.cfg.init_from), Loading(**job.cfg.load))
+    "The trained model as a checkpoint that the next stage opens, with the certificate that it is; of several processes all give their slices, and the first writes."
+    load = Loading(**job.cfg.load)
+    publish_adapter(job, model)
+    model = unquantized(model, job.find(job.cfg.init_from), load)
+    split = gathered(model) is not None
+    trained, base = (None, None) if split else says(model)
+    model = merged(model)
     weights = gathered(model)
     if not job.first: return
-    with job.publishing(job.cfg.saves) as place: save_checkpoint(model, tok, place, weights=weights)
+    with job.publishing(job.cfg.saves) as place:
+        save_checkpoint(model, tok, place, weights=weights)
+        if split: return
+        told = certificate(trained, spoken(model), spoken(open_model(place, Loading(dtype=load.dtype)).to(model.device)), base, load.dtype)
+    job.record['export'] = told
+    job.check('the saved model is the trained one', True, f'logits after {told["prompts"]} prompts: {told["saved"]:.0e} apart, limit {told["limit"]:.0e}')
 
 # %% ../nbs/09b_training.ipynb #f57a45f9
 @dataclass(frozen=True)
 class Supervised(Training):
     "A training stage on rows with a reply."
     mix: dict = field(default_factory=dict)       # how many examples of each corpus: {domain_sft: 8000, domain: 500}
+    pack: bool = False                            # short examples share rows of `length` tokens, and none reads another
 
 def supervised(job, headline: str, solved: str):
     "Open, measure, train on the mixture, measure again, publish. `headline` gets baselines, with worked examples from the corpus `solved`."
@@ -128,5 +155,5 @@ def supervised(job, headline: str, solved: str):
     model, tok = open_for(job, cfg.init_from, load)
     known, compared = before(job, model, tok), baselines(job, model, tok, headline, solved)
     say(job, model, tok, 'before')
-    model = fit_sft(job, model, tok, mixed(job, tok, cfg.mix), cfg.trainer, cfg.optimizer, load)
+    model = fit_sft(job, model, tok, mixed(job, tok, cfg.mix), cfg.trainer, cfg.optimizer, load, room=cfg.length if cfg.pack else 0)
     close(job, model, tok, known, **{headline: dict(baseline=compared)})

@@ -2,8 +2,9 @@
 import pytest
 
 torch = pytest.importorskip('torch')
+from k2lab.adapters import lora
 from k2lab.mla import NAME, from_latents
-from k2lab.model import Loading, lora, small_model
+from k2lab.model import Loading, small_model
 from k2lab.muon import STACK, orthogonalise, orthogonalise_all, stacks
 
 

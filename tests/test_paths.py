@@ -8,8 +8,9 @@ from k2lab.core import LabError, lab_path, resolve
 from k2lab.job import launch_command, start
 
 torch = pytest.importorskip('torch')
+from k2lab.adapters import adaptable, lora, unquantized
 from k2lab.fit import options
-from k2lab.model import Loading, adapter_targets, group_of, lora, merged, open_model, open_tokenizer, smoke_model, trained_counts
+from k2lab.model import Loading, group_of, open_model, open_tokenizer, smoke_model, trained_counts
 from k2lab.training import publish
 
 IDS = torch.arange(8, 72).view(2, 32)
@@ -30,6 +31,9 @@ def logits(model):
     with torch.no_grad(): return model(input_ids=IDS).logits.float()
 
 
+def layers(model, parts) -> list: return sorted(n for part in parts for n in adaptable(model)[part][0])
+
+
 def far(a, b) -> float:
     "Relative distance of two tensors."
     return float((a - b).norm()/b.norm())
@@ -45,9 +49,9 @@ def trained(stage:str, **changes) -> dict:
     seen = {}
     def watching(model, place, load):
         seen.update(model=model, said=logits(model), state={n: p.detach().clone() for n, p in model.named_parameters()})
-        return merged(model, place, load)
+        return unquantized(model, place, load)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('k2lab.training.merged', watching)
+        patch.setattr('k2lab.training.unquantized', watching)
         job = start(stage, 'smoke', changes={'measures': ['domain_bits_per_byte'], **changes})
         importlib.import_module(f'k2lab.{stage}').work(job)
     return dict(seen, job=job, published=open_model(job.folder/job.cfg.saves), fit=json.loads((job.folder/'run.json').read_text())['training']['train'])
@@ -71,9 +75,9 @@ def adapted(): return trained('train_sft_domain', **{'load.lora_rank': 4})
 def test_only_the_adapter_trains_and_the_record_says_what(adapted):
     base, state = open_model(smoke_model('k2')), adapted['state']
     inside = {n.split('.lora_')[0].removeprefix('base_model.model.') for n in state if 'lora_' in n}
-    assert sorted(inside) == adapter_targets(base, PARTS) and not any('experts.' in n.replace('shared_experts.', '') or n.endswith('mlp.gate') for n in inside)
+    assert sorted(inside) == layers(base, PARTS) and not any('experts.' in n.replace('shared_experts.', '') or n.endswith('mlp.gate') for n in inside)
     assert all(torch.equal(p, plain(state)[n]) for n, p in base.named_parameters()) and all(p.any() for n, p in state.items() if 'lora_B' in n)
-    sizes = {part: sum(4*sum(base.get_submodule(n).weight.shape) for n in adapter_targets(base, [part])) for part in PARTS}
+    sizes = {part: sum(4*sum(base.get_submodule(n).weight.shape) for n in layers(base, [part])) for part in PARTS}
     assert adapted['fit']['trained_parameters'] == sizes == dict(attention=4992, shared=1536, dense=2304)
 
 
@@ -200,5 +204,5 @@ def test_trl_accepts_what_the_scale_asks_for(stage, scale, tmp_path):
     assert {k: getattr(opts, k) for k in ('learning_rate', 'save_steps', 'gradient_checkpointing')} == {k: cfg.trainer[k] for k in ('learning_rate', 'save_steps', 'gradient_checkpointing')}
     load = Loading(**cfg.load)
     kind = 'qwen' if stage == 'distill_to_student' else 'k2'
-    assert load.dtype == 'bfloat16' and (not load.lora_rank or adapter_targets(open_model(smoke_model(kind)), load.adapt))
+    assert load.dtype == 'bfloat16' and (not load.lora_rank or lora(open_model(smoke_model(kind)), load))
     if cfg.processes > 1: assert launch_command(start(stage, scale))[3:5] == ['--config_file', str(lab_path('configs')/'accelerate'/f'{cfg.accelerate}.yaml')]

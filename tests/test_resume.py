@@ -24,20 +24,27 @@ class Bench:
     def log(self, **row):
         with open(self.folder/'metrics.jsonl', 'a') as f: f.write(as_json(row) + '\n')
     def resumed(self, phase, step): self.record['from'] = step
+    def check(self, name, ok, detail=''): assert ok
+
+
+WORDS = 'the graph G has nodes and edges, the path from a to b'.split()
 
 
 def sft_rows(tok, n:int=26) -> list:
-    "Rows of different lengths, the second half of each trained."
-    rng = random.Random(1)
-    sizes = [rng.randint(4, 30) for _ in range(n)]
-    return [dict(input_ids=[rng.randrange(300) for _ in range(s)], completion_mask=[int(i >= s//2) for i in range(s)]) for s in sizes]
+    "Conversations and documents of different lengths."
+    from k2lab.tokens import encode_row
+    rng, row = random.Random(1), lambda *sizes: [' '.join(rng.choices(WORDS, k=rng.randint(1, size))) for size in sizes]
+    talks = [encode_row(tok, dict(zip(('prompt', 'response'), row(6, 9))), 'S') for _ in range(n//2)]
+    documents = [tok(text).input_ids + [tok.eos_token_id] for _ in range(n - n//2) for text in row(20)]
+    return talks + [dict(input_ids=ids, completion_mask=[1]*len(ids)) for ids in documents]
 
 
 def pairs(tok, n:int=20) -> list:
     "Preference pairs of different lengths."
+    from k2lab.chat import encode, family_of, pair_spans
     rng = random.Random(2)
-    ids = lambda: [rng.randrange(300) for _ in range(rng.randint(3, 12))]
-    return [dict(prompt_ids=ids(), chosen_ids=ids(), rejected_ids=ids()) for _ in range(n)]
+    rows = [{k: ' '.join(rng.choices(WORDS, k=rng.randint(1, 6))) for k in ('prompt', 'chosen', 'rejected')} for _ in range(n)]
+    return [{k: encode(tok, spans)[0] for k, spans in zip(('prompt_ids', 'chosen_ids', 'rejected_ids'), pair_spans(r, 'S', family_of(tok)))} for r in rows]
 
 
 def fit(folder:Path, tok, kind:str, how:str, trainer:dict):
@@ -45,11 +52,12 @@ def fit(folder:Path, tok, kind:str, how:str, trainer:dict):
     from k2lab.fit import balance_router, fit_dpo, fit_sft
     from k2lab.model import small_model
     job, model = Bench(folder), small_model(kind, 'smoke', tok)
-    load = Loading(lora_rank=4, adapt=['attention', 'shared', 'dense'] if kind == 'k2' else ['attention', 'dense']) if 'lora' in how else Loading()
+    parts = ['attention', 'dense', *(['shared'] if kind == 'k2' else []), *(['routed'] if 'routed' in how else [])]
+    load = Loading(lora_rank=4, adapt=parts) if 'lora' in how else Loading()
     if 'balance' in how: balance_router(model, .01)
     told = {'per_device_train_batch_size': 4, 'num_train_epochs': 1, 'learning_rate': 3e-3, 'save_steps': 2, 'save_total_limit': 50, 'logging_steps': 3, 'bf16': False, **trainer}
     if 'dpo' in how: model = fit_dpo(job, model, None if 'lora' in how else small_model(kind, 'smoke', tok), tok, pairs(tok), told, load)
-    else: model = fit_sft(job, model, tok, sft_rows(tok), told, 'muon' if 'muon' in how else 'adamw', load)
+    else: model = fit_sft(job, model, tok, sft_rows(tok), told, 'muon' if 'muon' in how else 'adamw', load, room=64 if 'packed' in how else 0)
     told = job.record['training']['train']
     return dict(weights=fingerprint(model), loss=told['loss'], stream=told['stream_sha256'], batches=told['batches'], trained=told['trained_tokens'],
                 curve=[(r['step'], r['loss']) for r in read_lines(folder/'metrics.jsonl')]), job
@@ -81,12 +89,16 @@ CASES = [(kind, how, trainer, step) for kind, how, trainer, steps in [
     ('k2', 'full balance', {'num_train_epochs': 2}, (6, 8)),                              # the router's bias moves too
     ('k2', 'muon', {'num_train_epochs': 2}, (6, 10)),
     ('k2', 'lora', {'num_train_epochs': 2}, (6, 10)),
+    ('k2', 'lora routed', {'num_train_epochs': 2}, (6,)),
+    ('k2', 'packed', {'num_train_epochs': 3}, (4, 6)),
+    ('k2', 'packed lora routed', {'num_train_epochs': 2, 'gradient_accumulation_steps': 2}, (2,)),
     ('k2', 'dpo', {'num_train_epochs': 2, 'learning_rate': 1e-3}, (4, 6)),
     ('k2', 'dpo lora', {'num_train_epochs': 2, 'learning_rate': 1e-3}, (4,)),
     ('qwen', 'full', {'num_train_epochs': 2, 'train_sampling_strategy': 'random'}, (6, 10)),
     ('qwen', 'full', {'train_sampling_strategy': 'sequential'}, (4,)),
     ('qwen', 'muon', {'num_train_epochs': 2}, (6, 10)),
     ('qwen', 'lora', {}, (4,)),
+    ('qwen', 'packed', {'num_train_epochs': 3}, (4,)),
     ('qwen', 'dpo', {'num_train_epochs': 2}, (6,)),
 ] for step in steps]
 
