@@ -168,6 +168,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'k2lab.display.Table.__init__': ('display.html#table.__init__', 'k2lab/display.py'),
                                'k2lab.display.Table.__repr__': ('display.html#table.__repr__', 'k2lab/display.py'),
                                'k2lab.display.Table._repr_html_': ('display.html#table._repr_html_', 'k2lab/display.py'),
+                               'k2lab.display.clock': ('display.html#clock', 'k2lab/display.py'),
+                               'k2lab.display.describe': ('display.html#describe', 'k2lab/display.py'),
                                'k2lab.display.draw': ('display.html#draw', 'k2lab/display.py'),
                                'k2lab.display.in_jupyter': ('display.html#in_jupyter', 'k2lab/display.py'),
                                'k2lab.display.live': ('display.html#live', 'k2lab/display.py'),

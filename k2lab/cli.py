@@ -3,6 +3,7 @@ import argparse, os, shutil, sys, time
 from pathlib import Path
 
 from k2lab.core import LabError, SCALES, did_you_mean, lab_path, one_of, read_yaml, resolve, setting, stage_names
+from k2lab.display import clock, describe, short
 
 USAGE = """usage: k2lab pipeline [--scale S] [--campaign C] [--from STAGE] [--to STAGE] [--seed N]
        k2lab STAGE [--scale S] [--campaign C] [--on slurm] [field=value ...]
@@ -82,22 +83,6 @@ class Progress:
     def end(self, record:dict):
         "Leave one final line about the run."
         sys.stderr.write(('\r\x1b[K' if self.tty else '') + f"{self.head}  {outcome(record)}  {clock(record.get('wall_s', 0))}\n")
-
-
-def clock(seconds:float) -> str:
-    "Seconds as 1:05 or 2:01:05."
-    m, s = divmod(int(seconds), 60)
-    return f'{m//60}:{m%60:02d}:{s:02d}' if m >= 60 else f'{m}:{s:02d}'
-
-
-def describe(row:dict) -> str:
-    "A line of metrics.jsonl in words."
-    told = [row['phase']] if row.get('phase') else []
-    if 'step' in row: told.append(f"step {row['step']}/{row['steps']}" if row.get('steps') else f"step {row['step']}")
-    for key, text in (('loss', 'loss {:.3f}'), ('eval_loss', 'eval loss {:.3f}'), ('tokens_s', '{:.0f} tokens/s')):
-        if row.get(key) is not None: told.append(text.format(row[key]))
-    if row.get('eta_s') is not None: told.append(f"{clock(row['eta_s'])} left")
-    return ' · '.join(told)
 
 
 def outcome(record:dict) -> str:
@@ -223,7 +208,6 @@ def show_runs(words:list) -> int:
 
 def key_metric(record:dict) -> str:
     "A run's first measure, before and after."
-    from k2lab.display import short
     m = next(iter(record['metrics']), None)
     return f"{m['measure']} {short(m['before'])} -> {short(m['after'])}" if m else '-'
 
@@ -296,7 +280,6 @@ def verdict(results:list, inputs:list) -> str:
 
 def said(difference:tuple) -> str:
     "One difference in words."
-    from k2lab.display import short
     kind, name, a, b = difference
     cut = lambda v: short(v) if not isinstance(v, str) or len(v) < 20 else v[:12] + '…'
     return f'{kind} {name}: {cut(a)} -> {cut(b)}'
@@ -342,7 +325,6 @@ def work(words:list) -> int:
 
 def table(header:list, rows:list) -> str:
     "Rows as aligned text, under a header unless it is empty."
-    from k2lab.display import short
     cells = [[short(c) for c in row] for row in ([header] if header else []) + rows]
     wide = [max(map(len, column)) for column in zip(*cells)]
     return '\n'.join('  '.join(c.ljust(w) for c, w in zip(row, wide)).rstrip() for row in cells)

@@ -126,6 +126,7 @@ def after(folder:Path) -> dict:
     if status == 'complete': return dict(unreadable=0, status=status, result=results(read_run(folder)), resumed=0)
     code = start_run(['resume', str(folder)]).wait(120)
     record = read_run(folder)
+    if code: print(f"\n{folder}: {status}; its resume ended with code {code}: {record['status']}, {record['reason']}")
     return dict(unreadable=0, status=status, result=results(record) if record['status'] == 'complete' else None, resumed=int(code == 0))
 
 
