@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LINEAR', 'EXPORT_LIMIT', 'adaptable', 'lora', 'adapters', 'coverage', 'wrong_part', 'certified', 'with_gradient',
-           'check_saved', 'storage', 'weight_bits', 'check_bits', 'moved_adapter', 'unquantized', 'merged', 'spoken',
-           'apart', 'certificate']
+           'check_saved', 'storage', 'weight_bits', 'check_bits', 'is_split', 'whole', 'gathered', 'one_process',
+           'moved_adapter', 'merged', 'spoken', 'apart', 'certificate', 'same_tensors']
 
 # %% ../nbs/06a_adapters.ipynb #1843799f
-import dataclasses, json, random
+import contextlib, random
 from pathlib import Path
 from .core import LabError
 from .model import Loading, group_of, left_padded, open_model
@@ -122,19 +122,43 @@ def check_bits(found: dict, load: Loading) -> str | None:
     total, left = sum(c['bytes'] for c in found.values()), [part for part, c in found.items() if c['bits'] > 6 and part != 'norm']
     return ', '.join(f'{part} stayed at {found[part]["bits"]:.0f} bits ({100*found[part]["bytes"]/total:.0f} % of the bytes)' for part in left)
 
+# %% ../nbs/06a_adapters.ipynb #bb46ec01
+def is_split(model) -> bool:
+    "Whether processes hold slices of this model's tensors."
+    from torch.distributed.tensor import DTensor
+    return any(isinstance(p, DTensor) or hasattr(p, 'ds_numel') for p in model.parameters())
+
+def whole(p):
+    "A tensor with all its slices, in main memory."
+    from torch.distributed.tensor import DTensor
+    if isinstance(p, DTensor): return p.detach().full_tensor().cpu()
+    if not hasattr(p, 'ds_numel'): return p.detach().cpu()
+    import deepspeed
+    with deepspeed.zero.GatheredParameters([p]): return p.detach().cpu().clone()
+
+def gathered(model, wanted: str = '', keep: bool = True) -> dict:
+    "`{name: whole tensor}` of the tensors with `wanted` in their name; every process must call it, and one that does not `keep` gets none."
+    found = {}
+    for name, p in model.state_dict(keep_vars=True).items():
+        if wanted in name and (tensor := whole(p)) is not None and keep: found[name] = tensor
+    return found
+
+@contextlib.contextmanager
+def one_process():
+    "Open models whole inside, as one process would: transformers splits each model it opens while a DeepSpeed configuration is in force."
+    from transformers.integrations import deepspeed as ds
+    kept, ds._hf_deepspeed_config_weak_ref = ds._hf_deepspeed_config_weak_ref, None
+    try: yield
+    finally: ds._hf_deepspeed_config_weak_ref = kept
+
 # %% ../nbs/06a_adapters.ipynb #91ab407a
-def moved_adapter(model, base):
-    "The trained adapter of `model` on another copy of its base; `LabError` if a weight finds no place."
+def moved_adapter(model, base, weights: dict):
+    "The adapter of `model`, with these `weights` by name, on another copy of its base; `LabError` if a weight finds no place."
     from peft import get_peft_model
-    weights = {n: p for n, p in model.named_parameters() if 'lora_' in n}
     other = get_peft_model(base, model.peft_config[model.active_adapter])
     left = other.load_state_dict(weights, strict=False).unexpected_keys
     if left: raise LabError(f'adapter: no place for {len(left)} weights ({left[0]}...)')
     return other
-
-def unquantized(model, place, load: Loading):
-    "The trained model on full-precision weights of `place`, where it was trained on 4-bit ones; else the model."
-    return moved_adapter(model, open_model(place, dataclasses.replace(load, four_bit=False))) if load.four_bit else model
 
 def merged(model):
     "The trained model with its adapter folded in; a model without one as it is."
@@ -166,3 +190,12 @@ def certificate(trained, merged, saved, base, dtype: str) -> dict:
     for name in ('merged', 'saved'):
         if not told[name] <= told['limit']: raise LabError(f'export: the {name} model is not the trained one: its logits are {told[name]:.1e} away, relative to their size, and rounding in {dtype} explains {told["limit"]:.0e}')
     return told
+
+# %% ../nbs/06a_adapters.ipynb #856d2683
+def same_tensors(weights: dict, saved) -> dict:
+    "`{'tensors', 'differing': 0}` of gathered weights and a model opened from where they were saved; `LabError` if they differ."
+    import torch
+    got = saved.state_dict()
+    wrong = [n for n in sorted(weights.keys() | got.keys()) if n not in weights or n not in got or not torch.equal(weights[n], got[n].to(weights[n].dtype))]
+    if wrong: raise LabError(f'export: {len(wrong)} of {len(weights)} saved tensors are not the trained ones ({wrong[0]}...)')
+    return dict(tensors=len(weights), differing=0)

@@ -2,7 +2,7 @@
 import argparse, os, shutil, sys, time
 from pathlib import Path
 
-from k2lab.core import LabError, SCALES, did_you_mean, lab_path, one_of, read_yaml, resolve, setting, stage_names
+from k2lab.core import LabError, SCALES, did_you_mean, lab_path, load_env, one_of, read_yaml, resolve, setting, stage_names
 from k2lab.display import clock, describe, short
 
 USAGE = """usage: k2lab pipeline [--scale S] [--campaign C] [--from STAGE] [--to STAGE] [--seed N]
@@ -13,6 +13,7 @@ USAGE = """usage: k2lab pipeline [--scale S] [--campaign C] [--from STAGE] [--to
        k2lab resume RUN         go on with one that was killed or failed
        k2lab reproduce RUN      do a complete one again and compare
        k2lab diff RUN RUN       what differs in inputs and in results
+       k2lab convert NAME OUT   a published checkpoint (name, folder or hub id) as bfloat16 in a new folder
        k2lab STAGE --help       what the stage can be told
 
 Every stage is a notebook; a run is an executed notebook in a folder of its own.
@@ -313,12 +314,35 @@ def watch(words:list) -> int:
     return int(record['status'] != 'complete')
 
 
+def convert(words:list) -> int:
+    "Write a published checkpoint again as bfloat16."
+    from k2lab.formats import fetched, to_bf16
+    if len(words) != 2: raise LabError('convert needs a name, folder or hub id, and the new folder: `k2lab convert Kimi-K2-Base OUT`')
+    progress = Progress(f'convert {words[0]}')
+    place = load_env('full')['models'].get(words[0], words[0])
+    told = to_bf16(fetched(place), Path(words[1]), on_shard=lambda n, of, size: progress.say(f'{progress.head}  {n}/{of} weights · {size/2**30:.1f} GiB written'))
+    if progress.tty: print(file=sys.stderr)
+    print(f"{words[1]}: {told['weights']} weights, {told['dequantised']} of them dequantised")
+    for kind, count in told['left_out'].items(): print(f'  left out: {count} tensors ({kind})')
+    if told['files_left_out']: print(f"  left out: {', '.join(told['files_left_out'])}")
+    return 0
+
+
 def work(words:list) -> int:
     "Do a stage's work on a prepared run folder: what `accelerate launch` starts in every process."
     from k2lab.job import open_job, stage_module
     job = open_job(Path(words[0]))
     stage_module(job.stage).work(job)
+    leave_together()
     return 0
+
+
+def leave_together():
+    "End the group of training processes in order: one that leaves earlier than the others, its threads still at work, aborts (seen under ZeRO-3) and takes them along."
+    dist = sys.modules.get('torch.distributed')
+    if not (dist and dist.is_available() and dist.is_initialized()): return
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------------
@@ -348,7 +372,7 @@ def summary(records:list) -> str:
     return '\n' + table(['stage', 'status', 'measure', 'before', 'after', 'wall s', 'peak GiB'], rows)
 
 
-COMMANDS = {'pipeline': pipeline, 'runs': show_runs, 'show': show, 'watch': watch, 'resume': resume_run, 'reproduce': reproduce_run, 'diff': diff, 'work': work}
+COMMANDS = {'pipeline': pipeline, 'runs': show_runs, 'show': show, 'watch': watch, 'resume': resume_run, 'reproduce': reproduce_run, 'diff': diff, 'convert': convert, 'work': work}
 
 
 def main(words:list) -> int:

@@ -11,10 +11,11 @@ import contextlib, ctypes, os, secrets, signal, socket, subprocess, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-from .chat import encode, family_of, prompt_spans
+from .chat import encode, prompt_spans
+from .tokenizer import family_of
 from .core import LabError
 from .model import open_tokenizer
-from .teacher import Teacher, reply_text
+from .teacher import Teacher, check_parity, reply_text
 
 # %% ../nbs/60_launch_teacher_vllm.ipynb #66f1949b
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ def command(cfg: Config, place, port: int) -> list[str]:
     "The server's command line; no key in it."
     python = cfg.python or sys.executable
     if cfg.engine == 'embedded': return [python, '-m', 'k2lab.server', str(place), '--name', cfg.model, '--host', cfg.host, '--port', str(port)]
-    return [python, '-m', 'vllm.entrypoints.openai.api_server', '--model', str(place), '--served-model-name', cfg.model, '--host', cfg.host, '--port', str(port),
+    name, _, revision = place.partition('@') if isinstance(place, str) else (str(place), '', '')
+    pins = [word for what in ('revision', 'tokenizer-revision', 'code-revision') for word in (f'--{what}', revision) if revision]
+    return [python, '-m', 'vllm.entrypoints.openai.api_server', '--model', name, *pins, '--served-model-name', cfg.model, '--host', cfg.host, '--port', str(port),
             *flags({**PARSERS[cfg.family], **cfg.vllm})]
 
 # %% ../nbs/60_launch_teacher_vllm.ipynb #08825891
@@ -146,6 +149,7 @@ def check(job, place, messages: list, served: Served, reply: dict, seconds: floa
     job.show_rows([dict(address=served.url, model=served.model, engine=job.cfg.engine, ready_s=served.ready_s, answer_tokens=new, seconds=round(seconds, 2))])
     job.check('answers', reply['finish'] in ('stop', 'length', 'tool_calls'), f"{new} tokens, finish {reply['finish']}")
     if job.cfg.parity: own = own_count(place, messages); job.check('prompt tokens', seen == own, f'server {seen}, lab {own}')
+    if job.cfg.parity: job.check('token ids', check_parity(served.teacher(), open_tokenizer(place)) > 0, 'of conversations with tools and thoughts, too')
 
 def reachable(url: str) -> bool:
     "Whether anything still answers there."

@@ -11,7 +11,7 @@ __all__ = ['FAMILY', 'CHAT_WORDS', 'work', 'general_pages', 'coded', 'page_ids',
 import random
 from dataclasses import dataclass, field
 from functools import partial
-from .chat import build_tokenizer
+from .tokenizer import build_tokenizer
 from .core import LabError
 from .corpus import held_out
 from .fit import balance_router, expert_load, fit_sft, open_for
@@ -140,7 +140,7 @@ def learn_to_copy(job, model, tok):
     "The first phase: repeated random ids, in the order of their alphabet."
     cfg = job.cfg
     rows = growing(cfg.repeats, ordinary(tok), cfg.repeat_length, random.Random(cfg.seed))
-    model = fit_sft(job, model, tok, examples(rows), {**cfg.trainer, **cfg.repeat_trainer}, cfg.optimizer, phase='copying')
+    model = fit_sft(job, model, tok, examples(rows), {**cfg.trainer, **cfg.repeat_trainer}, cfg.optimizer, phase='copying', parts=True)
     job.measure('copying, after the first phase', after=copying(model, tok))
     return model
 

@@ -9,7 +9,8 @@ __all__ = ['ROOM', 'DATA', 'Score', 'share', 'token_logps', 'scored', 'windows',
 
 # %% ../nbs/09a_measure.ipynb #2405ef1b
 import dataclasses, math, random, time
-from .chat import encode, family_of, pair_spans, prompt_spans
+from .chat import encode, pair_spans, prompt_spans
+from .tokenizer import family_of
 from .core import LabError, one_of
 from .grade import prompt_of, verify, wilson
 from .mla import from_latents

@@ -11,7 +11,8 @@ __all__ = ['SHAPES', 'GROUPS', 'SHIPPED', 'register_kimi_k2', 'small_config', 's
 import dataclasses, json, os, shutil
 from pathlib import Path
 from .core import LabError, lab_path, one_of
-from .chat import build_tokenizer, family_of
+from .formats import TOKENIZER_FILES, backbone, dequantised, fetched, read_config
+from .tokenizer import build_tokenizer, family_of, load_kimi_tokenizer
 from .mla import from_latents
 
 # %% ../nbs/06_model.ipynb #fb8b392d
@@ -97,7 +98,6 @@ def save_checkpoint(model, tok, folder, dtype=None, weights: dict | None = None)
     config = json.loads(path.read_text())
     if config['model_type'] == 'kimi_k2':
         config['architectures'] = ['DeepseekV3ForCausalLM']
-        config.pop('auto_map', None)                       # names code files that are not in this folder
         path.write_text(json.dumps(config, indent=2)+'\n')
 
 # %% ../nbs/06_model.ipynb #5280335b
@@ -108,7 +108,6 @@ class Loading:
     four_bit: bool = False        # NF4 by bitsandbytes: linear layers only, fused experts stay as they are
     lora_rank: int = 0            # 0: train all weights
     adapt: tuple = ('attention', 'shared', 'dense')   # parts that get an adapter; also: routed (the stacked experts), router, head
-    revision: str | None = None   # pinned revision of a hub model
 
     def __post_init__(self):
         for part in self.adapt: one_of('part', part, GROUPS, 'adapt')
@@ -141,31 +140,35 @@ def _four_bit_options(load: Loading) -> dict:
     return dict(quantization_config=quantization(load), device_map={'': device})
 
 # %% ../nbs/06_model.ipynb #793de56a
-def _config_of(place, load: Loading):
-    "The config a checkpoint is opened with: its own, DeepSeek-V3's under the name `kimi_k2`."
-    from transformers import AutoConfig
-    kimi, config = register_kimi_k2(), AutoConfig.from_pretrained(place, revision=load.revision)
-    if config.model_type != 'deepseek_v3': return config
-    return kimi.from_dict({k: v for k, v in config.to_dict().items() if k != 'model_type'})
+def _config_of(folder: Path):
+    "The config a checkpoint is opened with: its language model's, DeepSeek-V3's under the name `kimi_k2`; `LabError` for a type that only the checkpoint's own code knows."
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    kimi, told = register_kimi_k2(), backbone(read_config(folder))
+    kind = told.pop('model_type')
+    if kind not in CONFIG_MAPPING: raise LabError(f"{folder}: transformers does not know the model type '{kind}', and code that comes with a checkpoint is never run here")
+    return (kimi if kind == 'deepseek_v3' else CONFIG_MAPPING[kind]).from_dict(told)
 
 # %% ../nbs/06_model.ipynb #46191087
 def open_model(place, load: Loading = Loading()):
-    "A causal language model from a folder or hub id; `LabError` for a folder that is not there or keys that do not fit."
+    "A causal language model from a folder or hub id (`org/name` or `org/name@revision`), dequantised where it is stored in 8 or 4 bits; `LabError` for a folder that is not there or keys that do not fit."
     import torch
-    from transformers import AutoModelForCausalLM
-    register_kimi_k2()
-    if isinstance(place, Path) and not (place/'config.json').exists(): raise LabError(f'{place}: no model there (config.json is missing)')
-    model, info = AutoModelForCausalLM.from_pretrained(place, config=_config_of(place, load), revision=load.revision, dtype=getattr(torch, load.dtype), output_loading_info=True, **_four_bit_options(load))
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    folder = fetched(place)
+    config, tensors = _config_of(folder), dequantised(folder)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]       # the Auto class takes no state_dict
+    model, info = kind.from_pretrained(folder if tensors is None else None, state_dict=tensors, config=config, dtype=getattr(torch, load.dtype), output_loading_info=True, **_four_bit_options(load))
     _check_keys(place, info)
     if load.four_bit: _repack_nothing(model)
     return ready(model)
 
+# %% ../nbs/06_model.ipynb #def7cf32
 def open_tokenizer(place):
-    "The fast tokenizer of a checkpoint; `LabError` where its chat family is unknown."
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    register_kimi_k2()
-    local = Path(place)/'tokenizer.json'
-    tok = PreTrainedTokenizerFast.from_pretrained(place) if local.exists() else AutoTokenizer.from_pretrained(place)
+    "The fast tokenizer of a folder or hub id; `LabError` where its files are missing or its chat family is unknown."
+    from transformers import PreTrainedTokenizerFast
+    folder = fetched(place, TOKENIZER_FILES)
+    if (folder/'tokenizer.json').exists(): tok = PreTrainedTokenizerFast.from_pretrained(folder)
+    elif (folder/'tiktoken.model').exists(): tok = load_kimi_tokenizer(folder)
+    else: raise LabError(f'{place}: no tokenizer there (neither tokenizer.json nor tiktoken.model)')
     family_of(tok)
     return tok
 
@@ -232,7 +235,7 @@ def generate(model, tok, prompts: list, max_new_tokens: int = 96, n: int = 1, te
         for start in range(0, len(left), batch):
             part = left[start:start+batch]
             for i, more in zip(part, _continued(model, tok, [given[i] + new[i] for i in part], room, options)): new[i] += more
-            if on_batch: onleft_padded(sum(row[-1:] != [] and row[-1] in ends for row in new)//n, len(prompts))
+            if on_batch: on_batch(sum(row[-1:] != [] and row[-1] in ends for row in new)//n, len(prompts))
         left, spent = [i for i in left if new[i][-1] not in ends], spent+room
     replies = [_reply(tok, row, ends) for row in new]
     return [replies[i*n:i*n+n] for i in range(len(prompts))]

@@ -12,7 +12,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from k2lab.chat import encode, family_of, prompt_spans, reply_message
+from k2lab.chat import encode, prompt_spans, reply_message
+from k2lab.tokenizer import family_of
 from k2lab.core import LabError
 
 TAGS = ('<think>', '</think>', '<|tool_calls_section_begin|>', '<tool_call>')
@@ -61,6 +62,7 @@ class TokenizeAsk(BaseModel):
     prompt: str | None = None
     messages: list[dict] | None = None
     tools: list[dict] | None = None
+    add_generation_prompt: Literal[True] = True
 
 
 class Draft:

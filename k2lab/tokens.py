@@ -14,7 +14,8 @@ from collections import Counter, deque
 from functools import reduce
 from itertools import groupby, pairwise
 from fastcore.basics import patch
-from .chat import encode, family_of, plain_tokenizer, prompt_spans, row_spans
+from .chat import encode, prompt_spans, row_spans
+from .tokenizer import family_of, plain_tokenizer
 from .core import LabError
 
 # %% ../nbs/05_tokens.ipynb #82e9d7cb
@@ -107,7 +108,8 @@ def batch_rows(batch: dict):
 # %% ../nbs/05_tokens.ipynb #30b76d14
 LETTERS = {'<|im_user|>': 'H', '<|im_assistant|>': 'H', '<|im_system|>': 'H', '<|im_start|>': 'H', '<|im_middle|>': 'M', '<|im_end|>': 'E', '<think>': '(', '</think>': ')',
            **dict.fromkeys(['<tool_call>', '</tool_call>', *(f'<|tool_{part}|>' for part in ('calls_section_begin', 'calls_section_end', 'call_begin', 'call_argument_begin', 'call_end'))], 't')}
-TURNS = dict(kimi=r'(Hx+M[xt()]*E)+', qwen=r'(Hx[xt]*Ex+)*Hx[xt]*E')
+_KIMI = r'(Hx+M[xt()]*E)+'
+TURNS = dict(kimi=_KIMI, kimi_instruct=_KIMI, qwen=r'(Hx[xt]*Ex+)*Hx[xt]*E')
 
 def letters(ids: list[int], names: dict) -> str:
     "A sample as one letter for each token; `names` maps the ids of control tokens to their text."
@@ -155,15 +157,16 @@ def empty_thoughts(said: list[str]) -> bool:
 
 # %% ../nbs/05_tokens.ipynb #aea59d60
 class Audit:
-    "What is wrong with batches made by a tokenizer: `wrong(batch)` tells the first fault, or None."
-    def __init__(self, tok):
+    "What is wrong with batches made by a tokenizer: `wrong(batch)` tells the first fault, or None. `parts`: documents may be trained in part."
+    def __init__(self, tok, parts: bool = False):
+        self.parts = parts
         self.tok, self.family, self.opening = tok, family_of(tok), generation_prompt(tok)
         self.names = {i: t for t, i in tok.get_added_vocab().items()}
 
     def wrong_sample(self, ids: list, mask: list, said: str) -> str | None:
         "The first fault of one sample, with its text, or None."
         if 'H' in said: found = wrong_turns(said, self.family) or wrong_mask(ids, mask, self.opening)
-        else: found = None if all(mask[1:]) else 'a row without turns is trained only in part'
+        else: found = None if self.parts or all(mask[1:]) else 'a row without turns is trained only in part'
         return found and f'{found}: {shorten(mask_text(self.tok, dict(input_ids=ids, completion_mask=mask)), 300)}'
 
     def wrong(self, batch: dict) -> str | None:
@@ -191,8 +194,8 @@ def speech(ids: list[int], names: dict):
 # %% ../nbs/05_tokens.ipynb #04e4fccb
 class Ledger:
     "What was trained: `add` each batch, read `summary()`. With `wait`, a batch counts once `passed` is called for it. `tokens` counts real tokens so far, padding left out."
-    def __init__(self, tok, wait: bool = False):
-        self.audit = Audit(tok)
+    def __init__(self, tok, wait: bool = False, parts: bool = False):
+        self.audit = Audit(tok, parts)
         self.batches = self.packed_rows = self.rows = self.tokens = self.places = 0
         self.trained, self.digest, self.wait, self.queue = Counter(), '', wait, deque()
 
@@ -235,3 +238,11 @@ def restore(self: Ledger, state: dict):
     "Go on from a stored `state`."
     for k in ENTERED: setattr(self, k, state[k])
     self.trained = Counter(state['trained'])
+
+@patch
+def joined(self: Ledger, states: list) -> Ledger:
+    "One ledger of what several processes entered, each in its own; their fingerprints are hashed together in order of rank."
+    one = Ledger.__new__(Ledger)
+    one.restore({**{k: sum(s[k] for s in states) for k in ENTERED if k != 'digest'}, 'digest': states[0]['digest'], 'trained': sum((Counter(s['trained']) for s in states), Counter())})
+    if len(states) > 1: one.digest = hashlib.sha256(''.join(s['digest'] for s in states).encode()).hexdigest()
+    return one

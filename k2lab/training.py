@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['Training', 'repeated', 'pieces_of', 'examples_of', 'mixed', 'inherited', 'before', 'baselines', 'say', 'close',
-           'says', 'publish_adapter', 'publish', 'Supervised', 'supervised']
+           'says', 'publish_adapter', 'save_certified', 'publish', 'Supervised', 'supervised']
 
 # %% ../nbs/09b_training.ipynb #2ff10f03
-import random
+import dataclasses, random
 from dataclasses import dataclass, field, fields
-from .adapters import certificate, check_saved, merged, spoken, unquantized
-from .chat import family_of
+from .adapters import certificate, check_saved, gathered, is_split, merged, moved_adapter, one_process, same_tensors, spoken
+from .tokenizer import family_of
 from .core import LabError, one_of
-from .fit import check_trainable, fit_sft, gathered, open_for
+from .fit import check_trainable, fit_sft, open_for
 from .grade import copy_baseline, majority_baseline, prompt_of, verify
 from .job import read_run
 from .measure import DATA, ROOM, family_shares, few_shot, prompts_of, take
@@ -118,29 +118,33 @@ def says(model) -> tuple:
     with model.disable_adapter(): base = spoken(model)
     return spoken(model), base
 
-def publish_adapter(job, model):
-    "Keep a trained adapter as `<saves>_adapter`, every tensor of it checked; nothing for a model without one."
-    if not (job.first and hasattr(model, 'peft_config')): return
+def publish_adapter(job, model, weights: dict):
+    "Keep a trained adapter as `<saves>_adapter`, every tensor of it checked."
     with job.publishing(f'{job.cfg.saves}_adapter') as place:
-        model.save_pretrained(place)
+        model.save_pretrained(place, state_dict=weights)
         check_saved(model, place)
+
+def save_certified(job, model, tok, weights: dict | None):
+    "Fold in the adapter, save, open again and compare; the certificate goes into the record."
+    dtype = Loading(**job.cfg.load).dtype
+    trained, base = (None, None) if weights else says(model)
+    model = merged(model)
+    with job.publishing(job.cfg.saves) as place:
+        save_checkpoint(model, tok, place, weights=weights)
+        again = open_model(place, Loading(dtype=dtype))
+        told = same_tensors(weights, again) if weights else certificate(trained, spoken(model), spoken(again.to(model.device)), base, dtype)
+    job.record['export'] = told
+    job.check('the saved model is the trained one', True, ', '.join(f'{k} {v:.2g}' for k, v in told.items()))
 
 def publish(job, model, tok):
     "The trained model as a checkpoint that the next stage opens, with the certificate that it is; of several processes all give their slices, and the first writes."
-    load = Loading(**job.cfg.load)
-    publish_adapter(job, model)
-    model = unquantized(model, job.find(job.cfg.init_from), load)
-    split = gathered(model) is not None
-    trained, base = (None, None) if split else says(model)
-    model = merged(model)
-    weights = gathered(model)
+    load, split, adapted = Loading(**job.cfg.load), is_split(model), hasattr(model, 'peft_config')
+    weights = gathered(model, 'lora_' if adapted else '', job.first) if split or adapted else None
     if not job.first: return
-    with job.publishing(job.cfg.saves) as place:
-        save_checkpoint(model, tok, place, weights=weights)
-        if split: return
-        told = certificate(trained, spoken(model), spoken(open_model(place, Loading(dtype=load.dtype)).to(model.device)), base, load.dtype)
-    job.record['export'] = told
-    job.check('the saved model is the trained one', True, f'logits after {told["prompts"]} prompts: {told["saved"]:.0e} apart, limit {told["limit"]:.0e}')
+    with one_process():
+        if adapted: publish_adapter(job, model, weights)
+        if adapted and (split or load.four_bit): model = moved_adapter(model, open_model(job.find(job.cfg.init_from), dataclasses.replace(load, four_bit=False)), weights)
+        save_certified(job, model, tok, None if adapted else weights)
 
 # %% ../nbs/09b_training.ipynb #f57a45f9
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip('torch')
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from k2lab.adapters import LINEAR, adaptable, adapters, apart, certificate, certified, check_bits, check_saved, coverage, lora, merged, spoken, unquantized, weight_bits, with_gradient
+from k2lab.adapters import LINEAR, adaptable, adapters, apart, certificate, certified, check_bits, check_saved, coverage, lora, merged, spoken, weight_bits, with_gradient
 from k2lab.core import LabError
 from k2lab.model import Loading, group_of, open_model, open_tokenizer, save_checkpoint, smoke_model, small_model
 

@@ -8,7 +8,7 @@ from k2lab.core import LabError, lab_path, resolve
 from k2lab.job import launch_command, start
 
 torch = pytest.importorskip('torch')
-from k2lab.adapters import adaptable, lora, unquantized
+from k2lab.adapters import adaptable, is_split, lora
 from k2lab.fit import options
 from k2lab.model import Loading, group_of, open_model, open_tokenizer, smoke_model, trained_counts
 from k2lab.training import publish
@@ -47,11 +47,11 @@ def plain(state:dict) -> dict:
 def trained(stage:str, **changes) -> dict:
     "A smoke run of a stage: its job, the model as trained, what it said, and what it published."
     seen = {}
-    def watching(model, place, load):
+    def watching(model):
         seen.update(model=model, said=logits(model), state={n: p.detach().clone() for n, p in model.named_parameters()})
-        return unquantized(model, place, load)
+        return is_split(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('k2lab.training.unquantized', watching)
+        patch.setattr('k2lab.training.is_split', watching)
         job = start(stage, 'smoke', changes={'measures': ['domain_bits_per_byte'], **changes})
         importlib.import_module(f'k2lab.{stage}').work(job)
     return dict(seen, job=job, published=open_model(job.folder/job.cfg.saves), fit=json.loads((job.folder/'run.json').read_text())['training']['train'])

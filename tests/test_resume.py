@@ -12,7 +12,7 @@ from k2lab.model import Loading
 
 @pytest.fixture(scope='module')
 def tok():
-    from k2lab.chat import build_tokenizer
+    from k2lab.tokenizer import build_tokenizer
     return build_tokenizer(['the graph G has nodes and edges, the path from a to b']*4, 340)
 
 
@@ -41,7 +41,8 @@ def sft_rows(tok, n:int=26) -> list:
 
 def pairs(tok, n:int=20) -> list:
     "Preference pairs of different lengths."
-    from k2lab.chat import encode, family_of, pair_spans
+    from k2lab.chat import encode, pair_spans
+    from k2lab.tokenizer import family_of
     rng = random.Random(2)
     rows = [{k: ' '.join(rng.choices(WORDS, k=rng.randint(1, 6))) for k in ('prompt', 'chosen', 'rejected')} for _ in range(n)]
     return [{k: encode(tok, spans)[0] for k, spans in zip(('prompt_ids', 'chosen_ids', 'rejected_ids'), pair_spans(r, 'S', family_of(tok)))} for r in rows]

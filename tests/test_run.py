@@ -27,7 +27,7 @@ def wait_for(found, seconds:float=60):
 # ---- refused before anything starts ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('words, line', [
-    (['train_toi'], "unknown command 'train_toi' (did you mean 'train_toy'?); valid: pipeline, runs, show, watch, resume, reproduce, diff, work, train_toy"),
+    (['train_toi'], "unknown command 'train_toi' (did you mean 'train_toy'?); valid: pipeline, runs, show, watch, resume, reproduce, diff, convert, work, train_toy"),
     (['train_toy', '--scale', 'nan'], "unknown scale 'nan' (did you mean 'nano'?); valid: smoke, nano, qlora, full"),
     (['train_toy', 'stepz=3'], "changes: unknown key 'stepz' (did you mean 'steps'?); valid: init_from, saves, steps"),
     (['train_toy', 'steps=many'], "changes: steps must be int, not 'many'"),

@@ -3,7 +3,8 @@ import contextlib, json, math, threading, time
 import pytest
 from fastapi.testclient import TestClient
 from k2lab import server
-from k2lab.chat import build_tokenizer, encode, prompt_spans, target_spans, text_of
+from k2lab.chat import encode, prompt_spans, target_spans, text_of
+from k2lab.tokenizer import build_tokenizer
 from k2lab.core import LabError
 from k2lab.model import generate, small_model
 
@@ -163,7 +164,10 @@ def script_speaks(teacher):
     assert kind == 'reply' and streamed == reply and reply['tool_calls'] == [CALL] and reply['finish'] == 'tool_calls' and ''.join(t for k, t in pieces if k == 'content') == 'See'
 
 def server_speaks(plain, tok, monkeypatch):
-    from k2lab.teacher import token_number
+    from k2lab.teacher import PROBES, check_parity, token_number
+    assert check_parity(plain, tok) == len(PROBES) == 4
+    other = build_tokenizer(['What is it?'] * 5, 340, server.family_of(tok))
+    with pytest.raises(LabError, match='token .* of conversation 1 is not the lab.s; server .*another template or tokenizer'): check_parity(plain, other)
     choice, = plain.complete('What is', temperature=0, max_tokens=3, logprobs=2)
     assert tok.decode([token_number(t) for t in choice['logprobs']['tokens']]) == choice['text']
     with pytest.raises(LabError, match='unsupported field top_k'): plain.chat(ASK, top_k=1)

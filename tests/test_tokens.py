@@ -1,7 +1,8 @@
 "Tokens: masks, chunks and the ledger against values worked out by hand, on lists and on tensors."
 import random
 import pytest
-from k2lab.chat import build_tokenizer, encode, pair_spans
+from k2lab.chat import encode, pair_spans
+from k2lab.tokenizer import build_tokenizer
 from k2lab.core import LabError
 from k2lab.packing import best_fit, pack, packed_batch
 from k2lab.tokens import Audit, Ledger, batch_rows, chunks, concatenate, encode_row, encode_rows, generation_prompt, mask_html, mask_runs, mask_text, speech, stream_hash
@@ -233,7 +234,7 @@ def test_good_batches_pass(way, system, tok):
     elif way == 'documents': batch = batch_of(tok, documents)
     elif way == 'preference':
         from trl.trainer.dpo_trainer import DataCollatorForPreference
-        from k2lab.chat import family_of
+        from k2lab.tokenizer import family_of
         sets = [[encode(tok, s)[0] for s in pair_spans(dict(prompt='p', chosen=c, rejected=r), system, family_of(tok))] for c, r in (('<think>a</think>b', 'no'), ('c', '<think>d'))]
         batch = DataCollatorForPreference(tok.pad_token_id)([dict(zip(('prompt_ids', 'chosen_ids', 'rejected_ids'), parts)) for parts in sets])
     else: batch = packed_batch(labelled(pack(rows + [evil] + documents, 220)), tok.pad_token_id, flat=way == 'flat')
