@@ -158,7 +158,7 @@ def train(job):
     job.record['parameters'] = parameter_counts(model)
     handles = balance_router(model, cfg.balance) if cfg.kind == 'k2' else []
     if cfg.repeats: model = learn_to_copy(job, model, tok)
-    model = fit_sft(job, model, tok, examples(rows), cfg.trainer, cfg.optimizer)
+    model = fit_sft(job, model, tok, examples(rows), cfg.trainer, cfg.optimizer, parts=True)
     for h in handles: h.remove()
     finish(job, model, tok)
 
