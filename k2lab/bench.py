@@ -60,7 +60,7 @@ def texts(n:int, shape:str) -> list:
     "n seeded question-and-answer rows: of `even` length, or `mixed` (log-normal), many short and few long, as instruction sets are."
     rng = random.Random(0)
     words = 'the graph has nodes and edges so 12 + 30 = 42 and neighbors of a are b c path sum first then answer'.split()
-    size = (lambda: 60) if shape == 'even' else (lambda: min(350, 1 + int(rng.lognormvariate(math.log(40), 1.1))))
+    size = (lambda: 60) if shape == 'even' else (lambda: min(700, 1 + int(rng.lognormvariate(math.log(40), 1.1))))
     return [dict(prompt=' '.join(rng.choices(words, k=8)), response=' '.join(rng.choices(words, k=size()))) for _ in range(n)]
 
 
@@ -139,7 +139,7 @@ def ours_dpo(rows:list) -> dict:
 CAMPAIGN = 'bench-train'
 SAME = dict(train_sampling_strategy='random')
 TRAIN = {'SFT, rows of one length, equal settings': ('even', 240, plain_sft, lambda rows: ours_sft(rows, **SAME)),
-         'SFT, rows of mixed length, as the lab packs them': ('mixed', 240, plain_sft, lambda rows: ours_sft(rows, room=512, per_device_train_batch_size=2)),
+         'SFT, rows of mixed length, as the lab packs them': ('mixed', 240, plain_sft, lambda rows: ours_sft(rows, room=1024, per_device_train_batch_size=1)),
          'DPO, equal settings': ('even', 80, plain_dpo, ours_dpo)}
 
 

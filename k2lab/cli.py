@@ -1,5 +1,5 @@
 """The `k2lab` command: stages by their names, the pipeline, and the runs they left. Nothing heavy is imported until a stage runs."""
-import argparse, os, shutil, sys, time
+import argparse, os, shutil, sys, textwrap, time
 from pathlib import Path
 
 from k2lab.core import LabError, SCALES, did_you_mean, lab_path, load_env, one_of, read_yaml, resolve, setting, stage_names
@@ -22,8 +22,9 @@ Every stage is a notebook; a run is an executed notebook in a folder of its own.
 
 def usage() -> str:
     "What `k2lab --help` prints."
-    return f"{USAGE}\nstages: {', '.join(stage_names()) or 'none here'}\nscales: {', '.join(SCALES)} (here: {setting('lab', 'scale')})\n" \
-           "A field is any key of the stage's file, `trainer.KEY=VALUE` reaches TRL's own options. Add --debug for a traceback."
+    stages = textwrap.fill(f"stages: {', '.join(stage_names()) or 'none here'}", 100, subsequent_indent='        ')
+    return f"{USAGE}\n{stages}\nscales: {', '.join(SCALES)} (here: {setting('lab', 'scale')})\n" \
+           "A field is any key of the stage's file; `trainer.KEY=VALUE` reaches TRL's own options. --debug shows a traceback."
 
 
 def comments(cls) -> dict:

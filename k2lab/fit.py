@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LAB_DEFAULTS', 'options', 'live', 'epoch_order', 'ordered', 'restore_weights', 'every_rank', 'Finished', 'sealing',
            'mean_loss', 'recording', 'optimizer_for', 'check_trainable', 'covering', 'balance_router', 'expert_load',
-           'examples_with_labels', 'collator_for', 'fit_sft', 'loads_onto', 'own_ledger', 'finish_fit', 'fit_dpo',
-           'open_for']
+           'examples_with_labels', 'collator_for', 'adapter_for', 'fit_sft', 'loads_onto', 'own_ledger', 'finish_fit',
+           'fit_dpo', 'open_for']
 
 # %% ../nbs/07_fit.ipynb #16316cc2
 import contextlib, dataclasses, time
@@ -14,8 +14,9 @@ from pathlib import Path
 from .adapters import certified, check_bits, coverage, lora, weight_bits, with_gradient
 from .checkpoint import newest, seal, step_of
 from .core import LabError, did_you_mean
+from .fast_lora import check_collator, check_fast, open_fast, unsloth_first, with_fast_adapter
 from .model import Loading, open_model, open_tokenizer, trained_counts
-from .packing import check_alone, pack, packed_batch
+from .packing import check_alone, pack, packed_batch, samples_apart
 from .tokens import Ledger
 
 # %% ../nbs/07_fit.ipynb #d790fc1d
@@ -123,10 +124,11 @@ def optimizer_for(model, name: str, opts):
     return (Muon(model, lr=opts.learning_rate, weight_decay=opts.weight_decay), None)
 
 # %% ../nbs/07_fit.ipynb #5fcfc626
-def check_trainable(load: Loading, optimizer: str):
-    "`LabError` for a way of loading that leaves the optimizer nothing to train."
+def check_trainable(load: Loading, optimizer: str, packed: bool = False, processes: int = 1):
+    "`LabError` for a way of loading that leaves the optimizer nothing to train, or that its backend cannot train so."
     if load.four_bit and not load.lora_rank: raise LabError('load: four_bit weights cannot be trained; give lora_rank as well')
     if load.lora_rank and optimizer == 'muon': raise LabError('optimizer: muon does not train adapters (lora_rank); use adamw')
+    check_fast(load, packed, processes)
 
 # %% ../nbs/07_fit.ipynb #43426850
 def covering(record: dict, load: Loading):
@@ -165,19 +167,28 @@ def collator_for(model, tok, packed: bool):
     flat = 'flash' in model.config._attn_implementation
     return (lambda rows: packed_batch(rows, tok.pad_token_id, flat)) if packed else DataCollatorForLanguageModeling(tok.pad_token_id)
 
+def adapter_for(model, load: Loading, trainer: dict, seed: int) -> tuple:
+    "`(model, the adapter that a trainer is to put on it, its options)`; Unsloth puts its adapter on itself, and has its own ways of chunking the loss and of recomputing activations."
+    if load.backend != 'unsloth': return model, lora(model, load), {'loss_type': 'chunked_nll', **trainer}
+    model = with_fast_adapter(model, load, trainer.get('gradient_checkpointing', False), seed)
+    return model, None, {'loss_type': 'nll', **trainer, 'gradient_checkpointing': False}
+
 def fit_sft(job, model, tok, examples: list, trainer: dict, optimizer: str = 'adamw', load=Loading(), phase: str = 'train', room: int = 0, parts: bool = False):
     "Train on `[{'input_ids', 'completion_mask'}]`, packed into rows of `room` tokens if that is not 0; `parts` allows documents that are trained in part; returns the trained model. Ledger and coverage go into the job's record."
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
+    check_trainable(load, optimizer, bool(room))
+    model, adapter, trainer = adapter_for(model, load, trainer, job.seed)
     rows = examples_with_labels(pack(examples, room) if room else examples)
-    opts = options(SFTConfig, trainer, output_dir=str(job.folder/'trainer'/phase), seed=job.seed, max_length=None, loss_type='chunked_nll', train_sampling_strategy='random' if room else 'group_by_length')
-    ledger, collate = Ledger(tok, wait=True, parts=parts), collator_for(model, tok, bool(room))
-    check_trainable(load, optimizer)
-    if room: check_alone(model, rows, tok.pad_token_id)
-    model.train()
-    fit = SFTTrainer(model, opts, train_dataset=Dataset.from_list(rows), processing_class=tok, peft_config=lora(model, load),
-                     data_collator=recording(collate, ledger), optimizers=optimizer_for(model, optimizer, opts))
-    return finish_fit(job, fit, ledger, phase, load)
+    opts = options(SFTConfig, trainer, output_dir=str(job.folder/'trainer'/phase), seed=job.seed, max_length=None, train_sampling_strategy='random' if room else 'group_by_length')
+    ledger = Ledger(tok, wait=True, parts=parts)
+    collate = recording(collator_for(model, tok, bool(room)), ledger)
+    with samples_apart(model) if room else contextlib.nullcontext():
+        if room: check_alone(model, rows, tok.pad_token_id)
+        model.train()
+        fit = SFTTrainer(model, opts, train_dataset=Dataset.from_list(rows), processing_class=tok, peft_config=adapter,
+                         data_collator=collate, optimizers=optimizer_for(model, optimizer, opts))
+        return finish_fit(job, fit, ledger, phase, load)
 
 # %% ../nbs/07_fit.ipynb #6fbb4dc4
 def loads_onto(args):
@@ -223,10 +234,11 @@ def fit_dpo(job, model, reference, tok, pairs: list, trainer: dict, load=Loading
 # %% ../nbs/07_fit.ipynb #b8dc27a8
 def open_for(job, name: str, load=Loading()):
     "`(model, tokenizer)` of a checkpoint found by name, with the threads that the scale asks for; what its weights take in memory goes into the job's record."
+    if load.backend == 'unsloth': unsloth_first()
     import torch
     if job.env.get('threads'): torch.set_num_threads(job.env['threads'])
     place = job.find(name)
-    model = open_model(place, load)
+    model = (open_fast if load.backend == 'unsloth' else open_model)(place, load)
     sizes = weight_bits(model)
     job.record.setdefault('weights', {})[name] = {part: c['bytes'] for part, c in sizes.items()}
     if load.four_bit: job.check(f'{name}: linear layers in 4 bits', True, check_bits(sizes, load))

@@ -108,8 +108,10 @@ class Loading:
     four_bit: bool = False        # NF4 by bitsandbytes: linear layers only, fused experts stay as they are
     lora_rank: int = 0            # 0: train all weights
     adapt: tuple = ('attention', 'shared', 'dense')   # parts that get an adapter; also: routed (the stacked experts), router, head
+    backend: str = 'transformers'                     # transformers | unsloth: the adapter of a dense model on one GPU
 
     def __post_init__(self):
+        one_of('backend', self.backend, ('transformers', 'unsloth'), 'load')
         for part in self.adapt: one_of('part', part, GROUPS, 'adapt')
 
 # %% ../nbs/06_model.ipynb #1a3a394f

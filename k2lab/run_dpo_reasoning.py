@@ -45,7 +45,7 @@ def run_control(job, tok) -> dict:
     rows = [dict(prompt=p['prompt'], response=p['chosen']) for p in read_rows(job.find(cfg.data))]
     model = open_model(job.find(cfg.init_from), Loading(**cfg.load))
     examples, _ = encode_rows(tok, rows, job.env['system'], cfg.length)
-    plain = {k: v for k, v in cfg.trainer.items() if k not in ('beta', 'loss_type', 'loss_weights', 'precompute_ref_log_probs')}
+    plain = {k: v for k, v in cfg.trainer.items() if k not in ('beta', 'loss_type', 'loss_weights', 'precompute_ref_log_probs', 'use_liger_kernel')}
     model = fit_sft(job, model, tok, examples, {**plain, **cfg.control_trainer}, cfg.optimizer, Loading(**cfg.load), phase='control')
     scores = take(job, model, tok, ['reasoning_verified'])
     pref = preference_accuracy(model, tok, read_rows(job.find(cfg.heldout)), job.env['system'])

@@ -9,7 +9,7 @@ __all__ = ['Training', 'repeated', 'pieces_of', 'examples_of', 'mixed', 'inherit
 # %% ../nbs/09b_training.ipynb #2ff10f03
 import dataclasses, random
 from dataclasses import dataclass, field, fields
-from .adapters import certificate, check_saved, gathered, is_split, merged, moved_adapter, one_process, same_tensors, spoken
+from .adapters import apart, certificate, check_saved, gathered, is_split, merged, moved_adapter, one_process, same_tensors, spoken
 from .tokenizer import family_of
 from .core import LabError, one_of
 from .fit import check_trainable, fit_sft, open_for
@@ -28,7 +28,7 @@ class Training:
     saves: str = ''                       # checkpoint it leaves
     length: int = 256                     # longest row in tokens
     optimizer: str = 'adamw'              # adamw | muon
-    load: dict = field(default_factory=dict)      # dtype, four_bit, lora_rank, adapt: see k2lab.model.Loading
+    load: dict = field(default_factory=dict)      # dtype, four_bit, lora_rank, adapt, backend: see k2lab.model.Loading
     measures: list = field(default_factory=list)  # what to measure before and after
     answer_tokens: int = 160              # the longest answer that is waited for when measuring
     seed: int = 0                         # of everything random in this stage
@@ -36,9 +36,13 @@ class Training:
     accelerate: str = 'zero3'             # launch file under configs/accelerate
     trainer: dict = field(default_factory=dict)   # TRL's own options
 
+    backends = ('transformers',)          # what may train it: no field
+
     def __post_init__(self):
         for key in self.load: one_of('key', key, [f.name for f in fields(Loading)], 'load')
-        check_trainable(Loading(**self.load), self.optimizer)
+        load = Loading(**self.load)
+        one_of('backend', load.backend, self.backends, 'load')
+        check_trainable(load, self.optimizer, processes=self.processes)
 
 # %% ../nbs/09b_training.ipynb #ecb0d042
 def repeated(rows: list, n: int, rng) -> list:
@@ -124,8 +128,8 @@ def publish_adapter(job, model, weights: dict):
         model.save_pretrained(place, state_dict=weights)
         check_saved(model, place)
 
-def save_certified(job, model, tok, weights: dict | None):
-    "Fold in the adapter, save, open again and compare; the certificate goes into the record."
+def save_certified(job, model, tok, weights: dict | None, said=None):
+    "Fold in the adapter, save, open again and compare, also with the logits that another backend `said`; the certificate goes into the record."
     dtype = Loading(**job.cfg.load).dtype
     trained, base = (None, None) if weights else says(model)
     model = merged(model)
@@ -133,6 +137,7 @@ def save_certified(job, model, tok, weights: dict | None):
         save_checkpoint(model, tok, place, weights=weights)
         again = open_model(place, Loading(dtype=dtype))
         told = same_tensors(weights, again) if weights else certificate(trained, spoken(model), spoken(again.to(model.device)), base, dtype)
+    if said is not None: told['backend'] = apart(said, trained)
     job.record['export'] = told
     job.check('the saved model is the trained one', True, ', '.join(f'{k} {v:.2g}' for k, v in told.items()))
 
@@ -143,8 +148,9 @@ def publish(job, model, tok):
     if not job.first: return
     with one_process():
         if adapted: publish_adapter(job, model, weights)
-        if adapted and (split or load.four_bit): model = moved_adapter(model, open_model(job.find(job.cfg.init_from), dataclasses.replace(load, four_bit=False)), weights)
-        save_certified(job, model, tok, None if adapted else weights)
+        said = spoken(model) if load.backend != 'transformers' and not load.four_bit else None
+        if adapted and (split or load.four_bit or load.backend != 'transformers'): model = moved_adapter(model, open_model(job.find(job.cfg.init_from), dataclasses.replace(load, four_bit=False)), weights)
+        save_certified(job, model, tok, None if adapted else weights, said)
 
 # %% ../nbs/09b_training.ipynb #f57a45f9
 @dataclass(frozen=True)
@@ -152,6 +158,12 @@ class Supervised(Training):
     "A training stage on rows with a reply."
     mix: dict = field(default_factory=dict)       # how many examples of each corpus: {domain_sft: 8000, domain: 500}
     pack: bool = False                            # short examples share rows of `length` tokens, and none reads another
+
+    backends = ('transformers', 'unsloth')
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_trainable(Loading(**self.load), self.optimizer, self.pack)
 
 def supervised(job, headline: str, solved: str):
     "Open, measure, train on the mixture, measure again, publish. `headline` gets baselines, with worked examples from the corpus `solved`."
