@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Training', 'repeated', 'pieces_of', 'examples_of', 'mixed', 'inherited', 'before', 'baselines', 'say', 'close',
-           'says', 'publish_adapter', 'save_certified', 'publish', 'Supervised', 'supervised']
+           'says', 'publish_adapter', 'save_certified', 'publish', 'ledger_table', 'Supervised', 'supervised']
 
 # %% ../nbs/09b_training.ipynb #2ff10f03
 import dataclasses, random
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from .adapters import apart, certificate, check_saved, gathered, is_split, merged, moved_adapter, one_process, same_tensors, spoken
 from .tokenizer import family_of
 from .core import LabError, one_of
+from .display import Table
 from .fit import check_trainable, fit_sft, open_for
 from .grade import copy_baseline, majority_baseline, prompt_of, verify
 from .job import read_run
@@ -151,6 +152,16 @@ def publish(job, model, tok):
         said = spoken(model) if load.backend != 'transformers' and not load.four_bit else None
         if adapted and (split or load.four_bit or load.backend != 'transformers'): model = moved_adapter(model, open_model(job.find(job.cfg.init_from), dataclasses.replace(load, four_bit=False)), weights)
         save_certified(job, model, tok, None if adapted else weights, said)
+
+# %% ../nbs/09b_training.ipynb #ff010e18
+def ledger_table(job) -> Table:
+    "One line for each phase of training: samples, tokens, learned tokens by kind, ends of turn, padding, parts trained, fingerprint of the stream."
+    def line(phase, t):
+        kinds = ', '.join(f'{k} {n:,}' for k, n in t['trained_by_kind'].items())
+        parts = ', '.join(f'{part} {c["adapted"]} of {c["layers"]}' for part, c in t['coverage'].items() if c['adapted']) or 'all'
+        rows = f'{t["rows"]:,}' + (f' in {t["packed_into"]:,} rows' if 'packed_into' in t else '')
+        return [phase, rows, f'{t["tokens"]:,}', f'{t["trained_tokens"]:,} ({kinds})', f'{t["ends_of_turn"]:,}', f'{100*t["padding_share"]:.1f} %', parts, t['stream_sha256'][:12]]
+    return Table(['phase', 'samples', 'tokens', 'learned', 'ends of turn', 'padding', 'parts', 'stream'], [line(*kv) for kv in job.record['training'].items()])
 
 # %% ../nbs/09b_training.ipynb #f57a45f9
 @dataclass(frozen=True)
