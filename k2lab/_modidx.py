@@ -461,6 +461,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'k2lab.model._four_bit_options': ('model.html#_four_bit_options', 'k2lab/model.py'),
                              'k2lab.model._repack_nothing': ('model.html#_repack_nothing', 'k2lab/model.py'),
                              'k2lab.model._reply': ('model.html#_reply', 'k2lab/model.py'),
+                             'k2lab.model.check_window': ('model.html#check_window', 'k2lab/model.py'),
                              'k2lab.model.end_ids': ('model.html#end_ids', 'k2lab/model.py'),
                              'k2lab.model.generate': ('model.html#generate', 'k2lab/model.py'),
                              'k2lab.model.group_of': ('model.html#group_of', 'k2lab/model.py'),

@@ -15,7 +15,7 @@ from .adapters import certified, check_bits, coverage, lora, weight_bits, with_g
 from .checkpoint import newest, seal, step_of
 from .core import LabError, did_you_mean
 from .fast_lora import check_collator, check_fast, open_fast, unsloth_first, with_fast_adapter
-from .model import Loading, open_model, open_tokenizer, trained_counts
+from .model import Loading, check_window, open_model, open_tokenizer, trained_counts
 from .packing import check_alone, pack, packed_batch, samples_apart
 from .tokens import Ledger
 
@@ -242,4 +242,5 @@ def open_for(job, name: str, load=Loading()):
     sizes = weight_bits(model)
     job.record.setdefault('weights', {})[name] = {part: c['bytes'] for part, c in sizes.items()}
     if load.four_bit: job.check(f'{name}: linear layers in 4 bits', True, check_bits(sizes, load))
-    return model, open_tokenizer(place)
+    check_window(model, tok := open_tokenizer(place), place, vars(job.cfg).get('length', 0))
+    return model, tok

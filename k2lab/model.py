@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SHAPES', 'GROUPS', 'SHIPPED', 'register_kimi_k2', 'small_config', 'small_model', 'ready', 'group_of',
            'parameter_counts', 'trained_counts', 'end_ids', 'save_checkpoint', 'Loading', 'quantization', 'open_model',
-           'open_tokenizer', 'shipped', 'smoke_model', 'Reply', 'left_padded', 'generate']
+           'open_tokenizer', 'check_window', 'shipped', 'smoke_model', 'Reply', 'left_padded', 'generate']
 
 # %% ../nbs/06_model.ipynb #ecff08ba
 import dataclasses, json, os, shutil
 from pathlib import Path
 from .core import LabError, lab_path, one_of
-from .formats import TOKENIZER_FILES, backbone, dequantised, fetched, read_config
+from .formats import TOKENIZER_FILES, backbone, dequantised, fetched, read_config, stored
 from .tokenizer import build_tokenizer, family_of, load_kimi_tokenizer
 from .mla import from_latents
 
@@ -158,7 +158,9 @@ def open_model(place, load: Loading = Loading()):
     folder = fetched(place)
     config, tensors = _config_of(folder), dequantised(folder)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]       # the Auto class takes no state_dict
-    model, info = kind.from_pretrained(folder if tensors is None else None, state_dict=tensors, config=config, dtype=getattr(torch, load.dtype), output_loading_info=True, **_four_bit_options(load))
+    if tensors is None: stored(folder)                     # every file there and whole
+    try: model, info = kind.from_pretrained(folder if tensors is None else None, state_dict=tensors, config=config, dtype=getattr(torch, load.dtype), output_loading_info=True, use_safetensors=True, **_four_bit_options(load))
+    except RuntimeError as e: raise LabError(f'{place}: its weights do not fit the model that its config.json describes ({str(e).splitlines()[0]})') from e
     _check_keys(place, info)
     if load.four_bit: _repack_nothing(model)
     return ready(model)
@@ -173,6 +175,12 @@ def open_tokenizer(place):
     else: raise LabError(f'{place}: no tokenizer there (neither tokenizer.json nor tiktoken.model)')
     family_of(tok)
     return tok
+
+def check_window(model, tok, place, length: int):
+    "`LabError` for a tokenizer with more tokens than the model has embeddings, and for rows longer than its positions reach."
+    c = model.config
+    if len(tok) > c.vocab_size: raise LabError(f'{place}: its tokenizer has {len(tok)} tokens and its model {c.vocab_size}; they do not belong together')
+    if length > c.max_position_embeddings: raise LabError(f'length: {length} tokens, but the positions of {place} reach to {c.max_position_embeddings}; lower length')
 
 # %% ../nbs/06_model.ipynb #cd6c19b4
 SHIPPED = {'k2': 'k2-nano-base', 'qwen': 'qwen-nano-base'}

@@ -8,14 +8,14 @@ __all__ = ['KINDS', 'MARKS', 'PIECE', 'BATCH', 'LINE', 'LFS', 'ROUNDED', 'WAYS',
            'html_text', 'plain_text', 'page_text', 'Reader', 'as_table', 'merged', 'lines_of', 'Lines', 'Parquet',
            'Shards']
 
-# %% ../nbs/03a_shards.ipynb #412c2530
+# %% ../nbs/03a_shards.ipynb #ca130749
 import contextlib, csv, glob, html.parser, json, os, re
 from pathlib import Path
 from fastcore.basics import patch
 from .core import LabError, one_of
 from .rows import FORMATS, SURROGATE, Damaged, fault, packer, parse_line, publish_manifest, publishing, read_manifest, unpacked, unpacker
 
-# %% ../nbs/03a_shards.ipynb #507e6b10
+# %% ../nbs/03a_shards.ipynb #5f1ef59a
 KINDS = ('.jsonl', '.parquet', '.csv', '.txt', '.md', '.rst', '.html', '.htm')
 
 def kind_of(path) -> str:
@@ -36,7 +36,7 @@ def find_files(pattern: str) -> list:
     if not found: raise LabError(f'source files {pattern!r}: nothing matches')
     return found
 
-# %% ../nbs/03a_shards.ipynb #f620d6ed
+# %% ../nbs/03a_shards.ipynb #b15861a8
 class Unread(LabError):
     "A file that could not be read this time; nothing says that it is broken."
 
@@ -59,7 +59,7 @@ def open_raw(path: str):
     import fsspec
     return fsspec.open(path, 'rb').open()
 
-# %% ../nbs/03a_shards.ipynb #ab83cae9
+# %% ../nbs/03a_shards.ipynb #97822493
 PIECE, BATCH, LINE = 1 << 20, 8 << 20, 64 << 20   # bytes read at once, of a table, of the longest line
 
 def split_lines(pieces, most: int = LINE):
@@ -75,7 +75,7 @@ def split_lines(pieces, most: int = LINE):
             held, size = [line], len(line)
     if size: yield size, b''.join(held) if size <= most else None
 
-# %% ../nbs/03a_shards.ipynb #a7c5a9be
+# %% ../nbs/03a_shards.ipynb #3069ad83
 def codec() -> tuple:
     "(loads, dumps) between bytes and values: orjson's where it is installed, else the standard library's; ValueError for half characters"
     try: import orjson
@@ -99,7 +99,7 @@ def second_opinion(line: bytes) -> tuple:
     except UnicodeEncodeError: return None, 'holds half a character (a lone surrogate)'
     return row, reason
 
-# %% ../nbs/03a_shards.ipynb #7df33429
+# %% ../nbs/03a_shards.ipynb #a6215911
 class _Text(html.parser.HTMLParser):
     "Collects what a browser would show."
     def __init__(self): super().__init__(); self.out, self.hidden = [], 0
@@ -112,7 +112,7 @@ def html_text(page: str) -> str:
     parser = _Text(); parser.feed(page)
     return re.sub(r'\n\s*\n+', '\n\n', ''.join(parser.out)).strip()
 
-# %% ../nbs/03a_shards.ipynb #532e87da
+# %% ../nbs/03a_shards.ipynb #7c8b8bad
 def plain_text(data: bytes) -> str:
     "The text of a file in UTF-8, or in UTF-16 if it says so in its first two bytes; UnicodeDecodeError when it is neither"
     return data.decode('utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig').replace('\r\n', '\n')
@@ -125,7 +125,7 @@ def page_text(data: bytes) -> str:
     page = bytes_to_str(data, detect_encoding(data, from_html_meta=True))
     return extract_plain_text(page, main_content=True, alt_texts=False) or extract_plain_text(page, alt_texts=False)
 
-# %% ../nbs/03a_shards.ipynb #a686fe27
+# %% ../nbs/03a_shards.ipynb #f0afe081
 LFS = b'version https://git-lfs.github.com/spec/'
 ROUNDED = re.compile(rb'\d[eE][+-]?\d')   # how orjson writes whole numbers that it could not keep
 
@@ -145,7 +145,7 @@ class Reader:
         if not self.on_bad: raise LabError(f'{self.path}:{f"byte {offset}" if self.start else line}: {reason}')
         self.on_bad(dict(file=self.path, offset=offset, line=None if self.start else line, bytes=size, reason=reason))
 
-# %% ../nbs/03a_shards.ipynb #0fd82310
+# %% ../nbs/03a_shards.ipynb #72377bf9
 @patch
 def _raw(self: Reader, file):
     "The bytes of the open file in pieces, small ones if it is packed, for a piece can unfold to a thousand times its size"
@@ -166,7 +166,7 @@ def _pieces(self: Reader):
     except Damaged as error: self.partial = str(error)
     except OSError as error: raise Unread(f'{self.path}: cannot be read ({error.strerror or error})') from None
 
-# %% ../nbs/03a_shards.ipynb #4eb3cc77
+# %% ../nbs/03a_shards.ipynb #bb43316c
 @patch
 def _lines(self: Reader):
     "(number, offset, line) of each line that begins in the range; too long ones are rejected"
@@ -182,7 +182,7 @@ def _lines(self: Reader):
         self.span = (begin, at)
         if self.stop is not None and at >= self.stop: break
 
-# %% ../nbs/03a_shards.ipynb #7d641d0e
+# %% ../nbs/03a_shards.ipynb #04d39f08
 @patch
 def _jsonl(self: Reader):
     "(number, offset, row) of each line of JSON; blank lines are passed over"
@@ -208,7 +208,7 @@ def _document(self: Reader):
     try: yield 1, 0, dict(text=page_text(bytes(data)) if self.kind.startswith('.htm') else plain_text(bytes(data)))
     except UnicodeDecodeError as error: self.reject(1, 0, len(data), f'not UTF-8: byte {error.start + 1} is 0x{data[error.start]:02x}')
 
-# %% ../nbs/03a_shards.ipynb #7b21bf50
+# %% ../nbs/03a_shards.ipynb #c48b3ee1
 @patch
 def _csv(self: Reader):
     "(line, offset, row) of each row of a CSV file with a header"
@@ -233,7 +233,7 @@ def _csv(self: Reader):
         elif SURROGATE.search(''.join(values)): self.reject(*first, 0, 'not UTF-8')
         else: yield *first, dict(zip(header, values))
 
-# %% ../nbs/03a_shards.ipynb #09a97fb3
+# %% ../nbs/03a_shards.ipynb #509312c1
 @patch
 def _parquet(self: Reader):
     "(number, number, row) of each row of a parquet file, read in batches of about 8 MB"
@@ -253,7 +253,7 @@ def _parquet(self: Reader):
         if '://' in self.path or isinstance(error, FileNotFoundError): raise Unread(f'{self.path}: cannot be read ({error})') from None
         self.partial = f'{self.path}: not a whole parquet file ({str(error).splitlines()[0]})'
 
-# %% ../nbs/03a_shards.ipynb #ab5db94f
+# %% ../nbs/03a_shards.ipynb #21cbd7d8
 WAYS = {'.jsonl': Reader._jsonl, '.csv': Reader._csv, '.parquet': Reader._parquet}   # other kinds are one document each
 
 @patch
@@ -278,7 +278,7 @@ def records(self: Reader):
     if stamp(self.path) != before: raise Unread(f'{self.path}: changed while it was read')
     if manifest: self.compare(before[0], manifest)
 
-# %% ../nbs/03a_shards.ipynb #1542cb22
+# %% ../nbs/03a_shards.ipynb #a2900601
 @patch
 def compare(self: Reader, size: int, manifest: dict):
     "Says in `partial` when the file is not the one of its manifest, by size or, if all of it was read, by rows"
@@ -303,7 +303,7 @@ def tables(self: Reader):
             values, size = {name: [] for name in values}, 0
     if values['extra']: yield as_table(values)
 
-# %% ../nbs/03a_shards.ipynb #c08a875b
+# %% ../nbs/03a_shards.ipynb #841357b0
 @patch
 def rest(self: Reader, row: dict, dumps) -> str:
     "What is left of a row as JSON text; read again by the standard library where the fast one would change a number"
@@ -319,7 +319,7 @@ def as_table(values: dict):
     import pyarrow as pa
     return pa.table({name: pa.array(column, pa.string()) for name, column in values.items()})
 
-# %% ../nbs/03a_shards.ipynb #93b2858d
+# %% ../nbs/03a_shards.ipynb #199f124c
 def merged(columns: dict, extra: str) -> bytes:
     "A row as a line: its columns that are not null, and the keys of its `extra` that are no columns"
     own = {name: value for name, value in columns.items() if value is not None}
@@ -339,7 +339,7 @@ def lines_of(table) -> bytes:
         else: lines.append(dumps(row) + b'\n')
     return b''.join(lines)
 
-# %% ../nbs/03a_shards.ipynb #a902a03b
+# %% ../nbs/03a_shards.ipynb #4d8c5a63
 class Lines:
     "JSON lines into an open `Part`, packed as `name` asks"
     def __init__(self, part, schema): self.part, self.packer = part, packer(part.name)
@@ -354,7 +354,7 @@ class Parquet:
     def write(self, table): self.writer.write_table(table)
     def close(self): self.writer.close()
 
-# %% ../nbs/03a_shards.ipynb #c2844b0e
+# %% ../nbs/03a_shards.ipynb #0df08370
 ENDINGS = {'.jsonl': Lines, '.jsonl.gz': Lines, '.jsonl.zst': Lines, '.parquet': Parquet}
 ROOM = 256 << 20
 
@@ -376,7 +376,7 @@ class Shards:
         self.rows += table.num_rows
         if self.part.bytes >= self.room: self.close()
 
-# %% ../nbs/03a_shards.ipynb #25a4cc05
+# %% ../nbs/03a_shards.ipynb #6e9d1949
 @patch
 def begin(self: Shards, schema):
     "Begins the next file"

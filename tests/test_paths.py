@@ -10,7 +10,7 @@ from k2lab.job import launch_command, start
 torch = pytest.importorskip('torch')
 from k2lab.adapters import adaptable, is_split, lora
 from k2lab.fit import options
-from k2lab.model import Loading, group_of, open_model, open_tokenizer, smoke_model, trained_counts
+from k2lab.model import Loading, check_window, group_of, open_model, open_tokenizer, smoke_model, trained_counts
 from k2lab.training import publish
 
 IDS = torch.arange(8, 72).view(2, 32)
@@ -107,6 +107,26 @@ def test_a_deepseek_checkpoint_gets_its_adapter_where_asked(tmp_path):
 def test_loading_that_would_train_nothing_is_refused_before_there_is_a_run(changes, line):
     with pytest.raises(LabError) as e: start('train_sft_domain', 'smoke', changes=changes)
     assert line in str(e.value)
+
+
+@pytest.mark.parametrize('fault, line', [
+    (lambda f: (f/'model.safetensors').unlink(), 'no weights there'), (lambda f: (f/'model.safetensors').write_bytes((f/'model.safetensors').read_bytes()[:-100]), 'it was cut short'),
+    (lambda f: (f/'model.safetensors').rename(f/'model-1.safetensors') and (f/'model.safetensors.index.json').write_text(json.dumps({'weight_map': {'lm_head.weight': 'model-1.safetensors', 'model.norm.weight': 'model-2.safetensors'}})), 'names model-2.safetensors, which is not there'),
+    (lambda f: (f/'config.json').write_text((f/'config.json').read_text().replace('"hidden_size": 64', '"hidden_size": 96')), 'do not fit|mismatched keys'),
+    (lambda f: (f/'config.json').write_text((f/'config.json').read_text().replace('"vocab_size": 3072', '"vocab_size": 4000')), 'do not fit|mismatched keys')])
+def test_a_checkpoint_that_is_not_whole_says_so(fault, line, tmp_path):
+    folder = Path(shutil.copytree(smoke_model('k2'), tmp_path/'model'))
+    fault(folder)
+    with pytest.raises(LabError, match=line): open_model(folder)
+
+
+def test_rows_and_tokens_that_the_model_has_no_place_for_are_refused():
+    model, tok = open_model(smoke_model('k2')), open_tokenizer(smoke_model('k2'))
+    check_window(model, tok, 'here', 1024)
+    with pytest.raises(LabError, match='length: 1025 tokens, but the positions of here reach to 1024'): check_window(model, tok, 'here', 1025)
+    tok.add_tokens(['one', 'two'])
+    with pytest.raises(LabError, match='they do not belong together'): check_window(model, tok, 'here', 10)
+    with pytest.raises(LabError, match='reach to 1024'): trained('train_sft_domain', length=4096)
 
 
 # ---- 4 bits --------------------------------------------------------------------------------------------------------------------
