@@ -86,8 +86,8 @@ def every_rank(value) -> list:
 
 class Finished(Exception): "Raised where a resumed trainer would train on after its last step."
 
-def sealing(fit, ledger, place, began: float, earlier: float):
-    "A trainer callback that restores what the trainer's own resume leaves out, and seals each checkpoint."
+def sealing(fit, ledger, place, began: float, earlier: float, record: dict):
+    "A trainer callback that restores what the trainer's own resume leaves out, and seals each checkpoint, with what `record` holds of the coverage."
     from transformers import TrainerCallback
     split = fit.is_deepspeed_enabled or fit.is_fsdp_enabled       # these load their slices themselves
     class Seal(TrainerCallback):
@@ -97,7 +97,7 @@ def sealing(fit, ledger, place, began: float, earlier: float):
             if state.global_step >= state.max_steps: raise Finished
         def on_save(self, args, state, control, **kw):
             ledgers = every_rank(ledger.state())       # also waits until each process has written its part
-            if state.is_world_process_zero: seal(Path(args.output_dir)/f'checkpoint-{state.global_step}', {'ledgers': ledgers, 'seconds': time.monotonic() - began + earlier})
+            if state.is_world_process_zero: seal(Path(args.output_dir)/f'checkpoint-{state.global_step}', {'ledgers': ledgers, 'seconds': time.monotonic() - began + earlier, 'coverage': record['coverage']})
     return Seal()
 
 def mean_loss(history: list) -> float:
@@ -131,11 +131,11 @@ def check_trainable(load: Loading, optimizer: str, packed: bool = False, process
     check_fast(load, packed, processes)
 
 # %% ../nbs/07_fit.ipynb #43426850
-def covering(record: dict, load: Loading):
-    "A trainer callback that enters in `record` which parts have adapters, before the first step, and which got a gradient, at it; `LabError` if not as `load` asks."
+def covering(record: dict, load: Loading, earlier: dict):
+    "A trainer callback that enters in `record` which parts have adapters, before the first step, and which got a gradient, at it; `LabError` if not as `load` asks. `earlier` is what was entered before a resume."
     from transformers import TrainerCallback
     class Covering(TrainerCallback):
-        def on_train_begin(self, args, state, control, model=None, **kw): record['coverage'] = certified(coverage(model), load)
+        def on_train_begin(self, args, state, control, model=None, **kw): record['coverage'] = {part: {**earlier.get(part, {}), **c} for part, c in certified(coverage(model), load).items()}
         def on_pre_optimizer_step(self, args, state, control, model=None, **kw):
             if load.lora_rank and not state.global_step: record['coverage'] = certified(with_gradient(model, record['coverage']), load)
     return Covering()
@@ -210,7 +210,7 @@ def finish_fit(job, fit, ledger, phase: str, load=Loading()):
     told = job.record.setdefault('training', {}).setdefault(phase, {})
     loads_onto(fit.args)
     fit.remove_callback(PrinterCallback)
-    for callback in (ordered(fit), live(job, ledger, phase, earlier), sealing(fit, ledger, place, began, earlier), covering(told, load)): fit.add_callback(callback)
+    for callback in (ordered(fit), live(job, ledger, phase, earlier), sealing(fit, ledger, place, began, earlier, told), covering(told, load, state.get('coverage', {}))): fit.add_callback(callback)
     with contextlib.suppress(Finished): fit.train(resume_from_checkpoint=str(place) if place else None)
     seconds, ledger = round(time.monotonic() - began + earlier, 3), ledger.joined(every_rank(ledger.state()))
     told |= dict(loss=mean_loss(fit.state.log_history), steps=fit.state.global_step, seconds=seconds, tokens_s=round(ledger.tokens/seconds), trained_parameters=trained_counts(fit.model), **ledger.summary())

@@ -60,7 +60,7 @@ def fit(folder:Path, tok, kind:str, how:str, trainer:dict):
     if 'dpo' in how: model = fit_dpo(job, model, None if 'lora' in how else small_model(kind, 'smoke', tok), tok, pairs(tok), told, load)
     else: model = fit_sft(job, model, tok, sft_rows(tok), told, 'muon' if 'muon' in how else 'adamw', load, room=64 if 'packed' in how else 0)
     told = job.record['training']['train']
-    return dict(weights=fingerprint(model), loss=told['loss'], stream=told['stream_sha256'], batches=told['batches'], trained=told['trained_tokens'],
+    return dict(weights=fingerprint(model), loss=told['loss'], stream=told['stream_sha256'], batches=told['batches'], trained=told['trained_tokens'], coverage=told['coverage'],
                 curve=[(r['step'], r['loss']) for r in read_lines(folder/'metrics.jsonl')]), job
 
 
