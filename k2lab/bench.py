@@ -1,6 +1,7 @@
 """Measurements with a peer beside them, interleaved in one run: `python -m k2lab.bench NAME`."""
-import math, os, random, statistics, subprocess, sys, tempfile, time
+import json, math, os, random, re, statistics, subprocess, sys, sysconfig, tempfile, time
 from datetime import datetime
+from pathlib import Path
 
 from k2lab.core import LabError, lab_path, one_of, root
 
@@ -168,8 +169,176 @@ def train(rounds:int=5):
               f'peak {pairs[0][0]["peak_gib"]:.2f} against {pairs[0][1]["peak_gib"]:.2f} GiB; {pairs[0][0]["tokens"]} and {pairs[0][1]["tokens"]} tokens', flush=True)
 
 
-BENCHES = {'run': run, 'train': train}
+# ---- corpus: finding duplicates and contamination, against the tools that do the same -----------------------------------------
+
+DOCSTRING = re.compile(r'(?:"""|\'\'\')(.{200,}?)(?:"""|\'\'\')', re.S)
+KINDS = ('copy', 'format', 'words', 'cut', 'boilerplate', 'far')
+
+
+def installed_texts(megabytes:float) -> list:
+    "Docstrings and documents of the installed packages and the standard library, no two equal, in a seeded order, at most `megabytes` of them."
+    found = {}
+    for folder in (sysconfig.get_path('purelib'), sysconfig.get_path('stdlib')):
+        for path in sorted(Path(folder).rglob('*')):
+            if path.suffix not in ('.py', '.md', '.rst', '.txt') or not path.is_file(): continue
+            text = path.read_text('utf-8', 'ignore')
+            found.update(dict.fromkeys(DOCSTRING.findall(text) if path.suffix == '.py' else [text]))
+    texts, room = sorted(found), megabytes*1e6
+    random.Random(7).shuffle(texts)
+    return [text for text in texts if (room := room - len(text.encode())) > 0]
+
+
+def copied(text:str, kind:str, rng) -> str:
+    "A text once more: as it is, or changed in one of the ways in which near-copies come about; `far` is changed too much to be one."
+    words = text.split(' ')
+    if kind == 'format': return ' '.join(text.upper().split())
+    if kind == 'cut': return text[:int(.88*len(text))]
+    if kind == 'boilerplate': return text + f'\nCopyright of revision {rng.random()}. All rights are reserved by their owners.'
+    for i in rng.sample(range(len(words)), int(dict(copy=0, words=.015, far=.2)[kind]*len(words))): words[i] = rng.choice(words)
+    return ' '.join(words)
+
+
+def leaked(text:str, kind:str, host:str) -> str:
+    "A host document with an evaluation text in it: `verbatim`, in `upper` case, or `partial`, 26 words of it."
+    words = text.split(' ')
+    return f'{host}\n{dict(verbatim=text, upper=text.upper(), partial=" ".join(words[2:28]))[kind]}\nend'
+
+
+def exam_texts(texts:list, known:list) -> list:
+    "Passages of 40 to 60 words from texts that share no run of 13 words with the known ones."
+    import pyarrow as pa
+    from k2lab.duplicates import found_runs, run_index
+    passages = [' '.join(re.findall(r'\w+', text)[5:45 + len(text) % 20]) for text in texts if len(text.split()) > 100]
+    index, owners, _, lengths = run_index(passages)
+    shared = {i for places in found_runs(pa.array(known), index, lengths).values() for place in places for i in owners[place]}
+    return [passage for i, passage in enumerate(passages) if i not in shared]
+
+
+def made_corpus(megabytes:float) -> tuple:
+    "`(texts, {row: (kind, row it was made from)}, exam, {row: kind of leak})`: installed texts with a tenth injected copies and some leaked evaluation texts."
+    rng, texts = random.Random(11), installed_texts(megabytes + 2)
+    aside, base = texts[:600], texts[600:]
+    exam = exam_texts(aside, base)[:300]
+    made = [(text, None, i) for i, text in enumerate(base)]
+    made += [(copied(base[i], kind, rng), kind, i) for i in rng.sample(range(len(base)), len(base)//10) for kind in [rng.choice(KINDS)]]
+    made += [(leaked(text, kind, base[rng.randrange(len(base))][:300] + str(rng.random())), f'leak {kind}', i) for i, text in enumerate(exam) for kind in [('verbatim', 'upper', 'partial')[i % 3]]]
+    rng.shuffle(made)
+    place = {source: row for row, (_, kind, source) in enumerate(made) if kind is None}
+    copies = {row: (kind, place[source]) for row, (_, kind, source) in enumerate(made) if kind in KINDS}
+    return [text for text, _, _ in made], copies, exam, {row: kind for row, (_, kind, _) in enumerate(made) if kind and kind not in KINDS}
+
+
+def true_pairs(texts:list, least:float=.7):
+    "(left, right, Jaccard) of all pairs of texts of at least that Jaccard similarity, found exactly: two such texts share one of their (1 - least) rarest runs."
+    import numpy as np, pyarrow as pa
+    from k2lab.duplicates import run_sets
+    from k2lab.kernels import jaccards
+    runs, ends = run_sets(pa.array(texts, pa.large_string()), 5)
+    doc, (_, of, spread) = np.repeat(np.arange(len(texts)), np.diff(ends)), np.unique(runs, return_inverse=True, return_counts=True)
+    order = np.lexsort((of, spread[of], doc))
+    rank = np.arange(len(doc)) - ends[doc]
+    rare = order[rank < (1 - least)*np.diff(ends)[doc] + 1]
+    rare = rare[np.argsort(of[rare], kind='stable')]
+    pairs = [np.empty(0, np.int64)]
+    for apart in range(1, int(np.bincount(of[rare]).max())):
+        same = of[rare][apart:] == of[rare][:-apart]
+        low, high = np.sort(np.stack((doc[rare][:-apart][same], doc[rare][apart:][same])), axis=0)
+        pairs.append(np.unique(low*len(texts) + high))
+    left, right = np.divmod(np.unique(np.concatenate(pairs)), len(texts))
+    found = jaccards(runs, ends, left, right)
+    return left[found >= least], right[found >= least], found[found >= least]
+
+
+def judged(kept:list, n:int, pairs:tuple) -> str:
+    "Recall over the pairs of Jaccard 0.8 and more (one of the two is gone), precision over the rows removed: a row 0.7 like it exists, and one is kept."
+    import numpy as np
+    stays = np.isin(np.arange(n), kept)
+    left, right, found = pairs
+    close, gone = found >= .8, np.flatnonzero(~stays)
+    near = np.union1d(left, right)
+    kept_for = np.union1d(left[stays[right]], right[stays[left]])
+    return f'removed {len(gone)}, recall {np.mean(~(stays[left] & stays[right])[close]):.4f}, precision {np.isin(gone, near).mean():.4f}, with one kept {np.isin(gone, kept_for).mean():.4f}'
+
+
+def by_us(work, path:str) -> tuple:
+    "(CPU seconds, rows kept) of an operator of ours, from the JSONL file to the table that is kept."
+    import pyarrow.json
+    began = time.process_time()
+    table = pyarrow.json.read_json(path, pyarrow.json.ReadOptions(use_threads=False, block_size=1 << 26))
+    kept = work(table)[0]
+    return time.process_time() - began, kept['id'].to_pylist()
+
+
+def peer_python(module:str) -> str:
+    "The interpreter of $K2LAB_PEERS (several, parted as in $PATH) that can import a module, or ''."
+    for python in filter(None, os.environ.get('K2LAB_PEERS', '').split(os.pathsep)):
+        if not subprocess.run([python, '-c', f'import {module}'], capture_output=True).returncode: return python
+    return ''
+
+
+def by_peer(name:str, *told) -> tuple:
+    "The same of a peer, in its own process; (None, why) when it cannot run."
+    python = peer_python({'text_dedup_verified': 'text_dedup', 'datatrove_decontaminate': 'datatrove'}.get(name, name))
+    if not python: return None, 'not installed (K2LAB_PEERS names no Python that has it)'
+    done = subprocess.run([python, str(Path(__file__).with_name('peers.py')), name, *told], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': ''})
+    if done.returncode: return None, done.stderr.strip().splitlines()[-1]
+    said = json.loads(done.stdout.splitlines()[-1])
+    return said['seconds'], said['kept']
+
+
+def corpus_work(exam:list) -> dict:
+    "What is measured: {what: (our operator, peers beside it)}."
+    from k2lab.duplicates import drop_contaminated, drop_copies, drop_near
+    return {'exact copies': (drop_copies, []), 'near-copies, keys only': (lambda t: drop_near(t, least=0, alarm=1), ['datatrove', 'text_dedup', 'datasketch']),
+            'near-copies, verified': (lambda t: drop_near(t, alarm=1), ['text_dedup_verified', 'datasketch']), 'decontamination': (lambda t: drop_contaminated(t, exam), ['datatrove_decontaminate'])}
+
+
+def in_turns(path:str, work:dict, rounds:int, exam_path:str) -> dict:
+    "{name: [(CPU seconds, rows kept) of each round]} of our operators and all peers, one after another in each round."
+    peers = dict.fromkeys(peer for _, beside in work.values() for peer in beside)
+    out = {name: [] for name in [*work, *peers]}
+    for what, (operator, _) in work.items(): by_us(operator, path)      # machine code is made before anything is timed
+    for i in range(rounds):
+        for what, (operator, _) in work.items(): out[what].append(by_us(operator, path))
+        for peer in peers:
+            if i == 0 or out[peer][0][0] is not None: out[peer].append(by_peer(peer, path, *([exam_path] if 'decontaminate' in peer else [])))
+        print(f'round {i+1} of {rounds}', file=sys.stderr)
+    return out
+
+
+def told_corpus(work:dict, times:dict, texts:list, leaks:dict, pairs:tuple):
+    "Prints speed, ratios and quality."
+    size = sum(len(text.encode()) for text in texts)/1e6
+    share = lambda kind, kept: sum(leaks[row] == kind for row in leaks.keys() - set(kept))/list(leaks.values()).count(kind)
+    def quality(what, kept):
+        if what.startswith('near'): return judged(kept, len(texts), pairs)
+        recall = [f'recall {kind} {share(kind, kept):.3f}' for kind in sorted(set(leaks.values()))] if what == 'decontamination' else []
+        return ', '.join([f'removed {len(texts) - len(kept)}', *recall])
+    for what, (_, peers) in work.items():
+        ours = [seconds for seconds, _ in times[what]]
+        print(f'{what}: {median_and_range(ours)} s, {size/statistics.median(ours):.0f} MB/s; {quality(what, times[what][0][1])}')
+        for peer in peers:
+            if times[peer][0][0] is None: print(f'  {peer}: did not run: {times[peer][0][1]}'); continue
+            theirs = [seconds for seconds, _ in times[peer]]
+            print(f'  {peer}: {median_and_range(theirs)} s, {statistics.median(theirs)/statistics.median(ours):.0f} times as long; {quality(what, times[peer][0][1])}')
+
+
+def corpus(megabytes:str='20', rounds:str='3'):
+    "Speed and quality of `k2lab.duplicates` on one core, on texts of the installed packages with injected copies and leaks."
+    from k2lab.duplicates import drop_copies
+    texts, copies, exam, leaks = made_corpus(float(megabytes))
+    pairs = true_pairs(texts)
+    with tempfile.TemporaryDirectory() as folder:
+        path, exam_path = f'{folder}/corpus.jsonl', f'{folder}/exam.json'
+        with open(path, 'w') as out: out.writelines(json.dumps(dict(id=i, text=text)) + '\n' for i, text in enumerate(texts))
+        with open(exam_path, 'w') as out: json.dump(exam, out)
+        print(f'{sum(len(t.encode()) for t in texts)/1e6:.1f} MB, {len(texts)} texts, {len(copies)} copies of {len(KINDS)} kinds and {len(leaks)} leaks injected, {len(pairs[0])} pairs of Jaccard 0.7 and more', flush=True)
+        work = corpus_work(exam)
+        told_corpus(work, in_turns(path, work, int(rounds), exam_path), texts, leaks, pairs)
+
+
+BENCHES = {'run': run, 'train': train, 'corpus': corpus}
 
 if __name__ == '__main__':
-    try: BENCHES[one_of('bench', sys.argv[1] if len(sys.argv) > 1 else '', BENCHES)]()
+    try: BENCHES[one_of('bench', sys.argv[1] if len(sys.argv) > 1 else '', BENCHES)](*sys.argv[2:])
     except LabError as e: sys.exit(f'k2lab.bench: {e}')

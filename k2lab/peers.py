@@ -1,0 +1,99 @@
+"""Other tools at the work that `python -m k2lab.bench` measures, each as its own documents show it: `python peers.py NAME corpus.jsonl [evaluation.json]` in an environment that has the tool.
+
+Prints one line of JSON: CPU seconds (imports excluded) and the numbers of the rows kept. This file imports nothing of the lab, so that it runs where only the peer is installed."""
+import glob, gzip, json, os, resource, sys, tempfile, time
+
+
+def cpu() -> float:
+    "CPU seconds of this process and its children so far."
+    told = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(t.ru_utime + t.ru_stime for t in told)
+
+
+def rows(path:str) -> list:
+    "Rows of a JSONL file."
+    with open(path, encoding='utf-8') as lines: return [json.loads(line) for line in lines]
+
+
+def datatrove_kept(folder:str) -> list:
+    "Numbers of the rows that datatrove wrote."
+    found = []
+    for path in glob.glob(f'{folder}/*.jsonl.gz'):
+        with gzip.open(path, 'rt', encoding='utf-8') as lines: found += [int(json.loads(line).get('id', 0)) for line in lines]      # its writer leaves out an id that is 0
+    return sorted(found)
+
+
+def datatrove(path:str):
+    "Near-deduplication in four stages, with datatrove's defaults: 5-grams, 14 x 8."
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
+    from datatrove.pipeline.dedup.minhash import MinhashConfig
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.writers import JsonlWriter
+    reader = JsonlReader(os.path.dirname(path), glob_pattern=os.path.basename(path))
+    with tempfile.TemporaryDirectory() as at:
+        MinhashDedupSignature(f'{at}/warm').word_tokenizer.word_tokenize('loads the tokenizer')
+        stages = [([reader, MinhashDedupSignature(f'{at}/s', MinhashConfig())], 1), ([MinhashDedupBuckets(f'{at}/s', f'{at}/b', config=MinhashConfig())], 14),
+                  ([MinhashDedupCluster(f'{at}/b', f'{at}/r', config=MinhashConfig())], 1), ([reader, MinhashDedupFilter(f'{at}/r'), JsonlWriter(f'{at}/out')], 1)]
+        began = cpu()
+        for i, (steps, tasks) in enumerate(stages): LocalPipelineExecutor(steps, tasks=tasks, workers=1, logging_dir=f'{at}/log{i}', skip_completed=False).run()
+        return cpu() - began, datatrove_kept(f'{at}/out')
+
+
+def datatrove_decontaminate(path:str, exam:str):
+    "Decontamination by 13-grams. Its indexer asks for lighteval, so the index is written here with the filter's own tokenizer and hash."
+    import numpy as np
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontFilter
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.writers import JsonlWriter
+    from datatrove.utils.text import ngrams, simplify_text
+    with tempfile.TemporaryDirectory() as at:
+        os.mkdir(f'{at}/index')
+        step = NGramsDecontFilter(f'{at}/index', NGramsDecontConfig(n_grams=13))
+        split = lambda text: step.tokenizer.word_tokenize(simplify_text(text, step.config.norm_config))
+        found = {step.hash_func(' '.join(run)) for text in json.load(open(exam)) for run in ngrams(split(text), 13)}
+        np.array(list(found), step.config.hash_config.np_descr).tofile(f'{at}/index/exam.index.hashes')
+        began = cpu()
+        LocalPipelineExecutor([JsonlReader(os.path.dirname(path), glob_pattern=os.path.basename(path)), step, JsonlWriter(f'{at}/out')], logging_dir=f'{at}/log', skip_completed=False).run()
+        return cpu() - began, datatrove_kept(f'{at}/out')
+
+
+def datasketch(path:str):
+    "MinHash and LSH with 112 permutations in 14 x 8; the rows of a bucket are joined, the first stays."
+    import re
+    from datasketch import MinHash, MinHashLSH
+    began, lsh, kept = cpu(), MinHashLSH(num_perm=112, params=(14, 8)), []
+    for i, row in enumerate(rows(path)):
+        words, sketch = re.findall(r'\w+', row['text'].lower()), MinHash(112)
+        sketch.update_batch([' '.join(words[j:j+5]).encode() for j in range(len(words) - 4)])
+        if len(words) < 5 or not lsh.query(sketch): kept.append(i)
+        if len(words) >= 5: lsh.insert(i, sketch)
+    return cpu() - began, kept
+
+
+def text_dedup(path:str, verified:bool=False):
+    "text-dedup's minhash.main with the same numbers, in one process."
+    from text_dedup.config.algorithms.minhash import MinHashAlgorithmConfig
+    from text_dedup.config.base import Config
+    from text_dedup.config.debug import DebugConfig
+    from text_dedup.config.io import LocalInputConfig, OutputConfig
+    from text_dedup.minhash import main
+    import datasets
+    with tempfile.TemporaryDirectory() as at:
+        told = MinHashAlgorithmConfig(algorithm_name='minhash', text_column='text', num_perm=112, bands=14, rows=8, ngram_size=5, threshold=.7, check_false_positive=verified, num_proc=1)
+        config = Config.model_construct(input=LocalInputConfig(file_type='json', read_arguments=dict(path='json', data_files=path, split='train', cache_dir=f'{at}/cache')),
+                                        algorithm=told, output=OutputConfig(output_dir=f'{at}/out'), debug=DebugConfig())
+        began = cpu()
+        main(config)
+        return cpu() - began, sorted(int(i) for i in datasets.load_from_disk(f'{at}/out')['id'])
+
+
+PEERS = {'datatrove': datatrove, 'datatrove_decontaminate': datatrove_decontaminate, 'datasketch': datasketch, 'text_dedup': text_dedup,
+         'text_dedup_verified': lambda path: text_dedup(path, verified=True)}
+
+if __name__ == '__main__':
+    name, *told = sys.argv[1:]
+    out, sys.stdout = sys.stdout, sys.stderr
+    seconds, kept = PEERS[name](*told)
+    json.dump(dict(seconds=seconds, kept=kept), out)
