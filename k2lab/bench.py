@@ -1,5 +1,5 @@
 """Measurements with a peer beside them, interleaved in one run: `python -m k2lab.bench NAME`."""
-import json, math, os, random, re, statistics, subprocess, sys, sysconfig, tempfile, time
+import json, math, os, random, re, statistics, subprocess, sys, sysconfig, tempfile, time, warnings
 from datetime import datetime
 from pathlib import Path
 
@@ -278,7 +278,7 @@ def peer_python(module:str) -> str:
 
 def by_peer(name:str, *told) -> tuple:
     "The same of a peer, in its own process; (None, why) when it cannot run."
-    python = peer_python({'text_dedup_verified': 'text_dedup', 'datatrove_decontaminate': 'datatrove'}.get(name, name))
+    python = peer_python('datatrove' if name.startswith('datatrove') else name.removesuffix('_verified'))
     if not python: return None, 'not installed (K2LAB_PEERS names no Python that has it)'
     done = subprocess.run([python, str(Path(__file__).with_name('peers.py')), name, *told], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': ''})
     if done.returncode: return None, done.stderr.strip().splitlines()[-1]
@@ -337,7 +337,217 @@ def corpus(megabytes:str='20', rounds:str='3'):
         told_corpus(work, in_turns(path, work, int(rounds), exam_path), texts, leaks, pairs)
 
 
-BENCHES = {'run': run, 'train': train, 'corpus': corpus}
+# ---- shards: reading and writing ----------------------------------------------------------------------------------------------
+
+def copy_seconds(path:str) -> float:
+    "CPU seconds from a JSONL file through Arrow tables to shards with their manifests and hashes, imports excluded."
+    from k2lab.units import Plan, plan_units, run_units
+    with tempfile.TemporaryDirectory() as at:
+        Path(at, 'one.jsonl').write_text('{"text": "what is imported on the way is there now"}')
+        run_units(plan_units(f'{at}/one.jsonl'), Plan(), f'{at}/one')
+        began = time.process_time()
+        run_units(plan_units(path), Plan(), f'{at}/all')
+        return time.process_time() - began
+
+
+def copied_by_us(path:str) -> float:
+    "The same in a process of its own, as the peer has one: in a heap full of texts every line would be a cache miss."
+    return float(subprocess.run([sys.executable, '-c', f'from k2lab.bench import copy_seconds; print(copy_seconds({path!r}))'], capture_output=True, text=True, check=True).stdout)
+
+
+def shards(megabytes:str='60', rounds:str='3'):
+    "Speed of reading and writing JSONL on one core, on texts of the installed packages, short ones and ones of about 5 kB."
+    texts = installed_texts(float(megabytes))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, each in (('as they are', 1), ('joined by threes', 3)):
+            path = f'{folder}/{each}.jsonl'
+            with open(path, 'w') as out: out.writelines(json.dumps(dict(text='\n'.join(texts[i:i+each]), source='installed'), ensure_ascii=False) + '\n' for i in range(0, len(texts), each))
+            size, times = os.path.getsize(path)/1e6, [(copied_by_us(path), *by_peer('datatrove_copy', path)) for _ in range(int(rounds))]
+            ours = [t[0] for t in times]
+            print(f'{name}, {len(texts)//each} texts, {size:.0f} MB: {median_and_range(ours)} s, {size/statistics.median(ours):.0f} MB/s')
+            if times[0][1] is None: print(f'  datatrove: did not run: {times[0][2]}')
+            else: print(f'  datatrove: {median_and_range([t[1] for t in times])} s, {statistics.median(t[1] for t in times)/statistics.median(ours):.1f} times as long', flush=True)
+
+
+# ---- privacy: private parts, on letters whose private parts are known ---------------------------------------------------------
+
+def drawn(rng, n:int, letters:str='ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789') -> str:
+    "n random letters."
+    return ''.join(rng.choices(letters, k=n))
+
+
+def digits(rng, n:int) -> str:
+    "n random digits."
+    return drawn(rng, n, '0123456789')
+
+
+def with_check(head:str) -> str:
+    "Digits with the check digit (Luhn) that makes them a card number."
+    from k2lab.privacy import luhn
+    return head + next(d for d in '0123456789' if luhn((head + d).encode()))
+
+
+def iban_of(rng) -> str:
+    "An IBAN, in fours or in one piece."
+    from k2lab.privacy import mod97
+    country, head = rng.choice([('DE', digits(rng, 18)), ('FR', digits(rng, 10) + rng.choice('AKZ') + digits(rng, 12)), ('GB', 'WEST' + digits(rng, 14)), ('NL', 'ABNA' + digits(rng, 10)), ('NO', digits(rng, 11))])
+    whole = next(f'{country}{i:02}{head}' for i in range(2, 99) if mod97(f'{country}{i:02}{head}'.encode()))
+    return whole if rng.random() < .5 else ' '.join(whole[i:i+4] for i in range(0, len(whole), 4))
+
+
+def card_of(rng) -> str:
+    "A card number, in one piece or in groups."
+    head = rng.choice(['4', '51', '55', '2345', '37', '6011', '36'])
+    whole = with_check(head + digits(rng, {'37': 14, '36': 13}.get(head, 15) - len(head)))
+    mark = rng.choice(['', ' ', '-'])
+    return mark.join(whole[i:i+4] for i in range(0, 16, 4)) if len(whole) == 16 else mark.join((whole[:4], whole[4:10], whole[10:]))
+
+
+def private_value(kind:str, rng) -> tuple:
+    "(what stands before, the private part, what stands after) of a kind; a tenth of the telephone numbers has nothing to be known by."
+    name, n = rng.choice(['ada', 'j.müller', 'Chen_Wei', "o'neil", 'r2-d2+spam', 'K.Sato']), lambda k: digits(rng, k)
+    host = rng.choice(['lovelace.org', 'uni-ulm.de', 'mail.keio.ac.jp', 'proton.me', 'straßen.de', 'acme.technology'])
+    area = f'{rng.randrange(2, 10)}{n(2)}'
+    pick = dict(EMAIL=[('', f'{name}@{host}', ''), ('<', f'{name}@{host}', '>'), ('mailto:', f'{name}@{host}', '')],
+                PHONE=[('', f'+49 {rng.randrange(150, 180)} {n(7)}', ''), ('', f'+1-{area}-{area}-{n(4)}', ''), ('', f'({area}) {area}-{n(4)}', ''), ('tel. ', f'0{rng.randrange(100, 999)} {n(6)}', ''), ('', f'+33 6 {n(2)} {n(2)} {n(2)} {n(2)}', ''), ('', f'+86{rng.randrange(10**10, 2*10**10)}', ''),
+                       ('', f'{area}-{area}-{n(4)}', ''), ('Phone: ', f'{area} {area} {n(4)}', ''), ('Fax ', f'(0{n(3)}) {n(3)} {n(3)}', ''), ('reach me at ', f'020 {rng.randrange(1000, 9999)} {n(4)}', '')],
+                IP=[('', '.'.join(str(x) for x in (rng.choice([23, 93, 141, 185, 217]), *rng.choices(range(256), k=3))), after) for after in ('', ':8080')] + [('[', f'2a0{rng.randrange(1, 9)}:{drawn(rng, 3, "abcdef123")}:{drawn(rng, 4, "abcdef123")}::{drawn(rng, 2, "abcdef123")}', ']')],
+                IBAN=[('', iban_of(rng), '')], CARD=[('', card_of(rng), ''), ('number=', card_of(rng), '')], SSN=[('SSN ', f'{rng.randrange(100, 600)}-{rng.randrange(10, 99)}-{rng.randrange(1000, 9999)}', ''), ('', f'{rng.randrange(100, 600)}-{rng.randrange(10, 99)}-{rng.randrange(1000, 9999)}', '')],
+                TOKEN=[('', f'ghp_{drawn(rng, 36)}', ''), ('', f'hf_{drawn(rng, 34)}', ''), ('key ', f'sk-proj-{drawn(rng, 48)}', ''), ('', f'AKIA{drawn(rng, 16, "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567")}', ''), ('aws_secret_access_key = ', drawn(rng, 40), ''), ('"api_key": "', drawn(rng, 32, '0123456789abcdef'), '"')],
+                CREDENTIALS=[('postgres://', f'{drawn(rng, 5)}:{drawn(rng, 12)}', '@db.host.org/x')])
+    return rng.choice(pick[kind])
+
+
+def decoy(rng) -> str:
+    "Something that looks private and is not."
+    n = lambda k: digits(rng, k)
+    octets = '.'.join(str(rng.randrange(1, 99)) for _ in range(4))
+    return rng.choice([f'Version {octets}', f'numpy=={octets}', f'lib-{octets}.tar.gz', f'OID 1.3.6.1.4.{octets}', f'192.168.{rng.randrange(256)}.{rng.randrange(256)}', f'10.0.{rng.randrange(256)}.1', f'ISBN 978-{n(1)}-{n(4)}-{n(4)}-{n(1)}', f'commit {drawn(rng, 40, "0123456789abcdef")}',
+                       f'id {n(16)}', f'the number {n(16)}', f'{n(4)}-{rng.randrange(10, 13)}-{rng.randrange(10, 29)}', 'user@example.com', 'icon@2x.png', 'git@github.com:a/b.git', 'a@b.dot(c)', f'π = 3.{n(16)}', f'order no. {n(10)}', 'AKIAIOSFODNN7EXAMPLE', 'sk-your-key-goes-here-and-nowhere',
+                       'http://user:password@host/', f'{n(3)}-{n(3)}-{n(3)}', f'{n(2)}:{n(2)}:{n(2)}', f'{n(3)} {n(3)} {n(4)}', f'-{n(10)} to +2147483647', f'part {n(3)}-{n(2)}-{n(4)}', f'std::vector<{n(2)}>', f'{rng.randrange(10**12, 10**13)} ms', f'GB{n(2)}WEST{n(13)}'])
+
+
+def letters(n:int, seed:int=0) -> list:
+    "n texts with what is private in them: [(text, [(start, end, kind)])], in bytes; half of the numbers in them are decoys."
+    rng, out = random.Random(seed), []
+    fill = 'please find the report of last week about the new release and send what you think of it to the others before we meet'.split()
+    for _ in range(n):
+        text, parts = '', []
+        for _ in range(rng.randrange(1, 5)):
+            text += ' '.join(rng.sample(fill, rng.randrange(3, 9))) + ' '
+            kind = rng.choice(['EMAIL', 'PHONE', 'IP', 'IBAN', 'CARD', 'SSN', 'TOKEN', 'CREDENTIALS'])
+            before, value, after = private_value(kind, rng) if rng.random() < .5 else (decoy(rng), '', '')
+            start = len((text + before).encode())
+            if value: parts.append((start, start + len(value.encode()), kind))
+            text += before + value + after + rng.choice(['. ', ', ', '\n', ' '])
+        out.append((text, parts))
+    return out
+
+
+def scored(labelled:list, find) -> tuple:
+    "(right, wrong, missed) of a function from bytes to private parts, by exact places and kinds."
+    pairs = [(set(parts), set(find(text.encode()))) for text, parts in labelled]
+    return sum(len(a & b) for a, b in pairs), sum(len(b - a) for a, b in pairs), sum(len(a - b) for a, b in pairs)
+
+
+def by_re(work):
+    "A call with re2 hidden, so that `re` looks for the same patterns."
+    from k2lab import privacy
+    real = sys.modules.get('re2')
+    sys.modules['re2'] = None
+    privacy.engine.cache_clear()
+    try:
+        with warnings.catch_warnings(action='ignore'): return work()
+    finally:
+        sys.modules.pop('re2')
+        if real: sys.modules['re2'] = real
+        privacy.engine.cache_clear()
+
+
+def cpu_seconds(work) -> float:
+    "CPU seconds that a call takes in this process."
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def privacy(megabytes:str='20', rounds:str='3'):
+    "Speed of `k2lab.privacy` on one core against plain `re` and datatrove's formatter, on installed texts with letters among them; precision and recall on the letters."
+    import pyarrow as pa
+    from k2lab.privacy import private, redact
+    labelled = letters(4000, 1)
+    texts = installed_texts(float(megabytes)) + [text for text, _ in labelled[:600]]
+    random.Random(2).shuffle(texts)
+    table, size = pa.table(dict(text=texts)), sum(len(text.encode()) for text in texts)/1e6
+    counts = redact(table)[1]
+    print(f'{size:.1f} MB, {len(texts)} texts, {counts["changed"]} with private parts: {counts["redacted"]}', flush=True)
+    def ours_warm():
+        redact(table.slice(0, 1000))
+        return cpu_seconds(lambda: redact(table))
+    with tempfile.TemporaryDirectory() as folder:
+        path = as_jsonl(texts, folder)
+        times = [(ours_warm(), by_re(ours_warm), by_peer('datatrove_pii', path)) for _ in range(int(rounds))]
+    ours = [t[0] for t in times]
+    print(f'redact: {median_and_range(ours)} s, {size/statistics.median(ours):.0f} MB/s')
+    told_peers(ours, {'plain re, same patterns': [(t[1], None) for t in times], "datatrove's formatter, mail and IPv4 only": [t[2] for t in times]})
+    right, wrong, missed = scored(labelled, private)
+    print(f'{len(labelled)} letters: precision {right/(right + wrong):.4f}, recall {right/(right + missed):.4f}, F1 {2*right/(2*right + wrong + missed):.4f} (letters and patterns have one author)')
+
+
+def as_jsonl(texts:list, folder:str) -> str:
+    "A file with a row for each text, numbered from 0."
+    path = f'{folder}/corpus.jsonl'
+    with open(path, 'w') as out: out.writelines(json.dumps(dict(id=str(i), text=text)) + '\n' for i, text in enumerate(texts))
+    return path
+
+
+def told_peers(ours:list, peers:dict):
+    "Prints how much longer the peers took: {name: [(seconds or None, rows kept or why not)]}."
+    for name, times in peers.items():
+        if times[0][0] is None: print(f'  {name}: did not run: {times[0][1]}')
+        else: print(f'  {name}: {median_and_range([t[0] for t in times])} s, {statistics.median(t[0] for t in times)/statistics.median(ours):.1f} times as long', flush=True)
+
+
+# ---- quality: the rules of Gopher, FineWeb and C4 -------------------------------------------------------------------------------
+
+def plainly(work):
+    "A call without compiled kernels, so that the twins in plain Python do the work."
+    from k2lab import signals
+    real, signals.compiled = signals.compiled, lambda kernel: None
+    try: return work()
+    finally: signals.compiled = real
+
+
+def web_rules(column) -> list:
+    "Numbers of the texts that keep the rules of Gopher and FineWeb."
+    from k2lab.quality import FINEWEB, GOPHER, broken, signals
+    import numpy as np
+    found = signals(column)
+    return np.flatnonzero((broken(found, GOPHER)[0] < 0) & (broken(found, FINEWEB)[0] < 0)).tolist()
+
+
+def quality(megabytes:str='20', rounds:str='3'):
+    "Speed of `k2lab.quality` on one core against datatrove's filters, on installed texts; decisions against those of the twins and of datatrove."
+    import pyarrow as pa
+    from k2lab.quality import c4_lines, drop_poor
+    texts = installed_texts(float(megabytes))
+    table, size = pa.table(dict(text=texts)), sum(len(text.encode()) for text in texts)/1e6
+    kept, pages = web_rules(table['text']), c4_lines(table)
+    same = [kept == plainly(lambda: web_rules(table['text'])), pages[0].equals(plainly(lambda: c4_lines(table))[0]), drop_poor(table)[1] == plainly(lambda: drop_poor(table)[1])]
+    print(f'{size:.1f} MB, {len(texts)} texts: {len(kept)} keep the rules of Gopher and FineWeb, {len(pages[0])} those of C4, {len(drop_poor(table)[0])} those for a domain; as the twins decide: {same}', flush=True)
+    peers = ['datatrove_quality', 'datatrove_quality_split', 'datatrove_c4']
+    with tempfile.TemporaryDirectory() as folder:
+        path = as_jsonl(texts, folder)
+        times = [(cpu_seconds(lambda: web_rules(table['text'])), cpu_seconds(lambda: c4_lines(table)), {peer: by_peer(peer, path) for peer in peers}) for _ in range(int(rounds))]
+    for i, (what, beside) in enumerate({'Gopher and FineWeb': peers[:2], 'C4': peers[2:]}.items()):
+        ours = [t[i] for t in times]
+        print(f'{what}: {median_and_range(ours)} s, {size/statistics.median(ours):.0f} MB/s')
+        told_peers(ours, {peer: [t[2][peer] for t in times] for peer in beside})
+    for peer in peers[:2]:
+        if times[0][2][peer][0] is not None: print(f'{peer} keeps {len(times[0][2][peer][1])}; it decides otherwise on {len(set(kept) ^ set(times[0][2][peer][1]))}')
+
+
+BENCHES = {'run': run, 'train': train, 'corpus': corpus, 'shards': shards, 'privacy': privacy, 'quality': quality}
 
 if __name__ == '__main__':
     try: BENCHES[one_of('bench', sys.argv[1] if len(sys.argv) > 1 else '', BENCHES)](*sys.argv[2:])

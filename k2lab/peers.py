@@ -40,6 +40,52 @@ def datatrove(path:str):
         return cpu() - began, datatrove_kept(f'{at}/out')
 
 
+def datatrove_copy(path:str):
+    "JSON lines in, JSON lines out, nothing packed, nothing done in between."
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.writers import JsonlWriter
+    with tempfile.TemporaryDirectory() as at:
+        steps = [JsonlReader(os.path.dirname(path), glob_pattern=os.path.basename(path)), JsonlWriter(f'{at}/out', compression=None)]
+        began = cpu()
+        LocalPipelineExecutor(steps, logging_dir=f'{at}/log', skip_completed=False).run()
+        taken = cpu() - began
+        return taken, list(range(sum(len(open(out, 'rb').readlines()) for out in glob.glob(f'{at}/out/*'))))
+
+
+def datatrove_pii(path:str):
+    "datatrove's formatter for mail and IPv4 addresses, on texts in memory."
+    from datatrove.pipeline.formatters import PIIFormatter
+    step, texts = PIIFormatter(), [row['text'] for row in rows(path)]
+    began = cpu()
+    changed = [i for i, text in enumerate(texts) if step.format(text) != text]
+    return cpu() - began, changed
+
+
+def datatrove_quality(path:str, split:bool=False):
+    "The filters of Gopher and FineWeb in FineWeb's order, on texts in memory; with `split`, by words that stand between white space."
+    from datatrove.data import Document
+    from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter, fineweb_quality_filter, gopher_quality_filter, gopher_repetition_filter
+    if split:
+        for module in (fineweb_quality_filter, gopher_quality_filter, gopher_repetition_filter): module.split_into_words = lambda text, language: text.split()
+    steps, documents = [GopherRepetitionFilter(), GopherQualityFilter(), FineWebQualityFilter(char_duplicates_ratio=.1)], [Document(row['text'], row['id']) for row in rows(path)]
+    for step in steps: step.filter(Document('loads the tokenizer', ''))
+    began = cpu()
+    kept = [i for i, document in enumerate(documents) if all(step.filter(document) is True for step in steps)]
+    return cpu() - began, kept
+
+
+def datatrove_c4(path:str):
+    "The filter of C4, on texts in memory."
+    from datatrove.data import Document
+    from datatrove.pipeline.filters import C4QualityFilter
+    step, documents = C4QualityFilter(), [Document(row['text'], row['id']) for row in rows(path)]
+    step.filter(Document('He loads the tokenizer.', ''))
+    began = cpu()
+    kept = [i for i, document in enumerate(documents) if step.filter(document) is True]
+    return cpu() - began, kept
+
+
 def datatrove_decontaminate(path:str, exam:str):
     "Decontamination by 13-grams. Its indexer asks for lighteval, so the index is written here with the filter's own tokenizer and hash."
     import numpy as np
@@ -89,7 +135,8 @@ def text_dedup(path:str, verified:bool=False):
         return cpu() - began, sorted(int(i) for i in datasets.load_from_disk(f'{at}/out')['id'])
 
 
-PEERS = {'datatrove': datatrove, 'datatrove_decontaminate': datatrove_decontaminate, 'datasketch': datasketch, 'text_dedup': text_dedup,
+PEERS = {'datatrove': datatrove, 'datatrove_copy': datatrove_copy, 'datatrove_pii': datatrove_pii, 'datatrove_quality': datatrove_quality,
+         'datatrove_quality_split': lambda path: datatrove_quality(path, split=True), 'datatrove_c4': datatrove_c4, 'datatrove_decontaminate': datatrove_decontaminate, 'datasketch': datasketch, 'text_dedup': text_dedup,
          'text_dedup_verified': lambda path: text_dedup(path, verified=True)}
 
 if __name__ == '__main__':

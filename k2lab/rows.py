@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'SURROGATE', 'fault', 'Part', 'publishing', 'publish', 'zstd', 'Plain', 'packer', 'pack', 'manifest_path',
-           'write_rows', 'read_bytes', 'read_manifest', 'check_manifest', 'Damaged', 'unpacker', 'unpacked', 'unpack',
-           'parse_line', 'read_lines', 'read_rows']
+           'publish_manifest', 'write_rows', 'read_bytes', 'read_manifest', 'check_manifest', 'Damaged', 'unpacker',
+           'unpacked', 'unpack', 'parse_line', 'read_lines', 'read_rows']
 
 # %% ../nbs/03_rows.ipynb #099d9c3d
 import contextlib, hashlib, io, json, os, re, zlib
@@ -96,6 +96,12 @@ def manifest_path(path) -> str:
     "Where the manifest of a file or URL is"
     return f'{path}.manifest.json'
 
+def publish_manifest(path, format: str, rows: int, bytes: int, sha256: str, licence: str, origin: str) -> dict:
+    "The manifest of a file of rows, written beside it"
+    manifest = dict(format=format, rows=rows, bytes=bytes, sha256=sha256, licence=licence, origin=origin)
+    publish(Path(manifest_path(path)), (json.dumps(manifest, indent=1) + '\n').encode())
+    return manifest
+
 def write_rows(path, rows, format: str, licence: str = 'unknown', origin: str = '') -> dict:
     "Writes rows as .jsonl, .jsonl.gz or .jsonl.zst and the manifest beside it, which is returned. LabError for a bad row; nothing is written then"
     one_of('row format', format, FORMATS)
@@ -104,10 +110,8 @@ def write_rows(path, rows, format: str, licence: str = 'unknown', origin: str = 
         if reason := fault(row, format): raise LabError(f'{path.name}: row {i} not written: {reason}')
         lines.append(json.dumps(row, ensure_ascii=False))
     data = pack(''.join(f'{line}\n' for line in lines).encode(), path.name)
-    manifest = dict(format=format, rows=len(lines), bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), licence=licence, origin=origin)
     publish(path, data)
-    publish(Path(manifest_path(path)), (json.dumps(manifest, indent=1) + '\n').encode())
-    return manifest
+    return publish_manifest(path, format, len(lines), len(data), hashlib.sha256(data).hexdigest(), licence, origin)
 
 # %% ../nbs/03_rows.ipynb #3b7026f1
 def read_bytes(path) -> bytes:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
 STAGES = [p for p in NOTEBOOKS if int(p.name[:2]) >= 10]
 MODULES = sorted(p for p in (ROOT/'k2lab').rglob('*.py') if p.name != '_modidx.py')
-PLAIN = {'__init__', '__main__', 'bench', 'cli', 'kernels', 'mla', 'muon', 'peers', 'sandbox', 'server', 'slurm', '_modidx'}      # written by hand; everything else is exported
+PLAIN = {'__init__', '__main__', 'bench', 'cli', 'kernels', 'mla', 'muon', 'peers', 'sandbox', 'server', 'signals', 'slurm', '_modidx'}      # written by hand; everything else is exported
 
 
 def name_of(path:Path) -> str:
