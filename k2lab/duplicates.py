@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['BANDS', 'ROWS', 'REACH', 'digest16', 'fingerprints', 'kept_rows', 'cluster_sizes', 'drop_copies', 'run_batches',
-           'sketch', 'buckets', 'run_sets', 'alike', 'components', 'stars', 'near_owners', 'check_clusters',
-           'drop_near', 'run_index', 'found_runs', 'most_covered', 'drop_contaminated']
+           'sketch', 'buckets', 'run_sets', 'alike', 'components', 'stars', 'near_owners', 'check_clusters', 'rows_of',
+           'known_sketch', 'drop_near', 'run_index', 'found_runs', 'most_covered', 'drop_contaminated']
 
 # %% ../nbs/04e_duplicates.ipynb #11c8275e
 import hashlib
 from collections import Counter, defaultdict
 from functools import cache
 from .core import LabError
-from .corpus import clear_of, counted
+from .corpus import clear_of, sorted_out
 from .kernels import band_keys, batches, distinct, gram_hashes, jaccards, known_grams, packed, sieve, united, word_hashes
 
 # %% ../nbs/04e_duplicates.ipynb #c5616806
@@ -35,18 +35,17 @@ def fingerprints(table, field: str = 'text'):
 # %% ../nbs/04e_duplicates.ipynb #b927ba6e
 def kept_rows(step: str, table, stays, reason: str, **more) -> tuple:
     "(the rows of a table for which `stays` is true, counts with whatever else is to be told)"
-    import pyarrow as pa
-    kept = table.filter(pa.array(stays, pa.bool_()))
-    return kept, dict(counted(step, table, kept, {reason: len(table) - len(kept)}), **more)
+    import numpy as np
+    return sorted_out(step, table, np.where(stays, -1, 0), [reason], **more)
 
 def cluster_sizes(sizes) -> dict:
     "{'2': clusters of two, '3': ...}, from the sizes of all clusters; single rows are left out"
     return {str(size): n for size, n in sorted(Counter(sizes).items()) if size > 1}
 
 def drop_copies(table, field: str = 'text') -> tuple:
-    "(rows without later copies, counts with the number of clusters of each size)"
+    "(rows without later copies, counts with the number of clusters of each size); fingerprints in a column `mark` are taken as they are"
     seen, stays = Counter(), []
-    for mark in fingerprints(table, field):
+    for mark in table['mark'].to_pylist() if 'mark' in table.column_names else fingerprints(table, field):
         stays.append(mark not in seen)
         seen[mark] += 1
     return kept_rows('exact dedup', table, stays, 'copy', clusters=cluster_sizes(seen.values()))
@@ -127,11 +126,11 @@ def stars(component, sizes, sets, least: float):
     return owner
 
 # %% ../nbs/04e_duplicates.ipynb #488bd619
-def near_owners(column, n: int = 5, least: float = .7):
-    "For each row the row that stays for it, itself if it stays; `least` 0 joins all that share a key without looking"
+def near_owners(column, n: int = 5, least: float = .7, sketched: tuple = None):
+    "For each row the row that stays for it, itself if it stays; `least` 0 joins all that share a key without looking; `sketched`: `sketch` of the rows to look at"
     import numpy as np, pyarrow as pa, pyarrow.compute as pc
     column = column.cast(pa.large_string())
-    members, ends = buckets(*sketch(column, n))
+    members, ends = buckets(*sketched or sketch(column, n))
     owner, rows = np.arange(len(column)), np.unique(members)
     if not len(rows): return owner
     texts = column.take(pa.array(rows))
@@ -142,20 +141,33 @@ def near_owners(column, n: int = 5, least: float = .7):
     return owner
 
 # %% ../nbs/04e_duplicates.ipynb #a72b7840
-def check_clusters(sizes, table, field: str, alarm: float, floor: int):
-    "LabError when a cluster holds more than the share `alarm` of at least `floor` rows; `sizes` counts the rows of each cluster by the row that stays"
-    row = int(sizes.argmax()) if len(table) else 0
-    if len(table) < floor or sizes[row] <= alarm*len(table): return
-    begins = ' '.join(table[field][row].as_py()[:200].split())[:80]
-    raise LabError(f'near dedup: the cluster of row {row} ({begins!r}...) holds {sizes[row]} of {len(table)} rows, more than {alarm:.1%}: remove such pages or their boilerplate first, or allow it with alarm={sizes[row]/len(table) + .001:.3f}')
+def check_clusters(sizes, column, n: int, alarm: float, floor: int):
+    "LabError when a cluster holds more than the share `alarm` of n rows, if n is at least `floor`; `sizes` counts the rows of each cluster by the row that stays"
+    row = int(sizes.argmax()) if n else 0
+    if n < floor or sizes[row] <= alarm*n: return
+    begins = ' '.join(column[row].as_py()[:200].split())[:80]
+    raise LabError(f'near dedup: the cluster of row {row} ({begins!r}...) holds {sizes[row]} of {n} rows, more than {alarm:.1%}: remove such pages or their boilerplate first, or allow it with alarm={sizes[row]/n + .001:.3f}')
 
-def drop_near(table, field: str = 'text', n: int = 5, least: float = .7, alarm: float = .01, floor: int = 5000) -> tuple:
+def rows_of(table, field: str, column) -> tuple:
+    "(column of texts, numbers of the table's rows in it): a table without texts says in its column `row` which ones of `column` it means"
+    import numpy as np
+    return (table[field], np.arange(len(table))) if column is None else (column, table['row'].to_numpy())
+
+def known_sketch(table):
+    "`sketch` from a table's columns `row` and `bands`, None where it has none"
+    import numpy as np
+    if 'bands' not in table.column_names: return None
+    bands = table['bands'].combine_chunks()
+    return table['row'].to_numpy()[bands.is_valid().to_numpy(zero_copy_only=False)], bands.flatten().to_numpy().reshape(-1, BANDS)
+
+def drop_near(table, field: str = 'text', n: int = 5, least: float = .7, alarm: float = .01, floor: int = 5000, column=None) -> tuple:
     "(rows without those that are like a longer one that stays, counts with the number of clusters of each size). Alike: Jaccard of their runs of n words at least `least`. LabError when a cluster is too large"
     import numpy as np
-    owner = near_owners(table[field], n, least)
-    sizes = np.bincount(owner, minlength=len(table))
-    check_clusters(sizes, table, field, alarm, floor)
-    return kept_rows('near dedup', table, owner == np.arange(len(table)), 'near copy', clusters=cluster_sizes(sizes.tolist()))
+    column, rows = rows_of(table, field, column)
+    owner = near_owners(column, n, least, known_sketch(table))[rows]
+    sizes = np.bincount(owner, minlength=len(column))
+    check_clusters(sizes, column, len(table), alarm, floor)
+    return kept_rows('near dedup', table, owner == rows, 'near copy', clusters=cluster_sizes(sizes.tolist()))
 
 # %% ../nbs/04e_duplicates.ipynb #81e7380f
 def run_index(texts: list, n: int = 13, least: int = 5) -> tuple:
@@ -188,14 +200,15 @@ def most_covered(shared: set, owners: dict, sizes: list) -> tuple:
     hits = Counter(i for run in shared for i in owners[run])
     return max((k/sizes[i], -i) for i, k in hits.items())
 
-def drop_contaminated(table, texts, n: int = 13, common: int = 10, share: float = .2, field: str = 'text') -> tuple:
+def drop_contaminated(table, texts, n: int = 13, common: int = 10, share: float = .2, field: str = 'text', column=None) -> tuple:
     "(rows that cover less than `share` of every evaluation text in rare runs of n words, counts); texts: a list, or {evaluation: list}; decisions of `corpus.decontaminate`"
     named = texts if isinstance(texts, dict) else {'evaluation': texts}
     names = [name for name, part in named.items() for _ in part]
     index, owners, sizes, lengths = run_index([text for part in named.values() for text in part], n)
-    found = found_runs(table[field], index, lengths)
-    rows = sorted(found)
+    column, numbers = rows_of(table, field, column)
+    found = found_runs(column, index, lengths)
+    rows = sorted(found.keys() & set(numbers.tolist()))
     gone = set(rows) - {rows[i] for i in clear_of([found[row] for row in rows], owners, sizes, common, share)}
     covered = [most_covered(found[row], owners, sizes) for row in sorted(gone)]
-    return kept_rows('decontaminate', table, [row not in gone for row in range(len(table))], f'shares runs of {n} words with evaluation',
+    return kept_rows('decontaminate', table, [row not in gone for row in numbers.tolist()], f'shares runs of {n} words with evaluation',
                      contaminated=dict(Counter(names[-i] for _, i in covered)), covered=dict(sorted(Counter(f'{int(10*part)/10}' for part, _ in covered).items())))

@@ -15,7 +15,7 @@ from collections import Counter
 from functools import cache
 from ipaddress import ip_address
 from math import log2
-from .corpus import counted
+from .corpus import sorted_out
 
 # %% ../nbs/04f_privacy.ipynb #748dd6cd
 LATIN = rb'(?:[A-Za-z0-9_+&\'-]|[\xc3-\xc5][\x80-\xbf])'      # what a name in a mail address is made of; Latin letters with accents have two bytes
@@ -205,4 +205,5 @@ def redact(table, field: str = 'text') -> tuple:
         chunks.append(pa.array(texts, pa.large_binary()).cast(pa.large_string()).cast(part.type) if parts else part)
         changed += len(parts)
     column = pa.chunked_array(chunks, table[field].type)
-    return table.set_column(table.column_names.index(field), table.schema.field(field), column), dict(counted('redact', table, table), redacted=dict(found), changed=changed)
+    after = table.set_column(table.column_names.index(field), table.schema.field(field), column)
+    return sorted_out('redact', after, [-1]*len(after), [], before=table, redacted=dict(found), changed=changed)

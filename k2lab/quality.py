@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'GOPHER', 'FINEWEB', 'DOMAIN', 'RULES', 'PHRASES', 'LINE_REASONS', 'PAGE_REASONS', 'shares', 'signals',
-           'broken', 'sorted_out', 'rules_of', 'drop_poor', 'keep_signals', 'drop_by_signals', 'c4_batch', 'c4_lines',
+           'broken', 'rules_of', 'drop_poor', 'keep_signals', 'drop_by_signals', 'c4_batch', 'c4_lines',
            'language_model', 'language', 'drop_languages', 'drop_licences', 'drop_lengths']
 
 # %% ../nbs/04g_quality.ipynb #7124f07b
 from functools import cache
-from .core import LabError
-from .corpus import counted
+from .core import LabError, one_of
+from .corpus import sorted_out
 from .kernels import batches
 from .signals import counts, line_table, phrases_in
 
@@ -57,17 +57,14 @@ def broken(found: dict, rules: dict) -> tuple:
             names.append(told)
     return first, names
 
-def sorted_out(step: str, table, why, names: list, **more) -> tuple:
-    "(the rows for which `why` is negative, counts with the names of the reasons for the others)"
-    import numpy as np, pyarrow as pa
-    kept = table.filter(pa.array(np.asarray(why) < 0, pa.bool_()))
-    return kept, dict(counted(step, table, kept, {name: int((np.asarray(why) == i).sum()) for i, name in enumerate(names)}), **more)
-
 # %% ../nbs/04g_quality.ipynb #6e8cf200
 def rules_of(rules) -> dict:
-    "Rules by name, or as they are given"
-    if isinstance(rules, str) and rules not in RULES: raise LabError(f'quality: no rules {rules!r}; there are {", ".join(RULES)}, or a dictionary {{signal: (least, most)}}')
-    return RULES[rules] if isinstance(rules, str) else rules
+    "Rules by name, or as they are given. LabError for a name or a signal that does not exist, or a rule that is not (least, most)"
+    if isinstance(rules, str): return RULES[one_of('rules', rules, RULES, 'quality')]
+    for name, pair in rules.items():
+        one_of('signal', name, SHARES, 'quality')
+        if len(pair) != 2 or not pair[0] <= pair[1]: raise LabError(f'quality: {name} is {pair}; a rule is [least, most]')
+    return rules
 
 def drop_poor(table, rules = 'domain', field: str = 'text') -> tuple:
     "(rows that keep all rules, counts); rules: 'gopher', 'fineweb', 'domain' or {signal: (least, most)}"
@@ -78,7 +75,7 @@ def keep_signals(table, field: str = 'text') -> tuple:
     "(the table with a column `signal_NAME` for each signal of a text column, counts)"
     import pyarrow as pa
     for name, values in signals(table[field]).items(): table = table.append_column(f'signal_{name}', pa.array(values, pa.float64()))
-    return table, counted('signals', table, table)
+    return sorted_out('signals', table, [-1]*len(table), [])
 
 def drop_by_signals(table, rules = 'domain') -> tuple:
     "`drop_poor` by the columns that `keep_signals` has added"

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'MARKS', 'PIECE', 'BLOCK', 'BATCH', 'LINE', 'LFS', 'ROUNDED', 'WAYS', 'ENDINGS', 'ROOM', 'kind_of',
            'find_files', 'Unread', 'stamp', 'open_raw', 'split_lines', 'codec', 'dumps_exactly', 'loads_exactly',
            'second_opinion', 'html_text', 'plain_text', 'page_text', 'Reader', 'unfolded', 'as_table', 'merged',
-           'lines_of', 'Lines', 'Parquet', 'Shards']
+           'lines_of', 'Lines', 'Parquet', 'Arrow', 'Shards']
 
 # %% ../nbs/03a_shards.ipynb #4c6f08ed
 import contextlib, csv, glob, html.parser, json, os, re
@@ -362,8 +362,16 @@ class Parquet:
     def write(self, table): self.writer.write_table(table)
     def close(self): self.writer.close()
 
+class Arrow:
+    "Batches into an open `Part`, to be mapped into memory as they are: fast, not packed, for work in progress"
+    def __init__(self, part, schema):
+        import pyarrow as pa
+        self.writer = pa.ipc.new_file(part, schema)
+    def write(self, table): self.writer.write_table(table)
+    def close(self): self.writer.close()
+
 # %% ../nbs/03a_shards.ipynb #88869b9b
-ENDINGS = {'.jsonl': Lines, '.jsonl.gz': Lines, '.jsonl.zst': Lines, '.parquet': Parquet}
+ENDINGS = {'.jsonl': Lines, '.jsonl.gz': Lines, '.jsonl.zst': Lines, '.parquet': Parquet, '.arrow': Arrow}
 ROOM = 256 << 20
 
 class Shards:

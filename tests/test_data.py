@@ -312,7 +312,7 @@ MISSING = dict(package='no_such_package')
 
 @pytest.mark.parametrize('changes,message', [
     (dict(sources=[]), 'no documents in an empty list of sources'), *((dict(key), "'no_such_package' is not installed") for key in (dict(sources=[MISSING]), dict(general_sources=[MISSING]), dict(question_sources=[MISSING]))),
-    (dict(least=10**6), 'documents leave 0 to train on'), (dict(own_rows=['nowhere.jsonl']), 'nowhere.jsonl: no such file'),
+    (dict(refine=dict(least=10**6)), 'no document of networkx 3.6.1 passes'), (dict(refine=dict(lest=5)), "did you mean 'least'"), (dict(refine=dict(near=2)), 'a Jaccard similarity'), (dict(held_percent=100), 'leave 0 to train on'), (dict(own_rows=['nowhere.jsonl']), 'nowhere.jsonl: no such file'),
     (dict(mode='reasoning', families=['sums']), "unknown puzzle family 'sums'"), (dict(mode='resoning'), 'mode must be'), (dict(puzles=3), "did you mean 'puzzles'")])
 def test_bad_input_is_one_clear_line(prepared, changes, message):
     with pytest.raises(LabError) as e: prepared(**changes)
@@ -320,9 +320,10 @@ def test_bad_input_is_one_clear_line(prepared, changes, message):
 
 def test_an_empty_or_broken_file_source_is_refused(prepared, tmp_path):
     (tmp_path/'empty.jsonl').write_text('')
-    with pytest.raises(LabError, match='no documents in .*empty.jsonl'): prepared(sources=[dict(files=str(tmp_path/'empty.jsonl'))])
     (tmp_path/'bad.jsonl').write_text('{"text": "a"}\n{"text": 1}\n')
-    with pytest.raises(LabError, match='bad.jsonl:2'): prepared(sources=[dict(files=str(tmp_path/'bad.jsonl'))])
+    for limit, file, message in ((5, 'empty', 'no documents in .*empty.jsonl'), (None, 'empty', 'no rows in .*empty.jsonl'), (5, 'bad', "bad.jsonl:2: 'text' must be text"),
+                                 (None, 'bad', "1 of 2 rows are bad .*bad.jsonl, line 2: 'text' must be text")):
+        with pytest.raises(LabError, match=message): prepared(limit=limit, sources=[dict(files=str(tmp_path/f'{file}.jsonl'))])
 
 def test_files_without_functions_ask_for_rows_of_your_own(prepared, tmp_path):
     for i in range(40): (tmp_path/f'note{i}.md').write_text(f'# Note {i}\n' + ' '.join(f'w{i}x{j}' for j in range(40)))

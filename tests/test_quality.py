@@ -229,8 +229,8 @@ def test_tables_with_nothing_in_them(texts):
 def test_errors_name_what_is_there():
     table = pa.table(dict(text=['a', None]))
     with pytest.raises(LabError, match='row 1 has no text'): quality.drop_poor(table)
-    with pytest.raises(LabError, match='there are gopher, fineweb, domain'): quality.drop_poor(table[:1], 'web')
-    with pytest.raises(LabError, match='no signal wrods'): quality.drop_poor(table[:1], {'wrods': (0, 1)})
+    with pytest.raises(LabError, match='valid: gopher, fineweb, domain'): quality.drop_poor(table[:1], 'web')
+    with pytest.raises(LabError, match='unknown signal .wrods'): quality.drop_poor(table[:1], {'wrods': (0, 1)})
 
 def c4(text, **told): return quality.c4_lines(pa.table(dict(text=[text])), **told)
 
