@@ -175,14 +175,15 @@ DOCSTRING = re.compile(r'(?:"""|\'\'\')(.{200,}?)(?:"""|\'\'\')', re.S)
 KINDS = ('copy', 'format', 'words', 'cut', 'boilerplate', 'far')
 
 
-def installed_texts(megabytes:float) -> list:
-    "Docstrings and documents of the installed packages and the standard library, no two equal, in a seeded order, at most `megabytes` of them."
+def installed_texts(megabytes:float, pages:bool=False) -> list:
+    "Docstrings (or all docstrings of a file as one page) and documents of the installed packages and the standard library, no two equal, in a seeded order, at most `megabytes` of them."
     found = {}
     for folder in (sysconfig.get_path('purelib'), sysconfig.get_path('stdlib')):
         for path in sorted(Path(folder).rglob('*')):
             if path.suffix not in ('.py', '.md', '.rst', '.txt') or not path.is_file(): continue
             text = path.read_text('utf-8', 'ignore')
-            found.update(dict.fromkeys(DOCSTRING.findall(text) if path.suffix == '.py' else [text]))
+            said = DOCSTRING.findall(text) if path.suffix == '.py' else [text]
+            found.update(dict.fromkeys(['\n\n'.join(said)] if pages and said else said))
     texts, room = sorted(found), megabytes*1e6
     random.Random(7).shuffle(texts)
     return [text for text in texts if (room := room - len(text.encode())) > 0]
@@ -214,9 +215,9 @@ def exam_texts(texts:list, known:list) -> list:
     return [passage for i, passage in enumerate(passages) if i not in shared]
 
 
-def made_corpus(megabytes:float) -> tuple:
+def made_corpus(megabytes:float, pages:bool=False) -> tuple:
     "`(texts, {row: (kind, row it was made from)}, exam, {row: kind of leak})`: installed texts with a tenth injected copies and some leaked evaluation texts."
-    rng, texts = random.Random(11), installed_texts(megabytes + 2)
+    rng, texts = random.Random(11), installed_texts(megabytes + 2, pages)
     aside, base = texts[:600], texts[600:]
     exam = exam_texts(aside, base)[:300]
     made = [(text, None, i) for i, text in enumerate(base)]
@@ -547,7 +548,122 @@ def quality(megabytes:str='20', rounds:str='3'):
         if times[0][2][peer][0] is not None: print(f'{peer} keeps {len(times[0][2][peer][1])}; it decides otherwise on {len(set(kept) ^ set(times[0][2][peer][1]))}')
 
 
-BENCHES = {'run': run, 'train': train, 'corpus': corpus, 'shards': shards, 'privacy': privacy, 'quality': quality}
+# ---- tokens: encoding and chaining documents --------------------------------------------------------------------------------------
+
+def kimi():
+    "The tokenizer of the folder $K2LAB_KIMI, Kimi's own, or the one that ships with the lab."
+    from k2lab.model import shipped
+    from k2lab.tokenizer import tokenizer_in
+    return tokenizer_in(os.environ.get('K2LAB_KIMI') or shipped('k2'))
+
+
+def in_rows(ids, length:int=4096) -> bytes:
+    "SHA-256 of a stream of ids cut into rows; the last one is left out."
+    import hashlib, numpy as np
+    rows = np.asarray(ids, np.uint32)[:len(ids)//length*length].reshape(-1, length)
+    return hashlib.sha256(rows.tobytes()).digest()
+
+
+def encoders(tok, texts:list) -> dict:
+    "{name: a call that makes a new engine and gives a call that encodes and chains the texts, to the hash of the rows}; each does what its documents show for many texts."
+    from itertools import chain
+    from unittest.mock import patch
+    from k2lab.fast_tokens import ENGINES, Encoder, encoder, stream
+    from k2lab.tokenizer import plain_tokenizer
+    chained = lambda lists: in_rows([i for ids in lists for i in chain(ids, (tok.eos_token_id,))])
+    def ours():
+        encoder.cache_clear()
+        encoder(tok).left = 0      # compared already
+        return lambda: in_rows(stream(tok, texts, tok.eos_token_id))
+    def by_tokenizers():
+        plain_tokenizer.cache_clear()
+        plain = plain_tokenizer(tok)
+        return lambda: chained(one.ids for one in plain.encode_batch_fast(texts, add_special_tokens=False))
+    def by_tiktoken():
+        with patch('k2lab.fast_tokens.flat', lambda lists: lists): encode = ENGINES['tiktoken'](plain_tokenizer(tok))
+        def work():
+            with patch('k2lab.fast_tokens.flat', lambda lists: lists): return chained(encode(texts))
+        return work
+    return dict(ours=ours, tokenizers=by_tokenizers, tiktoken=by_tiktoken)
+
+
+def tokens(megabytes:str='20', rounds:str='3'):
+    "Speed of `k2lab.fast_tokens.stream` on one core against Hugging Face's tokenizers and tiktoken, ids compared; Kimi's vocabulary if $K2LAB_KIMI names its folder."
+    os.environ.update(RAYON_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false')
+    from k2lab.fast_tokens import Encoder
+    tok, texts = kimi(), installed_texts(float(megabytes))
+    work, size = encoders(tok, texts), sum(len(text.encode()) for text in texts)/1e6
+    checked = cpu_seconds(lambda: Encoder(tok)(texts[:1000]))
+    print(f'{size:.1f} MB, {len(texts)} texts, {len(tok)} tokens in the vocabulary; to open the engine and compare it on 1,000 texts takes {checked:.1f} s', flush=True)
+    times, hashes = [], set()
+    for _ in range(int(rounds)):
+        calls = {name: make() for name, make in work.items()}
+        times.append({name: cpu_seconds(lambda: hashes.add(call())) for name, call in calls.items()})
+    ours = [t['ours'] for t in times]
+    print(f'encoded and chained: {median_and_range(ours)} s, {size/statistics.median(ours):.0f} MB/s; the same rows of ids from all: {len(hashes) == 1}')
+    told_peers(ours, {name: [(t[name], None) for t in times] for name in work if name != 'ours'})
+
+
+# ---- chain: from JSON lines to a corpus ---------------------------------------------------------------------------------------------
+
+def chain_of(path:str, exam_path:str, tokenizer:str, folder:str) -> tuple:
+    "(steps, rows kept, tokens) of the lab's chain: Gopher's rules, private data, copies, near copies, evaluation texts, JSON lines, tokens."
+    from k2lab.fast_tokens import stream
+    from k2lab.refine import Refining, clear, refine, tables_of, unique
+    from k2lab.refine import tokenizer_at
+    from k2lab.rows import publishing
+    from k2lab.shards import Lines
+    told, tok = Refining(quality='gopher', least=1, alarm=1), tokenizer_at(tokenizer)
+    made = refine([dict(files=path, licence='unknown')], ['bench'], told, folder)
+    index, steps = unique(made, told)
+    index, last = clear(made, index, dict(exam=json.load(open(exam_path))))
+    rows, count = [], 0
+    with publishing(Path(folder)/'out.jsonl') as part, publishing(Path(folder)/'out.bin') as ids:
+        out = Lines(part, made.texts.schema)
+        for table in tables_of(made, index):
+            out.write(table)
+            chained = stream(tok, table['text'].to_pylist(), tok.eos_token_id)
+            ids.write(chained.tobytes())
+            count += len(chained)
+            rows += [json.loads(more)['id'] for more in table['extra'].to_pylist()]
+        out.close()
+    return [*made.steps, *steps, last], rows, count
+
+
+def one_chain(path:str, exam_path:str, tokenizer:str) -> dict:
+    "CPU seconds, peak memory and rows kept of the lab's chain; meant for a process of its own. Machine code is made on a part of the file first."
+    from k2lab.job import peak_gib
+    os.environ.update(RAYON_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false', OMP_NUM_THREADS='1')
+    with tempfile.TemporaryDirectory() as folder:
+        with open(path, 'rb') as whole, open(f'{folder}/part.jsonl', 'wb') as part: part.writelines(line for line, _ in zip(whole, range(4000)))
+        chain_of(f'{folder}/part.jsonl', exam_path, tokenizer, f'{folder}/warm')
+        began = time.process_time()
+        steps, rows, count = chain_of(path, exam_path, tokenizer, f'{folder}/work')
+        return dict(seconds=time.process_time() - began, peak_gib=peak_gib(), steps=steps, rows=rows, tokens=count)
+
+
+def chain(megabytes:str='20', rounds:str='3'):
+    "From JSON lines to a corpus and its tokens on one core, against datatrove's blocks for the same steps, with and without its own word tokenizer; CPU seconds. Documents are pages: the docstrings of a file."
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    from k2lab.corpus import conserved, funnel
+    from k2lab.model import shipped
+    texts, _, exam, leaks = made_corpus(float(megabytes), pages=True)
+    tokenizer, peers = os.environ.get('K2LAB_KIMI') or str(shipped('k2')), ['datatrove_chain', 'datatrove_chain_split']
+    with tempfile.TemporaryDirectory() as folder:
+        path, exam_path = f'{folder}/corpus.jsonl', f'{folder}/exam.json'
+        with open(path, 'w') as out: out.writelines(json.dumps(dict(id=i, text=text, source='bench')) + '\n' for i, text in enumerate(texts))
+        with open(exam_path, 'w') as out: json.dump(exam, out)
+        size, alone = os.path.getsize(path)/1e6, lambda: ProcessPoolExecutor(1, mp_context=get_context('spawn')).submit(one_chain, path, exam_path, tokenizer).result()
+        runs = [(alone(), {peer: by_peer(peer, path, exam_path, f'{shipped("k2")}/tokenizer.json') for peer in peers}) for _ in range(int(rounds))]
+    ours, first = [run['seconds'] for run, _ in runs], runs[0][0]
+    print(f'{size:.1f} MB: {median_and_range(ours)} s, {size/statistics.median(ours):.1f} MB/s, peak {max(run["peak_gib"] for run, _ in runs):.2f} GiB, {len(first["rows"])} of {len(texts)} documents kept, {first["tokens"]} tokens; '
+          f'books balance: {not conserved(first["steps"])}; leaks left: {len(leaks.keys() & set(first["rows"]))} of {len(leaks)}')
+    for step in funnel(first['steps']): print('  ', *step)
+    told_peers(ours, {peer: [run[1][peer] for run in runs] for peer in peers})
+
+
+BENCHES = {'run': run, 'train': train, 'corpus': corpus, 'shards': shards, 'privacy': privacy, 'quality': quality, 'tokens': tokens, 'chain': chain}
 
 if __name__ == '__main__':
     try: BENCHES[one_of('bench', sys.argv[1] if len(sys.argv) > 1 else '', BENCHES)](*sys.argv[2:])

@@ -119,6 +119,46 @@ def letters():
     return np.array([0 if not one.get(c) else -ord(one[c][0]) if alone.match(one[c][0]) else ord(one[c][0]) for c in range(LETTERS)], np.int32)
 
 
+# ---- spelling -----------------------------------------------------------------------------------------------------------------
+
+def _tidied(data, ends, out, out_ends, plain):
+    w = 0
+    for d in range(len(ends) - 1):
+        first, keep, last, lines, after_cr, ascii = w, w, w, 0, False, True      # keep: after what ends no line in spaces; last: after the last visible byte
+        for i in range(ends[d], ends[d+1]):
+            c = data[i]
+            if c == 10 or c == 13:
+                if c == 10 and after_cr:
+                    after_cr = False
+                    continue
+                after_cr, lines, w = c == 13, lines + 1, keep
+                if w > first and lines <= 2:
+                    out[w] = 10
+                    w += 1
+                    keep = w
+            elif c == 32 or c == 9:
+                after_cr = False
+                if w > first:
+                    out[w] = c
+                    w += 1
+            elif c > 32 and c != 127:
+                after_cr, lines, ascii = False, 0, ascii and c < 128
+                out[w] = c
+                w += 1
+                keep = last = w
+        w = last
+        out_ends[d+1], plain[d] = w, ascii
+
+
+def tidied(data, ends):
+    "(data, ends, which texts are ASCII) of texts in the spelling of `k2lab.corpus.normal`, as far as it is a matter of ASCII characters: line ends, control characters, spaces, blank lines. None without numba."
+    import numpy as np
+    if not machine(_tidied): return None
+    out, out_ends, plain = np.empty(int(ends[-1] - ends[0]), np.uint8), np.zeros(len(ends), np.int64), np.empty(len(ends) - 1, np.bool_)
+    machine(_tidied)(data, ends, out, out_ends, plain)
+    return out[:out_ends[-1]], out_ends, plain
+
+
 # ---- words and runs of words --------------------------------------------------------------------------------------------------
 
 def _word_hashes(data, ends, table, out, out_ends):

@@ -12,7 +12,7 @@ import dataclasses, json, os, shutil
 from pathlib import Path
 from .core import LabError, lab_path, one_of
 from .formats import TOKENIZER_FILES, backbone, dequantised, fetched, read_config, stored
-from .tokenizer import build_tokenizer, family_of, load_kimi_tokenizer
+from .tokenizer import build_tokenizer, tokenizer_in
 from .mla import from_latents
 
 # %% ../nbs/06_model.ipynb #fb8b392d
@@ -168,13 +168,7 @@ def open_model(place, load: Loading = Loading()):
 # %% ../nbs/06_model.ipynb #def7cf32
 def open_tokenizer(place):
     "The fast tokenizer of a folder or hub id; `LabError` where its files are missing or its chat family is unknown."
-    from transformers import PreTrainedTokenizerFast
-    folder = fetched(place, TOKENIZER_FILES)
-    if (folder/'tokenizer.json').exists(): tok = PreTrainedTokenizerFast.from_pretrained(folder)
-    elif (folder/'tiktoken.model').exists(): tok = load_kimi_tokenizer(folder)
-    else: raise LabError(f'{place}: no tokenizer there (neither tokenizer.json nor tiktoken.model)')
-    family_of(tok)
-    return tok
+    return tokenizer_in(fetched(place, TOKENIZER_FILES))
 
 def check_window(model, tok, place, length: int):
     "`LabError` for a tokenizer with more tokens than the model has embeddings, and for rows longer than its positions reach."

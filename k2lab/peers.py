@@ -86,23 +86,62 @@ def datatrove_c4(path:str):
     return cpu() - began, kept
 
 
-def datatrove_decontaminate(path:str, exam:str):
-    "Decontamination by 13-grams. Its indexer asks for lighteval, so the index is written here with the filter's own tokenizer and hash."
+def exam_index(at:str, exam:str, NGramsDecontFilter, NGramsDecontConfig):
+    "datatrove's filter with an index of 13-grams of the evaluation texts. Its own indexer asks for lighteval, so the index is written here with the filter's tokenizer and hash."
     import numpy as np
+    from datatrove.utils.text import ngrams, simplify_text
+    os.mkdir(f'{at}/index')
+    step = NGramsDecontFilter(f'{at}/index', NGramsDecontConfig(n_grams=13))
+    split = lambda text: step.tokenizer.word_tokenize(simplify_text(text, step.config.norm_config))
+    found = {step.hash_func(' '.join(run)) for text in json.load(open(exam)) for run in ngrams(split(text), 13)}
+    np.array(list(found), step.config.hash_config.np_descr).tofile(f'{at}/index/exam.index.hashes')
+    return step
+
+
+def datatrove_decontaminate(path:str, exam:str):
+    "Decontamination by 13-grams."
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontFilter
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.writers import JsonlWriter
-    from datatrove.utils.text import ngrams, simplify_text
     with tempfile.TemporaryDirectory() as at:
-        os.mkdir(f'{at}/index')
-        step = NGramsDecontFilter(f'{at}/index', NGramsDecontConfig(n_grams=13))
-        split = lambda text: step.tokenizer.word_tokenize(simplify_text(text, step.config.norm_config))
-        found = {step.hash_func(' '.join(run)) for text in json.load(open(exam)) for run in ngrams(split(text), 13)}
-        np.array(list(found), step.config.hash_config.np_descr).tofile(f'{at}/index/exam.index.hashes')
+        step = exam_index(at, exam, NGramsDecontFilter, NGramsDecontConfig)
         began = cpu()
         LocalPipelineExecutor([JsonlReader(os.path.dirname(path), glob_pattern=os.path.basename(path)), step, JsonlWriter(f'{at}/out')], logging_dir=f'{at}/log', skip_completed=False).run()
         return cpu() - began, datatrove_kept(f'{at}/out')
+
+
+def split_at_spaces():
+    "Makes datatrove take what stands between white space for words; its own tokenizer takes most of its time."
+    from datatrove.pipeline.filters import gopher_quality_filter, gopher_repetition_filter
+    from datatrove.utils import word_tokenizers
+    for module in (gopher_quality_filter, gopher_repetition_filter): module.split_into_words = lambda text, language: text.split()
+    word_tokenizers.SpaCyTokenizer.word_tokenize = lambda self, text: text.split()
+
+
+def datatrove_chain(path:str, exam:str, tokenizer:str, split:bool=False):
+    "From JSON lines to a corpus and its tokens: Gopher's filters, private data, decontamination, near-deduplication, tokens; all with datatrove's defaults."
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontFilter
+    from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
+    from datatrove.pipeline.dedup.minhash import MinhashConfig
+    from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
+    from datatrove.pipeline.formatters import PIIFormatter
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.tokens import DocumentTokenizer
+    from datatrove.pipeline.writers import JsonlWriter
+    if split: split_at_spaces()
+    with tempfile.TemporaryDirectory() as at:
+        exam_index(at, exam, NGramsDecontFilter, NGramsDecontConfig)
+        MinhashDedupSignature(f'{at}/warm').word_tokenizer.word_tokenize('loads the tokenizer')
+        clean = [JsonlReader(os.path.dirname(path), glob_pattern=os.path.basename(path)), GopherRepetitionFilter(), GopherQualityFilter(), PIIFormatter(), NGramsDecontFilter(f'{at}/index', NGramsDecontConfig(n_grams=13)), JsonlWriter(f'{at}/clean', compression=None)]
+        reader = JsonlReader(f'{at}/clean')
+        stages = [(clean, 1), ([reader, MinhashDedupSignature(f'{at}/s', MinhashConfig())], 1), ([MinhashDedupBuckets(f'{at}/s', f'{at}/b', config=MinhashConfig())], 14), ([MinhashDedupCluster(f'{at}/b', f'{at}/r', config=MinhashConfig())], 1),
+                  ([reader, MinhashDedupFilter(f'{at}/r'), JsonlWriter(f'{at}/out', compression=None), DocumentTokenizer(f'{at}/tokens', tokenizer, shuffle_documents=False)], 1)]
+        began = cpu()
+        for i, (steps, tasks) in enumerate(stages): LocalPipelineExecutor(steps, tasks=tasks, workers=1, logging_dir=f'{at}/log{i}', skip_completed=False).run()
+        taken = cpu() - began
+        return taken, [int(row.get('id', 0)) for out in glob.glob(f'{at}/out/*.jsonl') for row in rows(out)]
 
 
 def datasketch(path:str):
@@ -136,7 +175,8 @@ def text_dedup(path:str, verified:bool=False):
 
 
 PEERS = {'datatrove': datatrove, 'datatrove_copy': datatrove_copy, 'datatrove_pii': datatrove_pii, 'datatrove_quality': datatrove_quality,
-         'datatrove_quality_split': lambda path: datatrove_quality(path, split=True), 'datatrove_c4': datatrove_c4, 'datatrove_decontaminate': datatrove_decontaminate, 'datasketch': datasketch, 'text_dedup': text_dedup,
+         'datatrove_quality_split': lambda path: datatrove_quality(path, split=True), 'datatrove_c4': datatrove_c4, 'datatrove_decontaminate': datatrove_decontaminate, 'datatrove_chain': datatrove_chain,
+         'datatrove_chain_split': lambda *told: datatrove_chain(*told, split=True), 'datasketch': datasketch, 'text_dedup': text_dedup,
          'text_dedup_verified': lambda path: text_dedup(path, verified=True)}
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EVALUATION', 'SAMPLING', 'work', 'Config', 'source_name', 'check_packages', 'source_names', 'exam_texts',
-           'with_licence', 'domain_questions', 'reasoning_rows', 'as_text', 'refined_texts', 'split_part',
+           'with_licence', 'domain_questions', 'reasoning_rows', 'as_text', 'told_of', 'refined_texts', 'split_part',
            'publish_text', 'prepare_domain', 'tidy', 'prepare_reasoning', 'show', 'prepare']
 
 # %% ../nbs/10_prepare_corpus.ipynb #0484b1b0
@@ -15,6 +15,7 @@ from .card import LICENCE, publish
 from .core import LabError
 from .corpus import conserved
 from .files import as_json, write_text
+from .formats import TOKENIZER_FILES, fetched
 from .grade import copy_baseline, majority_baseline, prompt_of
 from .puzzles import FAMILIES, check_families, make_puzzles
 from .questions import make_questions
@@ -36,6 +37,7 @@ class Config:
     general_held_percent: float = 2   # the same for general documents; a base model must have been made with it too
     limit: int | None = None          # documents read from one source at most
     refine: dict = field(default_factory=dict)   # what is done to documents: the fields of k2lab.refine.Refining
+    tokenizer: str | None = None      # a model by name, whose tokens the card counts
     exams: dict = field(default_factory=dict)    # evaluation sets of yours that no document may quote, {name: file}
     domain_rows: int | None = None    # domain documents to train on, mixed by the sources' weights; all if it is null
     general_rows: int = 3000          # general documents to replay at most
@@ -117,15 +119,20 @@ def as_text(row: dict) -> dict:
     return dict(text=f'{row["prompt"]}\n{row["reasoning"]}\n{row["final"]}', source=f'puzzles/{row["family"]}', licence=LICENCE)
 
 # %% ../nbs/10_prepare_corpus.ipynb #5822cc01
+def told_of(job):
+    "What the stage file says about refining, with the folder of the tokenizer"
+    place = str(fetched(job.find(job.cfg.tokenizer), TOKENIZER_FILES)) if job.cfg.tokenizer else ''
+    return refining(job.cfg.refine | dict(tokenizer=place))
+
 def refined_texts(job, part: str, specs: list):
     "The documents of the sources of a part that pass one by one, as `Refined`"
-    cfg = job.cfg
+    cfg, told = job.cfg, told_of(job)
     if not specs: raise LabError(f'no documents in an empty list of sources')
-    return refine(specs, source_names(specs), refining(cfg.refine), job.folder/'work'/part, cfg.limit, job.log, workers=cfg.workers, engine=cfg.engine, max_bad=cfg.max_bad)
+    return refine(specs, source_names(specs), told, job.folder/'work'/part, cfg.limit, job.log, workers=cfg.workers, engine=cfg.engine, max_bad=cfg.max_bad)
 
 def split_part(job, part: str, made, weights: list, held_percent: float, rows: int | None, exams: dict) -> tuple:
     "(what `publish_text` needs for the training and the held-out file, held-out texts) of the domain or of general text, checked; `rows`: documents to train on at most, None: all"
-    cfg, told = job.cfg, refining(job.cfg.refine)
+    cfg, told = job.cfg, told_of(job)
     job.log(phase=f'comparing {part} documents')
     train, held, steps = split_texts(made, told, held_percent, exams)
     check_held(job, [text for texts in exams.values() for text in texts] + texts_of(made, held), part, made, train)

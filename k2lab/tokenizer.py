@@ -6,7 +6,7 @@
 __all__ = ['SPECIAL_TOKENS', 'QWEN_TOKENS', 'KEPT_TOKENS', 'KIMI_PATTERN', 'QWEN_PATTERN', 'KIMI_SYSTEM', 'QWEN_SYSTEM',
            'QWEN_TOOLS', 'CHAT_TEMPLATE', 'INSTRUCT_TEMPLATE', 'QWEN_TEMPLATE', 'FAMILIES', 'pieces', 'check_family',
            'byte_level', 'build_tokenizer', 'family_of', 'plain_tokenizer', 'read_ranks', 'merges_of', 'control_tokens',
-           'kimi_engine', 'load_kimi_tokenizer']
+           'kimi_engine', 'load_kimi_tokenizer', 'tokenizer_in']
 
 # %% ../nbs/02_tokenizer.ipynb #0c5fac67
 import base64, json
@@ -193,4 +193,14 @@ def load_kimi_tokenizer(folder):
     names = {k: config[k] for k in FAMILIES['kimi']['names'] if config.get(k)}
     tok = PreTrainedTokenizerFast(tokenizer_object=kimi_engine(ranks, control_tokens(config, len(ranks))), clean_up_tokenization_spaces=False, **names)
     tok.chat_template = FAMILIES[family_of(tok)]['template']
+    return tok
+
+# %% ../nbs/02_tokenizer.ipynb #64f3a629
+def tokenizer_in(folder):
+    "The fast tokenizer of a folder, from its tokenizer.json or Kimi's tiktoken.model; `LabError` where there is neither or its chat family is unknown."
+    from transformers import PreTrainedTokenizerFast
+    if (Path(folder)/'tokenizer.json').exists(): tok = PreTrainedTokenizerFast.from_pretrained(folder)
+    elif (Path(folder)/'tiktoken.model').exists(): tok = load_kimi_tokenizer(folder)
+    else: raise LabError(f'{folder}: no tokenizer there (neither tokenizer.json nor tiktoken.model)')
+    family_of(tok)
     return tok

@@ -15,7 +15,8 @@ from functools import reduce
 from itertools import groupby, pairwise
 from fastcore.basics import patch
 from .chat import encode, prompt_spans, row_spans
-from .tokenizer import family_of, plain_tokenizer
+from .fast_tokens import stream
+from .tokenizer import family_of
 from .core import LabError
 
 # %% ../nbs/05_tokens.ipynb #82e9d7cb
@@ -70,9 +71,8 @@ def chunks(stream: list[int], length: int) -> list[list[int]]:
 def concatenate(tok, texts: list[str], length: int, end: int | None = None) -> list[dict]:
     "Rows of up to `length` tokens from documents, each followed by `end` (the tokenizer's eos); all tokens are trained."
     if length < 2: raise LabError(f'length {length}: a row needs at least 2 tokens, one to predict from and one to predict')
-    end, plain = tok.eos_token_id if end is None else end, plain_tokenizer(tok)
-    stream = [i for e in plain.encode_batch(list(texts), add_special_tokens=False) for i in [*e.ids, end]]
-    return [dict(input_ids=ids, completion_mask=[1] * len(ids)) for ids in chunks(stream, length)]
+    ids = stream(tok, texts, tok.eos_token_id if end is None else end).tolist()
+    return [dict(input_ids=row, completion_mask=[1] * len(row)) for row in chunks(ids, length)]
 
 # %% ../nbs/05_tokens.ipynb #0e8aa69e
 def chained(before: str, ids: list[int]) -> str:

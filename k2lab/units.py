@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['UNIT', 'FILES', 'HERE', 'DEATHS', 'INDEX', 'ENGINES', 'Piece', 'pieces_of', 'plan_units', 'Plan', 'keep', 'shorter',
            'operator_of', 'code_of', 'key_of', 'added', 'removed', 'worked', 'read_piece', 'told', 'work_unit',
-           'receipt_of', 'serve', 'attempt', 'Worker', 'hand', 'many_hands', 'ray_data', 'ray_hands', 'check_spans',
-           'check_books', 'check_whole', 'check_bad', 'first_bad', 'seal', 'missing', 'clear', 'run_units',
-           'shard_files']
+           'receipt_of', 'serve', 'attempt', 'threads', 'Worker', 'hand', 'many_hands', 'ray_data', 'ray_hands',
+           'check_spans', 'check_books', 'check_whole', 'check_bad', 'first_bad', 'seal', 'missing', 'clear',
+           'run_units', 'shard_files']
 
 # %% ../nbs/03b_units.ipynb #0e400f19
 import contextlib, hashlib, importlib, json, os, queue, subprocess, sys, threading, time, traceback
@@ -182,13 +182,18 @@ def attempt(unit: tuple, plan: Plan, folder) -> dict:
     except Exception: return dict(error=f"{', '.join(map(str, unit[:3]))}: {traceback.format_exc(limit=-3)}")
     return {}
 
+# %% ../nbs/03b_units.ipynb #cedae1b4
+def threads() -> dict:
+    "Environment variables of a worker: one thread each, unless it is told otherwise"
+    return {name: os.environ.get(name, '1') for name in ('OMP_NUM_THREADS', 'RAYON_NUM_THREADS')}
+
 # %% ../nbs/03b_units.ipynb #f9b7b196
 HERE = 'k2lab.units'   # where a worker finds `serve`; `__name__` is another one in a notebook
 
 class Worker:
     "A worker process. `ask` gives its answer, or None when it died."
     def __init__(self, plan: Plan, folder):
-        env = {**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p), 'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '1')}
+        env = {**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p), **threads()}
         self.process = subprocess.Popen([sys.executable, '-c', f'from {HERE} import serve; serve()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.tell([asdict(plan), str(folder)])
     def tell(self, value):
@@ -236,7 +241,7 @@ def ray_data(workers: int):
     "Ray Data, connected and quiet. LabError when it is not installed"
     try: import ray, ray.data
     except ImportError: raise LabError("engine ray: Ray is not installed: pip install 'k2lab[ray]'") from None
-    env = dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p), OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', '1'))
+    env = dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p), **threads())
     here = {} if os.environ.get('RAY_ADDRESS') else dict(num_cpus=workers, include_dashboard=False)
     if not ray.is_initialized(): ray.init(log_to_driver=False, logging_level='ERROR', runtime_env=dict(env_vars=env), **here)
     told = ray.data.DataContext.get_current()

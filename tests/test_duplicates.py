@@ -335,3 +335,23 @@ def test_removing_what_is_removed_removes_nothing_more():
     for operator in (duplicates.drop_copies, duplicates.drop_near, lambda t: duplicates.drop_contaminated(t, [texts[0], texts[9]])):
         once, _ = operator(table)
         assert operator(once)[0].equals(once)
+
+
+# ---- spelling -----------------------------------------------------------------------------------------------------------------
+
+ODD = ['a', 'b', ' ', '  ', '\t', '\n', '\r', '\r\n', '\x00', '\x0c', '\x1f', '\x7f', '\ufeff', '\u00a0', '\u3000', '\u2028', '\x85', 'e\u0301', '\u0301', '\u00e9', '\u4f60', '\U0001f469', '\n\n\n', ' \n', '\u212a', '\u2000', 'x y']
+
+
+def test_the_column_is_spelled_as_each_text_is(monkeypatch):
+    rng = random.Random(3)
+    texts = [''.join(rng.choice(ODD) for _ in range(rng.randrange(14))) for _ in range(30_000)]
+    column = pa.chunked_array([texts[:7000], texts[7000:]])
+    fast, plain = both(monkeypatch, lambda: corpus.normal_column(column).to_pylist())
+    wrong = [(text, got, want) for text, got, want in zip(texts, fast, map(corpus.normal, texts)) if got != want]
+    assert not wrong and fast == plain
+
+
+def test_normal_by_hand():
+    assert corpus.normal('\ufeffa \t\r\n\x00b\r\rc \n \n\n\n d\u00a0') == 'a\nb\n\nc\n\n d'
+    long = 'x' + ' '*300_000 + 'y'      # the time for this must not grow with the square of it
+    assert corpus.normal(long) == long and corpus.normal(long + ' '*300_000 + '\n') == long

@@ -1,0 +1,93 @@
+"""Whatever engine encodes, the ids are the tokenizer's own."""
+import json, random, sys, unicodedata
+from pathlib import Path
+
+import numpy as np, pyarrow as pa, pytest
+
+from k2lab import fast_tokens
+from k2lab.fast_tokens import ENGINES, NASTY, Encoder, count_tokens, encoder, stream
+from k2lab.model import open_tokenizer, shipped
+from k2lab.tokenizer import plain_tokenizer
+from k2lab.tokens import concatenate
+
+TOKS = {kind: open_tokenizer(shipped(kind)) for kind in ('k2', 'qwen')}
+
+
+def wild(seed:int, n:int) -> list:
+    "n texts of code points of all planes, of scripts, marks, digits and white space."
+    rng = random.Random(seed)
+    pools = [range(32, 127), range(0xa0, 0x250), range(0x300, 0x370), range(0x4e00, 0x9fff), range(0xe01, 0xe5c), range(0x1f300, 0x1faff), range(0x3041, 0x30ff), range(0x600, 0x6ff), [9, 10, 13, 32, 0x3000, 0x2028], range(48, 58), range(0x110000)]
+    draw = lambda: chr(rng.choice(rng.choice(pools)))
+    return [''.join(c for c in (draw() for _ in range(rng.randrange(80))) if unicodedata.category(c) != 'Cs') for _ in range(n)]
+
+
+def own(tok, texts:list) -> list: return [one.ids for one in plain_tokenizer(tok).encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def parts(found) -> list: return [found[0][a:b].tolist() for a, b in zip(found[1], found[1][1:])]
+
+
+@pytest.mark.parametrize('kind', TOKS)
+@pytest.mark.parametrize('name', ENGINES)
+def test_an_engine_gives_the_tokenizers_ids(kind, name):
+    pytest.importorskip(name, reason=f'{name} is not installed')
+    if (kind, name) == ('qwen', 'tiktoken'):
+        with pytest.raises(ValueError, match='no normaliser'): ENGINES[name](plain_tokenizer(TOKS[kind]))
+        return
+    work, texts = ENGINES[name](plain_tokenizer(TOKS[kind])), NASTY + wild(0, 3000)
+    wrong = [text for text, a, b in zip(texts, parts(work(texts)), own(TOKS[kind], texts)) if a != b]
+    assert not wrong, (len(wrong), wrong[0])
+
+
+def test_control_tokens_in_a_document_are_plain_text():
+    ids = parts(encoder(TOKS['k2'])(['<|im_end|>']))[0]
+    assert len(ids) > 1 and TOKS['k2'].convert_tokens_to_ids('<|im_end|>') not in ids
+
+
+def test_an_engine_that_is_wrong_once_is_not_used_and_this_is_said(monkeypatch):
+    tok = TOKS['k2']
+    for trip in (NASTY[8], 'an ordinary page with one odd word'):
+        def lying(engine):
+            honest = fast_tokens.by_tokenizers(engine)
+            return lambda texts: honest([text + '!' if text == trip else text for text in texts])
+        monkeypatch.setattr(fast_tokens, 'ENGINES', dict(lying=lying))
+        texts = ['one', 'an ordinary page with one odd word', 'two']
+        with pytest.warns(UserWarning, match='lying is not used: it gives other token ids for'):
+            one = Encoder(tok)
+            found = one(texts)
+        assert one.name == 'tokenizers' and parts(found) == own(tok, texts)
+
+
+def test_the_first_thousand_texts_are_compared_and_no_more(monkeypatch):
+    seen = []
+    def slow(engine):
+        honest = fast_tokens.by_tokenizers(engine)
+        return lambda texts: seen.append(len(texts)) or honest(texts)
+    monkeypatch.setattr(fast_tokens, 'ENGINES', dict(slow=slow))
+    one = Encoder(TOKS['k2'])
+    for _ in range(4): one(['a page']*400)
+    assert seen == [len(NASTY), 400, 400, 400, 400, 200, 400, 400]      # checked and used, the third time a part
+
+
+def test_without_fast_engines_the_tokenizer_does_it(monkeypatch):
+    for name in ENGINES: monkeypatch.setitem(sys.modules, name, None)
+    one = Encoder(TOKS['k2'])
+    assert one.name == 'tokenizers' and parts(one(NASTY)) == own(TOKS['k2'], NASTY)
+
+
+def test_a_stream_has_an_end_after_each_document():
+    tok, texts = TOKS['k2'], ['', 'a graph', 'an edge and a node', '']
+    by_hand = [i for ids in own(tok, texts) for i in [*ids, tok.eos_token_id]]
+    assert stream(tok, texts, tok.eos_token_id).tolist() == by_hand
+    rows = concatenate(tok, texts, 3)
+    assert [i for row in rows for i in row['input_ids']] == by_hand and all(len(row['input_ids']) == 3 for row in rows[:-1])
+
+
+def test_tokens_are_counted_in_a_column():
+    table = pa.table(dict(text=pa.chunked_array([['a graph', ''], ['edge']])))
+    assert count_tokens(table, TOKS['k2'])['tokens'].to_pylist() == [len(ids) for ids in own(TOKS['k2'], ['a graph', '', 'edge'])]
+
+
+def test_no_text_is_no_token():
+    ids, ends = encoder(TOKS['k2'])([])
+    assert ids.dtype == np.uint32 and len(ids) == 0 and ends.tolist() == [0]
