@@ -519,6 +519,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'k2lab.origin.git': ('origin.html#git', 'k2lab/origin.py'),
                               'k2lab.origin.hardware': ('origin.html#hardware', 'k2lab/origin.py'),
                               'k2lab.origin.is_alive': ('origin.html#is_alive', 'k2lab/origin.py'),
+                              'k2lab.origin.own_peak': ('origin.html#own_peak', 'k2lab/origin.py'),
                               'k2lab.origin.owner': ('origin.html#owner', 'k2lab/origin.py'),
                               'k2lab.origin.package_folder': ('origin.html#package_folder', 'k2lab/origin.py'),
                               'k2lab.origin.peak_gib': ('origin.html#peak_gib', 'k2lab/origin.py'),

@@ -609,8 +609,7 @@ def tokens(megabytes:str='20', rounds:str='3'):
 def chain_of(path:str, exam_path:str, tokenizer:str, folder:str) -> tuple:
     "(steps, rows kept, tokens) of the lab's chain: Gopher's rules, private data, copies, near copies, evaluation texts, JSON lines, tokens."
     from k2lab.fast_tokens import stream
-    from k2lab.refine import Refining, clear, refine, tables_of, unique
-    from k2lab.refine import tokenizer_at
+    from k2lab.refine import Refining, clear, refine, tables_of, tokenizer_at, unique
     from k2lab.rows import publishing
     from k2lab.shards import Lines
     told, tok = Refining(quality='gopher', least=1, alarm=1), tokenizer_at(tokenizer)
@@ -631,12 +630,15 @@ def chain_of(path:str, exam_path:str, tokenizer:str, folder:str) -> tuple:
 
 
 def one_chain(path:str, exam_path:str, tokenizer:str) -> dict:
-    "CPU seconds, peak memory and rows kept of the lab's chain; meant for a process of its own. Machine code is made on a part of the file first."
+    "CPU seconds, peak memory and rows kept of the lab's chain; meant for a process of its own. Machine code is made and the tokenizer's engine compared on a part of the file first."
+    from k2lab.fast_tokens import encoder
     from k2lab.job import peak_gib
+    from k2lab.refine import tokenizer_at
     os.environ.update(RAYON_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false', OMP_NUM_THREADS='1')
     with tempfile.TemporaryDirectory() as folder:
         with open(path, 'rb') as whole, open(f'{folder}/part.jsonl', 'wb') as part: part.writelines(line for line, _ in zip(whole, range(4000)))
         chain_of(f'{folder}/part.jsonl', exam_path, tokenizer, f'{folder}/warm')
+        encoder(tokenizer_at(tokenizer)).left = 0
         began = time.process_time()
         steps, rows, count = chain_of(path, exam_path, tokenizer, f'{folder}/work')
         return dict(seconds=time.process_time() - began, peak_gib=peak_gib(), steps=steps, rows=rows, tokens=count)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'versions', 'cpu_name', 'hardware', 'git', 'package_folder', 'sources_sha256', 'code_state', 'owner',
-           'is_alive', 'peak_gib']
+           'is_alive', 'own_peak', 'peak_gib']
 
 # %% ../nbs/00b_origin.ipynb #157b13c7
-import contextlib, hashlib, os, platform, resource, shutil, socket, subprocess, sys
+import contextlib, hashlib, os, platform, re, resource, shutil, socket, subprocess, sys
 from pathlib import Path
 
 import psutil
@@ -76,7 +76,12 @@ def is_alive(who:dict) -> bool:
     except psutil.Error: return False
 
 # %% ../nbs/00b_origin.ipynb #7fa1ff61
+def own_peak() -> int:
+    "The most memory this process has held so far, in getrusage's unit; on Linux without what its parent held before it, with which getrusage begins."
+    try: return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])
+    except (OSError, TypeError): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
 def peak_gib() -> float:
     "The most memory this process or one of its children has held so far, in GiB."
-    most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    most = max(own_peak(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
     return round(most / (2**30 if sys.platform == 'darwin' else 2**20), 3)

@@ -141,7 +141,7 @@ def datatrove_chain(path:str, exam:str, tokenizer:str, split:bool=False):
         began = cpu()
         for i, (steps, tasks) in enumerate(stages): LocalPipelineExecutor(steps, tasks=tasks, workers=1, logging_dir=f'{at}/log{i}', skip_completed=False).run()
         taken = cpu() - began
-        return taken, [int(row.get('id', 0)) for out in glob.glob(f'{at}/out/*.jsonl') for row in rows(out)]
+        return taken, [row.get('id') for out in glob.glob(f'{at}/out/*.jsonl') for row in rows(out)]
 
 
 def datasketch(path:str):
