@@ -19,7 +19,7 @@ def publish(job, name: str, rows: list, format: str, origin: str, steps: list = 
     licence = ' AND '.join(sorted({row.get('licence', default) for row in rows}))
     with job.publishing(name, '.jsonl') as path: manifest = write_rows(path, rows, format, licence, origin)
     if steps: job.check(f'{name}: rows in = rows out + removed', not conserved(steps), conserved(steps))
-    return dict(data_card(name, rows, steps), format=format, licence=licence, origin=origin, sha256=manifest['sha256'])
+    return dict(data_card(name, rows, steps), format=format, licence=licence, origin=origin, sha256=manifest['sha256'], file=f'{name}.jsonl')
 
 # %% ../nbs/04c_card.ipynb #91495ea8
 def read_card(job) -> dict:

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['MARKS', 'name_of', 'distinct', 'facts', 'legend', 'value_cells', 'stage_rows', 'groups', 'pipeline_table',
            'goal_table', 'headline', 'losses', 'curves', 'spread', 'said', 'samples_of', 'samples', 'student_lines',
-           'student_table', 'card_table', 'baseline_table', 'cards', 'sampling_table', 'ancestors', 'arcs', 'lineage',
-           'kinds', 'ledger', 'run_list', 'missing_stages', 'sections', 'outdated', 'page', 'style']
+           'student_table', 'card_table', 'baseline_table', 'pictures', 'cards', 'sampling_table', 'ancestors', 'arcs',
+           'lineage', 'kinds', 'ledger', 'run_list', 'missing_stages', 'sections', 'outdated', 'page', 'style']
 
 # %% ../nbs/09e_page.ipynb #197052d5
 import json, re
 from importlib.resources import files
 from pathlib import Path
+from .card_pages import card_report
 from .charts import BLUE, INK, beside, curve, dots, el, symbol, table
 from .display import Html, short
 from .evidence import costs, label, measured, role, steps, told
@@ -157,11 +158,16 @@ def baseline_table(card: dict) -> Html:
     rows = [[k] + [told('domain_questions', shares.get(f)) for f in names] for k, shares in known]
     return Html(el('p', 'What the evaluation questions yield without understanding them:', class_='note') + table(['baseline', *names], rows, range(1, len(names)+1)))
 
+def pictures(card: dict) -> Html:
+    "What was done to the corpora of a card, to be unfolded"
+    shown = card_report(card)
+    return el('details', el('summary', 'what was done to the documents'), shown) if shown else Html('')
+
 def cards(found: list) -> Html:
     "The data cards of all runs that left one."
     paths = [(r, Path(r['folder'])/'card.json') for r in found]
     parts = [(name_of(r), json.loads(p.read_text(encoding='utf-8'))) for r, p in paths if p.exists()]
-    shown = ''.join(el('h3', name) + card_table(c) + baseline_table(c) for name, c in parts)
+    shown = ''.join(el('h3', name) + card_table(c) + baseline_table(c) + pictures(c) for name, c in parts)
     return Html(shown) if shown else el('p', 'No corpus was prepared in this campaign.', class_='note')
 
 # %% ../nbs/09e_page.ipynb #f7a24a6e

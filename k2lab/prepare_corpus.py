@@ -12,6 +12,7 @@ import importlib.metadata, json, shutil
 from dataclasses import dataclass, field
 from typing import Literal
 from .card import LICENCE, publish
+from .card_pages import write_card_pages
 from .core import LabError
 from .corpus import conserved
 from .files import as_json, write_text
@@ -193,6 +194,7 @@ def prepare(job):
     cards, judged = {'domain': prepare_domain, 'reasoning': prepare_reasoning}[job.cfg.mode](job)
     card = dict(mode=job.cfg.mode, corpora=cards, majority=majority_baseline(judged), copy=copy_baseline(judged))
     write_text(job.folder/'card.json', as_json(card, indent=1) + '\n')
+    write_card_pages(job.folder)
     tidy(job)
 
 work = prepare
