@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['END', 'EXPRESSION', 'SOLVERS', 'extract', 'normalise_answer', 'extract_lenient', 'value', 'solve_chain',
-           'solve_compare', 'solve_sort', 'solve_count', 'answer_of', 'prompt_of', 'truth', 'fact', 'verify',
+           'solve_compare', 'solve_sort', 'solve_count', 'answer_of', 'prompt_of', 'truth', 'fact', 'by_gym', 'verify',
            'steps_right', 'wilson', 'tally', 'score', 'paired_difference', 'mcnemar', 'by_family', 'with_total',
            'majority_baseline', 'copied', 'copy_baseline']
 
 # %% ../nbs/09_grade.ipynb #2ebf44be
-import math, re
+import json, math, re
 from collections import Counter
 from .core import LabError
 
@@ -94,8 +94,15 @@ def fact(row: dict) -> str:
     "What a right answer comes down to, where it quotes more than was asked (`None` of `weight=None`): the row's `fact`, else its truth"
     return row.get('fact') or truth(row)
 
+def by_gym(row: dict, answer) -> bool:
+    "Whether reasoning-gym's scorer of the row's family gives an answer the full score. LabError where it is not installed"
+    try: from reasoning_gym.factory import get_score_answer_fn
+    except ImportError: raise LabError("problems of reasoning-gym need its scorers: pip install 'k2lab[gym]'") from None
+    return get_score_answer_fn(row['family'].removeprefix('gym/'))(answer, json.loads(row['entry'])) >= 1
+
 def verify(row: dict, text: str, lenient: bool = False) -> bool:
     "Whether a reply answers the row's question; `lenient` takes the most generous reading of the reply"
+    if 'entry' in row: return by_gym(row, extract(text))
     right, answer = normalise_answer(truth(row)), extract(text)
     if lenient: return bool({right, normalise_answer(fact(row))} & set(extract_lenient(text)))
     return answer is not None and normalise_answer(answer) == right
