@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from functools import cache
 from .core import LabError
 from .corpus import clear_of, sorted_out
-from .kernels import band_keys, batches, distinct, gram_hashes, jaccards, known_grams, packed, sieve, united, word_hashes
+from .kernels import band_keys, batches, distinct, folded, gram_hashes, jaccards, known_grams, packed, sieve, united, word_hashes
 
 # %% ../nbs/04e_duplicates.ipynb #c5616806
 @cache
@@ -25,12 +25,8 @@ def digest16():
 
 def fingerprints(table, field: str = 'text'):
     "Yields 16 bytes for each row, the same for texts that differ only in case and white space. LabError for a missing text"
-    digest, row = digest16(), 0
-    for part in table.select([field]).to_batches(max_chunksize=1000):
-        for row, text in enumerate(part[0].to_pylist(), row):
-            if text is None: raise LabError(f'row {row} has no {field}: drop or fill it first')
-            yield digest(' '.join(text.lower().split()).encode('utf-8', 'surrogatepass'))
-        row += 1
+    digest = digest16()
+    for data, ends in batches(table[field]): yield from map(digest, folded(data, ends))
 
 # %% ../nbs/04e_duplicates.ipynb #b927ba6e
 def kept_rows(step: str, table, stays, reason: str, **more) -> tuple:

@@ -159,6 +159,33 @@ def tidied(data, ends):
     return out[:out_ends[-1]], out_ends, plain
 
 
+def _folded(data, ends, out, out_ends, plain):
+    w = 0
+    for d in range(len(ends) - 1):
+        first, gap, ascii = w, False, True
+        for i in range(ends[d], ends[d+1]):
+            c = data[i]
+            if c == 32 or 9 <= c <= 13 or 28 <= c <= 31: gap = True
+            else:
+                if gap and w > first:
+                    out[w] = 32
+                    w += 1
+                out[w] = c + 32 if 65 <= c <= 90 else c
+                gap, ascii, w = False, ascii and c < 128, w + 1
+        out_ends[d+1], plain[d] = w, ascii
+
+
+def folded(data, ends) -> list:
+    "Each text in lower case with one space for any white space, as bytes: `' '.join(text.lower().split())`."
+    import numpy as np
+    plainly = lambda text: ' '.join(text.decode('utf-8', 'surrogatepass').lower().split()).encode('utf-8', 'surrogatepass')
+    if not machine(_folded): return [plainly(text) for text in each(data, ends)]
+    out, until, plain = np.empty(int(ends[-1] - ends[0]), np.uint8), np.zeros(len(ends), np.int64), np.empty(len(ends) - 1, np.bool_)
+    machine(_folded)(data, ends, out, until, plain)
+    whole, raw = out[:until[-1]].tobytes(), memoryview(data)
+    return [whole[until[i]:until[i+1]] if plain[i] else plainly(bytes(raw[ends[i]:ends[i+1]])) for i in range(len(plain))]
+
+
 # ---- words and runs of words --------------------------------------------------------------------------------------------------
 
 def _word_hashes(data, ends, table, out, out_ends):

@@ -301,10 +301,6 @@ def test_how_much_was_covered_is_told():
     texts = [ITEM, ' '.join(ITEM.split()[:26])]                # 28 runs, and 14 of them
     assert duplicates.drop_contaminated(pa.table(dict(text=texts)), [ITEM])[1]['covered'] == {'0.5': 1, '1.0': 1}
 
-def spaced(text):
-    "A text with a space around each character that is a word of its own."
-    return ' '.join(kernels.words(text))
-
 @pytest.mark.parametrize('seed', range(6))
 def test_decisions_are_those_of_the_plain_operator(seed):
     rng = random.Random(seed)
@@ -319,7 +315,7 @@ def test_decisions_are_those_of_the_plain_operator(seed):
         texts.append(' '.join(words))
     n = rng.choice([5, 8, 13])
     for common, share in ((10, .2), (2, .5), (1000, .01)):
-        plain, counts = corpus.decontaminate([dict(text=spaced(t), n=i) for i, t in enumerate(texts)], [spaced(t) for t in exam], n, common, share)
+        plain, counts = corpus.decontaminate([dict(text=t, n=i) for i, t in enumerate(texts)], exam, n, common, share)
         kept, ours = duplicates.drop_contaminated(pa.table(dict(text=texts, n=range(200))), exam, n, common, share)
         assert kept['n'].to_pylist() == [row['n'] for row in plain] and ours['removed'] == counts['removed'], (n, common, share)
     assert 0 < len(plain) < 200
@@ -355,3 +351,12 @@ def test_normal_by_hand():
     assert corpus.normal('\ufeffa \t\r\n\x00b\r\rc \n \n\n\n d\u00a0') == 'a\nb\n\nc\n\n d'
     long = 'x' + ' '*300_000 + 'y'      # the time for this must not grow with the square of it
     assert corpus.normal(long) == long and corpus.normal(long + ' '*300_000 + '\n') == long
+
+
+def test_the_kernel_folds_as_the_definition_does(monkeypatch):
+    rng = random.Random(4)
+    pool = [*ODD, *'ABCxyz', '\u00c4', '\u03a3', '\x1c', '\x1d', '\x0b', '\u0130']
+    texts = [''.join(rng.choice(pool) for _ in range(rng.randrange(20))) for _ in range(20_000)] + ['', ' ', 'A']
+    fast, plain = both(monkeypatch, lambda: kernels.folded(*kernels.packed(texts)))
+    wrong = [(text, got) for text, got in zip(texts, fast) if got != ' '.join(text.lower().split()).encode()]
+    assert not wrong and fast == plain
