@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LATIN', 'MAIL', 'COUNTRY', 'MORE', 'ABROAD', 'HOME', 'CALLED', 'SSN', 'NAMED_SSN', 'IBAN', 'CARD', 'IPV4', 'HEX',
            'IPV6', 'BREAK', 'EDGE', 'KEY_BLOCK', 'JWT', 'TOKEN', 'NAMED_TOKEN', 'LOGIN', 'ISSUERS', 'LENGTHS',
-           'VERSION', 'SERIAL', 'EVERYONES', 'NOBODYS', 'FILES', 'PLACEHOLDER', 'KINDS', 'luhn', 'mod97', 'is_part',
-           'told_by', 'card', 'iban', 'ssn', 'phone', 'address', 'mail', 'bits', 'token', 'named_token', 'login',
-           'whole', 'engine', 'candidates', 'private', 'redacted', 'redact']
+           'VERSION', 'SERIAL', 'EVERYONES', 'NOBODYS', 'FILES', 'PLACEHOLDER', 'KINDS', 'SPACY', 'luhn', 'mod97',
+           'is_part', 'told_by', 'card', 'iban', 'ssn', 'phone', 'address', 'mail', 'bits', 'token', 'named_token',
+           'login', 'whole', 'engine', 'candidates', 'private', 'redacted', 'redact', 'analyzer', 'names_in',
+           'redact_names']
 
 # %% ../nbs/04f_privacy.ipynb #fa6f76e7
 import re, warnings
@@ -15,6 +16,7 @@ from collections import Counter
 from functools import cache
 from ipaddress import ip_address
 from math import log2
+from .core import LabError
 from .corpus import sorted_out
 
 # %% ../nbs/04f_privacy.ipynb #748dd6cd
@@ -207,3 +209,35 @@ def redact(table, field: str = 'text') -> tuple:
     column = pa.chunked_array(chunks, table[field].type)
     after = table.set_column(table.column_names.index(field), table.schema.field(field), column)
     return sorted_out('redact', after, [-1]*len(after), [], before=table, redacted=dict(found), changed=changed)
+
+# %% ../nbs/04f_privacy.ipynb #c8508937
+SPACY = 'en_core_web_lg'   # presidio's own default
+
+@cache
+def analyzer():
+    "presidio's engine. LabError when it or its model is not installed; nothing is downloaded"
+    from importlib.util import find_spec
+    missing = [name for name in ('presidio_analyzer', SPACY) if not find_spec(name)]
+    if missing: raise LabError(f'names are found by presidio, and {" and ".join(missing)} is not installed: pip install presidio-analyzer; python -m spacy download {SPACY}')
+    from presidio_analyzer import AnalyzerEngine
+    return AnalyzerEngine()
+
+def names_in(text: str, least: float = .5) -> list:
+    "(start, end, kind) in characters of the persons and places in a text that presidio gives at least that score; of two that overlap the likelier"
+    found, out = analyzer().analyze(text=text, language='en', entities=['PERSON', 'LOCATION'], score_threshold=least), []
+    for one in sorted(found, key=lambda one: (-one.score, one.start)):
+        if all(one.end <= a or b <= one.start for a, b, _ in out): out.append((one.start, one.end, one.entity_type))
+    return sorted(out)
+
+# %% ../nbs/04f_privacy.ipynb #bd6524f3
+def redact_names(table, field: str = 'text') -> tuple:
+    "(the table with names of persons and places replaced by `<PERSON>` and `<LOCATION>`, counts)"
+    import pyarrow as pa
+    found, texts, changed = Counter(), table[field].to_pylist(), 0
+    for i, text in enumerate(texts):
+        spans = names_in(text or '')
+        found.update(kind for *_, kind in spans)
+        for start, end, kind in reversed(spans): text = f'{text[:start]}<{kind}>{text[end:]}'
+        texts[i], changed = text, changed + bool(spans)
+    after = table.set_column(table.column_names.index(field), table.schema.field(field), pa.array(texts, table.schema.field(field).type))
+    return sorted_out('redact names', after, [-1]*len(after), [], before=table, redacted=dict(found), changed=changed)

@@ -20,7 +20,7 @@ from .core import LabError, one_of
 from .corpus import SHOWN, fingerprint, mixture, normalise_table, sizes, sorted_out
 from .duplicates import BANDS, drop_contaminated, drop_copies, drop_near, fingerprints, sketch
 from .fast_tokens import count_tokens
-from .privacy import private, redact, redacted
+from .privacy import private, redact, redact_names, redacted
 from .quality import c4_lines, drop_by_signals, drop_languages, drop_lengths, drop_licences, keep_signals, rules_of
 from .rows import publish, publish_manifest, publishing
 from .shards import Lines
@@ -41,6 +41,7 @@ class Refining:
     languages: list | None = None         # ISO 639 codes, [en, de]
     sure: float = .65                     # probability that a language must have
     private: bool = True                  # put <EMAIL> and so on in the place of private data
+    names: bool = False                   # <PERSON> and <LOCATION> too, by presidio, if it is installed: slow
     tokenizer: str = ''                   # folder of a model: its tokens are counted, too
     near: float | None = .7               # how like a longer document one may be: Jaccard of their runs of 5 words
     alarm: float = .01                    # largest share of all documents that may be one cluster of near copies
@@ -84,7 +85,7 @@ LENGTH = 300   # characters of a document that is shown
 
 def shortened(text: str) -> str:
     "The beginning of a text with private data replaced"
-    data = text[:2*LENGTH].encode('utf-8', 'replace')
+    data = text.encode('utf-8', 'replace')             # all of it: half a key is not known for one
     return redacted(data, private(data)).decode('utf-8', 'replace')[:LENGTH]
 
 def stepped(step, table, texts) -> tuple:
@@ -101,15 +102,15 @@ def counted_tokens(table, tokenizer: str) -> tuple:
     "(the table with the number of tokens of each text in a column `tokens`, counts)"
     return sorted_out('tokens', count_tokens(table, tokenizer_at(tokenizer)), [-1]*len(table), [], before=table)
 
-def redacted_table(table, tokenizer: str) -> tuple:
-    "`redact`; texts that it changed have their tokens counted again"
+def redacted_table(table, redact, tokenizer: str) -> tuple:
+    "The table and counts of a step that changes texts; those that it changed have their tokens counted again"
     import pyarrow as pa, pyarrow.compute as pc
     after, counts = redact(table)
     if not tokenizer or not counts['changed']: return after, counts
     other = pc.not_equal(table['text'], after['text']).combine_chunks()
     again = count_tokens(after.select(['text']).filter(other), tokenizer_at(tokenizer))['tokens'].combine_chunks()
     after = after.set_column(after.column_names.index('tokens'), 'tokens', pc.replace_with_mask(after['tokens'].combine_chunks(), other, again))
-    return sorted_out('redact', after, [-1]*len(after), [], before=table, redacted=counts['redacted'], changed=counts['changed'])
+    return sorted_out(counts['step'], after, [-1]*len(after), [], before=table, redacted=counts['redacted'], changed=counts['changed'])
 
 # %% ../nbs/04h_refine.ipynb #ba757e5c
 def begun(table):
@@ -129,7 +130,7 @@ def local_steps(told: Refining) -> list:
     count = told.tokenizer and partial(counted_tokens, tokenizer=told.tokenizer)
     steps = [told.licences and partial(drop_licences, allowed=told.licences), normalise_table, told.c4_lines and c4_lines, count, partial(drop_lengths, least=told.least, most=told.most),
              told.quality and partial(judged, rules=told.quality, keep=told.signals), told.languages and partial(drop_languages, wanted=told.languages, least=told.sure),
-             told.private and partial(redacted_table, tokenizer=told.tokenizer)]
+             *(partial(redacted_table, redact=one, tokenizer=told.tokenizer) for one, asked in ((redact, told.private), (redact_names, told.names)) if asked)]
     return [step for step in steps if step]
 
 # %% ../nbs/04h_refine.ipynb #1e4feb9c

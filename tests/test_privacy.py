@@ -1,5 +1,5 @@
 "Private parts: each kind by hand with its decoys, re2 against `re`, a labelled set, code that must stay as it is."
-import ast, random, subprocess, sys, sysconfig
+import ast, importlib.util, random, re, subprocess, sys, sysconfig
 from pathlib import Path
 
 import pyarrow as pa
@@ -7,6 +7,7 @@ import pytest
 
 from k2lab import privacy
 from k2lab.bench import by_re, letters, scored
+from k2lab.core import LabError
 from k2lab.corpus import conserved
 
 
@@ -193,3 +194,39 @@ def test_a_long_run_of_anything_costs_no_more_than_its_length():
         began = time.process_time()
         privacy.private(text)
         assert time.process_time() - began < 3
+
+
+# ---- names --------------------------------------------------------------------------------------------------------------------
+
+class Reader:
+    "Stands in for presidio's engine: knows two names, one of them twice."
+    def analyze(self, text, language, entities, score_threshold):
+        from types import SimpleNamespace as Found
+        told = [('PERSON', 'Ada Lovelace', .85), ('LOCATION', 'Ada', .4), ('LOCATION', 'London', .85)]
+        return [Found(start=m.start(), end=m.end(), entity_type=kind, score=score) for kind, name, score in told if score >= score_threshold for m in re.finditer(name, text)]
+
+
+def test_names_are_replaced_and_counted(monkeypatch):
+    monkeypatch.setattr(privacy, 'analyzer', Reader)
+    table, counts = privacy.redact_names(pa.table(dict(text=['Ada Lovelace and Ada Lovelace in London.', 'a graph', ''])))
+    assert table['text'].to_pylist() == ['<PERSON> and <PERSON> in <LOCATION>.', 'a graph', ''] and counts['redacted'] == {'PERSON': 2, 'LOCATION': 1} and counts['changed'] == 1
+
+
+def test_presidio_finds_what_it_is_told(monkeypatch):
+    pytest.importorskip('presidio_analyzer', reason='presidio is not installed')
+    import spacy
+    from presidio_analyzer import AnalyzerEngine, PatternRecognizer
+    from presidio_analyzer.nlp_engine import SpacyNlpEngine
+    class Blank(SpacyNlpEngine):
+        def __init__(self):
+            super().__init__(models=[dict(lang_code='en', model_name='blank')])
+            self.nlp = dict(en=spacy.blank('en'))
+    engine = AnalyzerEngine(nlp_engine=Blank(), supported_languages=['en'])
+    engine.registry.add_recognizer(PatternRecognizer('PERSON', deny_list=['Ada Lovelace']))
+    monkeypatch.setattr(privacy, 'analyzer', lambda: engine)
+    assert privacy.redact_names(pa.table(dict(text=['Write to Ada Lovelace.'])))[0]['text'].to_pylist() == ['Write to <PERSON>.']
+
+
+def test_without_presidio_one_line_says_how_to_get_it():
+    if importlib.util.find_spec('presidio_analyzer'): pytest.skip('presidio is installed')
+    with pytest.raises(LabError, match='presidio_analyzer and en_core_web_lg is not installed: pip install'): privacy.redact_names(pa.table(dict(text=['a'])))

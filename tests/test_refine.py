@@ -64,6 +64,22 @@ def test_what_is_shown_of_removed_documents_holds_nothing_private(tmp_path):
     assert 'kims-mail' not in ''.join(path.read_text('utf-8', 'ignore') for path in (tmp_path/'work').rglob('*') if path.is_file())
 
 
+def test_a_key_that_is_longer_than_what_is_shown_is_not_shown_in_part(tmp_path):
+    key = '-----BEGIN RSA PRIVATE KEY-----\n' + '\n'.join('MIIEpAIBAAKCAQEA1' + str(i).zfill(47) for i in range(30)) + '\n-----END RSA PRIVATE KEY-----'
+    write(tmp_path/'a.jsonl', [dict(text=page(random.Random(1)), source='x'), dict(text=f'{key} '*3, source='x')])
+    made = refine([dict(files=f'{tmp_path}/a.jsonl')], ['a'], Refining(most=1000), tmp_path/'work')
+    assert ['<PRIVATE_KEY> <PRIVATE_KEY> <PRIVATE_KEY>'] == [text for step in made.steps for some in step.get('samples', {}).values() for text in some.values()]
+
+
+def test_signals_travel_as_columns_when_asked(tmp_path):
+    write(tmp_path/'a.jsonl', [dict(text='a node ' * 30 + page(random.Random(1)), source='x', n=1)])
+    made = refine([dict(files=f'{tmp_path}/a.jsonl')], ['a'], Refining(signals=True, quality=dict(words=[1, 1000])), tmp_path/'work')
+    table, = tables_of(made, made.index)
+    from k2lab.shards import lines_of
+    row = json.loads(lines_of(table))
+    assert row['signal_words'] == 120 and row['n'] == 1 and 'signal_alpha_words' in row and 'bands' not in row
+
+
 @pytest.mark.parametrize('how', [dict(workers=2), dict(workers=2, engine='ray')], ids=['two processes', 'ray'])
 def test_another_engine_gives_the_same_bytes(library, tmp_path, how):
     if how.get('engine') == 'ray': pytest.importorskip('ray', reason='Ray is not installed')
