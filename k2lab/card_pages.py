@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'PALE', 'RED', 'UNITS', 'SOURCE_HEADER', 'HUB_LICENCES', 'SIZES', 'CONTEXT', 'picture', 'plain', 'bars',
-           'funnel_chart', 'histogram_charts', 'histogram_on', 'counts_of', 'sizes_joined', 'count_charts',
-           'mixture_chart', 'element', 'rows_table', 'source_rows', 'entry_report', 'card_report', 'hub_licence',
-           'fields_of', 'front_matter', 'cell', 'markdown_table', 'entry_text', 'readme', 'file_object', 'record_set',
-           'protocol', 'croissant', 'write_card_pages']
+           'left_after', 'funnel_chart', 'histogram_charts', 'histogram_on', 'counts_of', 'sizes_joined',
+           'count_charts', 'mixture_chart', 'element', 'rows_table', 'source_rows', 'entry_report', 'card_report',
+           'hub_licence', 'fields_of', 'front_matter', 'cell', 'markdown_table', 'entry_text', 'readme', 'file_object',
+           'record_set', 'protocol', 'croissant', 'write_card_pages']
 
 # %% ../nbs/04i_card_pages.ipynb #ce6570f5
 import html, io, json
@@ -47,13 +47,18 @@ def bars(ax, names: list, values: list, title: str = '', room: int = 0):
 # %% ../nbs/04i_card_pages.ipynb #3325b72a
 UNITS = dict(rows='documents', bytes='kB', tokens='thousand tokens')
 
+def left_after(steps: list, unit: str) -> list:
+    "What was there and what each step left of it; where a step does not know the unit yet, what the first one that does began with"
+    first = next(step[f'{unit}_in'] for step in steps if f'{unit}_in' in step)
+    return [n/(1 if unit == 'rows' else 1000) for n in (first, *(step.get(f'{unit}_out', first) for step in steps))]
+
 def funnel_chart(entry: dict):
     "What is left after each step that removes something, in all units that are known; None without such steps"
     steps = [step for step in entry.get('steps', []) if step['removed']]
     if not steps: return None
-    units = [unit for unit in UNITS if all(f'{unit}_in' in step for step in steps)]
-    names = ['read', *(step['step'] for step in steps)]
-    values = {unit: [n/(1 if unit == 'rows' else 1000) for n in (steps[0][f'{unit}_in'], *(step[f'{unit}_out'] for step in steps))] for unit in units}
+    units = [unit for unit in UNITS if any(f'{unit}_in' in step for step in steps)]
+    names = ['all', *(step['step'] for step in steps)]
+    values = {unit: left_after(steps, unit) for unit in units}
     def draw(axes):
         for ax, unit in zip(axes[0], units): bars(ax, names, values[unit], UNITS[unit])
     text = ' -> '.join(f'{name} {n:,.0f}' for name, n in zip(names, values['rows']))

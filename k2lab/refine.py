@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WIDE', 'LENGTH', 'tokenizer_at', 'INDEX', 'SLICE', 'Refining', 'refining', 'edges_of', 'histogram', 'histograms',
            'shortened', 'stepped', 'counted_tokens', 'redacted_table', 'begun', 'judged', 'local_steps', 'finished',
-           'refined', 'source_files', 'refine_source', 'mapped', 'index_of', 'Refined', 'refine', 'gone_of', 'shown',
-           'unique', 'clear', 'texts_of', 'tables_of', 'in_order', 'mix', 'publish_texts', 'some', 'cuts_of', 'seen',
-           'texts_card']
+           'refined', 'source_files', 'refine_source', 'mapped', 'index_of', 'Refined', 'refine', 'read_step',
+           'all_steps', 'gone_of', 'shown', 'unique', 'clear', 'texts_of', 'tables_of', 'in_order', 'mix', 'times',
+           'publish_texts', 'some', 'cuts_of', 'seen', 'texts_card']
 
 # %% ../nbs/04h_refine.ipynb #a23b8481
 import json
@@ -196,7 +196,6 @@ class Refined:
     index: object
     steps: list
     names: list
-    rejected: int
 
 # %% ../nbs/04h_refine.ipynb #7a2801c4
 def refine(specs: list, names: list, told: Refining, folder, limit: int = None, log=lambda **kv: None, **how) -> Refined:
@@ -208,9 +207,18 @@ def refine(specs: list, names: list, told: Refining, folder, limit: int = None, 
         found.append(refine_source(spec, told, place, limit, log=say, **how))
     texts = mapped([path for place in folders for path in shard_files(place/'units')]) if any(index['rows'] for index in found) else None
     if texts is None: raise LabError(f'no document of {", ".join(names)} passes: {json.dumps(gone_of(found))}')
-    steps, rejected = None, sum(index['rejected'] for index in found)
+    return Refined(texts, index_of(texts, [index['rows'] for index in found]), [read_step(found), *all_steps(found)], list(names))
+
+def read_step(found: list) -> dict:
+    "The counts of reading: rows, and those that were no rows"
+    rows, bad = (sum(index[key] for index in found) for key in ('read', 'rejected'))
+    return dict(step='read', rows_in=rows, rows_out=rows - bad, removed={'bad row': bad} if bad else {})
+
+def all_steps(found: list) -> list:
+    "The counts of each step over all sources"
+    steps = None
     for index in found: steps = added(steps, index['counts']) if index['counts'] else steps
-    return Refined(texts, index_of(texts, [index['rows'] for index in found]), steps, list(names), rejected)
+    return steps
 
 def gone_of(found: list) -> dict:
     "{reason: documents} that steps of several sources removed"
@@ -274,7 +282,12 @@ def mix(made: Refined, index, weights: list, n: int, seed: int = 0, epochs: int 
     for unit, values in sizes(index).items():
         kept = int(values[np.unique(drawn).astype(int)].sum())
         counts |= {f'{unit}_in': int(values.sum()), f'{unit}_out': int(sizes(mixed)[unit].sum()), f'removed_{unit}': {'not drawn': int(values.sum()) - kept} if counts['removed'] else {}}
-    return mixed, counts, {name: dict(asked=weight/sum(asked.values()), epochs=max(Counter(drawn[i] for i in np.flatnonzero(mixed['spec'].to_numpy() == place)).values(), default=0)) for place, (name, weight) in enumerate(asked.items())}
+    return mixed, counts, {name: dict(asked=weight/sum(asked.values()), epochs=times(drawn, pools[name])) for name, weight in asked.items()}
+
+def times(drawn: list, pool: list) -> int:
+    "How often a row of the pool was drawn at most"
+    counts = Counter(drawn)
+    return max((counts[row] for row in pool), default=0)
 
 # %% ../nbs/04h_refine.ipynb #976cf605
 def publish_texts(job, name: str, made: Refined, index, format: str, origin: str) -> dict:

@@ -80,7 +80,7 @@ def test_what_is_unknown_is_not_drawn():
 def test_pictures_say_what_they_show():
     one = entry(steps=[step('quality', 10, 8, bytes_in=90, bytes_out=50), step('near dedup', 8, 5, bytes_in=50, bytes_out=40, clusters={str(n): 1 for n in range(2, 12)})],
                 sources={'a': dict(documents=3, bytes=30, licence='MIT', asked=.5), 'b': dict(documents=1, bytes=10, licence='MIT', asked=.5)})
-    assert repr(funnel_chart(one)) == 'domain: read 10 -> quality 8 -> near dedup 5'
+    assert repr(funnel_chart(one)) == 'domain: all 10 -> quality 8 -> near dedup 5'
     assert repr(count_charts(one)) == 'domain: near dedup: clusters by size: 2 documents 1, 3 documents 1, 4 documents 1, 5 documents 1, 6 documents 1, 7 documents 1, 8 to 11 4'
     assert repr(mixture_chart(one)) == 'domain: a 75.0%, b 25.0% of the documents'
 

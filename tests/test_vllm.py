@@ -13,7 +13,7 @@ from k2lab.teacher import check_parity
 
 PYTHON = os.environ.get('K2LAB_VLLM', '')
 pytestmark = pytest.mark.skipif(not PYTHON, reason='K2LAB_VLLM names no interpreter that has vLLM')
-LATENT = dict(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, q_lora_rank=64, num_attention_heads=2, num_key_value_heads=2)      # the sizes that vLLM's kernels are made for
+LATENT = dict(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, q_lora_rank=128, num_attention_heads=2, num_key_value_heads=2)      # the sizes that vLLM's kernels are made for
 SHAPE = formats.SHAPE | LATENT | dict(hidden_size=256, moe_intermediate_size=128, intermediate_size=256, max_position_embeddings=512)
 OPTIONS = dict(dtype='float32', max_model_len=512, max_num_seqs=4, enforce_eager=True, max_logprobs=20)
 
