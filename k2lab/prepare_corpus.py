@@ -47,7 +47,7 @@ class Config:
     general_rows: int = 3000          # general documents to replay at most
     epochs: int = 1                   # times that a document may come up in a mixture
     heldout_rows: int = 250           # held-out documents to judge on at most
-    questions: int = 12000            # domain_sft rows to make
+    questions: int = 12000            # domain_sft rows to make; 0: only text
     puzzles: int = 16000              # reasoning_sft rows to make
     prompts: int = 2400               # problems to sample answers for later
     eval_items: int = 450             # questions or puzzles to judge on
@@ -101,11 +101,11 @@ def domain_questions(cfg) -> tuple:
     "(domain_sft rows, evaluation rows): made from functions, and rows of your own"
     own, own_held = split_own(cfg.own_rows, 'domain_sft', cfg.held_percent)
     train, held = split_functions(cfg.sources, cfg.question_sources, cfg.held_percent, cfg.general_held_percent)
-    if not held and not own_held: raise LabError('nothing to ask about: domain questions need a package among `sources`, or `own_rows`')
+    if not held and not own_held: raise LabError('nothing to ask about: domain questions need a package among `sources`, or `own_rows`; questions=0 prepares text alone')
     judged = with_licence(make_questions(held, cfg.eval_items, cfg.seed + EVALUATION)) if held else []
     judged += own_held[:cfg.eval_items]
     avoid = {(row['instruction'], row['input']) for row in judged}
-    made = with_licence(make_questions(train, cfg.questions, cfg.seed, avoid=avoid)) if train else []
+    made = with_licence(make_questions(train, cfg.questions, cfg.seed, avoid=avoid)) if train and cfg.questions else []
     return made + without(own, judged), judged
 
 # %% ../nbs/10_prepare_corpus.ipynb #0da82e2e
@@ -164,20 +164,20 @@ def publish_text(job, name: str, format: str, made, index, *more) -> dict:
 
 # %% ../nbs/10_prepare_corpus.ipynb #5733b763
 def prepare_domain(job) -> list:
-    "Publishes the six files of the domain mode and returns (cards, evaluation rows)"
+    "Publishes the six files of the domain mode, fewer where there is no general source or no question is asked for, and returns (cards, evaluation rows)"
     cfg, origin = job.cfg, ', '.join(map(source_name, job.cfg.sources))
     check_packages(cfg.sources + cfg.general_sources + cfg.question_sources)
-    exams, weights = exam_texts(cfg.exams), lambda specs: [spec.get('weight') for spec in specs]
-    domain, general = refined_texts(job, 'domain', cfg.sources), refined_texts(job, 'general', cfg.general_sources)
+    exams, made = exam_texts(cfg.exams), {part: refined_texts(job, part, specs) for part, specs in (('domain', cfg.sources), ('general', cfg.general_sources)) if specs or part == 'domain'}
     job.log(phase='making questions')
-    sft, judged = domain_questions(cfg)
-    exams['domain_questions'] = list(map(prompt_of, judged))
-    texts, held = split_part(job, 'domain', domain, weights(cfg.sources), cfg.held_percent, cfg.domain_rows, exams)
-    more, _ = split_part(job, 'general', general, weights(cfg.general_sources), cfg.general_held_percent, cfg.general_rows, dict(domain_heldout=held, **exams))
-    check_apart(job, judged, dict(domain_sft=sft))
-    show(job, **{name: next(tables_of(made, index)).slice(0, 1).to_pylist() for name, _, made, index, *_ in (texts[0], more[0])}, domain_sft=sft)
-    cards = [publish_text(job, *file) for file in texts + more]
-    return [*cards, publish(job, 'domain_sft', sft, 'domain_sft', origin), publish(job, 'domain_questions', judged, 'domain_sft', origin)], judged
+    sft, judged = domain_questions(cfg) if cfg.questions or cfg.own_rows else ([], [])
+    if judged: exams['domain_questions'] = list(map(prompt_of, judged))
+    weights = lambda specs: [spec.get('weight') for spec in specs]
+    texts, held = split_part(job, 'domain', made['domain'], weights(cfg.sources), cfg.held_percent, cfg.domain_rows, exams)
+    if 'general' in made: texts += split_part(job, 'general', made['general'], weights(cfg.general_sources), cfg.general_held_percent, cfg.general_rows, dict(domain_heldout=held, **exams))[0]
+    if judged: check_apart(job, judged, dict(domain_sft=sft))
+    show(job, **{name: next(tables_of(one, index)).slice(0, 1).to_pylist() for name, _, one, index, *_ in texts[::2]}, **(dict(domain_sft=sft) if sft else {}))
+    cards = [publish_text(job, *file) for file in texts]
+    return [*cards, *(publish(job, name, rows, 'domain_sft', origin) for name, rows in (('domain_sft', sft), ('domain_questions', judged)) if rows)], judged
 
 def tidy(job):
     "Gathers the rows that were rejected in `rejects.jsonl` and removes the documents that were on their way"
@@ -211,7 +211,7 @@ def show(job, **files):
 def prepare(job):
     "The stage: publishes the files of the mode, and card.json with their data cards and the scores of models that know nothing"
     cards, judged = {'domain': prepare_domain, 'reasoning': prepare_reasoning}[job.cfg.mode](job)
-    card = dict(mode=job.cfg.mode, corpora=cards, majority=majority_baseline(judged), copy=copy_baseline(judged))
+    card = dict(mode=job.cfg.mode, corpora=cards, **(dict(majority=majority_baseline(judged), copy=copy_baseline(judged)) if judged else {}))
     write_text(job.folder/'card.json', as_json(card, indent=1) + '\n')
     write_card_pages(job.folder)
     tidy(job)

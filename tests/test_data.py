@@ -335,6 +335,13 @@ def test_files_without_functions_ask_for_rows_of_your_own(prepared, tmp_path):
     assert len(prompts(job, 'domain_sft')) + len(prompts(job, 'domain_questions')) == 60
 
 
+def test_text_alone_needs_no_questions(prepared, tmp_path):
+    for i in range(40): (tmp_path/f'note{i}.md').write_text(f'# Note {i}\n' + ' '.join(f'w{i}x{j}' for j in range(40)))
+    job = prepared(sources=[dict(files=f'{tmp_path}/*.md', licence='CC0-1.0')], questions=0, general_sources=[], limit=None)
+    assert set(job.record['saves']) == {'domain', 'domain_heldout'} and all(c['ok'] for c in job.record['checks'])
+    assert len(rows.read_rows(job.folder/'domain.jsonl', 'domain')) + len(rows.read_rows(job.folder/'domain_heldout.jsonl', 'domain')) == 40
+
+
 @pytest.mark.parametrize('mode', ['domain', 'reasoning'])
 def test_an_unknown_family_is_refused_in_either_mode(mode):
     with pytest.raises(LabError, match="'chian' .did you mean 'chain'"): PrepareConfig(mode=mode, families=['chian'])

@@ -70,6 +70,16 @@ def read(folder:Path) -> tuple:
     return json.loads((folder/'config.json').read_text()), {n: t for f in folder.glob('*.safetensors') for n, t in load_file(f).items()}
 
 
+def stored_as(name:str, plain:dict) -> tuple:
+    "`(tensors as they lie in a file, what each weight must come out as)` in 8 or in 4 bits, as K2 is published."
+    stored, want = {}, {}
+    for n, t in plain.items():
+        if not re.search(r'_proj' if name == 'eight' else r'\.mlp\.experts\.', n): stored[n] = want[n] = t
+        elif name == 'eight': stored[n], stored[f'{n}_scale_inv'], want[n] = quantised_fp8(t.float())
+        else: stored[f'{n}_packed'], stored[f'{n}_scale'], want[n] = quantised_int4(t.float()); stored[f'{n}_shape'] = torch.tensor(t.shape, dtype=torch.int32)
+    return stored, want
+
+
 @pytest.fixture(scope='module')
 def made(tmp_path_factory) -> dict:
     "Folders by format, what each must come out as, and the tokenizer."
@@ -83,12 +93,8 @@ def made(tmp_path_factory) -> dict:
     plain[bias] = torch.tensor([.1, -.2, .3001, .4])
     out = {'home': home, 'tok': tok, 'bias': bias}
     code = {'auto_map': {'AutoConfig': 'configuration_deepseek.DeepseekV3Config', 'AutoModelForCausalLM': 'modeling_deepseek.DeepseekV3ForCausalLM'}}
-    for name, quantised in (('eight', lambda n: re.search(r'_proj', n)), ('four', lambda n: '.mlp.experts.' in n)):
-        stored, want = {}, {}
-        for n, t in plain.items():
-            if not quantised(n): stored[n] = want[n] = t; continue
-            if name == 'eight': stored[n], stored[f'{n}_scale_inv'], want[n] = quantised_fp8(t.float())
-            else: stored[f'{n}_packed'], stored[f'{n}_scale'], want[n] = quantised_int4(t.float()); stored[f'{n}_shape'] = torch.tensor(t.shape, dtype=torch.int32)
+    for name in ('eight', 'four'):
+        stored, want = stored_as(name, plain)
         write(home/name, config | code | {'quantization_config': EIGHT if name == 'eight' else FOUR}, stored)
         out[name] = want
     eyes = {f'language_model.{n}': t for n, t in stored.items()} | {'vision_tower.patch_embed.proj.weight': torch.ones(3, 3), 'mm_projector.proj.0.bias': torch.ones(3)}

@@ -1,5 +1,5 @@
 """Real vLLM serves what the lab writes: `K2LAB_VLLM=/path/to/python pytest tests/test_vllm.py` with the interpreter of an environment that has vLLM (its CPU build will do)."""
-import json, os, re
+import os
 
 import pytest
 
@@ -29,12 +29,8 @@ def folders(tmp_path_factory) -> dict:
     for bias in biases: bias.data.copy_(torch.tensor([.1, -.2, .3001, .4]))
     save_checkpoint(model, tok, home/'plain')
     config, plain = formats.read(home/'plain')
-    for name, quantised in (('eight', lambda n: re.search(r'_proj', n)), ('four', lambda n: '.mlp.experts.' in n)):
-        stored = {}
-        for n, t in plain.items():
-            if not quantised(n): stored[n] = t
-            elif name == 'eight': stored[n], stored[f'{n}_scale_inv'], _ = formats.quantised_fp8(t.float())
-            else: stored[f'{n}_packed'], stored[f'{n}_scale'], _ = formats.quantised_int4(t.float()); stored[f'{n}_shape'] = torch.tensor(t.shape, dtype=torch.int32)
+    for name in ('eight', 'four'):
+        stored, _ = formats.stored_as(name, plain)
         formats.write(home/name, config | {'quantization_config': formats.EIGHT if name == 'eight' else formats.FOUR}, stored)
         tok.save_pretrained(home/name)
         to_bf16(home/name, home/f'{name}-converted')
