@@ -56,13 +56,16 @@ class Part(io.RawIOBase):
 
 # %% ../nbs/03_rows.ipynb #9123d535
 @contextlib.contextmanager
-def publishing(path: Path):
-    "A `Part` to write to; the file gets its name when the block ends well, and is not there otherwise"
+def publishing(path: Path, empty: bool = True):
+    "A `Part` to write to; the file gets its name when the block ends well, and is not there otherwise, nor, without `empty`, when nothing was written"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
-        with open(part, 'wb', buffering=0) as raw: yield Part(raw, path.name)
-        with disk_errors(path.name): move(part, path)
+        with open(part, 'wb', buffering=0) as raw:
+            out = Part(raw, path.name)
+            yield out
+        if out.bytes or empty:
+            with disk_errors(path.name): move(part, path)
     finally: part.unlink(missing_ok=True)
 
 def publish(path: Path, data: bytes):

@@ -133,7 +133,8 @@ def told(piece: Piece, reader: Reader) -> dict:
 def work_unit(unit: tuple, plan: Plan, folder) -> dict:
     "Works on one unit and leaves its shards, its rejects and, last, its receipt, which is returned: all that an engine has to call"
     folder, key, operate, counts, pieces, began = Path(folder), key_of(unit, plan), operator_of(plan), None, [], time.process_time()
-    with publishing(folder/'rejects'/f'{key}.jsonl') as rejects, Shards(folder, key, plan.ending, plan.format, plan.room, plan.licence, plan.origin) as shards:
+    (folder/'rejects'/f'{key}.jsonl').unlink(missing_ok=True)      # of an attempt that ended badly
+    with publishing(folder/'rejects'/f'{key}.jsonl', empty=False) as rejects, Shards(folder, key, plan.ending, plan.format, plan.room, plan.licence, plan.origin) as shards:
         on_bad = lambda bad: rejects.write(json.dumps(bad).encode() + b'\n')
         for piece in unit:
             reader = read_piece(piece, plan, on_bad)
@@ -143,7 +144,6 @@ def work_unit(unit: tuple, plan: Plan, folder) -> dict:
                 shards.write(table)
             pieces.append(told(piece, reader))
             if why := pieces[-1]['partial'] or pieces[-1]['note']: on_bad(dict(file=piece.path, offset=reader.span[1], reason=why))
-    if not rejects.bytes: (folder/'rejects'/f'{key}.jsonl').unlink()
     receipt = dict(key=key, rows=sum(p['rows'] for p in pieces), rejected=sum(p['rejected'] for p in pieces), kept=sum(s['rows'] for s in shards.done),
                    counts=counts, pieces=pieces, shards=shards.done, cpu_seconds=round(time.process_time() - began, 3))
     publish(folder/'receipts'/f'{key}.json', json.dumps(receipt, indent=1).encode() + b'\n')

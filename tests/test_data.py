@@ -336,10 +336,11 @@ def test_files_without_functions_ask_for_rows_of_your_own(prepared, tmp_path):
 
 
 def test_text_alone_needs_no_questions(prepared, tmp_path):
-    for i in range(40): (tmp_path/f'note{i}.md').write_text(f'# Note {i}\n' + ' '.join(f'w{i}x{j}' for j in range(40)))
-    job = prepared(sources=[dict(files=f'{tmp_path}/*.md', licence='CC0-1.0')], questions=0, general_sources=[], limit=None)
+    (tmp_path/'notes.jsonl').write_text(''.join(json.dumps(dict(text=f'# Note {i} ' + ' '.join(f'w{i}x{j}' for j in range(40)), key=f'note{i}')) + '\n' for i in range(40)))
+    job = prepared(sources=[dict(files=f'{tmp_path}/notes.jsonl', licence='CC0-1.0')], questions=0, general_sources=[], limit=None, heldout_rows=40)
     assert set(job.record['saves']) == {'domain', 'domain_heldout'} and all(c['ok'] for c in job.record['checks'])
-    assert len(rows.read_rows(job.folder/'domain.jsonl', 'domain')) + len(rows.read_rows(job.folder/'domain_heldout.jsonl', 'domain')) == 40
+    keys = [{r['key'] for r in rows.read_rows(job.folder/f'{name}.jsonl', 'domain')} for name in ('domain', 'domain_heldout')]
+    assert keys[1] == {f'note{i}' for i in range(40) if corpus.held_out(f'note{i}', 15)} and keys[0] | keys[1] == {f'note{i}' for i in range(40)} and not keys[0] & keys[1]
 
 
 @pytest.mark.parametrize('mode', ['domain', 'reasoning'])
