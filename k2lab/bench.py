@@ -568,7 +568,7 @@ def encoders(tok, texts:list) -> dict:
     "{name: a call that makes a new engine and gives a call that encodes and chains the texts, to the hash of the rows}; each does what its documents show for many texts."
     from itertools import chain
     from unittest.mock import patch
-    from k2lab.fast_tokens import ENGINES, Encoder, encoder, stream
+    from k2lab.fast_tokens import ENGINES, encoder, stream
     from k2lab.tokenizer import plain_tokenizer
     chained = lambda lists: in_rows([i for ids in lists for i in chain(ids, (tok.eos_token_id,))])
     def ours():

@@ -8,7 +8,7 @@ __all__ = ['SHOWN', 'CONTROL', 'held_out', 'counted', 'sizes', 'sorted_out', 'no
            'covers', 'clear_of', 'decontaminate', 'shares', 'mixture', 'conserved', 'text_bytes', 'data_card', 'funnel']
 
 # %% ../nbs/04_corpus.ipynb #e76a1555
-import hashlib, random, re, unicodedata
+import hashlib, random, unicodedata
 from collections import Counter, defaultdict
 from .core import LabError
 from .kernels import batches, tidied, words as words_in

@@ -142,7 +142,7 @@ def told_of(job):
 def refined_texts(job, part: str, specs: list):
     "The documents of the sources of a part that pass one by one, as `Refined`"
     cfg, told = job.cfg, told_of(job)
-    if not specs: raise LabError(f'no documents in an empty list of sources')
+    if not specs: raise LabError('no documents in an empty list of sources')
     return refine(specs, source_names(specs), told, job.folder/'work'/part, cfg.limit, job.log, workers=cfg.workers, engine=cfg.engine, max_bad=cfg.max_bad)
 
 def split_part(job, part: str, made, weights: list, held_percent: float, rows: int | None, exams: dict) -> tuple:

@@ -18,7 +18,7 @@ from .corpus import counted, fingerprint
 from .duplicates import drop_contaminated, near_owners
 from .grade import normalise_answer
 from .sandbox import run_python
-from .shards import WAYS, Reader, find_files
+from .shards import Reader, find_files
 
 # %% ../nbs/09g_traces.ipynb #7e901465
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest, yaml
 
-from k2lab.card_pages import card_report, count_charts, croissant, front_matter, funnel_chart, histogram_charts, hub_licence, markdown_table, mixture_chart, readme, write_card_pages
+from k2lab.card_pages import card_report, count_charts, front_matter, funnel_chart, histogram_charts, hub_licence, mixture_chart, write_card_pages
 from k2lab.core import LabError
 
 HOSTILE = '<script>alert(1)</script> | ``` \n---\n# Title {{x}} : & "quoted" \u4f60\u597d [a](b)'

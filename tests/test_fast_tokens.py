@@ -1,6 +1,5 @@
 """Whatever engine encodes, the ids are the tokenizer's own."""
-import json, random, sys, unicodedata
-from pathlib import Path
+import random, sys, unicodedata
 
 import numpy as np, pyarrow as pa, pytest
 

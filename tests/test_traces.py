@@ -1,6 +1,5 @@
 """Reasoning sets of others: every published layout, every reason to drop a trace, and answers that only look right."""
 import json
-from pathlib import Path
 
 import pytest
 
@@ -8,7 +7,7 @@ from k2lab import grade, rows as row_files
 from k2lab.core import LabError
 from k2lab.corpus import conserved
 from k2lab.sandbox import why_not
-from k2lab.traces import Trace, choice, code, exact, gym_rows, layout_of, math, not_asked, one_each, parted, raw_traces, reasoning_set, verifier_for
+from k2lab.traces import Trace, choice, code, exact, gym_rows, layout_of, math, not_asked, one_each, parted, reasoning_set, verifier_for
 
 LAYOUTS = {
     'gsm8k': (dict(question='6 times 7?', answer='6*7 = <<6*7=42>>42\n#### 42'), [('6 times 7?', '6*7 = 42', '42', '42')]),
