@@ -11,12 +11,12 @@ import contextlib, html, json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-from .agent import K2_ID, Limits, PYTHON, call_reply, chat_loop, clip, python_tool
-from .core import LabError
-from .display import Html
+from .serving.agent import K2_ID, Limits, PYTHON, call_reply, chat_loop, clip, python_tool
+from .lab.config import LabError
+from .lab.display import Html
 from .launch_teacher_vllm import Config as Serving, serving
-from .sandbox import why_not
-from .teacher import Teacher, scripted
+from .lab.sandbox import why_not
+from .serving.client import Teacher, scripted
 
 # %% ../nbs/70_agentic_demo.ipynb #96fe45b5
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ work = converse
 # %% ../nbs/70_agentic_demo.ipynb #c441c92a
 def talk(scale: str | None = None, campaign: str | None = None, changes: dict | None = None) -> Path:
     "Talk to the agent in this terminal; returns the run's folder. Scripted endpoints are replaced by the lab's own server."
-    from k2lab.job import start
+    from k2lab.lab.job import start
     job = start('agentic_demo', scale, None, changes, campaign)
     endpoint = 'serve' if job.cfg.endpoint == 'scripted' else job.cfg.endpoint
     with teacher_of(job, endpoint) as teacher:

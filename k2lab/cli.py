@@ -2,8 +2,8 @@
 import argparse, os, shutil, sys, textwrap, time
 from pathlib import Path
 
-from k2lab.core import LabError, SCALES, did_you_mean, lab_path, load_env, one_of, read_yaml, resolve, setting, stage_names
-from k2lab.display import clock, describe, short
+from k2lab.lab.config import LabError, SCALES, did_you_mean, lab_path, load_env, one_of, read_yaml, resolve, setting, stage_names
+from k2lab.lab.display import clock, describe, short
 
 USAGE = """usage: k2lab pipeline [--scale S] [--campaign C] [--from STAGE] [--to STAGE] [--seed N]
        k2lab STAGE [--scale S] [--campaign C] [--on slurm] [field=value ...]
@@ -37,7 +37,7 @@ def comments(cls) -> dict:
 def stage_help(stage:str) -> str:
     "The fields of a stage: name, meaning, value at this lab's scale."
     import dataclasses
-    from k2lab.job import stage_module
+    from k2lab.lab.job import stage_module
     config, scale = stage_module(stage).Config, setting('lab', 'scale')
     values, meant = told(stage, scale, {}), comments(config)
     rows = [[f'  {f.name}', meant.get(f.name, ''), str(values[f.name])] for f in dataclasses.fields(config)]
@@ -90,7 +90,7 @@ class Progress:
 def outcome(record:dict) -> str:
     "The status of a run, with the reason when it has one, or where it stands in the queue of a cluster."
     if record['status'] == 'prepared' and 'slurm' in record and shutil.which('squeue'):
-        from k2lab.slurm import waiting
+        from k2lab.lab.slurm import waiting
         return waiting(record['folder']) or 'prepared: Slurm does not have it any more'
     return f"{record['status']}: {record['reason']}" if record['reason'] else record['status']
 
@@ -99,7 +99,8 @@ def outcome(record:dict) -> str:
 
 def run_stage(stage:str, words:list) -> int:
     "Run one stage; 1 when it did not complete."
-    from k2lab.run import execute, read_run
+    from k2lab.lab.records import read_run
+    from k2lab.lab.runner import execute
     options, rest = parse(words, 'scale', 'campaign', 'on')
     if place := options.pop('on'): return submit(place, stage, options, changes_of(rest))
     if stage == 'agentic_demo' and sys.stdin.isatty(): return converse(options, changes_of(rest))
@@ -113,7 +114,7 @@ def run_stage(stage:str, words:list) -> int:
 
 def submit(place:str, stage:str, options:dict, changes:dict) -> int:
     "Submit one stage to a cluster instead of running it here; 0 once it is in the queue."
-    from k2lab.slurm import submit_stage
+    from k2lab.lab.slurm import submit_stage
     one_of('place', place, ('slurm',), '--on')
     folder, job = submit_stage(stage, changes=changes, **options)
     print(f'{folder.parent.name}/{folder.name}: Slurm job {job}\n  in {folder}')
@@ -122,7 +123,7 @@ def submit(place:str, stage:str, options:dict, changes:dict) -> int:
 
 def resubmit(place:str, folder:Path) -> int:
     "Submit an unfinished run to a cluster; 0 once it is in the queue."
-    from k2lab.slurm import submit
+    from k2lab.lab.slurm import submit
     one_of('place', place, ('slurm',), '--on')
     print(f'{folder.parent.name}/{folder.name}: Slurm job {submit(folder)}')
     return 0
@@ -149,8 +150,9 @@ def steps_of(first:str|None, last:str|None) -> list:
 
 def pipeline(words:list) -> int:
     "Run the steps of configs/pipeline.yaml that are not complete yet, going on with one that was interrupted; after the first that fails only those marked `always`, so that there is a report of it."
-    from k2lab.again import resume
-    from k2lab.run import execute, read_run
+    from k2lab.lab.reproduce import resume
+    from k2lab.lab.records import read_run
+    from k2lab.lab.runner import execute
     options, rest = parse(words, 'scale', 'campaign', 'from', 'to', 'seed')
     if rest: raise LabError(f"pipeline does not take '{rest[0]}'; it takes --scale, --campaign, --from, --to and --seed")
     scale = one_of('scale', options['scale'] or setting('lab', 'scale'), SCALES)
@@ -175,20 +177,20 @@ def pipeline(words:list) -> int:
 def seed_for(stage:str, seed:str|None) -> dict:
     "The change that gives a stage its seed, if one was named and the stage has a field for it."
     import dataclasses
-    from k2lab.job import stage_module
+    from k2lab.lab.job import stage_module
     return {'seed': seed} if seed and 'seed' in {f.name for f in dataclasses.fields(stage_module(stage).Config)} else {}
 
 
 def told(stage:str, scale:str, changes:dict) -> dict:
     "The config a stage would get, as a record keeps it."
-    from k2lab.job import config_of, stage_module
+    from k2lab.lab.job import config_of, stage_module
     return config_of(resolve(stage_module(stage).Config, stage, scale, changes))
 
 
 def finished(stage:str, scale:str, campaign:str, changes:dict, status:str='complete') -> dict|None:
     "The newest run of this status that was told the same and whose parents are still the newest of their names."
-    from k2lab.files import verify
-    from k2lab.job import runs, saved_by
+    from k2lab.lab.files import verify
+    from k2lab.lab.records import runs, saved_by
     want, home = told(stage, scale, changes), lab_path('runs')/campaign
     for record in reversed(runs(campaign)):
         same = (record['stage'], record['scale'], record['status'], record['config']) == (stage, scale, status, want)
@@ -200,7 +202,7 @@ def finished(stage:str, scale:str, campaign:str, changes:dict, status:str='compl
 
 def show_runs(words:list) -> int:
     "List the runs."
-    from k2lab.job import runs
+    from k2lab.lab.records import runs
     options, rest = parse(words, 'campaign')
     found = runs(options['campaign'] or (rest[0] if rest else None))
     rows = [[r['campaign'], Path(r['folder']).name, r['scale'], r['seed'], clock(r.get('wall_s') or 0), key_metric(r), parents(r), outcome(r)] for r in found]
@@ -222,7 +224,7 @@ def parents(record:dict) -> str:
 
 def show(words:list) -> int:
     "Tell what a run did."
-    from k2lab.job import find_run, read_run
+    from k2lab.lab.records import find_run, read_run
     if len(words) != 1: raise LabError('show needs one run; `k2lab runs` lists them')
     record = read_run(find_run(words[0]))
     print(attempts(record) + run_text(record))
@@ -240,8 +242,8 @@ def the_run(words:list, command:str) -> str:
 
 def resume_run(words:list) -> int:
     "Go on with an unfinished run; 1 when it did not complete."
-    from k2lab.again import resume
-    from k2lab.job import find_run, read_run
+    from k2lab.lab.reproduce import resume
+    from k2lab.lab.records import find_run, read_run
     options, rest = parse(words, 'on')
     folder = find_run(the_run(rest, 'resume'))
     if place := options['on']: return resubmit(place, folder)
@@ -263,8 +265,8 @@ def attempts(record:dict) -> str:
 
 def reproduce_run(words:list) -> int:
     "Do a complete run again and compare; 1 when the results differ."
-    from k2lab.again import reproduce
-    from k2lab.job import find_run, read_run
+    from k2lab.lab.reproduce import reproduce
+    from k2lab.lab.records import find_run, read_run
     name = find_run(the_run(words, 'reproduce'))
     progress = Progress(read_run(name)['stage'])
     folder, results, inputs = reproduce(name, progress)
@@ -289,8 +291,8 @@ def said(difference:tuple) -> str:
 
 def diff(words:list) -> int:
     "Say what differs between two runs."
-    from k2lab.again import differences, inputs, results, with_env
-    from k2lab.job import find_run
+    from k2lab.lab.reproduce import differences, inputs, results, with_env
+    from k2lab.lab.records import find_run
     if len(words) != 2: raise LabError('diff needs two runs; `k2lab runs` lists them')
     a, b = (with_env(find_run(w)) for w in words)
     for title, of in (('inputs', inputs), ('results', results)):
@@ -302,8 +304,8 @@ def diff(words:list) -> int:
 
 def watch(words:list) -> int:
     "Show the progress of a run until it ends; 1 when it did not complete."
-    from k2lab.job import find_run, read_run
-    from k2lab.files import following
+    from k2lab.lab.records import find_run, read_run
+    from k2lab.lab.files import following
     folder = find_run(the_run(words, 'watch'))
     record = read_run(folder)
     progress = Progress(record['stage'])
@@ -317,7 +319,7 @@ def watch(words:list) -> int:
 
 def convert(words:list) -> int:
     "Write a published checkpoint again as bfloat16."
-    from k2lab.formats import fetched, to_bf16
+    from k2lab.models.quantized import fetched, to_bf16
     if len(words) != 2: raise LabError('convert needs a name, folder or hub id, and the new folder: `k2lab convert Kimi-K2-Base OUT`')
     progress = Progress(f'convert {words[0]}')
     place = load_env('full')['models'].get(words[0], words[0])
@@ -331,7 +333,7 @@ def convert(words:list) -> int:
 
 def work(words:list) -> int:
     "Do a stage's work on a prepared run folder: what `accelerate launch` starts in every process."
-    from k2lab.job import open_job, stage_module
+    from k2lab.lab.job import open_job, stage_module
     job = open_job(Path(words[0]))
     stage_module(job.stage).work(job)
     leave_together()

@@ -7,10 +7,10 @@ __all__ = ['work', 'Config', 'teacher_scores', 'compare', 'train']
 
 # %% ../nbs/61_distill_to_student.ipynb #69e09558
 from dataclasses import dataclass, field
-from .fit import fit_sft, open_for
-from .measure import generation_speed
-from .model import Loading, open_model, open_tokenizer
-from .training import Supervised, before, close, mixed, say
+from .training.trainer import fit_sft, open_for
+from .training.metrics import generation_speed
+from .models.load import Loading, open_model, open_tokenizer
+from .training.stage import Supervised, before, close, mixed, say
 
 # %% ../nbs/61_distill_to_student.ipynb #980276a6
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Config(Supervised):
 # %% ../nbs/61_distill_to_student.ipynb #8821a6cd
 def teacher_scores(job) -> dict:
     "What the teacher's own run measured; missing measures are left out."
-    from k2lab.job import read_run
+    from k2lab.lab.records import read_run
     run = next((p['run'] for p in job.record['parents'] if p['name'] == job.cfg.teacher and p['run']), None)
     metrics = read_run(job.folder.parent/run)['metrics'] if run else []
     return {m['measure']: m['after'] for m in metrics}

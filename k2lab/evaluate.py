@@ -9,11 +9,11 @@ __all__ = ['work', 'Config', 'history', 'earlier', 'lost', 'gate', 'report_on', 
 # %% ../nbs/80_evaluate.ipynb #f1db1d00
 from dataclasses import dataclass, field
 from pathlib import Path
-from .core import LabError, did_you_mean
-from .fit import open_for
-from .job import runs
-from .measure import ROOM, DATA, family_shares, take
-from .rows import read_rows
+from .lab.config import LabError, did_you_mean
+from .training.trainer import open_for
+from .lab.records import runs
+from .training.metrics import ROOM, DATA, family_shares, take
+from .text.rows import read_rows
 
 # %% ../nbs/80_evaluate.ipynb #060dbf18
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import contextlib, ctypes, os, secrets, signal, socket, subprocess, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-from .chat import encode, prompt_spans
-from .tokenizer import family_of
-from .core import LabError
-from .model import open_tokenizer
-from .teacher import Teacher, check_parity, reply_text
+from .text.chat import encode, prompt_spans
+from .text.tokenizer import family_of
+from .lab.config import LabError
+from .models.load import local_folder, open_tokenizer
+from .serving.client import Teacher, check_parity, reply_text
 
 # %% ../nbs/60_launch_teacher_vllm.ipynb #66f1949b
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def flags(options: dict) -> list[str]:
 def command(cfg: Config, place, port: int) -> list[str]:
     "The server's command line; no key in it."
     python = cfg.python or sys.executable
-    if cfg.engine == 'embedded': return [python, '-m', 'k2lab.server', str(place), '--name', cfg.model, '--host', cfg.host, '--port', str(port)]
+    if cfg.engine == 'embedded': return [python, '-m', 'k2lab.serving.server', str(place), '--name', cfg.model, '--host', cfg.host, '--port', str(port)]
+    if str(place).startswith('smoke:'): place = local_folder(place)
     name, _, revision = place.partition('@') if isinstance(place, str) else (str(place), '', '')
     pins = [word for what in ('revision', 'tokenizer-revision', 'code-revision') for word in (f'--{what}', revision) if revision]
     return [python, '-m', 'vllm.entrypoints.openai.api_server', '--model', name, *pins, '--served-model-name', cfg.model, '--host', cfg.host, '--port', str(port),

@@ -11,13 +11,13 @@ __all__ = ['FAMILY', 'CHAT_WORDS', 'work', 'general_pages', 'coded', 'page_ids',
 import random
 from dataclasses import dataclass, field
 from functools import partial
-from .tokenizer import build_tokenizer
-from .core import LabError
-from .corpus import held_out
-from .fit import balance_router, expert_load, fit_sft, open_for
-from .model import parameter_counts, save_checkpoint, small_model
-from .sessions import identifiers, sentences, sessions, sums
-from .sources import documents
+from .text.tokenizer import build_tokenizer
+from .lab.config import LabError
+from .corpus.operators import held_out
+from .training.trainer import balance_router, expert_load, fit_sft, open_for
+from .models.load import parameter_counts, save_checkpoint, small_model
+from .tasks.sessions import identifiers, sentences, sessions, sums
+from .corpus.sources import documents
 
 # %% ../nbs/15_make_nano_models.ipynb #e6a33657
 def general_pages(sources: list, held_percent: float, longest: int = 6000) -> list:
@@ -110,7 +110,7 @@ class Config:
     "The run that makes one of the two models."
     init_from: str = ''           # go on with this checkpoint instead of random weights
     kind: str = 'k2'              # k2: the teacher's base; qwen: the student's
-    size: str = 'nano'            # smoke | nano, see k2lab.model.SHAPES
+    size: str = 'nano'            # smoke | nano, see k2lab.models.load.SHAPES
     vocabulary: int = 3072        # entries of the tokenizer, control tokens included
     sources: list = field(default_factory=list)      # what the manual pages are made of
     held_percent: float = 2.      # pages kept out, the same hash as in prepare_corpus

@@ -12,21 +12,23 @@ __all__ = ['EVALUATION', 'SAMPLING', 'PROMPT_KEYS', 'work', 'Config', 'source_na
 import importlib.metadata, json, shutil
 from dataclasses import dataclass, field
 from typing import Literal
-from .card import LICENCE, publish
-from .card_pages import write_card_pages
-from .core import LabError
-from .corpus import conserved
-from .files import as_json, write_text
-from .formats import TOKENIZER_FILES, fetched
-from .grade import copy_baseline, majority_baseline, prompt_of
-from .puzzles import FAMILIES, check_families, make_puzzles
-from .questions import make_questions
-from .refine import mix, publish_texts, refine, refining, some, tables_of, texts_card, texts_of
-from .rows import read_rows
-from .sources import licence_of, package_folder
-from .splits import check_apart, check_held, split_functions, split_own, split_texts, without
-from .traces import gym_rows, reasoning_set
-from .units import added
+from .corpus.card import LICENCE, publish
+from .corpus.card import write_card_pages
+from .lab.config import LabError
+from .corpus.operators import conserved
+from .lab.files import as_json, write_text
+from .models.load import local_folder
+from .models.quantized import TOKENIZER_FILES
+from .tasks.stats import copy_baseline, majority_baseline
+from .tasks.verify import prompt_of
+from .tasks.puzzles import FAMILIES, check_families, make_puzzles
+from .tasks.questions import make_questions
+from .corpus.pipeline import mix, publish_texts, refine, refining, some, tables_of, texts_card, texts_of
+from .text.rows import read_rows
+from .corpus.sources import licence_of, package_folder
+from .tasks.splits import check_apart, check_held, split_functions, split_own, split_texts, without
+from .tasks.traces import gym_rows, reasoning_set
+from .corpus.units import added
 
 # %% ../nbs/10_prepare_corpus.ipynb #9837607e
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Config:
     held_percent: float = 15          # share of domain documents held out, by a hash of their key
     general_held_percent: float = 2   # the same for general documents; a base model must have been made with it too
     limit: int | None = None          # documents read from one source at most
-    refine: dict = field(default_factory=dict)   # what is done to documents: the fields of k2lab.refine.Refining
+    refine: dict = field(default_factory=dict)   # what is done to documents: the fields of k2lab.corpus.pipeline.Refining
     tokenizer: str | None = None      # a model by name, whose tokens the card counts
     exams: dict = field(default_factory=dict)    # evaluation sets of yours that no document may quote, {name: file}
     domain_rows: int | None = None    # domain documents to train on, mixed by the sources' weights; all if it is null
@@ -136,7 +138,7 @@ def traces_of(job, judged: list, sampled: list) -> tuple:
 # %% ../nbs/10_prepare_corpus.ipynb #5822cc01
 def told_of(job):
     "What the stage file says about refining, with the folder of the tokenizer"
-    place = str(fetched(job.find(job.cfg.tokenizer), TOKENIZER_FILES)) if job.cfg.tokenizer else ''
+    place = str(local_folder(job.find(job.cfg.tokenizer), TOKENIZER_FILES)) if job.cfg.tokenizer else ''
     return refining(job.cfg.refine | dict(tokenizer=place))
 
 def refined_texts(job, part: str, specs: list):
@@ -198,7 +200,7 @@ def prepare_reasoning(job) -> list:
     prompts = [{key: row[key] for key in PROMPT_KEYS if key in row} for row in sampled]
     check_apart(job, judged, dict(reasoning_sft=sft, reasoning_prompts=prompts))
     show(job, reasoning_sft=sft, reasoning_prompts=prompts)
-    origin = ', '.join([f'k2lab.puzzles: {", ".join(job.cfg.families)}', *(str(spec.get('name', spec.get('files'))) for spec in job.cfg.trace_sources), *(f'reasoning-gym: {", ".join(job.cfg.gym)}' for _ in [0] if job.cfg.gym)])
+    origin = ', '.join([f'k2lab.tasks.puzzles: {", ".join(job.cfg.families)}', *(str(spec.get('name', spec.get('files'))) for spec in job.cfg.trace_sources), *(f'reasoning-gym: {", ".join(job.cfg.gym)}' for _ in [0] if job.cfg.gym)])
     return [publish(job, 'reasoning', [as_text(row) for row in sft], 'reasoning', origin), publish(job, 'reasoning_sft', sft, 'reasoning_sft', origin, steps),
             publish(job, 'reasoning_prompts', prompts, 'prompts', origin), publish(job, 'reasoning_eval', judged, 'reasoning_sft', origin)], judged
 

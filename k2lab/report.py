@@ -7,9 +7,9 @@ __all__ = ['work', 'Config', 'report']
 
 # %% ../nbs/90_report.ipynb #ea76d4ac
 from dataclasses import dataclass, field
-from .evidence import for_machines, judged, measured, newest
-from .files import as_json, write_text
-from .page import MARKS, page
+from .reports.results import for_machines, judged, measured, newest
+from .lab.files import as_json, write_text
+from .reports.page import MARKS, page
 
 # %% ../nbs/90_report.ipynb #30261cf3
 @dataclass(frozen=True)

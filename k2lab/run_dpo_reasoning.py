@@ -7,12 +7,12 @@ __all__ = ['work', 'Config', 'chosen_logps', 'displacement', 'run_control', 'tra
 
 # %% ../nbs/51_run_dpo_reasoning.ipynb #1555942f
 from dataclasses import dataclass, field
-from .fit import fit_dpo, fit_sft, open_for
-from .measure import pair_ids, preference_accuracy, target_logps, take
-from .model import Loading, open_model
-from .rows import read_rows
-from .tokens import encode_rows
-from .training import Training, before, close, say
+from .training.trainer import fit_dpo, fit_sft, open_for
+from .training.metrics import pair_ids, preference_accuracy, target_logps, take
+from .models.load import Loading, open_model
+from .text.rows import read_rows
+from .text.masks import encode_rows
+from .training.stage import Training, before, close, say
 
 # %% ../nbs/51_run_dpo_reasoning.ipynb #c33679dd
 @dataclass(frozen=True)

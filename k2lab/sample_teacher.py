@@ -10,14 +10,14 @@ __all__ = ['work', 'Config', 'ask_locally', 'ask_server', 'replayed', 'asked_row
 import random
 from dataclasses import dataclass, field
 from typing import Literal
-from .core import LabError
-from .corpus import held_out
-from .fit import open_for
-from .grade import prompt_of, verify
-from .measure import prompts_of
-from .model import Loading, Reply, generate
-from .rows import read_rows, write_rows
-from .teacher import Teacher, reply_text, sample_rows
+from .lab.config import LabError
+from .corpus.operators import held_out
+from .training.trainer import open_for
+from .tasks.verify import prompt_of, verify
+from .training.metrics import prompts_of
+from .models.load import Loading, Reply, generate
+from .text.rows import read_rows, write_rows
+from .serving.client import Teacher, reply_text, sample_rows
 
 # %% ../nbs/50_sample_teacher.ipynb #9b473d86
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Config:
     ratio: float = 1.5                    # a right answer this many times longer than the chosen one may be rejected
     held_percent: float = 20              # prompts whose pairs are held out, by a hash of the prompt
     batch: int = 128                      # answers written side by side
-    load: dict = field(default_factory=dict)   # dtype, four_bit: see k2lab.model.Loading
+    load: dict = field(default_factory=dict)   # dtype, four_bit: see k2lab.models.load.Loading
     seed: int = 0                         # of everything random in this stage
 
 # %% ../nbs/50_sample_teacher.ipynb #699faeee

@@ -8,12 +8,12 @@ __all__ = ['work', 'Config', 'replay_rows', 'mixture', 'train', 'go_on']
 # %% ../nbs/20_train_continual_pretrain.ipynb #a9d33cf9
 import random
 from dataclasses import dataclass, field
-from .core import LabError
-from .fit import fit_sft, open_for
-from .model import Loading, generate
-from .rows import read_rows
-from .tokens import concatenate
-from .training import Training, before, close, repeated
+from .lab.config import LabError
+from .training.trainer import fit_sft, open_for
+from .models.load import Loading, generate
+from .text.rows import read_rows
+from .text.masks import concatenate
+from .training.stage import Training, before, close, repeated
 
 # %% ../nbs/20_train_continual_pretrain.ipynb #1059a5c1
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ __all__ = ['work', 'Config', 'train']
 
 # %% ../nbs/30_train_sft_domain.ipynb #d75034f4
 from dataclasses import dataclass, field
-from .training import Supervised, supervised
+from .training.stage import Supervised, supervised
 
 # %% ../nbs/30_train_sft_domain.ipynb #54dc00d6
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ __all__ = ['work', 'Config', 'train']
 
 # %% ../nbs/40_train_sft_reasoning.ipynb #d75034f4
 from dataclasses import dataclass, field
-from .training import Supervised, supervised
+from .training.stage import Supervised, supervised
 
 # %% ../nbs/40_train_sft_reasoning.ipynb #679d18ae
 @dataclass(frozen=True)

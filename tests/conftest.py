@@ -39,7 +39,7 @@ def notebook(stage:str, cells:list) -> dict:
     "A stage notebook: a lesson that must never be executed by the runner, then the run half."
     cell = lambda i, text, **metadata: {'cell_type': 'code', 'id': f'c{i}', 'metadata': metadata, 'source': text, 'outputs': [], 'execution_count': None}
     title = {'cell_type': 'markdown', 'id': 'title', 'metadata': {}, 'source': f'# {stage}'}
-    half = [f'from k2lab.run import start, launch\nfrom toylab.{stage} import train', *(c.format(stage=stage) for c in cells)]
+    half = [f'from k2lab.lab.job import start\nfrom k2lab.lab.launch import launch\nfrom toylab.{stage} import train', *(c.format(stage=stage) for c in cells)]
     return {'metadata': {}, 'nbformat': 4, 'nbformat_minor': 5, 'cells': [title, cell(0, 'raise Exception("a lesson")'),
             cell(1, "scale = 'smoke'\nrun = None\nchanges = {}", tags=['parameters']), *(cell(i, c) for i, c in enumerate(half, 2))]}
 

@@ -1,13 +1,12 @@
 "Adapters: what was asked for is what is there, what learns, what is saved and what is published; each fault is seeded here and must be found."
-import json, shutil
 import pytest
 
 torch = pytest.importorskip('torch')
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from k2lab.adapters import LINEAR, adaptable, adapters, apart, certificate, certified, check_bits, check_saved, coverage, lora, merged, spoken, weight_bits, with_gradient
-from k2lab.core import LabError
-from k2lab.model import Loading, group_of, open_model, open_tokenizer, save_checkpoint, smoke_model, small_model
+from k2lab.models.adapters import LINEAR, adaptable, adapters, apart, certificate, certified, check_bits, check_saved, coverage, lora, merged, spoken, weight_bits, with_gradient
+from k2lab.lab.config import LabError
+from k2lab.models.load import Loading, open_model, open_tokenizer, save_checkpoint, smoke_model, small_model
 
 ALL = ('attention', 'shared', 'dense', 'routed')
 IDS = torch.arange(8, 136).view(4, 32)
@@ -207,7 +206,7 @@ def test_bits_are_counted_on_the_loaded_model():
 def test_layers_that_were_skipped_are_found():
     pytest.importorskip('bitsandbytes', reason='4-bit weights need bitsandbytes: pip install "k2lab[gpu]"')
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from k2lab.model import register_kimi_k2
+    from k2lab.models.load import register_kimi_k2
     register_kimi_k2()
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', llm_int8_skip_modules=['model.layers.1.mlp.shared_experts', 'lm_head'])
     model = AutoModelForCausalLM.from_pretrained(smoke_model('k2'), quantization_config=config, device_map={'': 'cpu'})

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest, yaml
 
-from k2lab.card_pages import card_report, count_charts, front_matter, funnel_chart, histogram_charts, hub_licence, mixture_chart, write_card_pages
-from k2lab.core import LabError
+from k2lab.corpus.card import card_report, count_charts, front_matter, funnel_chart, histogram_charts, hub_licence, mixture_chart, write_card_pages
+from k2lab.lab.config import LabError
 
 HOSTILE = '<script>alert(1)</script> | ``` \n---\n# Title {{x}} : & "quoted" \u4f60\u597d [a](b)'
 
@@ -92,7 +92,8 @@ def test_a_card_without_its_file_is_refused(folder):
 
 def test_a_stage_leaves_both_pages_and_they_hold(tmp_path, monkeypatch):
     from k2lab import prepare_corpus
-    from k2lab.run import launch, start
+    from k2lab.lab.job import start
+    from k2lab.lab.launch import launch
     monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path/'runs'))
     job = start('prepare_corpus', 'smoke')
     launch(prepare_corpus.work, job)

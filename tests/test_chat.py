@@ -2,10 +2,9 @@
 import base64, json, random, unicodedata
 from pathlib import Path
 import pytest
-from k2lab.chat import Span, encode, pair_spans, parse_reply, prompt_spans, reply_spans, row_spans, target_spans, text_of
-from k2lab.core import LabError
-from k2lab.tokenizer import (FAMILIES, KEPT_TOKENS, KIMI_PATTERN, QWEN_PATTERN, SPECIAL_TOKENS, build_tokenizer, control_tokens, family_of, load_kimi_tokenizer, pieces,
-                             plain_tokenizer, read_ranks)
+from k2lab.text.chat import Span, encode, pair_spans, parse_reply, prompt_spans, reply_spans, row_spans, target_spans, text_of
+from k2lab.lab.config import LabError
+from k2lab.text.tokenizer import FAMILIES, KEPT_TOKENS, KIMI_PATTERN, QWEN_PATTERN, SPECIAL_TOKENS, build_tokenizer, family_of, load_kimi_tokenizer, pieces, plain_tokenizer
 
 KIMI_FILES = Path(__file__).parents[2]/'shared'/'kimi-tokenizer'
 TEXTS = ["The graph has 12345 nodes, don't it? café 月之暗面 naïve\n\n\n  def f(x):\n\treturn x + 1\n", 'You are a helpful assistant. {"city": "Rome"} ## Return of functions.f:0\n'] * 10
@@ -190,7 +189,7 @@ def test_a_tiktoken_file_by_hand(tmp_path):
     assert encode(tok, [Span('<think>', 'user', False, False)])[0] == byte('<think>')
 
 def test_a_tiktoken_file_saved_and_opened(tmp_path):
-    from k2lab.model import open_tokenizer
+    from k2lab.models.load import open_tokenizer
     tok = open_tokenizer(kimi_folder(tmp_path))
     tok.save_pretrained(tmp_path/'saved')
     again, text = open_tokenizer(tmp_path/'saved'), "don't abcd Wxyz 1234 月有<|im_end|>[EOS]<|reserved_token_266|>"
@@ -200,7 +199,7 @@ def test_a_tiktoken_file_saved_and_opened(tmp_path):
     assert family_of(instruct) == 'kimi_instruct' and instruct.chat_template == FAMILIES['kimi_instruct']['template']
 
 def test_tiktoken_files_that_are_refused(tmp_path):
-    from k2lab.model import open_tokenizer
+    from k2lab.models.load import open_tokenizer
     with pytest.raises(LabError, match='neither tokenizer.json nor tiktoken.model'): open_tokenizer(tmp_path)
     path = kimi_folder(tmp_path)/'tiktoken.model'
     whole = path.read_bytes()
@@ -213,7 +212,7 @@ def test_tiktoken_files_that_are_refused(tmp_path):
     with pytest.raises(LabError, match='tokenizer_config.json missing'): open_tokenizer(tmp_path)
 
 def test_a_hub_tokenizer_is_fetched_without_code(tmp_path, monkeypatch):
-    from k2lab.model import open_tokenizer
+    from k2lab.models.load import open_tokenizer
     wanted = []
     monkeypatch.setattr('huggingface_hub.snapshot_download', lambda place, allow_patterns, **more: wanted.append((place, allow_patterns)) or str(kimi_folder(tmp_path)))
     assert family_of(open_tokenizer('moonshotai/Kimi-K2-Thinking')) == 'kimi'
@@ -291,7 +290,7 @@ def sides(request):
     pytest.importorskip('torch')
     from fastapi.testclient import TestClient
     from k2lab import server
-    from k2lab.model import open_tokenizer, shipped
+    from k2lab.models.load import open_tokenizer, shipped
     tok = open_tokenizer(KIMI_FILES) if request.param == 'real' else build_tokenizer(TEXTS, 420, 'kimi_instruct') if request.param == 'kimi_instruct' else open_tokenizer(shipped(request.param))
     client = TestClient(server.create_app(NoModel(), tok, 'tiny', 'secret'), headers={'authorization': 'Bearer secret'})
     def served(messages, tools=None):
@@ -311,8 +310,9 @@ def test_conversations_are_the_same_ids_everywhere(sides):
 
 def test_rows_are_the_same_ids_everywhere(sides):
     "The prompt of a training row, its evaluation and its request to a server; and what is trained, closed as a turn, is what the template makes of the answer."
-    from k2lab.measure import prompts_of
-    from k2lab.tokens import Audit, encode_row
+    from k2lab.training.metrics import prompts_of
+    from k2lab.text.audit import Audit
+    from k2lab.text.masks import encode_row
     (tok, served), rng = sides, random.Random(21)
     audit = Audit(tok)
     for _ in range(200):

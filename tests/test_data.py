@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from k2lab import corpus, grade, puzzles, questions, rows
-from k2lab.core import LabError
+from k2lab.lab.config import LabError
 from k2lab.prepare_corpus import Config as PrepareConfig
 
 TEXT = dict(text='Graphs have nodes and edges.', source='notes')
@@ -266,7 +266,8 @@ def test_twins_of_held_out_functions_are_not_trained_on():
 def prepared(tmp_path, monkeypatch):
     "Runs prepare_corpus at smoke into a temporary runs folder."
     from k2lab import prepare_corpus
-    from k2lab.run import launch, start
+    from k2lab.lab.job import start
+    from k2lab.lab.launch import launch
     monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path/'runs'))
     def run(**changes):
         job = start('prepare_corpus', 'smoke', None, changes)

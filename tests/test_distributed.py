@@ -1,14 +1,14 @@
 """Several training processes: ZeRO-2, ZeRO-3, FSDP2 and plain data parallelism, two CPU ranks each with gloo, on the small K2-shaped mixture.
 Each trains, saves whole tensors that one process opens, has the loss curve of one process with the same global batch, and goes on after a kill as if there had been none. `make test` does ZeRO-3 and FSDP2; `make test-faults` all of it."""
-import json, os, shutil, signal, subprocess, sys, time
+import os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import psutil, pytest, yaml
 
 torch = pytest.importorskip('torch')
-from k2lab.files import read_lines
-from k2lab.job import read_run
-from k2lab.model import open_model
+from k2lab.lab.files import read_lines
+from k2lab.lab.records import read_run
+from k2lab.models.load import open_model
 
 ROOT = Path(__file__).parent.parent
 TOLD = ['--scale', 'smoke', 'measures=[domain_bits_per_byte]', 'mix={domain_sft: 60, domain: 4}', 'trainer.max_steps=12', 'trainer.num_train_epochs=9', 'trainer.save_steps=4', 'trainer.logging_steps=1', 'trainer.learning_rate=3e-3']

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from k2lab import corpus, duplicates, kernels
-from k2lab.core import LabError
-from k2lab.corpus import conserved
+from k2lab.lab.config import LabError
+from k2lab.corpus.operators import conserved
 
 ALPHABETS = ['abcdeABCDE  \n.,_-019', 'äöüßÄÉñŁłıİKΣσςΑΒЖжǅ ', '图书馆 使用。、カタカナひらがなｱｲ々〇', 'ภาษาไทย ກຂ မြန် ខ្មែរ ', '한국어 हिन्दी עברית العربية ', '\x00\x7f\x80\xa0\u2028\ufeff\u0301\u200d\U0001f600\U00020000\U0003ffff\U000e0100\U0010ffff', '²½①Ⅷ٣ªʰ𝒜𝟘']
 
@@ -149,7 +149,7 @@ def test_batches_cover_a_column_once_however_it_is_made():
     with pytest.raises(LabError, match='row 3 has no text'): [*kernels.batches(pa.chunked_array([['a', 'b'], ['c', None]]))]
 
 def test_without_numba_plain_python_works_and_says_so_once():
-    code = ("import sys, warnings; sys.modules['numba'] = None\nimport pyarrow as pa\nfrom k2lab.duplicates import drop_near\n"
+    code = ("import sys, warnings; sys.modules['numba'] = None\nimport pyarrow as pa\nfrom k2lab.corpus.duplicates import drop_near\n"
             "with warnings.catch_warnings(record=True) as said:\n warnings.simplefilter('always')\n"
             " kept = [drop_near(pa.table(dict(text=['one two three four five six', 'One, two three four five SIX', 'other words than those that were'])))[0].num_rows for _ in range(2)]\n"
             "print(kept, [str(w.message)[:23] for w in said])")

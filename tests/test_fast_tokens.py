@@ -4,10 +4,10 @@ import random, sys, unicodedata
 import numpy as np, pyarrow as pa, pytest
 
 from k2lab import fast_tokens
-from k2lab.fast_tokens import ENGINES, NASTY, Encoder, count_tokens, encoder, stream
-from k2lab.model import open_tokenizer, shipped
-from k2lab.tokenizer import plain_tokenizer
-from k2lab.tokens import concatenate
+from k2lab.text.encoder import ENGINES, NASTY, Encoder, count_tokens, encoder, stream
+from k2lab.models.load import open_tokenizer, shipped
+from k2lab.text.tokenizer import plain_tokenizer
+from k2lab.text.masks import concatenate
 
 TOKS = {kind: open_tokenizer(shipped(kind)) for kind in ('k2', 'qwen')}
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import psutil, pytest
 
-from k2lab.again import inputs, differences, reproduce, results, with_env
-from k2lab.checkpoint import MANIFEST
-from k2lab.core import LabError
-from k2lab.files import read_lines, verify
-from k2lab.job import prepare, read_run, start
-from k2lab.run import execute
+from k2lab.lab.reproduce import inputs, differences, reproduce, results, with_env
+from k2lab.lab.checkpoint import MANIFEST
+from k2lab.lab.config import LabError
+from k2lab.lab.files import read_lines, verify
+from k2lab.lab.job import prepare, start
+from k2lab.lab.records import read_run
+from k2lab.lab.runner import execute
 
 FULL = os.environ.get('K2LAB_FAULTS') == 'full'
 PHASES = ('start', 'data', 'step', 'save', 'evaluate', 'write', 'finish')
@@ -22,7 +23,7 @@ VICTIMS = ('runner', 'kernel', 'trainer')
 STAGE = '''
 import time
 from dataclasses import dataclass, field
-from k2lab.checkpoint import newest, seal, step_of
+from k2lab.lab.checkpoint import newest, seal, step_of
 @dataclass(frozen=True)
 class Config:
     init_from: str = 'zero'   # number to start from
@@ -271,7 +272,7 @@ CHANGES = [('parameter', f'steps={n}') for n in (4, 5, 7, 8, 9)] + [('parameter'
 
 def alter(lab, monkeypatch, kind:str, what):
     "Change one input of the toy stage, for real where a test can."
-    import k2lab.again as again
+    import k2lab.lab.reproduce as again
     if kind == 'data': lab.write('zero.txt', what)
     if kind == 'code': lab.write('toylab/train_toy.py', STAGE.replace('value*31', f'value*{31 + what}'))
     if kind == 'package version': now = {**again.versions(), what: '9.9'}; monkeypatch.setattr(again, 'versions', lambda: now)

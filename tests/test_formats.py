@@ -6,10 +6,10 @@ import pytest
 
 torch = pytest.importorskip('torch')
 from safetensors.torch import load_file, save_file
-from k2lab.checkpoint import flaw
-from k2lab.core import LabError
-from k2lab.formats import INDEX, backbone, dequantised_fp8, dequantised_int4, fetched, model_names, scheme, to_bf16
-from k2lab.model import Loading, open_model, open_tokenizer, ready, register_kimi_k2, save_checkpoint, shipped
+from k2lab.lab.checkpoint import flaw
+from k2lab.lab.config import LabError
+from k2lab.models.quantized import INDEX, backbone, dequantised_fp8, dequantised_int4, fetched, model_names, scheme, to_bf16
+from k2lab.models.load import Loading, open_model, open_tokenizer, ready, register_kimi_k2, save_checkpoint, shipped
 
 BLOCK, GROUP = 128, 32
 REAL = Path(__file__).resolve().parents[2]/'shared/kimi-tokenizer/config.json'
@@ -334,7 +334,8 @@ def test_hub_ids_and_revisions(hub, made):
 
 
 def test_a_run_records_the_commit_that_a_hub_id_stood_for(hub, lab):
-    from k2lab.job import open_place, start
+    from k2lab.lab.job import start
+    from k2lab.lab.names import open_place
     lab.write('configs/env.yaml', 'models: {zero: ./zero.txt, tiny: moon/K2-tiny, pinned: moon/K2-tiny@%s, elsewhere: moon/K3@v1}\n' % COMMIT)
     job = start('train_toy')
     assert job.find('tiny') == job.find('pinned') == f'moon/K2-tiny@{COMMIT}'

@@ -6,15 +6,24 @@ from statistics import median
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
-STAGES = [p for p in NOTEBOOKS if int(p.name[:2]) >= 10]
+ROOMS = ['lab', 'text', 'corpus', 'tasks', 'models', 'training', 'serving', 'reports']      # each imports only from those before it
+STAGES = sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
+NOTEBOOKS = [*(p for room in ROOMS for p in sorted((ROOT/'nbs'/room).glob('*.ipynb'))), *STAGES]
 MODULES = sorted(p for p in (ROOT/'k2lab').rglob('*.py') if p.name != '_modidx.py')
-PLAIN = {'__init__', '__main__', 'bench', 'cli', 'kernels', 'mla', 'muon', 'peers', 'sandbox', 'server', 'signals', 'slurm', '_modidx'}      # written by hand; everything else is exported
+# written by hand; every other module is exported by a notebook
+PLAIN = {'__main__', 'cli', 'corpus.kernels', 'corpus.signals', 'lab.sandbox', 'lab.slurm', 'models.mla', 'serving.server', 'training.muon',
+         *(f'bench.{name}' for name in ('__main__', 'corpus', 'harness', 'peers', 'privacy', 'quality', 'runner', 'tokens', 'training'))}
 
 
 def name_of(path:Path) -> str:
-    "`30_train_sft_domain.ipynb` -> `train_sft_domain`."
-    return re.sub(r'^\d+[a-z]?_', '', path.stem)
+    "`nbs/30_train_sft_domain.ipynb` -> `train_sft_domain`, `nbs/lab/00_config.ipynb` -> `lab.config`."
+    name = re.sub(r'^\d+_', '', path.stem)
+    return name if path.parent.name == 'nbs' else f'{path.parent.name}.{name}'
+
+
+def module_of(path:Path) -> str:
+    "`k2lab/lab/config.py` -> `lab.config`."
+    return '.'.join(path.relative_to(ROOT/'k2lab').with_suffix('').parts)
 
 
 def cells(path:Path, kind:str='code') -> list:
@@ -51,18 +60,76 @@ def test_a_notebook_starts_with_its_title(path):
     assert title.startswith('# ') and '\n>' in title
 
 
-@by_name(NOTEBOOKS)
-def test_a_lower_number_never_imports_a_higher_one(path):
-    order = {name_of(p): p.stem for p in NOTEBOOKS}
-    exported = '\n'.join(source(c) for c in cells(path) if re.search(r'^#\| *export', source(c), re.M))
-    used = set(re.findall(r'(?:from|import) k2lab\.(\w+)', exported)) | set(re.findall(r"import_module\('k2lab\.(\w+)'\)", exported))
-    late = {m for m in used if m in order and order[m] >= path.stem}
-    assert late <= {'model'} if path.stem == '01_job' else not late      # smoke:k2 is opened lazily, by name
+def rank(module:str) -> int:
+    "The place of a module in the order of the rooms: stages after all rooms, the command and the benchmarks last."
+    room, _, name = module.partition('.')
+    if room in ROOMS and name: return ROOMS.index(room)
+    return len(ROOMS) + (room in ('cli', 'bench', '__main__'))
+
+
+def imports(path:Path) -> set:
+    "The modules of the package that a module imports anywhere, or names in a string (`'k2lab.corpus.units:keep'`)."
+    here, text, found = module_of(path).split('.'), path.read_text(), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import): found |= {a.name for a in node.names if a.name.startswith('k2lab.')}
+        elif isinstance(node, ast.ImportFrom):
+            start = ['k2lab', *here[:len(here) - node.level]] if node.level else []
+            parent = '.'.join([*start, *([node.module] if node.module else [])])
+            found |= {parent, *(f'{parent}.{a.name}' for a in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str): found |= set(re.findall(r'^(k2lab\.[a-z_.]+?)(?::\w+)?$', node.value))
+    known = {f'k2lab.{module_of(p)}' for p in MODULES if p.name != '__init__.py'}
+    return {name.removeprefix('k2lab.') for name in found & known} - {'.'.join(here)}
+
+
+GRAPH = {module_of(p): imports(p) for p in MODULES if p.name != '__init__.py'}
+
+
+def upward(graph:dict) -> list:
+    "The imports that run against the order of the rooms."
+    return sorted((a, b) for a, used in graph.items() for b in used if rank(b) > rank(a))
+
+
+def circle(graph:dict) -> list:
+    "Modules that import each other in a circle, or an empty list."
+    left = dict(graph)
+    while left:
+        free = [m for m, used in left.items() if not used & left.keys()]
+        if not free: return sorted(left)
+        for m in free: del left[m]
+    return []
+
+
+def test_rooms_import_only_from_rooms_before_them():
+    assert upward(GRAPH) == []
+    assert upward({'lab.names': {'models.load'}, 'tasks.stats': {'lab.config'}}) == [('lab.names', 'models.load')]
+
+
+def test_no_module_imports_itself_in_a_circle():
+    assert circle(GRAPH) == []
+    assert circle({'lab.job': {'lab.slurm'}, 'lab.slurm': {'lab.job'}, 'lab.config': set()}) == ['lab.job', 'lab.slurm']
+
+
+def test_imports_by_name_are_seen():
+    assert 'corpus.units' in GRAPH['corpus.pipeline'] and 'lab.slurm' in GRAPH['lab.launch']
+    assert 'serving.server' in GRAPH['launch_teacher_vllm']      # started by `python -m`
+
+
+def test_the_front_door_and_the_size_of_rooms():
+    top = {p.name for p in (ROOT/'nbs').glob('*.ipynb')}
+    assert top == {'index.ipynb', *(p.name for p in STAGES)} and len(STAGES) == 12
+    assert {p.name for p in (ROOT/'nbs').iterdir() if p.is_dir() and not p.name.startswith(('.', '_'))} <= {*ROOMS, 'guides'}
+    for folder in (ROOT/'k2lab').iterdir():
+        if folder.is_dir(): assert len([p for p in folder.glob('*.py') if p.name != '__init__.py']) <= 15, folder.name
+
+
+def test_a_lower_number_never_imports_a_higher_one():
+    number = {name_of(p): p.stem for p in NOTEBOOKS if p not in STAGES}
+    assert not [(m, e) for m in number for e in GRAPH[m] & number.keys() if m.split('.')[0] == e.split('.')[0] and number[e] >= number[m]]
 
 
 def test_stage_files_resolve_at_every_scale():
-    from k2lab.core import SCALES, load_env, resolve
-    from k2lab.run import stage_module
+    from k2lab.lab.config import SCALES, load_env, resolve
+    from k2lab.lab.job import stage_module
     for scale in SCALES:
         assert load_env(scale)['models']
         for path in STAGES: resolve(stage_module(name_of(path)).Config, name_of(path), scale)
@@ -81,12 +148,19 @@ def test_every_config_belongs_to_something():
     assert {p.stem for p in (ROOT/'configs').glob('*.yaml')} <= known
 
 
+def exported() -> set:
+    "The modules that notebooks say they export to."
+    firsts = (re.search(r'^#\| *default_exp (\S+)', source(c), re.M) for p in NOTEBOOKS for c in cells(p)[:1])
+    return {m[1] for m in firsts if m}
+
+
 def test_every_module_is_exported_or_plain():
-    assert {p.stem for p in (ROOT/'k2lab').glob('*.py')} <= {name_of(p) for p in NOTEBOOKS} | PLAIN
+    assert exported() == {name_of(p) for p in NOTEBOOKS}      # a notebook's name is its module's
+    assert set(GRAPH) == exported() | PLAIN
 
 
 def test_settings_ini_is_the_labs_own():
-    from k2lab.core import SETTINGS
+    from k2lab.lab.config import SETTINGS
     ini = configparser.ConfigParser()
     ini.read(ROOT/'settings.ini')
     assert {(s, k) for s in ini.sections() for k in ini[s]} <= {(s, k) for s in SETTINGS for k in SETTINGS[s]}
@@ -103,12 +177,28 @@ def test_help_tells_the_meaning_of_every_field(path):
     assert not [name for name, text in meaning.items() if len(text) < 6 or text.startswith(('{', '['))], meaning
 
 
-@pytest.mark.parametrize('what', ['import k2lab', 'import k2lab.core, k2lab.run, k2lab.cli', "from k2lab.cli import main; main(['--help'])",
-                                  *(f'import k2lab.{name_of(p)}' for p in NOTEBOOKS)])
-def test_imports_cost_nothing(what):
-    heavy = "{'torch', 'transformers', 'trl', 'datasets', 'pandas', 'matplotlib', 'papermill', 'peft', 'accelerate', 'numpy'}"
-    done = subprocess.run([sys.executable, '-c', f'import sys; {what}; print(sorted({heavy} & set(sys.modules)))'], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip().endswith('[]'), done.stdout[-300:] + done.stderr[-300:]
+HEAVY = {'torch', 'transformers', 'trl', 'datasets', 'pandas', 'matplotlib', 'papermill', 'peft', 'accelerate', 'numpy'}
+LIGHT = sorted({f'k2lab.{m}' for m in GRAPH} - {'k2lab.__main__', 'k2lab.bench.__main__', 'k2lab.bench.peers', 'k2lab.corpus.kernels', 'k2lab.corpus.signals'})
+
+
+def heavy_imports(statements:list) -> dict:
+    "What each statement brings in of `HEAVY`, one after the other in one process; {} when nothing does."
+    code = f"""import sys, contextlib, io, json
+found, seen = {{}}, set()
+for one in {statements!r}:
+    with contextlib.redirect_stdout(io.StringIO()): exec(one)
+    new = {HEAVY!r} & set(sys.modules) - seen
+    if new: found[one] = sorted(new)
+    seen |= new
+print(json.dumps(found))"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-500:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_imports_cost_nothing():
+    assert heavy_imports(['import k2lab', *(f'import {m}' for m in LIGHT), "from k2lab.cli import main; main(['--help'])"]) == {}
+    assert heavy_imports(['import json', 'import numpy']) == {'import numpy': ['numpy']}
 
 
 def functions():

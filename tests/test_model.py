@@ -2,10 +2,10 @@
 import pytest
 
 torch = pytest.importorskip('torch')
-from k2lab.adapters import lora
-from k2lab.mla import NAME, from_latents
-from k2lab.model import Loading, small_model
-from k2lab.muon import STACK, orthogonalise, orthogonalise_all, stacks
+from k2lab.models.adapters import lora
+from k2lab.models.mla import NAME, from_latents
+from k2lab.models.load import Loading, small_model
+from k2lab.training.muon import STACK, orthogonalise, orthogonalise_all, stacks
 
 
 class Vocabulary:

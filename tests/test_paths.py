@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from k2lab.core import LabError, lab_path, resolve
-from k2lab.job import launch_command, start
+from k2lab.lab.config import LabError, lab_path, resolve
+from k2lab.lab.job import start
+from k2lab.lab.launch import launch_command
 
 torch = pytest.importorskip('torch')
-from k2lab.adapters import adaptable, is_split, lora
-from k2lab.fit import options
-from k2lab.model import Loading, check_window, group_of, open_model, open_tokenizer, smoke_model, trained_counts
-from k2lab.training import publish
+from k2lab.models.adapters import adaptable, is_split, lora
+from k2lab.training.trainer import options
+from k2lab.models.load import Loading, check_window, group_of, open_model, open_tokenizer, smoke_model, trained_counts
+from k2lab.training.stage import publish
 
 IDS = torch.arange(8, 72).view(2, 32)
 PARTS = {'attention', 'shared', 'dense'}
@@ -51,7 +52,7 @@ def trained(stage:str, **changes) -> dict:
         seen.update(model=model, said=logits(model), state={n: p.detach().clone() for n, p in model.named_parameters()})
         return is_split(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('k2lab.training.is_split', watching)
+        patch.setattr('k2lab.models.adapters.is_split', watching)
         job = start(stage, 'smoke', changes={'measures': ['domain_bits_per_byte'], **changes})
         importlib.import_module(f'k2lab.{stage}').work(job)
     return dict(seen, job=job, published=open_model(job.folder/job.cfg.saves), fit=json.loads((job.folder/'run.json').read_text())['training']['train'])

@@ -6,9 +6,9 @@ import pyarrow as pa
 import pytest
 
 from k2lab import privacy
-from k2lab.bench import by_re, letters, scored
-from k2lab.core import LabError
-from k2lab.corpus import conserved
+from k2lab.bench.privacy import by_re, letters, scored
+from k2lab.lab.config import LabError
+from k2lab.corpus.operators import conserved
 
 
 def said(text, kind=None) -> list:
@@ -113,7 +113,7 @@ PIECES = ['ada@lovelace.org', '@', '.', 'jörg@', '+49 171 5550199', '(415) 555-
           'http://a:b9@', '-----BEGIN PRIVATE KEY-----\n', '-----END PRIVATE KEY-----', 'é', '图', '\x00', '\u2028', '\x0b', 'eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.', 'K', 'ſ']
 
 def test_without_re2_it_says_so_and_finds_the_same():
-    code = ("import sys, warnings; sys.modules['re2'] = None\nfrom k2lab.privacy import private\n"
+    code = ("import sys, warnings; sys.modules['re2'] = None\nfrom k2lab.corpus.privacy import private\n"
             "with warnings.catch_warnings(record=True) as said:\n warnings.simplefilter('always')\n found = [private(b'to ada@lovelace.org') for _ in range(2)]\nprint(found, [str(w.message)[:27] for w in said])")
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout.strip() == "[[(3, 19, 'EMAIL')], [(3, 19, 'EMAIL')]] ['google-re2 is not installed']", done.stderr

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pytest
 
 from k2lab import quality, signals
-from k2lab.core import LabError
-from k2lab.corpus import conserved
-from k2lab.kernels import batches, packed
-from k2lab.signals import LINE_COUNTS, RUN_COUNTS, WORD_COUNTS
+from k2lab.lab.config import LabError
+from k2lab.corpus.operators import conserved
+from k2lab.corpus.kernels import batches, packed
+from k2lab.corpus.signals import LINE_COUNTS, RUN_COUNTS, WORD_COUNTS
 
 ALPHABETS = ['abcdeABCDE  \n\n.,_-019#{', ['the', 'be', 'to', 'of', 'and', 'that', 'have', 'with', *'          '], 'äöüßÄÉñŁłıİKΣσ ', '图书馆 使用。、カタカナ々〇，！', 'ภาษาไทย ກຂ ', '\x00\x7f\x80\x85\xa0\u2028\u3000\ufeff\u0301\u200d\U0001f600\U00020000\U0003ffff\U0010ffff\x1c\x0b',
              '...…•"?! \n', '²½①Ⅷ٣ªʰ𝒜', ['a b c d e f ', 'x y\n', '\n\n', 'a b c d e f g h i j k l '], ['javascript ', 'JavaScript', '{', 'Lorem Ipsum ', 'use cookies', 'terms of use', '.', '\n', ' one two', 'K', 'ſ']]
@@ -101,7 +101,7 @@ def test_lines_and_phrases_are_those_of_the_twins(monkeypatch, seed):
 def test_more_phrases_than_there_was_room_for(): assert len(signals.phrases_in(np.frombuffer(b'{'*5000, np.uint8), [b'{'])[0]) == 5000
 
 def test_decisions_are_those_of_the_twin_on_installed_texts(monkeypatch):
-    from k2lab.sources import documents
+    from k2lab.corpus.sources import documents
     texts = [page['text'] for _, page in zip(range(600), documents({'package': 'networkx'}))] + [path.read_text('utf-8', 'ignore') for path in sorted(Path(sysconfig.get_path('stdlib')).glob('*.py'))[::3]]
     def decisions():
         found = quality.signals(pa.array(texts))
@@ -115,7 +115,7 @@ def test_a_giant_text_of_one_word_of_one_letter_words_and_of_one_line():
     assert got['words'] == 300_000 and got['top_2'] == 299_999*3 and got['dup_10'] == 299_990 and counted('\n'*100_000)['lines'] == 0 and counted('图'*50_000)['alone'] == 50_000
 
 def test_without_numba_the_twins_do_the_work():
-    code = ("import sys, warnings; sys.modules['numba'] = None; warnings.simplefilter('ignore')\nimport pyarrow as pa\nfrom k2lab.quality import drop_poor, c4_lines\n"
+    code = ("import sys, warnings; sys.modules['numba'] = None; warnings.simplefilter('ignore')\nimport pyarrow as pa\nfrom k2lab.corpus.quality import drop_poor, c4_lines\n"
             "t = pa.table(dict(text=['one two three four five six', 'x', 'Here they are. There they went. Nobody came. Now. Then.']))\nprint(drop_poor(t)[0].num_rows, c4_lines(t)[0].num_rows)")
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout.split() == ['2', '1'], done.stderr
@@ -279,7 +279,7 @@ def test_languages_by_hand():
 
 def test_installed_documents_are_english():
     pytest.importorskip('fasttext')
-    from k2lab.sources import documents
+    from k2lab.corpus.sources import documents
     texts = [text for _, page in zip(range(300), documents({'package': 'networkx'})) if len(text := page['text']) > 200]
     assert np.mean([quality.language(text)[0] == 'en' for text in texts]) > .97
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from k2lab import corpus, rows
-from k2lab.core import LabError
-from k2lab.refine import Refining, clear, mix, refine, refining, tables_of, texts_of, unique
-from k2lab.units import Plan, plan_units, run_units
+from k2lab.lab.config import LabError
+from k2lab.corpus.pipeline import Refining, clear, mix, refine, refining, tables_of, texts_of, unique
+from k2lab.corpus.units import Plan, plan_units, run_units
 
 WORDS = 'graph node edge path tree cycle weight degree matrix flow cut colour match order rank sort heap queue stack walk'.split()
 
@@ -75,7 +75,7 @@ def test_signals_travel_as_columns_when_asked(tmp_path):
     write(tmp_path/'a.jsonl', [dict(text='a node ' * 30 + page(random.Random(1)), source='x', n=1)])
     made = refine([dict(files=f'{tmp_path}/a.jsonl')], ['a'], Refining(signals=True, quality=dict(words=[1, 1000])), tmp_path/'work')
     table, = tables_of(made, made.index)
-    from k2lab.shards import lines_of
+    from k2lab.corpus.writers import lines_of
     row = json.loads(lines_of(table))
     assert row['signal_words'] == 120 and row['n'] == 1 and 'signal_alpha_words' in row and 'bands' not in row
 

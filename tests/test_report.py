@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from k2lab.core import read_yaml
-from k2lab.charts import el
-from k2lab.evidence import KEYS, MEASURES, TESTS, alternatives, change, for_machines, holds, judged, line_of, measured, newest, verdict
-from k2lab.page import ancestors, headline, page, student_lines
+from k2lab.lab.config import read_yaml
+from k2lab.reports.charts import el
+from k2lab.reports.results import KEYS, MEASURES, TESTS, alternatives, change, for_machines, holds, judged, line_of, measured, newest, verdict
+from k2lab.reports.page import ancestors, headline, page, student_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -169,7 +169,7 @@ def test_readme_is_the_index_notebook():
 
 
 def test_readme_names_every_notebook_and_scale():
-    from k2lab.core import SCALES
+    from k2lab.lab.config import SCALES
     text = (ROOT/'README.md').read_text()
     assert [p.stem for p in (ROOT/'nbs').glob('[0-9]*.ipynb') if f'`{p.stem}`' not in text] == []
     assert all(f'`{s}`' in text for s in SCALES)

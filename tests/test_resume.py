@@ -1,18 +1,17 @@
 """A training that is killed and goes on ends bit for bit where the uninterrupted one does: losses, weights, order of batches."""
 import hashlib, json, random, shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from k2lab.checkpoint import newest, seal, set_aside, step_of
-from k2lab.files import as_json, read_lines
-from k2lab.model import Loading
+from k2lab.lab.checkpoint import newest, seal, set_aside, step_of
+from k2lab.lab.files import as_json, read_lines
+from k2lab.models.load import Loading
 
 
 @pytest.fixture(scope='module')
 def tok():
-    from k2lab.tokenizer import build_tokenizer
+    from k2lab.text.tokenizer import build_tokenizer
     return build_tokenizer(['the graph G has nodes and edges, the path from a to b']*4, 340)
 
 
@@ -32,7 +31,7 @@ WORDS = 'the graph G has nodes and edges, the path from a to b'.split()
 
 def sft_rows(tok, n:int=26) -> list:
     "Conversations and documents of different lengths."
-    from k2lab.tokens import encode_row
+    from k2lab.text.masks import encode_row
     rng, row = random.Random(1), lambda *sizes: [' '.join(rng.choices(WORDS, k=rng.randint(1, size))) for size in sizes]
     talks = [encode_row(tok, dict(zip(('prompt', 'response'), row(6, 9))), 'S') for _ in range(n//2)]
     documents = [tok(text).input_ids + [tok.eos_token_id] for _ in range(n - n//2) for text in row(20)]
@@ -41,8 +40,8 @@ def sft_rows(tok, n:int=26) -> list:
 
 def pairs(tok, n:int=20) -> list:
     "Preference pairs of different lengths."
-    from k2lab.chat import encode, pair_spans
-    from k2lab.tokenizer import family_of
+    from k2lab.text.chat import encode, pair_spans
+    from k2lab.text.tokenizer import family_of
     rng = random.Random(2)
     rows = [{k: ' '.join(rng.choices(WORDS, k=rng.randint(1, 6))) for k in ('prompt', 'chosen', 'rejected')} for _ in range(n)]
     return [{k: encode(tok, spans)[0] for k, spans in zip(('prompt_ids', 'chosen_ids', 'rejected_ids'), pair_spans(r, 'S', family_of(tok)))} for r in rows]
@@ -50,8 +49,8 @@ def pairs(tok, n:int=20) -> list:
 
 def fit(folder:Path, tok, kind:str, how:str, trainer:dict):
     "Train a random model in `folder` from its newest checkpoint; `(what came out, the job)`."
-    from k2lab.fit import balance_router, fit_dpo, fit_sft
-    from k2lab.model import small_model
+    from k2lab.training.trainer import balance_router, fit_dpo, fit_sft
+    from k2lab.models.load import small_model
     job, model = Bench(folder), small_model(kind, 'smoke', tok)
     parts = ['attention', 'dense', *(['shared'] if kind == 'k2' else []), *(['routed'] if 'routed' in how else [])]
     load = Loading(lora_rank=4, adapt=parts) if 'lora' in how else Loading()
@@ -160,10 +159,9 @@ def test_a_damaged_checkpoint_is_set_aside(name, how, tmp_path):
 
 def test_experts_are_restored_where_the_trainer_alone_drops_them(tok, tmp_path):
     "The gap that `restore_weights` closes: loaded with strict=False, no expert of a saved model finds its place."
-    import torch
     from safetensors.torch import load_file
-    from k2lab.fit import restore_weights
-    from k2lab.model import small_model
+    from k2lab.training.callbacks import restore_weights
+    from k2lab.models.load import small_model
     trained, fresh = small_model('k2', 'smoke', tok, seed=1), small_model('k2', 'smoke', tok, seed=2)
     trained.save_pretrained(tmp_path)
     lost = fresh.load_state_dict(load_file(tmp_path/'model.safetensors'), strict=False)

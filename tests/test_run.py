@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from k2lab.core import LabError, resolve
-from k2lab.files import mask, verify
-from k2lab.job import find_run, open_job, read_run, runs, start
-from k2lab.run import execute
+from k2lab.lab.config import LabError, resolve
+from k2lab.lab.files import mask, verify
+from k2lab.lab.job import open_job, start
+from k2lab.lab.records import find_run, read_run, runs
+from k2lab.lab.runner import execute
 
 
 def k2lab(*words, **env) -> subprocess.CompletedProcess:
@@ -159,7 +160,7 @@ def test_a_run_whose_process_is_gone_shows_as_interrupted(lab):
 # ---- folders and files -------------------------------------------------------------------------------------------------------
 
 def test_no_two_runs_share_a_folder_or_a_number(lab):
-    script = "from k2lab.job import new_folder\nfor _ in range(10): print(new_folder('train_toy', 'race').name)"
+    script = "from k2lab.lab.records import new_folder\nfor _ in range(10): print(new_folder('train_toy', 'race').name)"
     with ThreadPoolExecutor(4) as pool: done = list(pool.map(lambda _: subprocess.run([sys.executable, '-c', script], capture_output=True, text=True), range(4)))
     names = [n for d in done for n in d.stdout.split()]
     assert sorted(int(n.split('.')[1].split('-')[0]) for n in names) == list(range(1, 41))
@@ -177,7 +178,7 @@ def test_a_folder_is_never_used_twice(lab):
 
 
 def test_a_crash_while_publishing_leaves_nothing_that_looks_complete(lab):
-    script = ("import os\nfrom k2lab.run import start\njob = start('train_toy')\n"
+    script = ("import os\nfrom k2lab.lab.job import start\njob = start('train_toy')\n"
               "with job.publishing('k2_toy') as path:\n    path.mkdir(); (path/'model.safetensors').write_text('half'); os.kill(os.getpid(), 9)")
     assert subprocess.run([sys.executable, '-c', script]).returncode == -9
     r = runs()[0]

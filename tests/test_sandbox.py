@@ -1,10 +1,10 @@
 "The sandbox under attack. Each attack runs as it would from a model: as code."
-import os, platform, socket, sys, threading
+import os, platform, socket, threading
 from pathlib import Path
 import pytest
 from k2lab import sandbox
-from k2lab.core import LabError
-from k2lab.sandbox import run_python
+from k2lab.lab.config import LabError
+from k2lab.lab.sandbox import run_python
 
 WHY = sandbox.why_not()
 jailed = pytest.mark.skipif(bool(WHY), reason=WHY)

@@ -3,10 +3,10 @@ import contextlib, json, math, threading, time
 import pytest
 from fastapi.testclient import TestClient
 from k2lab import server
-from k2lab.chat import encode, prompt_spans, target_spans, text_of
-from k2lab.tokenizer import build_tokenizer
-from k2lab.core import LabError
-from k2lab.model import generate, small_model
+from k2lab.text.chat import encode, prompt_spans, target_spans
+from k2lab.text.tokenizer import build_tokenizer
+from k2lab.lab.config import LabError
+from k2lab.models.load import generate, small_model
 
 torch = pytest.importorskip('torch')
 CALL = dict(id='functions.python:0', type='function', function=dict(name='python', arguments='{"code": "print(6*7)"}'))
@@ -151,8 +151,8 @@ def listening(app):
     finally: run.should_exit = True; thread.join()
 
 def test_the_labs_client_speaks_to_it(says, client, parts, monkeypatch):
-    "The contract between `k2lab.teacher` and the server, over the real wire format."
-    from k2lab.teacher import Teacher
+    "The contract between `k2lab.serving.client` and the server, over the real wire format."
+    from k2lab.serving.client import Teacher
     monkeypatch.setenv('A_KEY', 'secret')
     scripted = says(target_spans('See', 'Hm.', [CALL], family(parts)))
     with listening(scripted.app) as url: script_speaks(Teacher(f'{url}/v1', 'tiny', 'A_KEY'))
@@ -164,7 +164,7 @@ def script_speaks(teacher):
     assert kind == 'reply' and streamed == reply and reply['tool_calls'] == [CALL] and reply['finish'] == 'tool_calls' and ''.join(t for k, t in pieces if k == 'content') == 'See'
 
 def server_speaks(plain, tok, monkeypatch):
-    from k2lab.teacher import PROBES, check_parity, token_number
+    from k2lab.serving.client import PROBES, check_parity, token_number
     assert check_parity(plain, tok) == len(PROBES) == 4
     other = build_tokenizer(['What is it?'] * 5, 340, server.family_of(tok))
     with pytest.raises(LabError, match='token .* of conversation 1 is not the lab.s; server .*another template or tokenizer'): check_parity(plain, other)

@@ -5,10 +5,11 @@ from pathlib import Path
 import fsspec, psutil, pytest
 
 from k2lab import shards
-from k2lab.core import LabError
-from k2lab.rows import Part, pack, read_rows, write_rows
-from k2lab.shards import LINE, Reader, Shards, as_table, find_files, lines_of
-from k2lab.units import Plan, plan_units, receipt_of, run_units, shard_files
+from k2lab.lab.config import LabError
+from k2lab.text.rows import Part, pack, read_rows, write_rows
+from k2lab.corpus.readers import LINE, Reader, as_table, find_files
+from k2lab.corpus.writers import Shards, lines_of
+from k2lab.corpus.units import Plan, plan_units, receipt_of, run_units, shard_files
 
 HERE = Path(__file__).parent
 ALL = dict(max_bad=1, allow_partial=True)
@@ -262,7 +263,7 @@ def test_a_killed_worker_is_noticed_and_only_its_unit_is_redone(files, tmp_path)
 
 
 def test_a_killed_parent_leaves_no_worker_and_another_number_of_workers_ends_the_work(files, tmp_path):
-    script = f"from k2lab.units import *; run_units(plan_units({files!r}, size=2000), Plan('test_shards:slow', dict(seconds=.15)), {str(tmp_path/'out')!r}, workers=3)"
+    script = f"from k2lab.corpus.units import *; run_units(plan_units({files!r}, size=2000), Plan('test_shards:slow', dict(seconds=.15)), {str(tmp_path/'out')!r}, workers=3)"
     parent = subprocess.Popen([sys.executable, '-c', script], env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(HERE), *sys.path])})
     receipts, end = tmp_path/'out/receipts', time.monotonic() + 30
     while time.monotonic() < end and len(list(receipts.glob('*.json')) if receipts.exists() else []) < 4: time.sleep(.01)
@@ -278,7 +279,7 @@ def test_a_killed_parent_leaves_no_worker_and_another_number_of_workers_ends_the
 
 
 def test_workers_end_with_their_parent_in_the_middle_of_a_unit(files, tmp_path):
-    script = f"from k2lab.units import *; run_units(plan_units({files!r}, size=2000), Plan('test_shards:slow', dict(seconds=60)), {str(tmp_path/'out')!r}, workers=2)"
+    script = f"from k2lab.corpus.units import *; run_units(plan_units({files!r}, size=2000), Plan('test_shards:slow', dict(seconds=60)), {str(tmp_path/'out')!r}, workers=2)"
     parent = subprocess.Popen([sys.executable, '-c', script], env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(HERE), *sys.path])})
     end = time.monotonic() + 30
     while time.monotonic() < end and len(list((tmp_path/'out/rejects').glob('.*.part'))) < 2: time.sleep(.01)      # both are at a unit
@@ -329,7 +330,7 @@ def test_what_an_operator_prints_is_no_answer_and_steps_are_counted_apart(files,
 
 def test_a_full_disk_says_how_much_is_missing_and_leaves_no_half_file(tmp_path):
     (tmp_path/'a.jsonl').write_bytes(joined(*(line(os.urandom(400).hex()) for _ in range(3000))))
-    script = f"from k2lab.units import *; run_units(plan_units('{tmp_path}/a.jsonl', size=900_000), Plan(room=10**9), '{tmp_path}/out')"
+    script = f"from k2lab.corpus.units import *; run_units(plan_units('{tmp_path}/a.jsonl', size=900_000), Plan(room=10**9), '{tmp_path}/out')"
     cap = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, preexec_fn=cap)
     assert done.returncode == 1 and 'disk full while writing' in done.stderr and 'more bytes is needed' in done.stderr
@@ -351,7 +352,7 @@ def test_memory_is_flat_whatever_the_size_of_a_file(tmp_path):
     for n in (10, 100):
         with open(tmp_path/'a.jsonl', 'wb') as f:
             for _ in range(n): f.write(block)
-        script = f"from k2lab.units import *; i = run_units(plan_units('{tmp_path}/a.jsonl', size=1 << 40), Plan(), '{tmp_path}/out'); print(i['rows'], re.search('VmHWM: *\\s*(\\d+)', open('/proc/self/status').read())[1])"
+        script = f"from k2lab.corpus.units import *; i = run_units(plan_units('{tmp_path}/a.jsonl', size=1 << 40), Plan(), '{tmp_path}/out'); print(i['rows'], re.search('VmHWM: *\\s*(\\d+)', open('/proc/self/status').read())[1])"
         rows, kb = map(int, subprocess.run([sys.executable, '-c', 'import re; ' + script], capture_output=True, text=True, check=True).stdout.split())
         assert rows == 1000*n
         peak.append(kb/1024)

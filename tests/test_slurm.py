@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from k2lab.core import LabError
-from k2lab.job import prepare, read_run, runs
-from k2lab.slurm import Cluster, across_nodes, cluster, job_of, parameters, state, submit, submit_stage, waiting
+from k2lab.lab.config import LabError
+from k2lab.lab.records import read_run, runs
+from k2lab.lab.slurm import Cluster, across_nodes, cluster, job_of, parameters, state, submit, submit_stage, waiting
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = '''

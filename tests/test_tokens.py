@@ -1,11 +1,15 @@
 "Tokens: masks, chunks and the ledger against values worked out by hand, on lists and on tensors."
 import random
+from functools import reduce
+
 import pytest
-from k2lab.chat import encode, pair_spans
-from k2lab.tokenizer import build_tokenizer
-from k2lab.core import LabError
-from k2lab.packing import best_fit, pack, packed_batch
-from k2lab.tokens import Audit, Ledger, batch_rows, chunks, concatenate, encode_row, encode_rows, generation_prompt, mask_html, mask_runs, mask_text, speech, stream_hash
+from k2lab.text.chat import encode, pair_spans
+from k2lab.text.tokenizer import build_tokenizer
+from k2lab.lab.config import LabError
+from k2lab.text.packing import best_fit, pack, packed_batch
+from k2lab.text.audit import Audit, batch_rows, generation_prompt
+from k2lab.text.ledger import Ledger, chained, speech
+from k2lab.text.masks import chunks, concatenate, encode_row, encode_rows, mask_html, mask_runs, mask_text
 
 @pytest.fixture(scope='module', params=['kimi', 'qwen'])
 def tok(request): return build_tokenizer(['user assistant system 12 + 3 = 15, so 15. A graph has nodes.'] * 20, 330, request.param)
@@ -99,7 +103,7 @@ def test_a_ledger_that_waits_counts_what_was_trained(tmp_path):
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-    from k2lab.model import small_model
+    from k2lab.models.load import small_model
     tok = build_tokenizer(['user assistant a b c d'] * 5, 300)
     ledger, eager = Ledger(tok, wait=True), Ledger(tok)
     class Passing(TrainerCallback):
@@ -119,6 +123,11 @@ def test_a_ledger_without_batches_complains(tok):
     with pytest.raises(LabError, match='dataloader_num_workers'): Ledger(tok, wait=True).passed()
 
 
+def stream_hash(examples:list) -> str:
+    "The fingerprint of whole examples, as the ledger forms it row by row."
+    return reduce(chained, (e['input_ids'] for e in examples), '')
+
+
 # ---- packing -------------------------------------------------------------------------------------------------------------------
 
 def test_best_fit_loses_nothing_and_fills_rows():
@@ -134,7 +143,7 @@ def test_best_fit_loses_nothing_and_fills_rows():
 def test_a_packed_sample_says_what_it_says_alone(kind):
     "In the nano models, trained ones, at double precision, so that nothing but a leak could make a difference."
     torch = pytest.importorskip('torch')
-    from k2lab.model import open_model, open_tokenizer, shipped
+    from k2lab.models.load import open_model, open_tokenizer, shipped
     model, tok = open_model(shipped(kind)).double().eval(), open_tokenizer(shipped(kind))
     if kind == 'k2': model.set_experts_implementation('eager')      # the grouped product has no double precision
     examples = encode_rows(tok, [dict(prompt=f'{n} + {n}?', response='x'*n) for n in range(1, 14)], 'S')[0]
@@ -152,8 +161,8 @@ def test_a_packed_sample_says_what_it_says_alone(kind):
 
 def test_a_model_that_lets_samples_see_each_other_is_refused():
     torch = pytest.importorskip('torch')
-    from k2lab.model import open_model, open_tokenizer, shipped
-    from k2lab.packing import check_alone
+    from k2lab.models.load import open_model, open_tokenizer, shipped
+    from k2lab.text.packing import check_alone
     model, tok = open_model(shipped('k2')), open_tokenizer(shipped('k2'))
     rows = labelled(pack(encode_rows(tok, ROWS, 'S')[0], 300))
     check_alone(model, rows, tok.pad_token_id)
@@ -234,7 +243,7 @@ def test_good_batches_pass(way, system, tok):
     elif way == 'documents': batch = batch_of(tok, documents)
     elif way == 'preference':
         from trl.trainer.dpo_trainer import DataCollatorForPreference
-        from k2lab.tokenizer import family_of
+        from k2lab.text.tokenizer import family_of
         sets = [[encode(tok, s)[0] for s in pair_spans(dict(prompt='p', chosen=c, rejected=r), system, family_of(tok))] for c, r in (('<think>a</think>b', 'no'), ('c', '<think>d'))]
         batch = DataCollatorForPreference(tok.pad_token_id)([dict(zip(('prompt_ids', 'chosen_ids', 'rejected_ids'), parts)) for parts in sets])
     else: batch = packed_batch(labelled(pack(rows + [evil] + documents, 220)), tok.pad_token_id, flat=way == 'flat')

@@ -4,10 +4,10 @@ import json
 import pytest
 
 from k2lab import grade, rows as row_files
-from k2lab.core import LabError
-from k2lab.corpus import conserved
-from k2lab.sandbox import why_not
-from k2lab.traces import Trace, choice, code, exact, gym_rows, layout_of, math, not_asked, one_each, parted, reasoning_set, verifier_for
+from k2lab.lab.config import LabError
+from k2lab.corpus.operators import conserved
+from k2lab.lab.sandbox import why_not
+from k2lab.tasks.traces import Trace, choice, code, exact, gym_rows, layout_of, math, not_asked, one_each, parted, reasoning_set, verifier_for
 
 LAYOUTS = {
     'gsm8k': (dict(question='6 times 7?', answer='6*7 = <<6*7=42>>42\n#### 42'), [('6 times 7?', '6*7 = 42', '42', '42')]),
@@ -119,7 +119,8 @@ def test_problems_of_a_generator_are_scored_by_it():
 def test_the_stage_takes_sets_and_generators(tmp_path, monkeypatch):
     pytest.importorskip('reasoning_gym', reason='reasoning-gym is not installed')
     from k2lab import prepare_corpus
-    from k2lab.run import launch, start
+    from k2lab.lab.job import start
+    from k2lab.lab.launch import launch
     monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path/'runs'))
     (tmp_path/'a.jsonl').write_text(''.join(json.dumps(dict(problem=f'What is {i}*2?', answer=str(2*i), solution=f'<think>{i}+{i}</think>{2*i + i % 2}')) + '\n' for i in range(20)))
     job = start('prepare_corpus', 'smoke', None, dict(mode='reasoning', trace_sources=[dict(files=f'{tmp_path}/a.jsonl', licence='MIT', name='doubles')], gym=dict(chain_sum=6)))

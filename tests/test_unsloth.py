@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from k2lab.core import LabError
-from k2lab.job import start
+from k2lab.lab.config import LabError
+from k2lab.lab.job import start
 
 LOAD = {'load.backend': 'unsloth', 'load.lora_rank': 4, 'load.adapt': '[attention, dense]'}
 here = bool(find_spec('unsloth'))

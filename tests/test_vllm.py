@@ -5,11 +5,11 @@ import pytest
 
 torch = pytest.importorskip('torch')
 import test_formats as formats
-from k2lab.adapters import lora
-from k2lab.formats import to_bf16
+from k2lab.models.adapters import lora
+from k2lab.models.quantized import to_bf16
 from k2lab.launch_teacher_vllm import Config, serving
-from k2lab.model import Loading, open_model, open_tokenizer, ready, register_kimi_k2, save_checkpoint, shipped
-from k2lab.teacher import check_parity
+from k2lab.models.load import Loading, open_model, open_tokenizer, ready, register_kimi_k2, save_checkpoint, shipped
+from k2lab.serving.client import check_parity
 
 PYTHON = os.environ.get('K2LAB_VLLM', '')
 pytestmark = pytest.mark.skipif(not PYTHON, reason='K2LAB_VLLM names no interpreter that has vLLM')
