@@ -289,7 +289,7 @@ def sides(request):
     "A tokenizer of a model that ships, of K2-Instruct's form or of the real K2, and a function that asks a server for ids."
     pytest.importorskip('torch')
     from fastapi.testclient import TestClient
-    from k2lab import server
+    from k2lab.serving import server
     from k2lab.models.load import open_tokenizer, shipped
     tok = open_tokenizer(KIMI_FILES) if request.param == 'real' else build_tokenizer(TEXTS, 420, 'kimi_instruct') if request.param == 'kimi_instruct' else open_tokenizer(shipped(request.param))
     client = TestClient(server.create_app(NoModel(), tok, 'tiny', 'secret'), headers={'authorization': 'Bearer secret'})

@@ -4,7 +4,9 @@ from collections import Counter
 
 import pytest
 
-from k2lab import corpus, grade, puzzles, questions, rows
+from k2lab.corpus import operators
+from k2lab.tasks import stats, verify, puzzles, questions
+from k2lab.text import rows
 from k2lab.lab.config import LabError
 from k2lab.prepare_corpus import Config as PrepareConfig
 
@@ -88,59 +90,59 @@ def test_a_bad_row_leaves_the_old_file_alone(tmp_path):
 # corpus ---------------------------------------------------------------------------------------------------------------
 
 def test_the_held_out_side_never_changes():
-    assert [k for k in 'abcdefghijklmnopqrst' if corpus.held_out(k, 15)] == HELD      # the base models were made with this hash
+    assert [k for k in 'abcdefghijklmnopqrst' if operators.held_out(k, 15)] == HELD      # the base models were made with this hash
     keys = [f'k{i}' for i in range(5000)]
-    small, large = ({k for k in keys if corpus.held_out(k, p)} for p in (5, 15))
+    small, large = ({k for k in keys if operators.held_out(k, p)} for p in (5, 15))
     assert small < large and .04 < len(small)/5000 < .06 and .13 < len(large)/5000 < .17
-    assert not any(corpus.held_out(k, 0) for k in keys) and all(corpus.held_out(k, 100) for k in keys)
+    assert not any(operators.held_out(k, 0) for k in keys) and all(operators.held_out(k, 100) for k in keys)
 
 HELD = list('bdfim')   # the first eight hex digits of their SHA-256 (3e23e816, 18ac3e73, 252f10c8, de7d1b72, 62c66a7a), modulo 10,000: 566, 1363, 1480, 978, 554
 
 def test_normal_text():
-    assert corpus.normal('a\t \r\n\r\n\n\n  b\x0c\x00\ufeff ') == 'a\n\n  b'
-    assert corpus.normal('e\u0301') == '\u00e9' and corpus.normal('\r') == ''
-    for text in ('a \x00\nb', ' \n\n\x1f\n x', '\ud800a'): assert corpus.normal(corpus.normal(text)) == corpus.normal(text)
+    assert operators.normal('a\t \r\n\r\n\n\n  b\x0c\x00\ufeff ') == 'a\n\n  b'
+    assert operators.normal('e\u0301') == '\u00e9' and operators.normal('\r') == ''
+    for text in ('a \x00\nb', ' \n\n\x1f\n x', '\ud800a'): assert operators.normal(operators.normal(text)) == operators.normal(text)
 
 def test_copies_and_the_law_of_conservation():
-    kept, counts = corpus.exact_dedup([dict(text=t) for t in ('A b', 'a\nB', 'c', 'C ', 'd')], against=[dict(text='D')])
+    kept, counts = operators.exact_dedup([dict(text=t) for t in ('A b', 'a\nB', 'c', 'C ', 'd')], against=[dict(text='D')])
     assert [r['text'] for r in kept] == ['A b', 'c'] and counts == dict(step='exact dedup', rows_in=5, rows_out=2, removed={'copy': 3})
-    assert corpus.conserved([counts]) == ''
-    assert 'exact dedup: 5 in, 1 out, 3 removed' in corpus.conserved([dict(counts, rows_out=1)])
-    assert 'gave 2' in corpus.conserved([counts, dict(step='next', rows_in=3, rows_out=3, removed={})])
+    assert operators.conserved([counts]) == ''
+    assert 'exact dedup: 5 in, 1 out, 3 removed' in operators.conserved([dict(counts, rows_out=1)])
+    assert 'gave 2' in operators.conserved([counts, dict(step='next', rows_in=3, rows_out=3, removed={})])
 
 def words(start, n): return ' '.join(f'w{i}' for i in range(start, start + n))
 
 def test_decontamination_by_hand():
     judged = words(0, 22)     # 10 runs of 13 words
-    gone = lambda text, **kw: not corpus.decontaminate([dict(text=text)], [judged], **kw)[0]
+    gone = lambda text, **kw: not operators.decontaminate([dict(text=text)], [judged], **kw)[0]
     assert gone(judged.upper()) and gone(f'x {words(0, 14)} y')     # 2 of 10 runs is a fifth
     assert not gone(words(0, 13)) and gone(words(0, 13), share=.1) and not gone(words(0, 12), share=.01)
     assert gone(words(4, 18) + ', and so on') and not gone('nothing of it')
 
 def test_decontamination_spares_boilerplate_and_finds_short_questions():
     many = [dict(text=words(0, 13) + f' page {i}') for i in range(11)]
-    assert len(corpus.decontaminate(many, [words(0, 13)])[0]) == 11 and not corpus.decontaminate(many[:10], [words(0, 13)])[0]
+    assert len(operators.decontaminate(many, [words(0, 13)])[0]) == 11 and not operators.decontaminate(many[:10], [words(0, 13)])[0]
     short = 'what is the default of weight'
-    assert not corpus.decontaminate([dict(text=f'Q: {short}?')], [short])[0] and corpus.decontaminate([dict(text='a tree')], ['a tree'])[0]
+    assert not operators.decontaminate([dict(text=f'Q: {short}?')], [short])[0] and operators.decontaminate([dict(text='a tree')], ['a tree'])[0]
 
 def test_decontamination_leaves_nothing_that_it_would_remove_again():
     rng = random.Random(0)
     pages = [dict(text=' '.join(words(rng.randrange(40), rng.randint(10, 30)) for _ in range(2))) for _ in range(80)]
     judged = [words(i, 20) for i in range(0, 60, 7)]
-    kept, counts = corpus.decontaminate(pages, judged, common=4)
-    assert 0 < len(kept) < 80 and corpus.decontaminate(kept, judged, common=4)[0] == kept and corpus.conserved([counts]) == ''
+    kept, counts = operators.decontaminate(pages, judged, common=4)
+    assert 0 < len(kept) < 80 and operators.decontaminate(kept, judged, common=4)[0] == kept and operators.conserved([counts]) == ''
 
 @pytest.mark.parametrize('weights,n,want', [(dict(a=1, b=1), 5, [2, 3]), (dict(a=7, b=2, c=1), 10, [1, 2, 7]), (dict(a=.3, b=.7), 0, [0, 0]), (dict(a=1, b=0), 3, [0, 3])])
 def test_mixture_shares(weights, n, want):
-    assert sorted(corpus.shares(weights, n).values()) == want and sum(want) == n
+    assert sorted(operators.shares(weights, n).values()) == want and sum(want) == n
 
 def test_mixture_is_seeded_and_uses_no_row_twice():
     pools = {name: [dict(text=f'{name}{i}') for i in range(30)] for name in 'ab'}
-    mix = lambda seed: [r['text'] for r in corpus.mixture(pools, dict(a=3, b=1), 40, seed)[0]]
+    mix = lambda seed: [r['text'] for r in operators.mixture(pools, dict(a=3, b=1), 40, seed)[0]]
     assert mix(0) == mix(0) != mix(1) and len(set(mix(0))) == 40 and Counter(t[0] for t in mix(0)) == dict(a=30, b=10)
 
 def test_data_card_counts_bytes_of_utf8():
-    card = corpus.data_card('x', [dict(text='\u00e9', source='s', licence='L'), dict(prompt='ab', reasoning='', final='c', n=1)])
+    card = operators.data_card('x', [dict(text='\u00e9', source='s', licence='L'), dict(prompt='ab', reasoning='', final='c', n=1)])
     assert card['bytes'] == 5 and card['sources'] == {'s': dict(documents=1, bytes=2, licence='L'), 'unknown': dict(documents=1, bytes=3, licence='unknown')}
 
 
@@ -152,10 +154,10 @@ def test_there_are_enough_puzzles_and_all_are_right(family):
     train = puzzles.make_puzzles(20_000, 0, (family,), avoid={r['id'] for r in judged})
     assert len({r['prompt'] for r in train}) == 20_000 and not puzzles.prompts_overlap(train, judged)
     for row in judged + train[:400]:
-        assert grade.verify(row, f"<think>{row['reasoning']}</think>{row['final']}<|im_end|>")
-        true, stated = grade.steps_right(row['reasoning'])
+        assert verify.verify(row, f"<think>{row['reasoning']}</think>{row['final']}<|im_end|>")
+        true, stated = verify.steps_right(row['reasoning'])
         assert true == stated and (stated > 0) == (family in ('chain', 'compare'))
-    assert grade.majority_baseline(train)['all'] < .25 and grade.copy_baseline(judged)['all'] < .25
+    assert stats.majority_baseline(train)['all'] < .25 and stats.copy_baseline(judged)['all'] < .25
 
 @pytest.mark.parametrize('family', puzzles.FAMILIES)
 def test_both_styles_solve_the_same_problem(family):
@@ -180,44 +182,44 @@ def test_puzzles_refuse_what_they_cannot_do(monkeypatch):
     with pytest.raises(LabError, match='no new chain item'): puzzles.make_puzzles(2, 0, ('chain',))
 
 @pytest.mark.parametrize('expression,want', [('7', 7), ('10-3-4', 3), ('2*3*4', 24), ('1+2*3', 7), ('5*2-3*3+1', 2), ('12 + 3', 15)])
-def test_value_by_hand(expression, want): assert grade.value(expression) == want
+def test_value_by_hand(expression, want): assert verify.value(expression) == want
 
 @pytest.mark.parametrize('bad', ['', '1+', '-1', '2**9', '1/2', 'a', '1+2;3', '(1)'])
 def test_value_takes_nothing_else(bad):
-    with pytest.raises(LabError): grade.value(bad)
+    with pytest.raises(LabError): verify.value(bad)
 
 @pytest.mark.parametrize('prompt,family,want', [
     ('Compute 52+7-3.', 'chain', '56'), ('How many b in: b, ab, b?', 'count', '2'), ('Count node in: edge, edge.', 'count', '0'),
     ('Sort from small to large: 47,12.', 'sort', '12,47'), ('Give the larger value: 3*4 or 10+1.', 'compare', '12')])
 def test_truth_comes_from_the_question(prompt, family, want):
-    assert grade.truth(dict(prompt=prompt, family=family, answer='a wrong one')) == want
+    assert verify.truth(dict(prompt=prompt, family=family, answer='a wrong one')) == want
 
 @pytest.mark.parametrize('text,want', [('<think>a</think> 5 <|im_end|>junk', '5'), ('<think>5', None), ('5', '5'), ('<think>a</think>', None), ('', None), ('<think>a</think>4</think>5', '4</think>5')])
-def test_strict_reading(text, want): assert grade.extract(text) == want
+def test_strict_reading(text, want): assert verify.extract(text) == want
 
 def test_strict_and_lenient():
     row = dict(instruction='q', input='', output="'km'", family='default')
-    assert grade.verify(row, "'km'.") and not grade.verify(row, 'km') and not grade.verify(row, "It is 'km'.") and grade.verify(row, "The default is 'km'.", lenient=True)
+    assert verify.verify(row, "'km'.") and not verify.verify(row, 'km') and not verify.verify(row, "It is 'km'.") and verify.verify(row, "The default is 'km'.", lenient=True)
     row = dict(prompt='Compute 2+3.', family='chain', final='5')
-    assert not grade.verify(row, '<think>2+3=5') and grade.verify(row, '<think>2+3=5', lenient=True) and not grade.verify(row, '15', lenient=True)
+    assert not verify.verify(row, '<think>2+3=5') and verify.verify(row, '<think>2+3=5', lenient=True) and not verify.verify(row, '15', lenient=True)
 
 def test_wilson_against_the_formula():
     # k = 5, n = 10, z = 1.96: (.5 + .19208 +- 1.96 sqrt(.025 + .009604)) / 1.38416
-    low, high = grade.wilson(5, 10)
+    low, high = stats.wilson(5, 10)
     assert math.isclose(low, (.69208 - 1.96*math.sqrt(.034604))/1.38416, abs_tol=1e-6) and math.isclose(low + high, 1)
-    assert grade.wilson(0, 0) == (0, 1) and grade.wilson(10, 10)[1] == 1
+    assert stats.wilson(0, 0) == (0, 1) and stats.wilson(10, 10)[1] == 1
 
 def test_paired_tests():
-    assert grade.paired_difference([1, 2, 3], [2, 3, 4]) == (1, 1, 1)
-    assert grade.paired_difference([0]*50, [0, 1]*25, seed=1) == grade.paired_difference([0]*50, [0, 1]*25, seed=1)
-    with pytest.raises(LabError, match='the same items twice'): grade.paired_difference([1], [1, 2])
-    assert grade.mcnemar([0, 0, 1, 1], [0, 0, 1, 1]) == 1 and math.isclose(grade.mcnemar([0]*9 + [1], [1]*9 + [0]), 22/1024)
+    assert stats.paired_difference([1, 2, 3], [2, 3, 4]) == (1, 1, 1)
+    assert stats.paired_difference([0]*50, [0, 1]*25, seed=1) == stats.paired_difference([0]*50, [0, 1]*25, seed=1)
+    with pytest.raises(LabError, match='the same items twice'): stats.paired_difference([1], [1, 2])
+    assert stats.mcnemar([0, 0, 1, 1], [0, 0, 1, 1]) == 1 and math.isclose(stats.mcnemar([0]*9 + [1], [1]*9 + [0]), 22/1024)
 
 def test_score_by_family():
     rows = [dict(prompt='Compute 1+1.', family='chain', final='2'), dict(prompt='Sort ascending: 20,10.', family='sort', final='10,20')]
-    got = grade.score(rows, ['2', '20,10'])
+    got = stats.score(rows, ['2', '20,10'])
     assert list(got) == ['all', 'chain', 'sort'] and [got[f]['k'] for f in got] == [1, 1, 0] and got['all']['accuracy'] == .5
-    with pytest.raises(LabError, match='2 rows but 1 replies'): grade.score(rows, ['2'])
+    with pytest.raises(LabError, match='2 rows but 1 replies'): stats.score(rows, ['2'])
 
 
 # questions ------------------------------------------------------------------------------------------------------------
@@ -240,7 +242,7 @@ def test_questions_by_hand():
 def test_questions_are_unique_right_and_hard_to_guess():
     made = questions.make_questions(LIB, 1500, 0)
     assert len({(r['instruction'], r['input']) for r in made}) == 1500 and made == questions.make_questions(list(reversed(LIB)), 1500, 0)
-    assert max(grade.majority_baseline(made).values()) <= .25 and set(Counter(r['family'] for r in made)) == set(questions.FAMILIES)
+    assert max(stats.majority_baseline(made).values()) <= .25 and set(Counter(r['family'] for r in made)) == set(questions.FAMILIES)
     signatures = {f.signature: f for f in LIB}
     for r in made:
         if r['family'] == 'arity': assert (r['output'], r['fact']) == (', '.join(p for p, _ in signatures[r['input']].params) + f": {r['fact']}", str(len(signatures[r['input']].params)))
@@ -275,7 +277,7 @@ def prepared(tmp_path, monkeypatch):
         return job.finish()
     return run
 
-def prompts(job, name): return {grade.prompt_of(r) for r in rows.read_rows(job.folder/f'{name}.jsonl')}
+def prompts(job, name): return {verify.prompt_of(r) for r in rows.read_rows(job.folder/f'{name}.jsonl')}
 
 def test_domain_mode_leaves_six_files_that_do_not_meet(prepared):
     job = prepared()
@@ -283,9 +285,9 @@ def test_domain_mode_leaves_six_files_that_do_not_meet(prepared):
     assert all(c['ok'] for c in job.record['checks']) and len(prompts(job, 'domain_questions')) == 40
     assert not prompts(job, 'domain_sft') & prompts(job, 'domain_questions')
     keys = lambda name: {r['key'] for r in rows.read_rows(job.folder/f'{name}.jsonl', 'domain')}
-    assert not keys('domain') & keys('domain_heldout') and all(corpus.held_out(k, 15) for k in keys('domain_heldout')) and not any(corpus.held_out(k, 15) for k in keys('domain'))
+    assert not keys('domain') & keys('domain_heldout') and all(operators.held_out(k, 15) for k in keys('domain_heldout')) and not any(operators.held_out(k, 15) for k in keys('domain'))
     asked = {r['id'].split(': ')[1].split('/')[0] for r in rows.read_rows(job.folder/'domain_questions.jsonl', 'domain_sft')}
-    assert all(corpus.held_out(k, 15) for k in asked)
+    assert all(operators.held_out(k, 15) for k in asked)
     card = json.loads((job.folder/'card.json').read_text())
     assert [c['name'] for c in card['corpora']] == list(job.record['saves']) and all(c['licence'] != 'unknown' and c['origin'] for c in card['corpora'])
 
@@ -341,7 +343,7 @@ def test_text_alone_needs_no_questions(prepared, tmp_path):
     job = prepared(sources=[dict(files=f'{tmp_path}/notes.jsonl', licence='CC0-1.0')], questions=0, general_sources=[], limit=None, heldout_rows=40)
     assert set(job.record['saves']) == {'domain', 'domain_heldout'} and all(c['ok'] for c in job.record['checks'])
     keys = [{r['key'] for r in rows.read_rows(job.folder/f'{name}.jsonl', 'domain')} for name in ('domain', 'domain_heldout')]
-    assert keys[1] == {f'note{i}' for i in range(40) if corpus.held_out(f'note{i}', 15)} and keys[0] | keys[1] == {f'note{i}' for i in range(40)} and not keys[0] & keys[1]
+    assert keys[1] == {f'note{i}' for i in range(40) if operators.held_out(f'note{i}', 15)} and keys[0] | keys[1] == {f'note{i}' for i in range(40)} and not keys[0] & keys[1]
 
 
 @pytest.mark.parametrize('mode', ['domain', 'reasoning'])

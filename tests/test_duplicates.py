@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from k2lab import corpus, duplicates, kernels
+from k2lab.corpus import operators, duplicates, kernels
 from k2lab.lab.config import LabError
 from k2lab.corpus.operators import conserved
 
@@ -184,7 +184,7 @@ def runs(text, n=5):
 def test_exact_copies_are_those_of_the_plain_operator():
     texts = ['A graph.', 'a  GRAPH.', '', ' ', 'x', 'Straße', 'STRASSE', 'a\u00a0graph.', 'x ', 'A graph']
     kept, counts = duplicates.drop_copies(pa.table(dict(text=texts, n=range(len(texts)))))
-    assert kept.to_pylist() == corpus.exact_dedup([dict(text=t, n=i) for i, t in enumerate(texts)])[0]
+    assert kept.to_pylist() == operators.exact_dedup([dict(text=t, n=i) for i, t in enumerate(texts)])[0]
     assert conserved([counts]) == '' and counts['clusters'] == {'2': 2, '3': 1}
 
 def test_exact_copies_without_xxhash(monkeypatch):
@@ -226,7 +226,7 @@ def test_a_chain_is_not_one_cluster():
 
 def test_strangers_that_share_a_key_are_not_joined(monkeypatch):
     texts = pa.chunked_array([[sentence(random.Random(i), 30) for i in range(5)]])
-    monkeypatch.setattr(duplicates, 'band_keys', lambda hashes, ends, bands, rows: np.zeros((len(ends) - 1, bands), np.uint64))
+    monkeypatch.setattr(kernels, 'band_keys', lambda hashes, ends, bands, rows: np.zeros((len(ends) - 1, bands), np.uint64))
     assert duplicates.near_owners(texts).tolist() == [0, 1, 2, 3, 4]
     assert len(set(duplicates.near_owners(texts, least=0).tolist())) == 1
 
@@ -315,7 +315,7 @@ def test_decisions_are_those_of_the_plain_operator(seed):
         texts.append(' '.join(words))
     n = rng.choice([5, 8, 13])
     for common, share in ((10, .2), (2, .5), (1000, .01)):
-        plain, counts = corpus.decontaminate([dict(text=t, n=i) for i, t in enumerate(texts)], exam, n, common, share)
+        plain, counts = operators.decontaminate([dict(text=t, n=i) for i, t in enumerate(texts)], exam, n, common, share)
         kept, ours = duplicates.drop_contaminated(pa.table(dict(text=texts, n=range(200))), exam, n, common, share)
         assert kept['n'].to_pylist() == [row['n'] for row in plain] and ours['removed'] == counts['removed'], (n, common, share)
     assert 0 < len(plain) < 200
@@ -342,15 +342,15 @@ def test_the_column_is_spelled_as_each_text_is(monkeypatch):
     rng = random.Random(3)
     texts = [''.join(rng.choice(ODD) for _ in range(rng.randrange(14))) for _ in range(30_000)]
     column = pa.chunked_array([texts[:7000], texts[7000:]])
-    fast, plain = both(monkeypatch, lambda: corpus.normal_column(column).to_pylist())
-    wrong = [(text, got, want) for text, got, want in zip(texts, fast, map(corpus.normal, texts)) if got != want]
+    fast, plain = both(monkeypatch, lambda: operators.normal_column(column).to_pylist())
+    wrong = [(text, got, want) for text, got, want in zip(texts, fast, map(operators.normal, texts)) if got != want]
     assert not wrong and fast == plain
 
 
 def test_normal_by_hand():
-    assert corpus.normal('\ufeffa \t\r\n\x00b\r\rc \n \n\n\n d\u00a0') == 'a\nb\n\nc\n\n d'
+    assert operators.normal('\ufeffa \t\r\n\x00b\r\rc \n \n\n\n d\u00a0') == 'a\nb\n\nc\n\n d'
     long = 'x' + ' '*300_000 + 'y'      # the time for this must not grow with the square of it
-    assert corpus.normal(long) == long and corpus.normal(long + ' '*300_000 + '\n') == long
+    assert operators.normal(long) == long and operators.normal(long + ' '*300_000 + '\n') == long
 
 
 def test_the_kernel_folds_as_the_definition_does(monkeypatch):

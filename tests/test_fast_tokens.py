@@ -3,7 +3,7 @@ import random, sys, unicodedata
 
 import numpy as np, pyarrow as pa, pytest
 
-from k2lab import fast_tokens
+from k2lab.text import encoder
 from k2lab.text.encoder import ENGINES, NASTY, Encoder, count_tokens, encoder, stream
 from k2lab.models.load import open_tokenizer, shipped
 from k2lab.text.tokenizer import plain_tokenizer
@@ -47,9 +47,9 @@ def test_an_engine_that_is_wrong_once_is_not_used_and_this_is_said(monkeypatch):
     tok = TOKS['k2']
     for trip in (NASTY[8], 'an ordinary page with one odd word'):
         def lying(engine):
-            honest = fast_tokens.by_tokenizers(engine)
+            honest = encoder.by_tokenizers(engine)
             return lambda texts: honest([text + '!' if text == trip else text for text in texts])
-        monkeypatch.setattr(fast_tokens, 'ENGINES', dict(lying=lying))
+        monkeypatch.setattr(encoder, 'ENGINES', dict(lying=lying))
         texts = ['one', 'an ordinary page with one odd word', 'two']
         with pytest.warns(UserWarning, match='lying is not used: it gives other token ids for'):
             one = Encoder(tok)
@@ -59,7 +59,7 @@ def test_an_engine_that_is_wrong_once_is_not_used_and_this_is_said(monkeypatch):
 
 def test_the_first_thousand_texts_are_compared_and_no_more(monkeypatch):
     compared = []
-    monkeypatch.setattr(fast_tokens, 'ENGINES', dict(same=fast_tokens.by_tokenizers))
+    monkeypatch.setattr(encoder, 'ENGINES', dict(same=encoder.by_tokenizers))
     one = Encoder(TOKS['k2'])
     own_way = one.own
     one.own = lambda texts: compared.append(len(texts)) or own_way(texts)

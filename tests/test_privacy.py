@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from k2lab import privacy
+from k2lab.corpus import privacy
 from k2lab.bench.privacy import by_re, letters, scored
 from k2lab.lab.config import LabError
 from k2lab.corpus.operators import conserved

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from k2lab import quality, signals
+from k2lab.corpus import quality, signals
 from k2lab.lab.config import LabError
 from k2lab.corpus.operators import conserved
 from k2lab.corpus.kernels import batches, packed

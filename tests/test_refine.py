@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from k2lab import corpus, rows
+from k2lab.corpus import operators
+from k2lab.text import rows
 from k2lab.lab.config import LabError
 from k2lab.corpus.pipeline import Refining, clear, mix, refine, refining, tables_of, texts_of, unique
 from k2lab.corpus.units import Plan, plan_units, run_units
@@ -42,7 +43,7 @@ def digest(folder) -> str: return json.loads((Path(folder)/'00'/'units'/'shards.
 
 def test_every_step_accounts_for_rows_and_bytes(library, tmp_path):
     made, index, steps = refined(library, tmp_path)
-    assert corpus.conserved(steps) == '' and steps[0]['rows_in'] == 637 and len(index) == 600
+    assert operators.conserved(steps) == '' and steps[0]['rows_in'] == 637 and len(index) == 600
     assert {step['step']: step['removed'] for step in steps if step['removed']} == {'length': {'shorter than 80': 7}, 'exact dedup': {'copy': 20}, 'near dedup': {'near copy': 10}}
     for step in steps:
         if 'bytes_in' in step and 'changed' not in step: assert step['bytes_in'] == step['bytes_out'] + sum(step['removed_bytes'].values()), step
@@ -133,7 +134,7 @@ def test_a_mixture_has_the_numbers_asked_for(library, tmp_path):
     index, _ = unique(made, Refining())
     with pytest.raises(LabError, match='few has 10 rows, its share is 25: lower its weight or the total'): mix(made, index, [3, 1], 100)
     mixed, counts, told = mix(made, index, [3, 1], 100, epochs=3)
-    assert mixed['spec'].to_pylist().count(1) == 25 and len(set(mixed['row'].to_pylist())) == 85 and corpus.conserved([counts]) == ''
+    assert mixed['spec'].to_pylist().count(1) == 25 and len(set(mixed['row'].to_pylist())) == 85 and operators.conserved([counts]) == ''
     assert told == dict(many=dict(asked=.75, epochs=1), few=dict(asked=.25, epochs=3)) and counts['repeated'] == 15
     assert mix(made, index, [3, 1], 100, epochs=3)[0].equals(mixed) and not mix(made, index, [3, 1], 100, seed=1, epochs=3)[0].equals(mixed)
     assert [text for table in tables_of(made, mixed) for text in table['text'].to_pylist()] == texts_of(made, mixed)
@@ -173,4 +174,4 @@ def test_a_killed_preparation_goes_on_where_it_was_and_ends_the_same(library, tm
 def test_bad_rows_are_in_the_books(tmp_path):
     (tmp_path/'a.jsonl').write_text(''.join(json.dumps(dict(text=page(random.Random(i)), source='x')) + '\n' for i in range(9)) + '{"text": 1}\n')
     made = refine([dict(files=f'{tmp_path}/a.jsonl')], ['a'], Refining(), tmp_path/'work', max_bad=.2)
-    assert made.steps[0] == dict(step='read', rows_in=10, rows_out=9, removed={'bad row': 1}) and corpus.conserved(made.steps) == ''
+    assert made.steps[0] == dict(step='read', rows_in=10, rows_out=9, removed={'bad row': 1}) and operators.conserved(made.steps) == ''

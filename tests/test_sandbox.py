@@ -2,7 +2,7 @@
 import os, platform, socket, threading
 from pathlib import Path
 import pytest
-from k2lab import sandbox
+from k2lab.lab import sandbox
 from k2lab.lab.config import LabError
 from k2lab.lab.sandbox import run_python
 

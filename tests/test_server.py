@@ -2,7 +2,8 @@
 import contextlib, json, math, threading, time
 import pytest
 from fastapi.testclient import TestClient
-from k2lab import server
+from k2lab.serving import server
+from k2lab.text import tokenizer
 from k2lab.text.chat import encode, prompt_spans, target_spans
 from k2lab.text.tokenizer import build_tokenizer
 from k2lab.lab.config import LabError
@@ -52,7 +53,7 @@ def test_health_is_open_and_all_else_is_locked(parts):
 
 def test_greedy_is_the_models_own(client, parts):
     model, tok = parts
-    ids = encode(tok, prompt_spans(ASK, family=server.family_of(tok)))[0]
+    ids = encode(tok, prompt_spans(ASK, family=tokenizer.family_of(tok)))[0]
     want = generate(model, tok, [ids], 12)[0][0]
     got = complete(client, prompt=ids, max_tokens=12).json()
     assert got['choices'][0]['text'] == want.text and got['choices'][0]['finish_reason'] == ('length' if want.cut else 'stop')
@@ -93,11 +94,11 @@ def test_stop_strings(says, client):
 def test_a_forged_turn_stays_text(client, parts):
     _, tok = parts
     messages = client.post('/tokenize', json=dict(messages=ASK)).json()
-    assert messages['tokens'] == encode(tok, prompt_spans(ASK, family=server.family_of(tok)))[0] and messages['count'] == len(messages['tokens'])
+    assert messages['tokens'] == encode(tok, prompt_spans(ASK, family=tokenizer.family_of(tok)))[0] and messages['count'] == len(messages['tokens'])
     assert messages['tokens'].count(tok.convert_tokens_to_ids('<|im_end|>')) == 2       # the default system turn's and the user's, not the typed one
     assert client.post('/tokenize', json=dict(prompt='<|im_end|>')).json()['tokens'] == [tok.convert_tokens_to_ids('<|im_end|>')]
 
-def family(parts): return server.family_of(parts[1])
+def family(parts): return tokenizer.family_of(parts[1])
 
 def test_chat_message(says, parts):
     got = chat(says(target_spans('é 42', 'Easy.', family=family(parts)))).json()
@@ -166,7 +167,7 @@ def script_speaks(teacher):
 def server_speaks(plain, tok, monkeypatch):
     from k2lab.serving.client import PROBES, check_parity, token_number
     assert check_parity(plain, tok) == len(PROBES) == 4
-    other = build_tokenizer(['What is it?'] * 5, 340, server.family_of(tok))
+    other = build_tokenizer(['What is it?'] * 5, 340, tokenizer.family_of(tok))
     with pytest.raises(LabError, match='token .* of conversation 1 is not the lab.s; server .*another template or tokenizer'): check_parity(plain, other)
     choice, = plain.complete('What is', temperature=0, max_tokens=3, logprobs=2)
     assert tok.decode([token_number(t) for t in choice['logprobs']['tokens']]) == choice['text']

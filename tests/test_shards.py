@@ -4,7 +4,7 @@ from pathlib import Path
 
 import fsspec, psutil, pytest
 
-from k2lab import shards
+from k2lab.corpus import readers
 from k2lab.lab.config import LabError
 from k2lab.text.rows import Part, pack, read_rows, write_rows
 from k2lab.corpus.readers import LINE, Reader, as_table, find_files
@@ -123,20 +123,20 @@ def test_offsets_lead_to_the_bad_lines(tmp_path):
 
 @pytest.mark.parametrize('how', ['removed', 'cut'])
 def test_a_source_that_disappears_is_named_and_its_unit_is_not_done(tmp_path, monkeypatch, how):
-    monkeypatch.setattr(shards, 'BATCH', 500)            # several tables a unit, so that it happens in the middle of one
+    monkeypatch.setattr(readers, 'BATCH', 500)            # several tables a unit, so that it happens in the middle of one
     for name in 'ab': (tmp_path/f'{name}.jsonl').write_bytes(joined(*(line(f'{name}{i}') for i in range(50))))
     units = plan_units(f'{tmp_path}/?.jsonl', size=2000)
     victim, before = tmp_path/'a.jsonl', (tmp_path/'a.jsonl').read_bytes()
     plan = Plan('test_shards:gone', dict(path=str(victim), how=how))
     with pytest.raises(LabError, match=r'units could not be read, the others are done: .*a\.jsonl'): run_units(units, plan, tmp_path/'out')
     assert [bool(receipt_of(u, plan, tmp_path/'out')) for u in units] == [u[0].path.endswith('b.jsonl') for u in units]
-    assert not (tmp_path/'out/shards.json').exists()
+    assert not (tmp_path/'out/readers.json').exists()
     victim.write_bytes(before)
     assert run_units(plan_units(f'{tmp_path}/?.jsonl', size=2000), Plan(), tmp_path/'out')['rows'] == 100
 
 
 def test_a_line_longer_than_any_document_is_dropped_in_passing(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards.split_lines, '__defaults__', (1000,))
+    monkeypatch.setattr(readers.split_lines, '__defaults__', (1000,))
     (tmp_path/'a.jsonl').write_bytes(joined(*good(2), line('x'*500_000), *good(2)))
     told = []
     assert [t.num_rows for t in Reader(tmp_path/'a.jsonl', on_bad=told.append).tables()] == [4]
@@ -158,7 +158,7 @@ def test_both_parsers_give_the_same_bytes(tmp_path, monkeypatch):
         bad = []
         return b''.join(lines_of(t) for t in Reader(file, on_bad=bad.append).tables()), [(b['offset'], b['reason']) for b in bad]
     fast = read()
-    monkeypatch.setattr(shards, 'codec', lambda: (shards.loads_exactly, shards.dumps_exactly))
+    monkeypatch.setattr(readers, 'codec', lambda: (readers.loads_exactly, readers.dumps_exactly))
     assert read() == fast and len(fast[1]) == 9 + 1      # a BOM in the middle of a file is none
 
 
@@ -259,7 +259,7 @@ def test_a_killed_worker_is_noticed_and_only_its_unit_is_redone(files, tmp_path)
     assert index['digest'] == run_units(units, Plan(), tmp_path/'plain')['digest'] and flag.read_text() == 'died\n'
     with pytest.raises(LabError, match=r'1\.jsonl\[2000:4000\]: 3 workers died at this unit'):
         run_units(units, Plan('test_shards:dying', dict(flag=str(flag), word='1-70', once=False)), tmp_path/'out', workers=2)
-    assert not list((tmp_path/'out').glob('.*.owner')) and not (tmp_path/'out/shards.json').exists()
+    assert not list((tmp_path/'out').glob('.*.owner')) and not (tmp_path/'out/readers.json').exists()
 
 
 def test_a_killed_parent_leaves_no_worker_and_another_number_of_workers_ends_the_work(files, tmp_path):

@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from k2lab import grade, rows as row_files
+from k2lab.tasks import verify
+from k2lab.text import rows
 from k2lab.lab.config import LabError
 from k2lab.corpus.operators import conserved
 from k2lab.lab.sandbox import why_not
@@ -112,7 +113,7 @@ def test_problems_of_a_generator_are_scored_by_it():
     pytest.importorskip('reasoning_gym', reason='reasoning-gym is not installed')
     asked = gym_rows(dict(chain_sum=5, spell_backward=5, gcd=5, basic_arithmetic=5), 10**7)
     assert len(asked) == 20 and asked == gym_rows(dict(chain_sum=5, spell_backward=5, gcd=5, basic_arithmetic=5), 10**7) and not {r['prompt'] for r in asked} & {r['prompt'] for r in gym_rows(dict(chain_sum=5), 2*10**7)}
-    assert all(grade.verify(r, f"<think>so</think>{r['answer']}") and not grade.verify(r, '<think>so</think>no idea') for r in asked)
+    assert all(verify.verify(r, f"<think>so</think>{r['answer']}") and not verify.verify(r, '<think>so</think>no idea') for r in asked)
     with pytest.raises(LabError, match="did you mean 'chain_sum'"): gym_rows(dict(chainsum=1))
 
 
@@ -126,9 +127,9 @@ def test_the_stage_takes_sets_and_generators(tmp_path, monkeypatch):
     job = start('prepare_corpus', 'smoke', None, dict(mode='reasoning', trace_sources=[dict(files=f'{tmp_path}/a.jsonl', licence='MIT', name='doubles')], gym=dict(chain_sum=6)))
     launch(prepare_corpus.work, job)
     run = job.finish().folder
-    learned = [r for r in row_files.read_rows(run/'reasoning_sft.jsonl', 'reasoning_sft') if r.get('source') == 'doubles']
+    learned = [r for r in rows.read_rows(run/'reasoning_sft.jsonl', 'reasoning_sft') if r.get('source') == 'doubles']
     assert [r['prompt'] for r in learned] == [f'What is {i}*2?' for i in range(0, 20, 2)]
-    assert sum(r['family'] == 'gym/chain_sum' for r in row_files.read_rows(run/'reasoning_prompts.jsonl', 'prompts')) == 6
+    assert sum(r['family'] == 'gym/chain_sum' for r in rows.read_rows(run/'reasoning_prompts.jsonl', 'prompts')) == 6
     card = {c['name']: c for c in json.loads((run/'card.json').read_text())['corpora']}
     assert card['reasoning_sft']['removed'] == {'wrong answer': 10} and 'doubles' in card['reasoning_sft']['origin']
 

@@ -1,7 +1,7 @@
 """Duplicates, readers and the whole way from files to tokens against other tools: `python -m k2lab.bench corpus`, `shards`, `chain`."""
 import json, os, random, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
-from k2lab.bench.harness import KINDS, by_peer, by_us, exam_texts, in_turns, installed_texts, median_and_range, told_peers
+from k2lab.bench.harness import KINDS, by_peer, exam_texts, in_turns, installed_texts, median_and_range, told_peers
 
 
 def copied(text:str, kind:str, rng) -> str:

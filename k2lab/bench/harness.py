@@ -102,7 +102,7 @@ def told_peers(ours:list, peers:dict):
 
 def plainly(work):
     "A call without compiled kernels, so that the twins in plain Python do the work."
-    from k2lab import signals
+    from k2lab.corpus import signals
     real, signals.compiled = signals.compiled, lambda kernel: None
     try: return work()
     finally: signals.compiled = real

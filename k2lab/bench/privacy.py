@@ -84,7 +84,7 @@ def scored(labelled:list, find) -> tuple:
 
 def by_re(work):
     "A call with re2 hidden, so that `re` looks for the same patterns."
-    from k2lab import privacy
+    from k2lab.corpus import privacy
     real = sys.modules.get('re2')
     sys.modules['re2'] = None
     privacy.engine.cache_clear()
