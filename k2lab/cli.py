@@ -39,10 +39,10 @@ def stage_help(stage:str) -> str:
     import dataclasses
     from k2lab.lab.job import stage_module
     config, scale = stage_module(stage).Config, setting('lab', 'scale')
-    values, meant = told(stage, scale, {}), comments(config)
+    values, meant = resolved_config(stage, scale, {}), comments(config)
     rows = [[f'  {f.name}', meant.get(f.name, ''), str(values[f.name])] for f in dataclasses.fields(config)]
     head = f'usage: k2lab {stage} [--scale S] [--campaign C] [field=value ...]\n\n{config.__doc__}\n\n'
-    return head + table(['field', 'meaning', f'at {scale}'], rows)
+    return head + text_table(['field', 'meaning', f'at {scale}'], rows)
 
 
 def changes_of(words:list) -> dict:
@@ -102,8 +102,8 @@ def run_stage(stage:str, words:list) -> int:
     from k2lab.lab.records import read_run
     from k2lab.lab.runner import execute
     options, rest = parse(words, 'scale', 'campaign', 'on')
-    if place := options.pop('on'): return submit(place, stage, options, changes_of(rest))
-    if stage == 'agentic_demo' and sys.stdin.isatty(): return converse(options, changes_of(rest))
+    if place := options.pop('on'): return submit_stage_here(place, stage, options, changes_of(rest))
+    if stage == 'agentic_demo' and sys.stdin.isatty(): return agent_command(options, changes_of(rest))
     progress = Progress(one_of('command', stage, stage_names()))
     folder = execute(stage, changes=changes_of(rest), on_progress=progress, **options)
     record = read_run(folder)
@@ -112,7 +112,7 @@ def run_stage(stage:str, words:list) -> int:
     return int(record['status'] != 'complete')
 
 
-def submit(place:str, stage:str, options:dict, changes:dict) -> int:
+def submit_stage_here(place:str, stage:str, options:dict, changes:dict) -> int:
     "Submit one stage to a cluster instead of running it here; 0 once it is in the queue."
     from k2lab.lab.slurm import submit_stage
     one_of('place', place, ('slurm',), '--on')
@@ -129,7 +129,7 @@ def resubmit(place:str, folder:Path) -> int:
     return 0
 
 
-def converse(options:dict, changes:dict) -> int:
+def agent_command(options:dict, changes:dict) -> int:
     "Talk to the agent in this terminal; papermill's kernel would have no keyboard."
     from k2lab.agentic_demo import talk
     print(f"transcript in {talk(options['scale'], options['campaign'], changes)}")
@@ -160,12 +160,12 @@ def pipeline(words:list) -> int:
     steps, records = steps_of(options['from'], options['to']), []
     for step in steps:      # a mistake in the last step is refused before the first one runs
         step['changes'] = step['changes'] | seed_for(step['stage'], options['seed'])
-        told(step['stage'], scale, step['changes'])
+        resolved_config(step['stage'], scale, step['changes'])
     for i, step in enumerate(steps, 1):
         if any(r['status'] != 'complete' for r in records) and not step['always']: continue
         ask = step['stage'], scale, campaign, step['changes']
-        done, progress = None if step['always'] else finished(*ask), Progress(step['stage'], i, len(steps))
-        begun = None if done or step['always'] else finished(*ask, 'interrupted')
+        done, progress = None if step['always'] else newest_same_run(*ask), Progress(step['stage'], i, len(steps))
+        begun = None if done or step['always'] else newest_same_run(*ask, 'interrupted')
         records.append(done or read_run(resume(begun['folder'], progress) if begun else execute(*ask, progress)))
         progress.end(records[-1] | ({'reason': f"already, in {Path(done['folder']).name}"} if done else {}))
     print(summary(records))
@@ -181,20 +181,20 @@ def seed_for(stage:str, seed:str|None) -> dict:
     return {'seed': seed} if seed and 'seed' in {f.name for f in dataclasses.fields(stage_module(stage).Config)} else {}
 
 
-def told(stage:str, scale:str, changes:dict) -> dict:
+def resolved_config(stage:str, scale:str, changes:dict) -> dict:
     "The config a stage would get, as a record keeps it."
     from k2lab.lab.job import config_of, stage_module
     return config_of(resolve(stage_module(stage).Config, stage, scale, changes))
 
 
-def finished(stage:str, scale:str, campaign:str, changes:dict, status:str='complete') -> dict|None:
+def newest_same_run(stage:str, scale:str, campaign:str, changes:dict, status:str='complete') -> dict|None:
     "The newest run of this status that was told the same and whose parents are still the newest of their names."
-    from k2lab.lab.files import verify
+    from k2lab.lab.files import check_published
     from k2lab.lab.records import runs, saved_by
-    want, home = told(stage, scale, changes), lab_path('runs')/campaign
+    want, home = resolved_config(stage, scale, changes), lab_path('runs')/campaign
     for record in reversed(runs(campaign)):
         same = (record['stage'], record['scale'], record['status'], record['config']) == (stage, scale, status, want)
-        if same and not any(verify(Path(record['folder']), name) for name in record['saves']): break
+        if same and not any(check_published(Path(record['folder']), name) for name in record['saves']): break
     else: return None
     newest = lambda p: getattr(saved_by(home, p['name'], scale), 'name', None) == p['run']
     return record if all(newest(p) for p in record['parents']) else None
@@ -206,7 +206,7 @@ def show_runs(words:list) -> int:
     options, rest = parse(words, 'campaign')
     found = runs(options['campaign'] or (rest[0] if rest else None))
     rows = [[r['campaign'], Path(r['folder']).name, r['scale'], r['seed'], clock(r.get('wall_s') or 0), key_metric(r), parents(r), outcome(r)] for r in found]
-    print(table(['campaign', 'run', 'scale', 'seed', 'wall', 'measure', 'parents', 'status'], rows) if rows else 'no runs yet')
+    print(text_table(['campaign', 'run', 'scale', 'seed', 'wall', 'measure', 'parents', 'status'], rows) if rows else 'no runs yet')
     return 0
 
 
@@ -222,7 +222,7 @@ def parents(record:dict) -> str:
     return ', '.join(found) or '-'
 
 
-def show(words:list) -> int:
+def show_run(words:list) -> int:
     "Tell what a run did."
     from k2lab.lab.records import find_run, read_run
     if len(words) != 1: raise LabError('show needs one run; `k2lab runs` lists them')
@@ -230,7 +230,7 @@ def show(words:list) -> int:
     print(attempts(record) + run_text(record))
     for title, rows in (('config', record['config'].items()), ('parents', [(p['name'], p['run'] or p['place']) for p in record['parents']]),
                         ('code', record['code'].items()), ('hardware', record['hardware'].items()), ('versions', record['versions'].items())):
-        print(f'\n{title}'); print(table([], [[f'  {k}', v] for k, v in rows]))
+        print(f'\n{title}'); print(text_table([], [[f'  {k}', v] for k, v in rows]))
     return 0
 
 
@@ -271,18 +271,18 @@ def reproduce_run(words:list) -> int:
     progress = Progress(read_run(name)['stage'])
     folder, results, inputs = reproduce(name, progress)
     progress.end(read_run(folder))
-    print(f'  in {folder}\n' + verdict(results, inputs))
+    print(f'  in {folder}\n' + reproduction_text(results, inputs))
     return int(bool(results))
 
 
-def verdict(results:list, inputs:list) -> str:
+def reproduction_text(results:list, inputs:list) -> str:
     "Whether two runs came out the same, and if not, which input is the first suspect."
-    if not results: return 'every measure, every weight and the token stream are the same' + (f' although {said(inputs[0])}' if inputs else '')
-    first = f'the first input that differs: {said(inputs[0])}' if inputs else 'no recorded input differs: the stage is not deterministic here'
-    return f'{len(results)} results differ, the first: {said(results[0])}\n{first}'
+    if not results: return 'every measure, every weight and the token stream are the same' + (f' although {difference_text(inputs[0])}' if inputs else '')
+    first = f'the first input that differs: {difference_text(inputs[0])}' if inputs else 'no recorded input differs: the stage is not deterministic here'
+    return f'{len(results)} results differ, the first: {difference_text(results[0])}\n{first}'
 
 
-def said(difference:tuple) -> str:
+def difference_text(difference:tuple) -> str:
     "One difference in words."
     kind, name, a, b = difference
     cut = lambda v: short(v) if not isinstance(v, str) or len(v) < 20 else v[:12] + '…'
@@ -298,11 +298,11 @@ def diff(words:list) -> int:
     for title, of in (('inputs', inputs), ('results', results)):
         found = differences(of(a), of(b))
         print(f'{title}: {len(found) or "nothing"} differs' if len(found) < 2 else f'{title}: {len(found)} differ')
-        for one in found: print('  ' + said(one))
+        for one in found: print('  ' + difference_text(one))
     return 0
 
 
-def watch(words:list) -> int:
+def watch_run(words:list) -> int:
     "Show the progress of a run until it ends; 1 when it did not complete."
     from k2lab.lab.records import find_run, read_run
     from k2lab.lab.files import following
@@ -350,7 +350,7 @@ def leave_together():
 
 # ---- text -----------------------------------------------------------------------------------------------------------------
 
-def table(header:list, rows:list) -> str:
+def text_table(header:list, rows:list) -> str:
     "Rows as aligned text, under a header unless it is empty."
     cells = [[short(c) for c in row] for row in ([header] if header else []) + rows]
     wide = [max(map(len, column)) for column in zip(*cells)]
@@ -361,7 +361,7 @@ def run_text(record:dict) -> str:
     "A run's outcome, its measures, failed checks and what it saved, as text."
     lines = [f"{record['campaign']}/{Path(record['folder']).name}: {outcome(record)}", f"  in {record['folder']}"]
     lines += [f"  {name}: {save['bytes']/2**20:.2f} MiB in {save['files']} files" for name, save in record['saves'].items()]
-    if record['metrics']: lines += ['', table(['measure', 'before', 'after', 'n'], [[m['measure'], m['before'], m['after'], m['n']] for m in record['metrics']])]
+    if record['metrics']: lines += ['', text_table(['measure', 'before', 'after', 'n'], [[m['measure'], m['before'], m['after'], m['n']] for m in record['metrics']])]
     return '\n'.join(lines + [f"  check failed: {c['name']} {c['detail']}" for c in record['checks'] if not c['ok']])
 
 
@@ -372,10 +372,10 @@ def summary(records:list) -> str:
         m = next(iter(r['metrics']), {'measure': '-', 'before': None, 'after': None})
         rows.append([r['stage'], outcome(r), m['measure'], m['before'], m['after'], r.get('wall_s'), r.get('peak_gib')])
     rows.append(['all', '', '', '', '', sum(r.get('wall_s', 0) for r in records), max(r.get('peak_gib', 0) for r in records)])
-    return '\n' + table(['stage', 'status', 'measure', 'before', 'after', 'wall s', 'peak GiB'], rows)
+    return '\n' + text_table(['stage', 'status', 'measure', 'before', 'after', 'wall s', 'peak GiB'], rows)
 
 
-COMMANDS = {'pipeline': pipeline, 'runs': show_runs, 'show': show, 'watch': watch, 'resume': resume_run, 'reproduce': reproduce_run, 'diff': diff, 'convert': convert, 'work': work}
+COMMANDS = {'pipeline': pipeline, 'runs': show_runs, 'show': show_run, 'watch': watch_run, 'resume': resume_run, 'reproduce': reproduce_run, 'diff': diff, 'convert': convert, 'work': work}
 
 
 def main(words:list) -> int:

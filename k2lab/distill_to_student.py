@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from .training.trainer import fit_sft, open_for
 from .training.metrics import generation_speed
 from .models.load import Loading, open_model, open_tokenizer
-from .training.stage import Supervised, before, close, mixed, say
+from .training.stage import Supervised, scores_before, evaluate_and_publish, mixed, log_samples
 
 # %% ../nbs/61_distill_to_student.ipynb #980276a6
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ def train(job):
     "Cross-entropy on the teacher's verified answers; leaves `cfg.saves` and the comparison."
     cfg, load = job.cfg, Loading(**job.cfg.load)
     model, tok = open_for(job, cfg.init_from, load)
-    known = before(job, model, tok)
-    say(job, model, tok, 'before')
+    known = scores_before(job, model, tok)
+    log_samples(job, model, tok, 'before')
     model = fit_sft(job, model, tok, mixed(job, tok, cfg.mix), cfg.trainer, cfg.optimizer, load, room=cfg.length if cfg.pack else 0)
-    compare(job, model, tok, close(job, model, tok, known))
+    compare(job, model, tok, evaluate_and_publish(job, model, tok, known))
 
 work = train

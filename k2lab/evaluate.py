@@ -12,7 +12,7 @@ from pathlib import Path
 from .lab.config import LabError, did_you_mean
 from .training.trainer import open_for
 from .lab.records import runs
-from .training.metrics import ROOM, DATA, family_shares, take
+from .training.metrics import ANSWER_TOKENS, DATA, family_shares, evaluate_measures
 from .text.rows import read_rows
 
 # %% ../nbs/80_evaluate.ipynb #060dbf18
@@ -47,7 +47,7 @@ def lost(best: float, now: float, margin: float) -> bool:
 # %% ../nbs/80_evaluate.ipynb #1b5649f9
 def gate(job, name: str, scores: dict, lines: list):
     "One check for each accuracy of the final teacher: nothing earned earlier was lost."
-    for measure in (m for m in ROOM if m in scores):
+    for measure in (m for m in ANSWER_TOKENS if m in scores):
         past = earlier(lines, measure)
         if past: job.check(f'{name} keeps {measure}', not (job.cfg.gate and lost(past['best'], scores[measure].value, job.cfg.may_lose)), f'{past["best"]:.3f} at best, {scores[measure].value:.3f} now')
 
@@ -55,7 +55,7 @@ def report_on(job, name: str, other: str, scores: dict, lines: list, reference: 
     "A line for each score of a checkpoint, `before` being the checkpoint it is compared with."
     for measure, score in scores.items():
         was = reference.get(measure, earlier(lines, measure).get('first'))
-        families = family_shares(read_rows(job.find(DATA[measure])), score.items) if measure in ROOM else None
+        families = family_shares(read_rows(job.find(DATA[measure])), score.items) if measure in ANSWER_TOKENS else None
         job.measure(measure, was, score.value, score.low, score.high, score.n, checkpoint=name, compared_with=other, **({'families': families} if families else {}))
 
 def evaluate(job):
@@ -64,7 +64,7 @@ def evaluate(job):
     manager = own_and_known_tasks(job.cfg.harness, job.cfg.harness_tasks) if job.cfg.harness else None
     for name, other in job.cfg.checkpoints.items():
         model, tok = open_for(job, name)
-        scores = take(job, model, tok, job.cfg.measures[name])
+        scores = evaluate_measures(job, model, tok, job.cfg.measures[name])
         report_on(job, name, other, scores, lines, values.get(other, {}))
         values[name] = {m: s.value for m, s in scores.items()}
         if 'student' not in name: gate(job, name, scores, lines)

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['EVALUATION', 'SAMPLING', 'PROMPT_KEYS', 'work', 'Config', 'source_name', 'check_packages', 'source_names',
-           'exam_texts', 'with_licence', 'domain_questions', 'reasoning_rows', 'as_text', 'traces_of', 'told_of',
-           'refined_texts', 'split_part', 'publish_text', 'prepare_domain', 'tidy', 'prepare_reasoning', 'show',
-           'prepare']
+           'eval_texts', 'with_licence', 'domain_questions', 'reasoning_rows', 'as_text', 'traces_of',
+           'refine_settings', 'refined_texts', 'split_part', 'publish_text', 'prepare_domain', 'gather_rejects',
+           'prepare_reasoning', 'show_first_rows', 'prepare_corpora']
 
 # %% ../nbs/10_prepare_corpus.ipynb #0484b1b0
 import importlib.metadata, json, shutil
 from dataclasses import dataclass, field
 from typing import Literal
-from .corpus.card import LICENCE, publish
+from .corpus.card import LICENCE, publish_rows
 from .corpus.card import write_card_pages
 from .lab.config import LabError
 from .corpus.operators import conserved
@@ -21,9 +21,9 @@ from .models.load import local_folder
 from .models.quantized import TOKENIZER_FILES
 from .tasks.stats import copy_baseline, majority_baseline
 from .tasks.verify import prompt_of
-from .tasks.puzzles import FAMILIES, check_families, make_puzzles
+from .tasks.puzzles import PUZZLE_FAMILIES, check_families, make_puzzles
 from .tasks.questions import make_questions
-from .corpus.pipeline import mix, publish_texts, refine, refining, some, tables_of, texts_card, texts_of
+from .corpus.pipeline import mix, publish_texts, refine, refining, lowest_hashed, tables_of, texts_card, texts_of
 from .text.rows import read_rows
 from .corpus.sources import licence_of, package_folder
 from .tasks.splits import check_apart, check_held, split_functions, split_own, split_texts, without
@@ -53,7 +53,7 @@ class Config:
     puzzles: int = 16000              # reasoning_sft rows to make
     prompts: int = 2400               # problems to sample answers for later
     eval_items: int = 450             # questions or puzzles to judge on
-    families: list = field(default_factory=lambda: list(FAMILIES))   # puzzle families
+    families: list = field(default_factory=lambda: list(PUZZLE_FAMILIES))   # puzzle families
     trace_sources: list = field(default_factory=list)   # reasoning sets of others, each answer checked: {files: GLOB or URL, licence: TEXT, verifier: math, ...}
     gym: dict = field(default_factory=dict)          # problems of reasoning-gym to sample on, by family, {chain_sum: 200}
     turns: dict = field(default_factory=dict)   # how often a family comes up in a round of training problems, {sort: 2}; once if it is not named
@@ -86,7 +86,7 @@ def source_names(specs: list) -> list:
     names = [source_name(spec) for spec in specs]
     return [f'{name} ({names[:i].count(name) + 1})' if names.count(name) > 1 else name for i, name in enumerate(names)]
 
-def exam_texts(exams: dict) -> dict:
+def eval_texts(exams: dict) -> dict:
     "{name: texts} of evaluation files: the question of each row, or its text"
     return {name: [row['text'] if 'text' in row else prompt_of(row) for row in read_rows(path)] for name, path in exams.items()}
 
@@ -136,20 +136,20 @@ def traces_of(job, judged: list, sampled: list) -> tuple:
     return rows, steps or []
 
 # %% ../nbs/10_prepare_corpus.ipynb #5822cc01
-def told_of(job):
+def refine_settings(job):
     "What the stage file says about refining, with the folder of the tokenizer"
     place = str(local_folder(job.find(job.cfg.tokenizer), TOKENIZER_FILES)) if job.cfg.tokenizer else ''
     return refining(job.cfg.refine | dict(tokenizer=place))
 
 def refined_texts(job, part: str, specs: list):
     "The documents of the sources of a part that pass one by one, as `Refined`"
-    cfg, told = job.cfg, told_of(job)
+    cfg, told = job.cfg, refine_settings(job)
     if not specs: raise LabError('no documents in an empty list of sources')
     return refine(specs, source_names(specs), told, job.folder/'work'/part, cfg.limit, job.log, workers=cfg.workers, engine=cfg.engine, max_bad=cfg.max_bad)
 
 def split_part(job, part: str, made, weights: list, held_percent: float, rows: int | None, exams: dict) -> tuple:
     "(what `publish_text` needs for the training and the held-out file, held-out texts) of the domain or of general text, checked; `rows`: documents to train on at most, None: all"
-    cfg, told = job.cfg, told_of(job)
+    cfg, told = job.cfg, refine_settings(job)
     job.log(phase=f'comparing {part} documents')
     train, held, steps = split_texts(made, told, held_percent, exams)
     check_held(job, [text for texts in exams.values() for text in texts] + texts_of(made, held), part, made, train)
@@ -158,7 +158,7 @@ def split_part(job, part: str, made, weights: list, held_percent: float, rows: i
         train, counts, mixed = mix(made, train, weights, rows if any(weights) else min(rows, cfg.epochs*len(train)), cfg.seed, cfg.epochs)
         steps = [*steps, counts]
     job.check(f'{part}: rows in = rows out + removed', not conserved(steps), conserved(steps))
-    return [(part, part, made, train, steps, told, mixed), (f'{part}_heldout', part, made, some(held, cfg.heldout_rows))], texts_of(made, held)
+    return [(part, part, made, train, steps, told, mixed), (f'{part}_heldout', part, made, lowest_hashed(held, cfg.heldout_rows))], texts_of(made, held)
 
 def publish_text(job, name: str, format: str, made, index, *more) -> dict:
     "Publishes the documents of an index and returns their card"
@@ -169,7 +169,7 @@ def prepare_domain(job) -> list:
     "Publishes the six files of the domain mode, fewer where there is no general source or no question is asked for, and returns (cards, evaluation rows)"
     cfg, origin = job.cfg, ', '.join(map(source_name, job.cfg.sources))
     check_packages(cfg.sources + cfg.general_sources + cfg.question_sources)
-    exams, made = exam_texts(cfg.exams), {part: refined_texts(job, part, specs) for part, specs in (('domain', cfg.sources), ('general', cfg.general_sources)) if specs or part == 'domain'}
+    exams, made = eval_texts(cfg.exams), {part: refined_texts(job, part, specs) for part, specs in (('domain', cfg.sources), ('general', cfg.general_sources)) if specs or part == 'domain'}
     job.log(phase='making questions')
     sft, judged = domain_questions(cfg) if cfg.questions or cfg.own_rows else ([], [])
     if judged: exams['domain_questions'] = list(map(prompt_of, judged))
@@ -177,11 +177,11 @@ def prepare_domain(job) -> list:
     texts, held = split_part(job, 'domain', made['domain'], weights(cfg.sources), cfg.held_percent, cfg.domain_rows, exams)
     if 'general' in made: texts += split_part(job, 'general', made['general'], weights(cfg.general_sources), cfg.general_held_percent, cfg.general_rows, dict(domain_heldout=held, **exams))[0]
     if judged: check_apart(job, judged, dict(domain_sft=sft))
-    show(job, **{name: next(tables_of(one, index)).slice(0, 1).to_pylist() for name, _, one, index, *_ in texts[::2]}, **(dict(domain_sft=sft) if sft else {}))
+    show_first_rows(job, **{name: next(tables_of(one, index)).slice(0, 1).to_pylist() for name, _, one, index, *_ in texts[::2]}, **(dict(domain_sft=sft) if sft else {}))
     cards = [publish_text(job, *file) for file in texts]
-    return [*cards, *(publish(job, name, rows, 'domain_sft', origin) for name, rows in (('domain_sft', sft), ('domain_questions', judged)) if rows)], judged
+    return [*cards, *(publish_rows(job, name, rows, 'domain_sft', origin) for name, rows in (('domain_sft', sft), ('domain_questions', judged)) if rows)], judged
 
-def tidy(job):
+def gather_rejects(job):
     "Gathers the rows that were rejected in `rejects.jsonl` and removes the documents that were on their way"
     bad = [path.read_text(encoding='utf-8') for path in sorted((job.folder/'work').glob('*/*/units/rejects/*.jsonl'))]
     if bad: write_text(job.folder/'rejects.jsonl', ''.join(bad))
@@ -199,23 +199,23 @@ def prepare_reasoning(job) -> list:
     sft += traces
     prompts = [{key: row[key] for key in PROMPT_KEYS if key in row} for row in sampled]
     check_apart(job, judged, dict(reasoning_sft=sft, reasoning_prompts=prompts))
-    show(job, reasoning_sft=sft, reasoning_prompts=prompts)
+    show_first_rows(job, reasoning_sft=sft, reasoning_prompts=prompts)
     origin = ', '.join([f'k2lab.tasks.puzzles: {", ".join(job.cfg.families)}', *(str(spec.get('name', spec.get('files'))) for spec in job.cfg.trace_sources), *(f'reasoning-gym: {", ".join(job.cfg.gym)}' for _ in [0] if job.cfg.gym)])
-    return [publish(job, 'reasoning', [as_text(row) for row in sft], 'reasoning', origin), publish(job, 'reasoning_sft', sft, 'reasoning_sft', origin, steps),
-            publish(job, 'reasoning_prompts', prompts, 'prompts', origin), publish(job, 'reasoning_eval', judged, 'reasoning_sft', origin)], judged
+    return [publish_rows(job, 'reasoning', [as_text(row) for row in sft], 'reasoning', origin), publish_rows(job, 'reasoning_sft', sft, 'reasoning_sft', origin, steps),
+            publish_rows(job, 'reasoning_prompts', prompts, 'prompts', origin), publish_rows(job, 'reasoning_eval', judged, 'reasoning_sft', origin)], judged
 
 # %% ../nbs/10_prepare_corpus.ipynb #f270fdcc
-def show(job, **files):
+def show_first_rows(job, **files):
     "Keeps the first row of each file for the notebook"
     job.show_rows([dict(file=name, row=json.dumps({k: v for k, v in rows[0].items() if k not in ('key', 'id', 'licence', 'extra')}, ensure_ascii=False)[:400])
                    for name, rows in files.items()])
 
-def prepare(job):
+def prepare_corpora(job):
     "The stage: publishes the files of the mode, and card.json with their data cards and the scores of models that know nothing"
     cards, judged = {'domain': prepare_domain, 'reasoning': prepare_reasoning}[job.cfg.mode](job)
     card = dict(mode=job.cfg.mode, corpora=cards, **(dict(majority=majority_baseline(judged), copy=copy_baseline(judged)) if judged else {}))
     write_text(job.folder/'card.json', as_json(card, indent=1) + '\n')
     write_card_pages(job.folder)
-    tidy(job)
+    gather_rejects(job)
 
-work = prepare
+work = prepare_corpora

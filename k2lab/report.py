@@ -7,9 +7,9 @@ __all__ = ['work', 'Config', 'report']
 
 # %% ../nbs/90_report.ipynb #ea76d4ac
 from dataclasses import dataclass, field
-from .reports.results import for_machines, judged, measured, newest
+from .reports.results import for_machines, goal_results, measured, newest_runs
 from .lab.files import as_json, write_text
-from .reports.page import MARKS, page
+from .reports.page import GOAL_MARKS, report_html
 
 # %% ../nbs/90_report.ipynb #30261cf3
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Config:
 def report(job):
     "Write report.html and report.json into the campaign's folder; an empty campaign gets a page that says so."
     home, cfg = job.folder.parent, job.cfg
-    found, aside = newest(home, job.scale)
-    goals = judged(cfg.goals, measured(found), job.scale, cfg.judge)
+    found, aside = newest_runs(home, job.scale)
+    goals = goal_results(cfg.goals, measured(found), job.scale, cfg.judge)
     write_text(home/'report.json', as_json(for_machines(found), indent=1) + '\n')
-    write_text(home/'report.html', page(found, aside, goals, job.campaign, job.scale, cfg.samples))
-    job.show_rows([dict(g, mark=MARKS[g['mark']]) for g in goals])
+    write_text(home/'report.html', report_html(found, aside, goals, job.campaign, job.scale, cfg.samples))
+    job.show_rows([dict(g, mark=GOAL_MARKS[g['mark']]) for g in goals])
     job.measure('runs_reported', after=len(found))
     if cfg.judge: job.measure('goals_reached', after=sum(g['mark'] == 'ok' for g in goals), n=sum(g['mark'] != 'na' for g in goals))
 

@@ -8,11 +8,11 @@ __all__ = ['work', 'Config', 'chosen_logps', 'displacement', 'run_control', 'tra
 # %% ../nbs/51_run_dpo_reasoning.ipynb #1555942f
 from dataclasses import dataclass, field
 from .training.trainer import fit_dpo, fit_sft, open_for
-from .training.metrics import pair_ids, preference_accuracy, target_logps, take
+from .training.metrics import pair_ids, preference_accuracy, target_logps, evaluate_measures
 from .models.load import Loading, open_model
 from .text.rows import read_rows
 from .text.masks import encode_rows
-from .training.stage import Training, before, close, say
+from .training.stage import Training, scores_before, evaluate_and_publish, log_samples
 
 # %% ../nbs/51_run_dpo_reasoning.ipynb #c33679dd
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def run_control(job, tok) -> dict:
     examples, _ = encode_rows(tok, rows, job.env['system'], cfg.length)
     plain = {k: v for k, v in cfg.trainer.items() if k not in ('beta', 'loss_type', 'loss_weights', 'precompute_ref_log_probs', 'use_liger_kernel')}
     model = fit_sft(job, model, tok, examples, {**plain, **cfg.control_trainer}, cfg.optimizer, Loading(**cfg.load), phase='control')
-    scores = take(job, model, tok, ['reasoning_verified'])
+    scores = evaluate_measures(job, model, tok, ['reasoning_verified'])
     pref = preference_accuracy(model, tok, read_rows(job.find(cfg.heldout)), job.env['system'])
     return dict(reasoning_verified=scores['reasoning_verified'].value, reasoning_tokens=scores['reasoning_tokens'].value, preference_accuracy=pref.value)
 
@@ -58,14 +58,14 @@ def train(job):
     model, tok = open_for(job, cfg.init_from, load)
     pairs, held = read_rows(job.find(cfg.data), 'dpo_pairs'), read_rows(job.find(cfg.heldout), 'dpo_pairs')
     job.show_rows(pairs[:5])
-    known = before(job, model, tok)
+    known = scores_before(job, model, tok)
     was, liked = chosen_logps(model, tok, held, system), preference_accuracy(model, tok, held, system)
-    say(job, model, tok, 'before')
+    log_samples(job, model, tok, 'before')
     model = fit_dpo(job, model, None if load.lora_rank else open_model(job.find(cfg.init_from), load), tok, pair_ids(tok, pairs, system), cfg.trainer, load, cfg.optimizer)
     job.record['displacement'] = displacement(was, chosen_logps(model, tok, held, system))
     prefers = preference_accuracy(model, tok, held, system)
     control = run_control(job, tok) if cfg.control else {}
     job.measure('preference_accuracy', liked.value, prefers.value, prefers.low, prefers.high, prefers.n, control=control.get('preference_accuracy'))
-    close(job, model, tok, known, **{k: dict(control=v) for k, v in control.items()})
+    evaluate_and_publish(job, model, tok, known, **{k: dict(control=v) for k, v in control.items()})
 
 work = train

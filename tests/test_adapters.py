@@ -4,7 +4,7 @@ import pytest
 torch = pytest.importorskip('torch')
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from k2lab.models.adapters import LINEAR, adaptable, adapters, apart, certificate, certified, check_bits, check_saved, coverage, lora, merged, spoken, weight_bits, with_gradient
+from k2lab.models.adapters import LINEAR, adaptable, adapters, apart, certificate, certified, check_bits, check_saved, coverage, lora, merge_adapter, probe_logits, weight_bits, with_gradient
 from k2lab.lab.config import LabError
 from k2lab.models.load import Loading, open_model, open_tokenizer, save_checkpoint, smoke_model, small_model
 
@@ -143,14 +143,14 @@ def export(folder, on_disk=lambda weights: None, other=None):
     model = adapted(load, balanced())
     for n, p in model.named_parameters():
         if 'lora_B' in n: torch.nn.init.normal_(p, std=.05)
-    said = spoken(model)
-    with model.disable_adapter(): plain = spoken(model)
-    one = merged(model)
+    said = probe_logits(model)
+    with model.disable_adapter(): plain = probe_logits(model)
+    one = merge_adapter(model)
     save_checkpoint(other(model) if other else one, tok, folder)
     weights = load_file(folder/'model.safetensors')
     on_disk(weights)
     save_file(weights, folder/'model.safetensors', metadata={'format': 'pt'})
-    return certificate(said, spoken(one), spoken(open_model(folder)), plain, 'float32')
+    return certificate(said, probe_logits(one), probe_logits(open_model(folder)), plain, 'float32')
 
 
 DOWN = 'model.layers.1.mlp.experts.2.down_proj.weight'
@@ -164,7 +164,7 @@ def rebuilt(times:int=1, alpha:int=8, seed:int=0):
             model = adapted(Loading(lora_rank=4, adapt=ALL), model, lora_alpha=lambda a: alpha)
             for n, p in model.named_parameters():
                 if 'lora_B' in n: torch.nn.init.normal_(p, std=.05)
-            model = merged(model)
+            model = merge_adapter(model)
         return model
     return build
 

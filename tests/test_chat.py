@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 from k2lab.text.chat import Span, encode, pair_spans, parse_reply, prompt_spans, reply_spans, row_spans, target_spans, text_of
 from k2lab.lab.config import LabError
-from k2lab.text.tokenizer import FAMILIES, KEPT_TOKENS, KIMI_PATTERN, QWEN_PATTERN, SPECIAL_TOKENS, build_tokenizer, family_of, load_kimi_tokenizer, pieces, plain_tokenizer
+from k2lab.text.tokenizer import CHAT_FAMILIES, KEPT_TOKENS, KIMI_PATTERN, QWEN_PATTERN, SPECIAL_TOKENS, build_tokenizer, family_of, load_kimi_tokenizer, pretokens, plain_tokenizer
 
 KIMI_FILES = Path(__file__).parents[2]/'shared'/'kimi-tokenizer'
 TEXTS = ["The graph has 12345 nodes, don't it? café 月之暗面 naïve\n\n\n  def f(x):\n\treturn x + 1\n", 'You are a helpful assistant. {"city": "Rome"} ## Return of functions.f:0\n'] * 10
 
-@pytest.fixture(scope='module', params=list(FAMILIES))
+@pytest.fixture(scope='module', params=list(CHAT_FAMILIES))
 def tok(request): return build_tokenizer(TEXTS, 420, request.param)
 
 CALL = dict(id='functions.get_weather:0', type='function', function=dict(name='get_weather', arguments='{"city": "Rome"}'))
@@ -52,7 +52,7 @@ def test_qwen_by_hand():
 
 @pytest.mark.parametrize('calls', [None, [CALL], [CALL, TWO]])
 @pytest.mark.parametrize('content,reasoning', [('Yes.', None), ('Yes.', ''), ('', 'r'), ('a\n', 'r\n')])
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', CHAT_FAMILIES)
 def test_target_round_trip(family, content, reasoning, calls):
     spans = target_spans(content, reasoning, calls, family)
     assert spans[-1] == Span('<|im_end|>', 'assistant', True, True) and all(s.train for s in spans)
@@ -162,8 +162,8 @@ def test_kept_and_dropped_tokens():
     assert tok.convert_tokens_to_ids(SPECIAL_TOKENS) == list(range(len(tok) - 19, len(tok)))
 
 def test_patterns():
-    assert pieces("don't 1234 月之x", KIMI_PATTERN) == ["don't", ' ', '123', '4', ' ', '月之', 'x']
-    assert pieces("don't 1234", QWEN_PATTERN) == ['don', "'t", ' ', '1', '2', '3', '4']
+    assert pretokens("don't 1234 月之x", KIMI_PATTERN) == ["don't", ' ', '123', '4', ' ', '月之', 'x']
+    assert pretokens("don't 1234", QWEN_PATTERN) == ['don', "'t", ' ', '1', '2', '3', '4']
 
 NAMED = ['[BOS]', '[EOS]', None, *SPECIAL_TOKENS[2:-2], None, None, '[UNK]', '[PAD]']
 
@@ -194,9 +194,9 @@ def test_a_tiktoken_file_saved_and_opened(tmp_path):
     tok.save_pretrained(tmp_path/'saved')
     again, text = open_tokenizer(tmp_path/'saved'), "don't abcd Wxyz 1234 月有<|im_end|>[EOS]<|reserved_token_266|>"
     assert (tmp_path/'saved'/'tokenizer.json').exists() and again(text).input_ids == tok(text).input_ids and again.get_added_vocab() == tok.get_added_vocab()
-    assert again.chat_template == tok.chat_template == FAMILIES['kimi']['template'] and again.eos_token == '[EOS]'
+    assert again.chat_template == tok.chat_template == CHAT_FAMILIES['kimi']['template'] and again.eos_token == '[EOS]'
     instruct = load_kimi_tokenizer(kimi_folder(tmp_path, named=[t for t in NAMED if not t or 'think>' not in t]))
-    assert family_of(instruct) == 'kimi_instruct' and instruct.chat_template == FAMILIES['kimi_instruct']['template']
+    assert family_of(instruct) == 'kimi_instruct' and instruct.chat_template == CHAT_FAMILIES['kimi_instruct']['template']
 
 def test_tiktoken_files_that_are_refused(tmp_path):
     from k2lab.models.load import open_tokenizer

@@ -134,11 +134,11 @@ def test_decontamination_leaves_nothing_that_it_would_remove_again():
 
 @pytest.mark.parametrize('weights,n,want', [(dict(a=1, b=1), 5, [2, 3]), (dict(a=7, b=2, c=1), 10, [1, 2, 7]), (dict(a=.3, b=.7), 0, [0, 0]), (dict(a=1, b=0), 3, [0, 3])])
 def test_mixture_shares(weights, n, want):
-    assert sorted(operators.shares(weights, n).values()) == want and sum(want) == n
+    assert sorted(operators.whole_shares(weights, n).values()) == want and sum(want) == n
 
 def test_mixture_is_seeded_and_uses_no_row_twice():
     pools = {name: [dict(text=f'{name}{i}') for i in range(30)] for name in 'ab'}
-    mix = lambda seed: [r['text'] for r in operators.mixture(pools, dict(a=3, b=1), 40, seed)[0]]
+    mix = lambda seed: [r['text'] for r in operators.mix_rows(pools, dict(a=3, b=1), 40, seed)[0]]
     assert mix(0) == mix(0) != mix(1) and len(set(mix(0))) == 40 and Counter(t[0] for t in mix(0)) == dict(a=30, b=10)
 
 def test_data_card_counts_bytes_of_utf8():
@@ -148,7 +148,7 @@ def test_data_card_counts_bytes_of_utf8():
 
 # puzzles and grading --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('family', puzzles.FAMILIES)
+@pytest.mark.parametrize('family', puzzles.PUZZLE_FAMILIES)
 def test_there_are_enough_puzzles_and_all_are_right(family):
     judged = puzzles.make_puzzles(600, 10_000_000, (family,))
     train = puzzles.make_puzzles(20_000, 0, (family,), avoid={r['id'] for r in judged})
@@ -159,7 +159,7 @@ def test_there_are_enough_puzzles_and_all_are_right(family):
         assert true == stated and (stated > 0) == (family in ('chain', 'compare'))
     assert stats.majority_baseline(train)['all'] < .25 and stats.copy_baseline(judged)['all'] < .25
 
-@pytest.mark.parametrize('family', puzzles.FAMILIES)
+@pytest.mark.parametrize('family', puzzles.PUZZLE_FAMILIES)
 def test_both_styles_solve_the_same_problem(family):
     short, long = (puzzles.make_puzzles(300, 3, (family,), style=style) for style in puzzles.STYLES)
     for a, b in zip(short, long):
@@ -173,7 +173,7 @@ def test_chain_stays_between_0_and_99():
 
 def test_neighbouring_seeds_are_strangers():
     a, b = (puzzles.make_puzzles(2000, seed) for seed in (0, 1))
-    shared = [key for key in puzzles.prompts_overlap(a, b) if ': ' in key and key.split(': ')[0] in puzzles.FAMILIES]
+    shared = [key for key in puzzles.prompts_overlap(a, b) if ': ' in key and key.split(': ')[0] in puzzles.PUZZLE_FAMILIES]
     assert len(shared) < 20 and [r['id'] for r in a[4:]] != [r['id'] for r in b[:-4]]
 
 def test_puzzles_refuse_what_they_cannot_do(monkeypatch):
@@ -242,7 +242,7 @@ def test_questions_by_hand():
 def test_questions_are_unique_right_and_hard_to_guess():
     made = questions.make_questions(LIB, 1500, 0)
     assert len({(r['instruction'], r['input']) for r in made}) == 1500 and made == questions.make_questions(list(reversed(LIB)), 1500, 0)
-    assert max(stats.majority_baseline(made).values()) <= .25 and set(Counter(r['family'] for r in made)) == set(questions.FAMILIES)
+    assert max(stats.majority_baseline(made).values()) <= .25 and set(Counter(r['family'] for r in made)) == set(questions.QUESTION_FAMILIES)
     signatures = {f.signature: f for f in LIB}
     for r in made:
         if r['family'] == 'arity': assert (r['output'], r['fact']) == (', '.join(p for p, _ in signatures[r['input']].params) + f": {r['fact']}", str(len(signatures[r['input']].params)))

@@ -51,10 +51,10 @@ def sentence(rng, n): return ' '.join(''.join(rng.choices('abcdefghijklmnop', k=
 # kernels and twins ----------------------------------------------------------------------------------------------------
 
 def test_words_by_hand():
-    assert kernels.words('Hello, WORLD a_b 12!') == ['hello', 'world', 'a_b', '12']
-    assert kernels.words('用Python写 3行') == ['用', 'python', '写', '3', '行']
-    assert kernels.words('กราฟ') == list('กราฟ') and kernels.words('한국어 단어') == ['한국어', '단어']
-    assert kernels.words('ΟΔΟΣ οδος') == ['οδοσ', 'οδοσ'] and kernels.words('İzmir') == ['izmir'] and kernels.words(' .,\n') == []
+    assert kernels.gram_words('Hello, WORLD a_b 12!') == ['hello', 'world', 'a_b', '12']
+    assert kernels.gram_words('用Python写 3行') == ['用', 'python', '写', '3', '行']
+    assert kernels.gram_words('กราฟ') == list('กราฟ') and kernels.gram_words('한국어 단어') == ['한국어', '단어']
+    assert kernels.gram_words('ΟΔΟΣ οδος') == ['οδοσ', 'οδοσ'] and kernels.gram_words('İzmir') == ['izmir'] and kernels.gram_words(' .,\n') == []
 
 def test_hashes_by_hand():
     assert kernels.stirred(0) == 0 and kernels.stirred(1) == (0xbf58476d1ce4e5b9 ^ 0xbf58476d)
@@ -64,12 +64,12 @@ def test_hashes_by_hand():
     assert kernels.jaccard([1, 1, 2], [2, 3]) == 1/3 and kernels.jaccard([], []) == 0
 
 def test_a_letter_is_what_python_takes_for_one():
-    table = kernels.letters()
+    table = kernels.word_classes()
     import re
-    for c in range(kernels.LETTERS):
+    for c in range(kernels.CODE_POINTS):
         if 0xd800 <= c < 0xe000: continue
         assert bool(table[c]) == bool(re.match(r'\w', chr(c).lower())), hex(c)
-    assert not any(re.match(r'\w', chr(c)) for c in range(kernels.LETTERS, 0x110000))      # nothing above is a letter
+    assert not any(re.match(r'\w', chr(c)) for c in range(kernels.CODE_POINTS, 0x110000))      # nothing above is a letter
     assert table[ord('Q')] == ord('q') and table[ord('图')] == -ord('图') and table[ord(' ')] == 0
 
 @pytest.mark.parametrize('seed', range(4))
@@ -90,7 +90,7 @@ def test_ill_formed_bytes_separate_words_and_swallow_nothing(monkeypatch, raw):
 def test_room_for_words_is_enough(monkeypatch):
     for text in ['a b c d e f g h', 'a', '图图图', 'a图b图c', 'ก a ข b', 'ｱaｲb']:
         data, ends = laid([text.encode()])
-        assert kernels.word_hashes(data, ends)[0].tolist() == [kernels.word_hash(word) for word in kernels.words(text)]
+        assert kernels.word_hashes(data, ends)[0].tolist() == [kernels.word_hash(word) for word in kernels.gram_words(text)]
 
 @pytest.mark.parametrize('n', [1, 2, 5, 13])
 def test_runs_keys_sets_and_similarities_are_the_twins(monkeypatch, n):
@@ -100,7 +100,7 @@ def test_runs_keys_sets_and_similarities_are_the_twins(monkeypatch, n):
     full = np.flatnonzero(np.diff(fast[1]))
     starts = np.append(fast[1][full], fast[1][-1])
     assert same(*both(monkeypatch, lambda: kernels.band_keys(fast[0], starts, 3, 2)))
-    sets, plain = both(monkeypatch, lambda: kernels.distinct(fast[0].copy(), fast[1]))
+    sets, plain = both(monkeypatch, lambda: kernels.distinct_grams(fast[0].copy(), fast[1]))
     assert same(sets, plain)
     left, right = np.array([*combinations(range(40), 2)]).T
     assert same(*both(monkeypatch, lambda: kernels.jaccards(*sets, left, right)))
@@ -143,10 +143,10 @@ def test_batches_cover_a_column_once_however_it_is_made():
     texts = ['', 'one', 'zwei ü', 'x'*50, '', '五']
     for column in (pa.chunked_array([texts]), pa.chunked_array([texts[:2], [], texts[2:]], pa.string()), pa.chunked_array([pa.array(['no'] + texts + ['no'], pa.large_string())[1:-1]]), pa.array(['no'] + texts)[1:]):
         for room in (1, 20, 1000):
-            got = [bytes(data[a:b]).decode() for data, ends in kernels.batches(column, room) for a, b in zip(ends, ends[1:])]
+            got = [bytes(data[a:b]).decode() for data, ends in kernels.text_batches(column, room) for a, b in zip(ends, ends[1:])]
             assert got == texts
-    assert len([*kernels.batches(pa.array(['x'*9]*10), 30)]) == 4
-    with pytest.raises(LabError, match='row 3 has no text'): [*kernels.batches(pa.chunked_array([['a', 'b'], ['c', None]]))]
+    assert len([*kernels.text_batches(pa.array(['x'*9]*10), 30)]) == 4
+    with pytest.raises(LabError, match='row 3 has no text'): [*kernels.text_batches(pa.chunked_array([['a', 'b'], ['c', None]]))]
 
 def test_without_numba_plain_python_works_and_says_so_once():
     code = ("import sys, warnings; sys.modules['numba'] = None\nimport pyarrow as pa\nfrom k2lab.corpus.duplicates import drop_near\n"
@@ -178,7 +178,7 @@ def labelled(seed=0, n=300):
 
 def runs(text, n=5):
     "The definition: runs of words as Python tuples."
-    words = kernels.words(text)
+    words = kernels.gram_words(text)
     return {tuple(words[i:i+n]) for i in range(len(words) - n + 1)}
 
 def test_exact_copies_are_those_of_the_plain_operator():
@@ -277,7 +277,7 @@ def test_one_digest_for_a_table_in_one_piece_in_parts_and_in_another_order(monke
             got = operator(pa.concat_tables([table.slice(i, step) for i in range(0, len(table), step)]))
             assert digest(got[0]) == digest(want[0]) and got[1] == want[1]
         with monkeypatch.context() as m:
-            m.setattr(kernels.batches, '__defaults__', (500,))                              # batches of a text or two
+            m.setattr(kernels.text_batches, '__defaults__', (500,))                              # batches of a text or two
             assert digest(operator(table)[0]) == digest(want[0])
         order = list(range(len(texts)))
         random.Random(6).shuffle(order)

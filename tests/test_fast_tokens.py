@@ -4,7 +4,7 @@ import random, sys, unicodedata
 import numpy as np, pyarrow as pa, pytest
 
 from k2lab.text import encoder
-from k2lab.text.encoder import ENGINES, NASTY, Encoder, count_tokens, encoder, stream
+from k2lab.text.encoder import ENGINES, NASTY, Encoder, count_tokens, encoder, encode_stream
 from k2lab.models.load import open_tokenizer, shipped
 from k2lab.text.tokenizer import plain_tokenizer
 from k2lab.text.masks import concatenate
@@ -76,7 +76,7 @@ def test_without_fast_engines_the_tokenizer_does_it(monkeypatch):
 def test_a_stream_has_an_end_after_each_document():
     tok, texts = TOKS['k2'], ['', 'a graph', 'an edge and a node', '']
     by_hand = [i for ids in own(tok, texts) for i in [*ids, tok.eos_token_id]]
-    assert stream(tok, texts, tok.eos_token_id).tolist() == by_hand
+    assert encode_stream(tok, texts, tok.eos_token_id).tolist() == by_hand
     rows = concatenate(tok, texts, 3)
     assert [i for row in rows for i in row['input_ids']] == by_hand and all(len(row['input_ids']) == 3 for row in rows[:-1])
 

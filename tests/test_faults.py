@@ -11,7 +11,7 @@ import psutil, pytest
 from k2lab.lab.reproduce import inputs, differences, reproduce, results, with_env
 from k2lab.lab.checkpoint import MANIFEST
 from k2lab.lab.config import LabError
-from k2lab.lab.files import read_lines, verify
+from k2lab.lab.files import read_lines, check_published
 from k2lab.lab.job import prepare, start
 from k2lab.lab.records import read_run
 from k2lab.lab.runner import execute
@@ -233,7 +233,7 @@ def test_a_full_disk_loses_nothing_that_was_published(lab):
         code = subprocess.run([sys.executable, '-m', 'k2lab', 'train_toy', '--campaign', f'd{i}'], capture_output=True, preexec_fn=cap, timeout=90).returncode
         folder = next((lab.runs/f'd{i}').iterdir())
         record = read_run(folder)
-        kept = [name for name in record['saves'] if not verify(folder, name, deep=True)]
+        kept = [name for name in record['saves'] if not check_published(folder, name, deep=True)]
         good += (code, record['status'], record['reason'].startswith('disk full')) == (1, 'failed', True) and kept == list(record['saves']) and parses(folder)
     print(f'\nfull disks: {n}, nothing lost and said so: {good}')
     assert good == n

@@ -8,7 +8,7 @@ torch = pytest.importorskip('torch')
 from safetensors.torch import load_file, save_file
 from k2lab.lab.checkpoint import flaw
 from k2lab.lab.config import LabError
-from k2lab.models.quantized import INDEX, backbone, dequantised_fp8, dequantised_int4, fetched, model_names, scheme, to_bf16
+from k2lab.models.quantized import WEIGHT_INDEX, backbone, dequantised_fp8, dequantised_int4, fetched, model_names, scheme, to_bf16
 from k2lab.models.load import Loading, open_model, open_tokenizer, ready, register_kimi_k2, save_checkpoint, shipped
 
 BLOCK, GROUP = 128, 32
@@ -62,7 +62,7 @@ def write(folder:Path, config:dict, tensors:dict, files:int=3):
     names = [f'model-{i + 1}-of-{files}.safetensors' for i in range(files)]
     where = {n: names[i % files] for i, n in enumerate(sorted(tensors))}
     for file in names: save_file({n: tensors[n].contiguous() for n in tensors if where[n] == file}, folder/file)
-    (folder/INDEX).write_text(json.dumps({'weight_map': where}))
+    (folder/WEIGHT_INDEX).write_text(json.dumps({'weight_map': where}))
 
 
 def read(folder:Path) -> tuple:
@@ -268,9 +268,9 @@ def test_faults_in_what_is_stored(fault, made, tmp_path):
 
 def edit_index(folder, change):
     "Write a checkpoint's index again after `change(weight_map)`."
-    told = json.loads((folder/INDEX).read_text())
+    told = json.loads((folder/WEIGHT_INDEX).read_text())
     change(told['weight_map'])
-    (folder/INDEX).write_text(json.dumps(told))
+    (folder/WEIGHT_INDEX).write_text(json.dumps(told))
 
 
 FILE = 'model-2-of-3.safetensors'
@@ -283,7 +283,7 @@ IN_FILES = {
     'the index knows a tensor too few': (lambda d: edit_index(d, lambda m: m.pop('lm_head.weight')), 'lm_head.weight is there, but not in'),
     'the index points at another shard': (lambda d: edit_index(d, lambda m: m.update({'lm_head.weight': next(f for f in m.values() if f != m['lm_head.weight'])})), 'no tensor lm_head.weight'),
     'the index leaves the folder': (lambda d: edit_index(d, lambda m: m.update({'lm_head.weight': f'../bad/{FILE}'})), 'which is not there'),
-    'no weights': (lambda d: [p.unlink() for p in (d/INDEX, *d.glob('*.safetensors'))], 'no weights there'),
+    'no weights': (lambda d: [p.unlink() for p in (d/WEIGHT_INDEX, *d.glob('*.safetensors'))], 'no weights there'),
     'no config': (lambda d: (d/'config.json').unlink(), 'config.json is missing'),
     'a broken config': (lambda d: (d/'config.json').write_text('{'), 'config.json: '),
 }

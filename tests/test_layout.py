@@ -136,11 +136,11 @@ def test_stage_files_resolve_at_every_scale():
 
 
 def test_the_pipeline_names_stages_that_exist():
-    from k2lab.cli import steps_of, told
+    from k2lab.cli import steps_of, resolved_config
     if {s['stage'] for s in __import__('yaml').safe_load((ROOT/'configs/pipeline.yaml').read_text())['steps']} - {name_of(p) for p in STAGES}:
         pytest.skip('not every stage is there yet')
     for scale in ('smoke', 'nano'):
-        for step in steps_of(None, None): told(step['stage'], scale, step['changes'])
+        for step in steps_of(None, None): resolved_config(step['stage'], scale, step['changes'])
 
 
 def test_every_config_belongs_to_something():

@@ -12,7 +12,7 @@ torch = pytest.importorskip('torch')
 from k2lab.models.adapters import adaptable, is_split, lora
 from k2lab.training.trainer import options
 from k2lab.models.load import Loading, check_window, group_of, open_model, open_tokenizer, smoke_model, trained_counts
-from k2lab.training.stage import publish
+from k2lab.training.stage import publish_model
 
 IDS = torch.arange(8, 72).view(2, 32)
 PARTS = {'attention', 'shared', 'dense'}
@@ -168,10 +168,10 @@ def test_of_several_processes_the_first_one_publishes():
     "All of them reach the end; a second one that publishes too would fail the run."
     job, place = start('train_sft_domain', 'smoke'), smoke_model('k2')
     job.first = False
-    publish(job, open_model(place), open_tokenizer(place))
+    publish_model(job, open_model(place), open_tokenizer(place))
     assert not (job.folder/'k2_domain_instruct').exists()
     job.first = True
-    publish(job, open_model(place), open_tokenizer(place))
+    publish_model(job, open_model(place), open_tokenizer(place))
     assert torch.equal(logits(open_model(job.folder/'k2_domain_instruct')), logits(open_model(place)))
 
 

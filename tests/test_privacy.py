@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from k2lab.corpus import privacy
-from k2lab.bench.privacy import by_re, letters, scored
+from k2lab.bench.privacy import by_re, sample_letters, found_and_missed
 from k2lab.lab.config import LabError
 from k2lab.corpus.operators import conserved
 
@@ -121,10 +121,10 @@ def test_without_re2_it_says_so_and_finds_the_same():
 def test_re_finds_what_re2_finds():
     pytest.importorskip('re2')
     rng = random.Random(0)
-    texts = [''.join(rng.choices(PIECES, k=rng.randrange(1, 14))).encode() for _ in range(6000)] + [text.encode() for text, _ in letters(150, 3)] + [bytes(rng.choices(range(256), k=200)) for _ in range(300)]
+    texts = [''.join(rng.choices(PIECES, k=rng.randrange(1, 14))).encode() for _ in range(6000)] + [text.encode() for text, _ in sample_letters(150, 3)] + [bytes(rng.choices(range(256), k=200)) for _ in range(300)]
     places = lambda: [[(i, *m.span(p.groups)) for i, p in enumerate(privacy.engine()[1]) for m in p.finditer(text)] for text in texts]
     fast, plain = places(), by_re(places)
-    assert fast == plain and {i for text in fast for i, _, _ in text} == set(range(len(privacy.KINDS)))
+    assert fast == plain and {i for text in fast for i, _, _ in text} == set(range(len(privacy.PRIVATE_KINDS)))
     found = [privacy.private(text) for text in texts]
     assert found == by_re(lambda: [privacy.private(text) for text in texts]) and sum(map(len, found)) > 2000
 
@@ -149,7 +149,7 @@ def test_spans_are_ordered_and_apart_and_redacting_removes_them():
 # sets -----------------------------------------------------------------------------------------------------------------
 
 def test_the_labelled_set_is_found_and_its_decoys_are_not():
-    hits, false, missed = scored(letters(1500, 11), privacy.private)
+    hits, false, missed = found_and_missed(sample_letters(1500, 11), privacy.private)
     assert hits/(hits + (false + missed)/2) >= .97 and hits > 1500
 
 def functions(n, seed):

@@ -9,7 +9,7 @@ import pytest
 from k2lab.corpus import quality, signals
 from k2lab.lab.config import LabError
 from k2lab.corpus.operators import conserved
-from k2lab.corpus.kernels import batches, packed
+from k2lab.corpus.kernels import text_batches, packed
 from k2lab.corpus.signals import LINE_COUNTS, RUN_COUNTS, WORD_COUNTS
 
 ALPHABETS = ['abcdeABCDE  \n\n.,_-019#{', ['the', 'be', 'to', 'of', 'and', 'that', 'have', 'with', *'          '], 'äöüßÄÉñŁłıİKΣσ ', '图书馆 使用。、カタカナ々〇，！', 'ภาษาไทย ກຂ ', '\x00\x7f\x80\x85\xa0\u2028\u3000\ufeff\u0301\u200d\U0001f600\U00020000\U0003ffff\U0010ffff\x1c\x0b',
@@ -214,7 +214,7 @@ def test_one_result_however_a_table_is_cut(monkeypatch):
     parts = pa.concat_tables([table.slice(i, 7) for i in range(0, 200, 7)])
     for small in (None, 100):
         with monkeypatch.context() as m:
-            if small: m.setattr(batches, '__defaults__', (small,))
+            if small: m.setattr(text_batches, '__defaults__', (small,))
             for got, told in zip((quality.drop_poor(parts, 'domain'), quality.c4_lines(parts)), want): assert got[0]['text'].to_pylist() == told[0]['text'].to_pylist() and got[1] == told[1]
 
 @pytest.mark.parametrize('texts', [[], [''], ['', ' \n'], ['a']])

@@ -7,7 +7,7 @@ import pytest
 from k2lab.corpus import operators
 from k2lab.text import rows
 from k2lab.lab.config import LabError
-from k2lab.corpus.pipeline import Refining, clear, mix, refine, refining, tables_of, texts_of, unique
+from k2lab.corpus.pipeline import Refining, without_contaminated, mix, refine, refining, tables_of, texts_of, unique
 from k2lab.corpus.units import Plan, plan_units, run_units
 
 WORDS = 'graph node edge path tree cycle weight degree matrix flow cut colour match order rank sort heap queue stack walk'.split()
@@ -76,8 +76,8 @@ def test_signals_travel_as_columns_when_asked(tmp_path):
     write(tmp_path/'a.jsonl', [dict(text='a node ' * 30 + page(random.Random(1)), source='x', n=1)])
     made = refine([dict(files=f'{tmp_path}/a.jsonl')], ['a'], Refining(signals=True, quality=dict(words=[1, 1000])), tmp_path/'work')
     table, = tables_of(made, made.index)
-    from k2lab.corpus.writers import lines_of
-    row = json.loads(lines_of(table))
+    from k2lab.corpus.writers import json_lines
+    row = json.loads(json_lines(table))
     assert row['signal_words'] == 120 and row['n'] == 1 and 'signal_alpha_words' in row and 'bands' not in row
 
 
@@ -124,7 +124,7 @@ def test_a_document_is_on_the_side_of_its_key_wherever_it_lies(library, tmp_path
 def test_documents_that_quote_an_evaluation_set_go_and_it_is_named(library, tmp_path):
     made, index, _ = refined(library, tmp_path)
     quoted, other = texts_of(made, index)[7], page(random.Random(99))
-    left, counts = clear(made, index, dict(mine=[quoted[:150]], theirs=[other]))
+    left, counts = without_contaminated(made, index, dict(mine=[quoted[:150]], theirs=[other]))
     assert len(left) == len(index) - 1 and quoted not in texts_of(made, left) and counts['contaminated'] == {'mine': 1}
 
 

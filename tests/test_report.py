@@ -7,8 +7,8 @@ import pytest
 
 from k2lab.lab.config import read_yaml
 from k2lab.reports.charts import el
-from k2lab.reports.results import KEYS, MEASURES, TESTS, alternatives, change, for_machines, holds, judged, line_of, measured, newest, verdict
-from k2lab.reports.page import ancestors, headline, page, student_lines
+from k2lab.reports.results import KEYS, MEASURES, TESTS, alternatives, change, for_machines, holds, goal_results, line_of, measured, newest_runs, goal_reached
+from k2lab.reports.page import ancestors, headline, report_html, student_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,7 +55,7 @@ class Balanced(HTMLParser):
 def test_the_newest_complete_run_of_each_role_counts(home):
     for n, r in enumerate([record('train_sft_domain', saves='k2_a'), record('train_sft_domain', saves='k2_a'), record('train_sft_domain', saves='k2_a', status='failed'),
                            record('prepare_corpus', mode='domain'), record('prepare_corpus', mode='reasoning'), record('train_sft_domain', saves='k2_a', scale='smoke'), record('report')], 1): add(home, n, r)
-    found, aside = newest(home, 'nano')
+    found, aside = newest_runs(home, 'nano')
     assert sorted(int(Path(r['folder']).name.split('.')[1].split('-')[0]) for r in found) == [2, 4, 5]
     assert [(Path(r['folder']).name[11], r['status']) for r in aside] == [('1', 'complete'), ('3', 'failed')]
 
@@ -64,14 +64,14 @@ def test_the_order_is_that_of_the_pipeline_and_of_numbers_not_of_text(home):
     add(home, 10, record('train_continual_pretrain', saves='k2_p'))
     add(home, 9, record('train_sft_domain', saves='k2_d'))
     add(home, 2, record('train_continual_pretrain', saves='k2_p'))
-    found, aside = newest(home, 'nano')
+    found, aside = newest_runs(home, 'nano')
     assert [Path(r['folder']).name for r in found] == ['2026-11-23.10-train_continual_pretrain', '2026-11-23.9-train_sft_domain'] and len(aside) == 1
 
 
 def test_report_json_has_the_eight_keys_and_one_line_for_the_pipeline(home):
     add(home, 1, record('train_sft_domain', [metric('train_sft_domain', 'domain_questions', .1, .7), metric('train_sft_domain', 'something_else', 1, 2)], saves='k2_a'))
     add(home, 2, record('evaluate', [metric('evaluate', 'domain_questions', .1, .7, checkpoint='k2_think_dpo')]))
-    lines = for_machines(newest(home, 'nano')[0])
+    lines = for_machines(newest_runs(home, 'nano')[0])
     assert all(list(m)[:8] == list(KEYS) and m['measure'] in MEASURES for m in lines)
     assert [(m['measure'], m['after'], m['n']) for m in lines if m['stage'] == 'pipeline'] == [('wall_s', 120.0, 2), ('peak_gib', 1.5, 2)]
     assert [m.get('checkpoint') for m in lines if m['measure'] == 'domain_questions'] == [None, 'k2_think_dpo']
@@ -90,11 +90,11 @@ def test_either_way_reaches_a_goal_and_a_gap_is_not_a_miss():
     goal = dict(stage='s', any=[[dict(measure='reasoning_verified', gain=.03)], [dict(measure='reasoning_tokens', ratio_at_most=.9), dict(measure='reasoning_verified', gain=-.01)]])
     acc = lambda a, b: metric('s', 'reasoning_verified', a, b)
     length = lambda a, b: metric('s', 'reasoning_tokens', a, b)
-    assert verdict(goal, [acc(.9, .94), length(50, 60)]) is True
-    assert verdict(goal, [acc(.9, .9), length(50, 45)]) is True
-    assert verdict(goal, [acc(.9, .85), length(50, 20)]) is False
-    assert verdict(goal, [acc(.9, .9), length(None, 20)]) is None
-    assert verdict(goal, []) is None
+    assert goal_reached(goal, [acc(.9, .94), length(50, 60)]) is True
+    assert goal_reached(goal, [acc(.9, .9), length(50, 45)]) is True
+    assert goal_reached(goal, [acc(.9, .85), length(50, 20)]) is False
+    assert goal_reached(goal, [acc(.9, .9), length(None, 20)]) is None
+    assert goal_reached(goal, []) is None
 
 
 def test_the_best_earlier_value_is_a_teachers():
@@ -105,10 +105,10 @@ def test_the_best_earlier_value_is_a_teachers():
 
 def test_goals_that_do_not_apply_are_neither_reached_nor_missed():
     goals, lines = [dict(stage='pipeline', measure='wall_s', at_most=1, scales=['nano'], says='fast'), dict(stage='s', measure='domain_questions', at_least=.5, says='good')], [metric('s', 'domain_questions', .1, .4)]
-    assert [g['mark'] for g in judged(goals, lines, 'smoke', False)] == ['na', 'na']
-    assert [g['mark'] for g in judged(goals, lines, 'qlora', True)] == ['na', 'missed']
-    assert [g['mark'] for g in judged(goals, lines, 'nano', True)] == ['open', 'missed']
-    assert headline(judged(goals, lines, 'qlora', True), [1], 'qlora') == '0 of 1 goals reached, 1 not reached, 0 not measured.'
+    assert [g['mark'] for g in goal_results(goals, lines, 'smoke', False)] == ['na', 'na']
+    assert [g['mark'] for g in goal_results(goals, lines, 'qlora', True)] == ['na', 'missed']
+    assert [g['mark'] for g in goal_results(goals, lines, 'nano', True)] == ['open', 'missed']
+    assert headline(goal_results(goals, lines, 'qlora', True), [1], 'qlora') == '0 of 1 goals reached, 1 not reached, 0 not measured.'
 
 
 def test_the_stage_file_names_measures_and_tests_that_exist():
@@ -136,8 +136,8 @@ def test_a_full_page_is_well_formed_and_needs_nothing_from_outside(home):
     said = [dict(when=w, prompt=nasty, text=nasty, ok=w == 'after') for w in ('before', 'after')]
     add(home, 4, sft, samples=said, steps=[dict(step=i, loss=8/i, phase='train') for i in (1, 2, 3)])
     add(home, 5, record('sample_teacher', saves='dpo_pairs', mode='preferences') | dict(sampling=dict(prompts=12, answers=36, right=24, cut=0, dpo_pairs=22)))
-    found, aside = newest(home, 'nano')
-    text = page(found, aside, judged([], measured(found), 'nano', True), 'c<1>', 'nano')
+    found, aside = newest_runs(home, 'nano')
+    text = report_html(found, aside, goal_results([], measured(found), 'nano', True), 'c<1>', 'nano')
     tags = Balanced(text).seen
     assert 'script' not in tags and 'img' not in tags and 'link' not in tags and not re.search(r'\b(src|href)=|https?:', text)
     for words in ('c&lt;1&gt;', '10.0 % → ', '70.0 %', 'since replaced', 'replaced by a newer run', 'majority 10.0 %', '✓ right', '✗ wrong', '16 shorter than 80', 'BSD-3-Clause', '22 dpo_pairs', 'answer 100 %', 'No complete run of: prepare_corpus (reasoning)', 'replaced since: train_sft_domain.'): assert words in text, words
@@ -145,10 +145,10 @@ def test_a_full_page_is_well_formed_and_needs_nothing_from_outside(home):
 
 
 def test_an_empty_campaign_is_said_not_crashed_on(home):
-    text = page(*newest(home, 'nano'), judged([dict(stage='s', measure='domain_questions', at_least=.5, says='good')], [], 'nano', True), 'none', 'nano')
+    text = report_html(*newest_runs(home, 'nano'), goal_results([dict(stage='s', measure='domain_questions', at_least=.5, says='good')], [], 'nano', True), 'none', 'nano')
     assert 'no complete runs' in text and Balanced(text) and for_machines([]) == []
     add(home, 1, record('train_sft_domain', saves='k2_d', status='failed'))
-    assert 'failed: it broke' in page(*newest(home, 'nano'), [], 'none', 'nano')
+    assert 'failed: it broke' in report_html(*newest_runs(home, 'nano'), [], 'none', 'nano')
 
 
 def test_the_student_is_compared_by_its_evaluation_or_by_its_own_run():

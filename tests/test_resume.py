@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from k2lab.lab.checkpoint import newest, seal, set_aside, step_of
+from k2lab.lab.checkpoint import newest_checkpoint, finalize_checkpoint, set_aside, step_of
 from k2lab.lab.files import as_json, read_lines
 from k2lab.models.load import Loading
 
@@ -148,13 +148,13 @@ def test_a_damaged_checkpoint_is_set_aside(name, how, tmp_path):
         place = home/f'checkpoint-{step}'
         place.mkdir(parents=True)
         for file in FILES[:-1]: (place/file).write_text(f'{file} at {step}, some text\n'*3)
-        seal(place, {'step': step})
+        finalize_checkpoint(place, {'step': step})
     path = home/'checkpoint-4'/name
     if how == 'changed' and name == 'MANIFEST.json': path.write_text(path.read_text().replace('"step": 4', '"step": 5').replace('"bytes": ', '"bytes": 1'))
     else: damage(path, how)
     told = set_aside(tmp_path)
     assert len(told) == 1 and told[0].startswith('train/checkpoint-4: ')
-    assert step_of(newest(home)[0]) == 2
+    assert step_of(newest_checkpoint(home)[0]) == 2
 
 
 def test_experts_are_restored_where_the_trainer_alone_drops_them(tok, tmp_path):

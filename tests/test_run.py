@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from k2lab.lab.config import LabError, resolve
-from k2lab.lab.files import mask, verify
+from k2lab.lab.files import mask, check_published
 from k2lab.lab.job import open_job, start
 from k2lab.lab.records import find_run, read_run, runs
 from k2lab.lab.runner import execute
@@ -91,7 +91,7 @@ def test_a_complete_run(lab):
     assert r['status'] == 'complete' and r['config']['steps'] == 4 and r['changes'] == {'steps': '4'}
     assert [row.get('step') for row in seen] == [None, 1, 2, 3, 4]          # the first one says that the kernel starts
     assert r['metrics'] == [{'stage': 'train_toy', 'measure': 'value', 'before': 0, 'after': 4, 'low': None, 'high': None, 'n': 1, 'seed': 0}]
-    assert (folder/'k2_toy.txt').read_text() == '4' and not verify(folder, 'k2_toy', deep=True)
+    assert (folder/'k2_toy.txt').read_text() == '4' and not check_published(folder, 'k2_toy', deep=True)
     assert [(p['name'], p['run'], p['place'], len(p['sha256'])) for p in r['parents']] == [('zero', None, './zero.txt', 64)]
     assert r['peak_gib'] > 0 and r['wall_s'] > 0 and r['hardware']['cores'] >= 1 and 'python' in r['versions']
     cells = json.loads((folder/'notebook.ipynb').read_text())['cells']
@@ -184,7 +184,7 @@ def test_a_crash_while_publishing_leaves_nothing_that_looks_complete(lab):
     r = runs()[0]
     folder = Path(r['folder'])
     assert r['status'] == 'interrupted' and r['saves'] == {} and not (folder/'k2_toy').exists()
-    assert verify(folder, 'k2_toy') == 'k2_toy has no manifest'
+    assert check_published(folder, 'k2_toy') == 'k2_toy has no manifest'
 
 
 def test_side_files_travel_with_what_is_published(lab):
@@ -224,7 +224,7 @@ def test_a_worker_opens_the_same_job_from_its_folder(lab):
     assert (again.cfg, again.env, again.seed) == (job.cfg, {**job.env, 'endpoint': mask(job.env['endpoint'])}, job.seed)
     assert k2lab('work', str(job.folder)).returncode == 0
     job.reload()
-    assert job.record['metrics'][0]['after'] == 6 and not verify(job.folder, 'k2_toy', deep=True)
+    assert job.record['metrics'][0]['after'] == 6 and not check_published(job.folder, 'k2_toy', deep=True)
 
 
 def test_several_processes_share_one_run(lab):

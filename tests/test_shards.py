@@ -6,9 +6,9 @@ import fsspec, psutil, pytest
 
 from k2lab.corpus import readers
 from k2lab.lab.config import LabError
-from k2lab.text.rows import Part, pack, read_rows, write_rows
+from k2lab.text.rows import Part, compress, read_rows, write_rows
 from k2lab.corpus.readers import LINE, Reader, as_table, find_files
-from k2lab.corpus.writers import Shards, lines_of
+from k2lab.corpus.writers import Shards, json_lines
 from k2lab.corpus.units import Plan, plan_units, receipt_of, run_units, shard_files
 
 HERE = Path(__file__).parent
@@ -72,7 +72,7 @@ def noisy(table):
 
 # ---- seventeen kinds of broken file --------------------------------------------------------------------------------------------
 
-HALF_GZ, HALF_ZST = (pack(joined(*(os.urandom(40).hex().encode().join([b'{"text": "', b'"}']) for _ in range(3000))), f'.{kind}') for kind in ('gz', 'zst'))
+HALF_GZ, HALF_ZST = (compress(joined(*(os.urandom(40).hex().encode().join([b'{"text": "', b'"}']) for _ in range(3000))), f'.{kind}') for kind in ('gz', 'zst'))
 BROKEN = {   # name: (file, bytes, good rows, bad rows, words of the reason, not whole)
     'bad JSON': ('a.jsonl', joined(*good(5), b'{"text": "no end', *good(5)), 10, 1, 'not JSON', ''),
     'invalid UTF-8': ('a.jsonl', joined(*good(5), b'{"text": "caf\xe9", "source": "x"}', *good(5)), 10, 1, 'not UTF-8: byte 14 of the line is 0xe9', ''),
@@ -156,7 +156,7 @@ def test_both_parsers_give_the_same_bytes(tmp_path, monkeypatch):
     file.write_bytes(joined(*(data for name, (kind, data, *_) in BROKEN.items() if kind == 'a.jsonl' and name not in ('20 MB line', 'LFS pointer')), line('ü\x7f\u2028\t"\\/\x01'), line(1, n=1.5, m=[1e-7, None, True])))
     def read():
         bad = []
-        return b''.join(lines_of(t) for t in Reader(file, on_bad=bad.append).tables()), [(b['offset'], b['reason']) for b in bad]
+        return b''.join(json_lines(t) for t in Reader(file, on_bad=bad.append).tables()), [(b['offset'], b['reason']) for b in bad]
     fast = read()
     monkeypatch.setattr(readers, 'codec', lambda: (readers.loads_exactly, readers.dumps_exactly))
     assert read() == fast and len(fast[1]) == 9 + 1      # a BOM in the middle of a file is none

@@ -6,7 +6,7 @@ import pytest
 
 from k2lab.lab.config import LabError
 from k2lab.lab.records import read_run, runs
-from k2lab.lab.slurm import Cluster, across_nodes, cluster, job_of, parameters, state, submit, submit_stage, waiting
+from k2lab.lab.slurm import Cluster, across_nodes, cluster, job_of, sbatch_parameters, state, submit, submit_stage, waiting
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = '''
@@ -187,7 +187,7 @@ def test_the_labs_own_file_is_valid(monkeypatch):
 
 
 def test_what_submitit_is_told(lab):
-    told = parameters(Cluster(partition='gpu', nodes=2, gpus_per_node=8, mem_gb=0, hours=1.5, extra={'qos': 'low', 'signal': 'B:USR2@300'}), 'train_toy')
+    told = sbatch_parameters(Cluster(partition='gpu', nodes=2, gpus_per_node=8, mem_gb=0, hours=1.5, extra={'qos': 'low', 'signal': 'B:USR2@300'}), 'train_toy')
     assert told == {'job_name': 'train_toy', 'partition': 'gpu', 'account': None, 'nodes': 2, 'ntasks_per_node': 1, 'gpus_per_node': 8, 'cpus_per_task': 4,
                     'mem': '0M', 'time': 90, 'setup': None, 'stderr_to_stdout': True, 'use_srun': False,
                     'additional_parameters': {'signal': 'B:USR2@300', 'requeue': True, 'chdir': str(lab.root), 'qos': 'low'}}

@@ -1,10 +1,10 @@
 """Duplicates, readers and the whole way from files to tokens against other tools: `python -m k2lab.bench corpus`, `shards`, `chain`."""
 import json, os, random, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
-from k2lab.bench.harness import KINDS, by_peer, exam_texts, in_turns, installed_texts, median_and_range, told_peers
+from k2lab.bench.harness import COPY_KINDS, by_peer, eval_passages, in_turns, installed_texts, median_and_range, print_peers
 
 
-def copied(text:str, kind:str, rng) -> str:
+def altered_copy(text:str, kind:str, rng) -> str:
     "A text once more: as it is, or changed in one of the ways in which near-copies come about; `far` is changed too much to be one."
     words = text.split(' ')
     if kind == 'format': return ' '.join(text.upper().split())
@@ -24,14 +24,14 @@ def made_corpus(megabytes:float, pages:bool=False) -> tuple:
     "`(texts, {row: (kind, row it was made from)}, exam, {row: kind of leak})`: installed texts with a tenth injected copies and some leaked evaluation texts."
     rng, texts = random.Random(11), installed_texts(megabytes + 2, pages)
     aside, base = texts[:600], texts[600:]
-    exam = exam_texts(aside, base)[:300]
+    exam = eval_passages(aside, base)[:300]
     made = [(text, None, i) for i, text in enumerate(base)]
-    made += [(copied(base[i], kind, rng), kind, i) for i in rng.sample(range(len(base)), len(base)//10) for kind in [rng.choice(KINDS)]]
+    made += [(altered_copy(base[i], kind, rng), kind, i) for i in rng.sample(range(len(base)), len(base)//10) for kind in [rng.choice(COPY_KINDS)]]
     made += [(leaked(text, kind, base[rng.randrange(len(base))][:300] + str(rng.random())), f'leak {kind}', i) for i, text in enumerate(exam) for kind in [('verbatim', 'upper', 'partial')[i % 3]]]
     rng.shuffle(made)
     place = {source: row for row, (_, kind, source) in enumerate(made) if kind is None}
-    copies = {row: (kind, place[source]) for row, (_, kind, source) in enumerate(made) if kind in KINDS}
-    return [text for text, _, _ in made], copies, exam, {row: kind for row, (_, kind, _) in enumerate(made) if kind and kind not in KINDS}
+    copies = {row: (kind, place[source]) for row, (_, kind, source) in enumerate(made) if kind in COPY_KINDS}
+    return [text for text, _, _ in made], copies, exam, {row: kind for row, (_, kind, _) in enumerate(made) if kind and kind not in COPY_KINDS}
 
 
 def true_pairs(texts:list, least:float=.7):
@@ -55,7 +55,7 @@ def true_pairs(texts:list, least:float=.7):
     return left[found >= least], right[found >= least], found[found >= least]
 
 
-def judged(kept:list, n:int, pairs:tuple) -> str:
+def recall_and_precision(kept:list, n:int, pairs:tuple) -> str:
     "Recall over the pairs of Jaccard 0.8 and more (one of the two is gone), precision over the rows removed: a row 0.7 like it exists, and one is kept."
     import numpy as np
     stays = np.isin(np.arange(n), kept)
@@ -75,12 +75,12 @@ def corpus_work(exam:list) -> dict:
             'near-copies, verified': (lambda t: drop_near(t, alarm=1), ['text_dedup_verified', 'datasketch']), 'decontamination': (lambda t: drop_contaminated(t, exam), ['datatrove_decontaminate'])}
 
 
-def told_corpus(work:dict, times:dict, texts:list, leaks:dict, pairs:tuple):
+def print_corpus(work:dict, times:dict, texts:list, leaks:dict, pairs:tuple):
     "Prints speed, ratios and quality."
     size = sum(len(text.encode()) for text in texts)/1e6
     share = lambda kind, kept: sum(leaks[row] == kind for row in leaks.keys() - set(kept))/list(leaks.values()).count(kind)
     def quality(what, kept):
-        if what.startswith('near'): return judged(kept, len(texts), pairs)
+        if what.startswith('near'): return recall_and_precision(kept, len(texts), pairs)
         recall = [f'recall {kind} {share(kind, kept):.3f}' for kind in sorted(set(leaks.values()))] if what == 'decontamination' else []
         return ', '.join([f'removed {len(texts) - len(kept)}', *recall])
     for what, (_, peers) in work.items():
@@ -100,9 +100,9 @@ def corpus(megabytes:str='20', rounds:str='3'):
         path, exam_path = f'{folder}/corpus.jsonl', f'{folder}/exam.json'
         with open(path, 'w') as out: out.writelines(json.dumps(dict(id=i, text=text)) + '\n' for i, text in enumerate(texts))
         with open(exam_path, 'w') as out: json.dump(exam, out)
-        print(f'{sum(len(t.encode()) for t in texts)/1e6:.1f} MB, {len(texts)} texts, {len(copies)} copies of {len(KINDS)} kinds and {len(leaks)} leaks injected, {len(pairs[0])} pairs of Jaccard 0.7 and more', flush=True)
+        print(f'{sum(len(t.encode()) for t in texts)/1e6:.1f} MB, {len(texts)} texts, {len(copies)} copies of {len(COPY_KINDS)} kinds and {len(leaks)} leaks injected, {len(pairs[0])} pairs of Jaccard 0.7 and more', flush=True)
         work = corpus_work(exam)
-        told_corpus(work, in_turns(path, work, int(rounds), exam_path), texts, leaks, pairs)
+        print_corpus(work, in_turns(path, work, int(rounds), exam_path), texts, leaks, pairs)
 
 
 def copy_seconds(path:str) -> float:
@@ -137,20 +137,20 @@ def shards(megabytes:str='60', rounds:str='3'):
 
 def chain_of(path:str, exam_path:str, tokenizer:str, folder:str) -> tuple:
     "(steps, rows kept, tokens) of the lab's chain: Gopher's rules, private data, copies, near copies, evaluation texts, JSON lines, tokens."
-    from k2lab.text.encoder import stream
-    from k2lab.corpus.pipeline import Refining, clear, refine, tables_of, tokenizer_at, unique
+    from k2lab.text.encoder import encode_stream
+    from k2lab.corpus.pipeline import Refining, without_contaminated, refine, tables_of, tokenizer_at, unique
     from k2lab.text.rows import publishing
     from k2lab.corpus.writers import Lines
     told, tok = Refining(quality='gopher', least=1, alarm=1), tokenizer_at(tokenizer)
     made = refine([dict(files=path, licence='unknown')], ['bench'], told, folder)
     index, steps = unique(made, told)
-    index, last = clear(made, index, dict(exam=json.load(open(exam_path))))
+    index, last = without_contaminated(made, index, dict(exam=json.load(open(exam_path))))
     rows, count = [], 0
     with publishing(Path(folder)/'out.jsonl') as part, publishing(Path(folder)/'out.bin') as ids:
         out = Lines(part, made.texts.schema)
         for table in tables_of(made, index):
             out.write(table)
-            chained = stream(tok, table['text'].to_pylist(), tok.eos_token_id)
+            chained = encode_stream(tok, table['text'].to_pylist(), tok.eos_token_id)
             ids.write(chained.tobytes())
             count += len(chained)
             rows += [json.loads(more)['id'] for more in table['extra'].to_pylist()]
@@ -191,4 +191,4 @@ def chain(megabytes:str='20', rounds:str='3'):
     print(f'{size:.1f} MB: {median_and_range(ours)} s, {size/statistics.median(ours):.1f} MB/s, peak {max(run["peak_gib"] for run, _ in runs):.2f} GiB, {len(first["rows"])} of {len(texts)} documents kept, {first["tokens"]} tokens; '
           f'books balance: {not conserved(first["steps"])}; leaks left: {len(leaks.keys() & set(first["rows"]))} of {len(leaks)}')
     for step in funnel(first['steps']): print('  ', *step)
-    told_peers(ours, {peer: [run[1][peer] for run in runs] for peer in peers})
+    print_peers(ours, {peer: [run[1][peer] for run in runs] for peer in peers})

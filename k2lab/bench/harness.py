@@ -8,7 +8,7 @@ def median_and_range(values:list, digits:int=2) -> str:
     return f'{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})'
 
 
-TOLD = dict(per_device_train_batch_size=8, learning_rate=1e-4, num_train_epochs=1, logging_steps=1000, save_strategy='no', gradient_checkpointing=False)
+TRAINER_OPTIONS = dict(per_device_train_batch_size=8, learning_rate=1e-4, num_train_epochs=1, logging_steps=1000, save_strategy='no', gradient_checkpointing=False)
 
 
 def texts(n:int, shape:str) -> list:
@@ -22,7 +22,7 @@ def texts(n:int, shape:str) -> list:
 DOCSTRING = re.compile(r'(?:"""|\'\'\')(.{200,}?)(?:"""|\'\'\')', re.S)
 
 
-KINDS = ('copy', 'format', 'words', 'cut', 'boilerplate', 'far')
+COPY_KINDS = ('copy', 'format', 'words', 'cut', 'boilerplate', 'far')
 
 
 def installed_texts(megabytes:float, pages:bool=False) -> list:
@@ -39,7 +39,7 @@ def installed_texts(megabytes:float, pages:bool=False) -> list:
     return [text for text in texts if (room := room - len(text.encode())) > 0]
 
 
-def exam_texts(texts:list, known:list) -> list:
+def eval_passages(texts:list, known:list) -> list:
     "Passages of 40 to 60 words from texts that share no run of 13 words with the known ones."
     import pyarrow as pa
     from k2lab.corpus.duplicates import found_runs, run_index
@@ -93,7 +93,7 @@ def as_jsonl(texts:list, folder:str) -> str:
     return path
 
 
-def told_peers(ours:list, peers:dict):
+def print_peers(ours:list, peers:dict):
     "Prints how much longer the peers took: {name: [(seconds or None, rows kept or why not)]}."
     for name, times in peers.items():
         if times[0][0] is None: print(f'  {name}: did not run: {times[0][1]}')

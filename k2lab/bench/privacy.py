@@ -1,6 +1,6 @@
 """Private data against plain `re` and datatrove: `python -m k2lab.bench privacy`."""
 import random, statistics, sys, tempfile, warnings
-from k2lab.bench.harness import as_jsonl, by_peer, cpu_seconds, installed_texts, median_and_range, told_peers
+from k2lab.bench.harness import as_jsonl, by_peer, cpu_seconds, installed_texts, median_and_range, print_peers
 
 
 def drawn(rng, n:int, letters:str='ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789') -> str:
@@ -59,7 +59,7 @@ def decoy(rng) -> str:
                        'http://user:password@host/', f'{n(3)}-{n(3)}-{n(3)}', f'{n(2)}:{n(2)}:{n(2)}', f'{n(3)} {n(3)} {n(4)}', f'-{n(10)} to +2147483647', f'part {n(3)}-{n(2)}-{n(4)}', f'std::vector<{n(2)}>', f'{rng.randrange(10**12, 10**13)} ms', f'GB{n(2)}WEST{n(13)}'])
 
 
-def letters(n:int, seed:int=0) -> list:
+def sample_letters(n:int, seed:int=0) -> list:
     "n texts with what is private in them: [(text, [(start, end, kind)])], in bytes; half of the numbers in them are decoys."
     rng, out = random.Random(seed), []
     fill = 'please find the report of last week about the new release and send what you think of it to the others before we meet'.split()
@@ -76,7 +76,7 @@ def letters(n:int, seed:int=0) -> list:
     return out
 
 
-def scored(labelled:list, find) -> tuple:
+def found_and_missed(labelled:list, find) -> tuple:
     "(right, wrong, missed) of a function from bytes to private parts, by exact places and kinds."
     pairs = [(set(parts), set(find(text.encode()))) for text, parts in labelled]
     return sum(len(a & b) for a, b in pairs), sum(len(b - a) for a, b in pairs), sum(len(a - b) for a, b in pairs)
@@ -100,7 +100,7 @@ def privacy(megabytes:str='20', rounds:str='3'):
     "Speed of `k2lab.corpus.privacy` on one core against plain `re` and datatrove's formatter, on installed texts with letters among them; precision and recall on the letters."
     import pyarrow as pa
     from k2lab.corpus.privacy import private, redact
-    labelled = letters(4000, 1)
+    labelled = sample_letters(4000, 1)
     texts = installed_texts(float(megabytes)) + [text for text, _ in labelled[:600]]
     random.Random(2).shuffle(texts)
     table, size = pa.table(dict(text=texts)), sum(len(text.encode()) for text in texts)/1e6
@@ -114,6 +114,6 @@ def privacy(megabytes:str='20', rounds:str='3'):
         times = [(ours_warm(), by_re(ours_warm), by_peer('datatrove_pii', path)) for _ in range(int(rounds))]
     ours = [t[0] for t in times]
     print(f'redact: {median_and_range(ours)} s, {size/statistics.median(ours):.0f} MB/s')
-    told_peers(ours, {'plain re, same patterns': [(t[1], None) for t in times], "datatrove's formatter, mail and IPv4 only": [t[2] for t in times]})
-    right, wrong, missed = scored(labelled, private)
+    print_peers(ours, {'plain re, same patterns': [(t[1], None) for t in times], "datatrove's formatter, mail and IPv4 only": [t[2] for t in times]})
+    right, wrong, missed = found_and_missed(labelled, private)
     print(f'{len(labelled)} letters: precision {right/(right + wrong):.4f}, recall {right/(right + missed):.4f}, F1 {2*right/(2*right + wrong + missed):.4f} (letters and patterns have one author)')

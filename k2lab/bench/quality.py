@@ -1,6 +1,6 @@
 """Quality rules against datatrove's filters: `python -m k2lab.bench quality`."""
 import statistics, tempfile
-from k2lab.bench.harness import as_jsonl, by_peer, cpu_seconds, installed_texts, median_and_range, plainly, told_peers
+from k2lab.bench.harness import as_jsonl, by_peer, cpu_seconds, installed_texts, median_and_range, plainly, print_peers
 
 
 def web_rules(column) -> list:
@@ -27,6 +27,6 @@ def quality(megabytes:str='20', rounds:str='3'):
     for i, (what, beside) in enumerate({'Gopher and FineWeb': peers[:2], 'C4': peers[2:]}.items()):
         ours = [t[i] for t in times]
         print(f'{what}: {median_and_range(ours)} s, {size/statistics.median(ours):.0f} MB/s')
-        told_peers(ours, {peer: [t[2][peer] for t in times] for peer in beside})
+        print_peers(ours, {peer: [t[2][peer] for t in times] for peer in beside})
     for peer in peers[:2]:
         if times[0][2][peer][0] is not None: print(f'{peer} keeps {len(times[0][2][peer][1])}; it decides otherwise on {len(set(kept) ^ set(times[0][2][peer][1]))}')

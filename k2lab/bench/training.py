@@ -1,6 +1,6 @@
 """Training stages against plain TRL scripts: `python -m k2lab.bench train`."""
 import tempfile, time
-from k2lab.bench.harness import TOLD, median_and_range, texts
+from k2lab.bench.harness import TRAINER_OPTIONS, median_and_range, texts
 from k2lab.bench.runner import STAGE
 
 
@@ -25,7 +25,7 @@ def plain_sft(rows:list) -> dict:
     model, tok = opened()
     data = Dataset.from_list([dict(input_ids=e['input_ids'], labels=[i if m else -100 for i, m in zip(*e.values())]) for e in encode_rows(tok, rows)[0]])
     with tempfile.TemporaryDirectory() as folder:
-        trainer = SFTTrainer(model, SFTConfig(folder, **TOLD, max_length=None, use_cpu=not on_gpu(), bf16=on_gpu(), report_to='none', disable_tqdm=True), train_dataset=data, processing_class=tok)
+        trainer = SFTTrainer(model, SFTConfig(folder, **TRAINER_OPTIONS, max_length=None, use_cpu=not on_gpu(), bf16=on_gpu(), report_to='none', disable_tqdm=True), train_dataset=data, processing_class=tok)
         seconds = timed(trainer.train)
     return dict(seconds=seconds, tokens=sum(map(len, data['input_ids'])))
 
@@ -37,7 +37,7 @@ def ours_sft(rows:list, room:int=0, **told) -> dict:
     from k2lab.text.masks import encode_rows
     model, tok = opened()
     job = start(STAGE, 'smoke', campaign=CAMPAIGN)
-    fit_sft(job, model, tok, encode_rows(tok, rows)[0], {**TOLD, **told}, room=room)
+    fit_sft(job, model, tok, encode_rows(tok, rows)[0], {**TRAINER_OPTIONS, **told}, room=room)
     done = job.record['training']['train']
     return dict(seconds=done['seconds'], tokens=done['tokens'])
 
@@ -57,7 +57,7 @@ def plain_dpo(rows:list) -> dict:
     data = [dict(zip(('prompt', 'chosen', 'rejected'), (text_of(s).removesuffix('<|im_end|>') for s in pair_spans(r)))) for r in pairs_of(rows)]
     for d, r in zip(data, pairs_of(rows)): d['prompt'] = text_of(pair_spans(r)[0])
     with tempfile.TemporaryDirectory() as folder:
-        trainer = DPOTrainer(model, reference, DPOConfig(folder, **TOLD, max_length=None, use_cpu=not on_gpu(), bf16=on_gpu(), report_to='none', disable_tqdm=True), train_dataset=Dataset.from_list(data), processing_class=tok)
+        trainer = DPOTrainer(model, reference, DPOConfig(folder, **TRAINER_OPTIONS, max_length=None, use_cpu=not on_gpu(), bf16=on_gpu(), report_to='none', disable_tqdm=True), train_dataset=Dataset.from_list(data), processing_class=tok)
         tokens = sum(2*len(r['prompt_ids']) + len(r['chosen_ids']) + len(r['rejected_ids']) for r in trainer.train_dataset)
         seconds = timed(trainer.train)
     return dict(seconds=seconds, tokens=tokens)
@@ -71,7 +71,7 @@ def ours_dpo(rows:list) -> dict:
     (model, tok), (reference, _) = opened(), opened()
     data = [dict(zip(('prompt_ids', 'chosen_ids', 'rejected_ids'), (encode(tok, s)[0] for s in pair_spans(r)))) for r in pairs_of(rows)]
     job = start(STAGE, 'smoke', campaign=CAMPAIGN)
-    fit_dpo(job, model, reference, tok, data, TOLD)
+    fit_dpo(job, model, reference, tok, data, TRAINER_OPTIONS)
     done = job.record['training']['train']
     return dict(seconds=done['seconds'], tokens=done['tokens'])
 

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from functools import cache
 from ..lab.config import LabError
 from .operators import clear_of, sorted_out
-from .kernels import band_keys, batches, distinct, folded, gram_hashes, jaccards, known_grams, packed, sieve, united, word_hashes
+from .kernels import band_keys, text_batches, distinct_grams, folded, gram_hashes, jaccards, known_grams, packed, sieve, united, word_hashes
 
 # %% ../../nbs/corpus/05_duplicates.ipynb #c5616806
 @cache
@@ -26,7 +26,7 @@ def digest16():
 def fingerprints(table, field: str = 'text'):
     "Yields 16 bytes for each row, the same for texts that differ only in case and white space. LabError for a missing text"
     digest = digest16()
-    for data, ends in batches(table[field]): yield from map(digest, folded(data, ends))
+    for data, ends in text_batches(table[field]): yield from map(digest, folded(data, ends))
 
 # %% ../../nbs/corpus/05_duplicates.ipynb #b927ba6e
 def kept_rows(step: str, table, stays, reason: str, **more) -> tuple:
@@ -51,7 +51,7 @@ BANDS, ROWS = 14, 8   # keys of a text, least hashes in a key
 
 def run_batches(column, n: int):
     "Yields (hashes, ends) of the runs of n words of a column's texts, in batches"
-    for data, ends in batches(column): yield gram_hashes(*word_hashes(data, ends), n)
+    for data, ends in text_batches(column): yield gram_hashes(*word_hashes(data, ends), n)
 
 def sketch(column, n: int = 5) -> tuple:
     "(numbers of the rows with n words or more, their keys as uint64 (rows, 14)): all that finding near-copies needs to know of most texts"
@@ -84,7 +84,7 @@ REACH = 64   # rows of a bucket that a row is compared with
 def run_sets(column, n: int) -> tuple:
     "(hashes, ends): the runs of n words of each text as a sorted set"
     import numpy as np
-    parts = [distinct(*part) for part in run_batches(column, n)]
+    parts = [distinct_grams(*part) for part in run_batches(column, n)]
     shifts = np.cumsum([0] + [len(hashes) for hashes, _ in parts])
     return np.concatenate([hashes for hashes, _ in parts]), np.concatenate([[0]] + [ends[1:] + shift for (_, ends), shift in zip(parts, shifts)])
 
@@ -181,7 +181,7 @@ def run_index(texts: list, n: int = 13, least: int = 5) -> tuple:
 def found_runs(column, index, lengths: list) -> dict:
     "{row: places in the index of the runs that occur in it}, for the rows where there are any"
     first, found, bits = 0, defaultdict(set), sieve(index)
-    for data, ends in batches(column):
+    for data, ends in text_batches(column):
         words = word_hashes(data, ends)
         for n in lengths:
             rows, places = known_grams(*gram_hashes(*words, n), index, bits)

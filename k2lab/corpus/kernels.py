@@ -9,13 +9,13 @@ from k2lab.lab.config import LabError
 
 UNSPACED = '\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff'      # Thai, Lao, Burmese, Khmer, Kana, Han
 WORD = re.compile(rf'(?=\w)[{UNSPACED}]|[^\W{UNSPACED}]+')
-LETTERS = 0x40000                             # no letter lies above
+CODE_POINTS = 0x40000                             # no letter lies above
 SEED, PRIME = 0xcbf29ce484222325, 0x100000001b3      # FNV-1a's
 BASE, STIR = 0x9e3779b97f4a7c15, 0xbf58476d1ce4e5b9  # odd
 WRAP, U = 2**64, None                               # U becomes numpy.uint64 when the first kernel is compiled
 
 
-def words(text:str) -> list:
+def gram_words(text:str) -> list:
     "The words of a text in lower case, without punctuation. Each character of a script that is written without spaces is a word of its own, so that runs of words are runs of characters there."
     return WORD.findall(text.replace('\u0130', 'i').lower().replace('\u03c2', '\u03c3'))      # the two letters whose lower case is not one letter, always the same
 
@@ -38,7 +38,7 @@ def gram_hash(hashes:list) -> int:
     return stirred((sum(h*pow(BASE, i, WRAP) for i, h in enumerate(reversed(hashes))) + len(hashes)) % WRAP)
 
 
-def grams(hashes:list, n:int) -> list:
+def run_hashes(hashes:list, n:int) -> list:
     "Hashes of all runs of n words; a shorter text has none."
     return [gram_hash(hashes[i:i+n]) for i in range(len(hashes) - n + 1)]
 
@@ -68,7 +68,7 @@ def machine(kernel, small:str=''):
     return numba().njit(cache=True, nogil=True, locals={name: numba().uint32 for name in small.split()})(kernel)
 
 
-def flat(lists:list) -> tuple:
+def ragged(lists:list) -> tuple:
     "(all numbers, ends) of lists of numbers."
     import numpy as np
     ends = np.zeros(len(lists) + 1, np.int64)
@@ -82,10 +82,10 @@ def each(data, ends) -> list:
     return [cut(data[a:b]) for a, b in zip(ends, ends[1:])]
 
 
-ROOM = 1 << 24                                # bytes of text in a batch, about
+BATCH_BYTES = 1 << 24                                # bytes of text in a batch, about
 
 
-def batches(column, room:int=ROOM):
+def text_batches(column, room:int=BATCH_BYTES):
     "Yields an Arrow column of texts as `(data, ends)`, without copying it, of about `room` bytes each or one text. LabError for a missing text."
     import numpy as np, pyarrow as pa
     first = 0
@@ -111,12 +111,12 @@ def packed(texts:list) -> tuple:
 
 
 @cache
-def letters():
+def word_classes():
     "What each code point does in `words`, as int32: 0 separates, c > 0 continues a word as c, c < 0 is the word -c."
     import numpy as np
-    one = {c: words(chr(c)) for c in range(LETTERS) if not 0xd800 <= c < 0xe000}
+    one = {c: gram_words(chr(c)) for c in range(CODE_POINTS) if not 0xd800 <= c < 0xe000}
     alone = re.compile(f'[{UNSPACED}]')
-    return np.array([0 if not one.get(c) else -ord(one[c][0]) if alone.match(one[c][0]) else ord(one[c][0]) for c in range(LETTERS)], np.int32)
+    return np.array([0 if not one.get(c) else -ord(one[c][0]) if alone.match(one[c][0]) else ord(one[c][0]) for c in range(CODE_POINTS)], np.int32)
 
 
 # ---- spelling -----------------------------------------------------------------------------------------------------------------
@@ -223,9 +223,9 @@ def _word_hashes(data, ends, table, out, out_ends):
 def word_hashes(data, ends) -> tuple:
     "(hashes, ends) of the words of texts: `word_hash` of `words`; ill-formed UTF-8 separates words."
     import numpy as np
-    if not machine(_word_hashes): return flat([[word_hash(w) for w in words(text.decode('utf-8', 'replace'))] for text in each(data, ends)])
+    if not machine(_word_hashes): return ragged([[word_hash(w) for w in gram_words(text.decode('utf-8', 'replace'))] for text in each(data, ends)])
     out, out_ends = np.empty((int(ends[-1] - ends[0]) + len(ends))//2 + 1, np.uint64), np.zeros(len(ends), np.int64)
-    return out[:machine(_word_hashes)(data, ends, letters(), out, out_ends)], out_ends
+    return out[:machine(_word_hashes)(data, ends, word_classes(), out, out_ends)], out_ends
 
 
 def _gram_hashes(words, ends, n, top, out, out_ends):
@@ -247,7 +247,7 @@ def _gram_hashes(words, ends, n, top, out, out_ends):
 def gram_hashes(hashes, ends, n:int) -> tuple:
     "(hashes, ends) of the runs of n words of texts: `grams` of each text's word hashes."
     import numpy as np
-    if not machine(_gram_hashes): return flat([grams(text, n) for text in each(hashes, ends)])
+    if not machine(_gram_hashes): return ragged([run_hashes(text, n) for text in each(hashes, ends)])
     out, out_ends = np.empty(len(hashes), np.uint64), np.zeros(len(ends), np.int64)
     return out[:machine(_gram_hashes)(hashes, ends, n, np.uint64(pow(BASE, n, WRAP)), out, out_ends)], out_ends
 
@@ -314,10 +314,10 @@ def _distinct(grams, ends, out_ends):
     return k
 
 
-def distinct(grams, ends) -> tuple:
+def distinct_grams(grams, ends) -> tuple:
     "(hashes, ends): each text's runs as a sorted set. The array that is passed is used up."
     import numpy as np
-    if not machine(_distinct): return flat([sorted(set(text)) for text in each(grams, ends)])
+    if not machine(_distinct): return ragged([sorted(set(text)) for text in each(grams, ends)])
     out_ends = np.zeros(len(ends), np.int64)
     return grams[:machine(_distinct)(grams, ends, out_ends)], out_ends
 

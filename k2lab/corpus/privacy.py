@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LATIN', 'MAIL', 'COUNTRY', 'MORE', 'ABROAD', 'HOME', 'CALLED', 'SSN', 'NAMED_SSN', 'IBAN', 'CARD', 'IPV4', 'HEX',
            'IPV6', 'BREAK', 'EDGE', 'KEY_BLOCK', 'JWT', 'TOKEN', 'NAMED_TOKEN', 'LOGIN', 'ISSUERS', 'LENGTHS',
-           'VERSION', 'SERIAL', 'EVERYONES', 'NOBODYS', 'FILES', 'PLACEHOLDER', 'KINDS', 'SPACY', 'luhn', 'mod97',
-           'is_part', 'told_by', 'card', 'iban', 'ssn', 'phone', 'address', 'mail', 'bits', 'token', 'named_token',
-           'login', 'whole', 'engine', 'candidates', 'private', 'redacted', 'redact', 'analyzer', 'names_in',
-           'redact_names']
+           'VERSION', 'SERIAL', 'EVERYONES', 'NOBODYS', 'FILES', 'PLACEHOLDER', 'PRIVATE_KINDS', 'SPACY', 'luhn',
+           'mod97', 'is_part', 'told_by', 'card', 'iban', 'ssn', 'phone', 'address', 'mail', 'bits', 'token',
+           'named_token', 'login', 'no_check', 'engine', 'private_candidates', 'private', 'redacted', 'redact',
+           'analyzer', 'names_in', 'redact_names']
 
 # %% ../../nbs/corpus/06_privacy.ipynb #fa6f76e7
 import re, warnings
@@ -145,23 +145,23 @@ def login(text: bytes, start: int, end: int) -> int:
     plain = password in (b'pass', b'passwd', b'password', b'pwd', b'secret', b'pw', b'tiger', b'test', b'token', name) or re.match(rb'[%<{$]|\*|\.\.', password)
     return 0 if plain or PLACEHOLDER.search(password) else end
 
-def whole(text: bytes, start: int, end: int) -> int:
+def no_check(text: bytes, start: int, end: int) -> int:
     "The end of a candidate that needs no check"
     return end
 
 # %% ../../nbs/corpus/06_privacy.ipynb #dc624c6f
-KINDS = [('PRIVATE_KEY', KEY_BLOCK, whole), ('TOKEN', JWT, whole), ('TOKEN', TOKEN, token), ('TOKEN', NAMED_TOKEN, named_token), ('CREDENTIALS', LOGIN, login), ('EMAIL', MAIL, mail), ('IBAN', IBAN, iban), ('CARD', CARD, card),
+PRIVATE_KINDS = [('PRIVATE_KEY', KEY_BLOCK, no_check), ('TOKEN', JWT, no_check), ('TOKEN', TOKEN, token), ('TOKEN', NAMED_TOKEN, named_token), ('CREDENTIALS', LOGIN, login), ('EMAIL', MAIL, mail), ('IBAN', IBAN, iban), ('CARD', CARD, card),
          ('SSN', SSN, ssn), ('SSN', NAMED_SSN, ssn), ('IP', IPV4, address), ('IP', IPV6, address), ('PHONE', ABROAD, phone), ('PHONE', HOME, phone), ('PHONE', CALLED, phone)]
 
 # %% ../../nbs/corpus/06_privacy.ipynb #f2b08359
 @cache
 def engine() -> tuple:
     "(a function from bytes to the numbers of the kinds that may be in them, the compiled patterns): by re2 or, where it is missing, by `re`"
-    patterns = [pattern for _, pattern, _ in KINDS]
+    patterns = [pattern for _, pattern, _ in PRIVATE_KINDS]
     try: import re2
     except ImportError:
         warnings.warn('google-re2 is not installed: Python looks for private parts itself, about forty times as slowly; pip install google-re2')
-        return lambda text: range(len(KINDS)), [re.compile(pattern) for pattern in patterns]
+        return lambda text: range(len(PRIVATE_KINDS)), [re.compile(pattern) for pattern in patterns]
     told = re2.Options()
     told.encoding, told.max_mem = re2.Options.Encoding.LATIN1, 1 << 27
     gate = re2.Set.SearchSet(told)
@@ -169,11 +169,11 @@ def engine() -> tuple:
     gate.Compile()
     return gate.Match, [re2.compile(pattern, told) for pattern in patterns]
 
-def candidates(text: bytes, which) -> list:
+def private_candidates(text: bytes, which) -> list:
     "(place in the list of kinds, start, end) of what the checks let pass"
     patterns, out = engine()[1], []
     for i in which:
-        check = KINDS[i][2]
+        check = PRIVATE_KINDS[i][2]
         places = (found.span(patterns[i].groups) for found in patterns[i].finditer(text))
         out += [(i, start, end) for start, far in places if (end := check(text, start, far))]
     return out
@@ -182,8 +182,8 @@ def candidates(text: bytes, which) -> list:
 def private(text: bytes) -> list:
     "(start, end, kind) of all private parts of a text, in bytes and in order; no two overlap"
     which, out = engine()[0](text), []
-    for i, start, end in sorted(candidates(text, which)) if which else ():
-        if all(end <= a or b <= start for a, b, _ in out): out.append((start, end, KINDS[i][0]))
+    for i, start, end in sorted(private_candidates(text, which)) if which else ():
+        if all(end <= a or b <= start for a, b, _ in out): out.append((start, end, PRIVATE_KINDS[i][0]))
     return sorted(out)
 
 def redacted(text: bytes, parts: list) -> bytes:

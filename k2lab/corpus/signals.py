@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from functools import cache
 
-from k2lab.corpus.kernels import BASE, LETTERS, PRIME, SEED, STIR, UNSPACED, each, machine, word_hash
+from k2lab.corpus.kernels import BASE, CODE_POINTS, PRIME, SEED, STIR, UNSPACED, each, machine, word_hash
 
 SPACE, ALPHA, ALNUM, ALONE, TERMINAL, ENDER = 1, 2, 4, 8, 16, 32      # what a character is, as bits
 ENDERS = '.!?…。！？．؟۔।'                       # what ends a sentence
@@ -47,7 +47,7 @@ def copies(parts:list) -> tuple:
     return sum(n - 1 for n in seen.values()), sum((n - 1)*len(part) for part, n in seen.items())
 
 
-def lines_of(text:str) -> list:
+def paragraph_lines(text:str) -> list:
     "The paragraphs of a text, each a list of its lines without white space at their ends; blank lines part them."
     paragraphs = [[]]
     for line in map(str.strip, text.split('\n')):
@@ -58,7 +58,7 @@ def lines_of(text:str) -> list:
 
 def line_counts(text:str) -> list:
     "`LINE_COUNTS` of a text; blank lines are not counted."
-    paragraphs = lines_of(text)
+    paragraphs = paragraph_lines(text)
     lines = [line for part in paragraphs for line in part]
     return [len(lines), sum(line[0] in '-•' for line in lines), sum(line.endswith(('...', '…')) for line in lines), sum(line[-1] in TERMINALS for line in lines), sum(len(line) <= SHORT for line in lines), *copies(lines),
             len(paragraphs), *copies(['\n'.join(part) for part in paragraphs])]
@@ -91,7 +91,7 @@ def run_counts(text:str) -> list:
 def line_facts(text:str) -> list:
     "For each line that is not blank (characters, words, longest word, sentences, whether it ends like a sentence, whether it ends in '...'): a sentence ends where a word ends in one of `ENDERS`, and at the line's end."
     out = []
-    for line in (line for part in lines_of(text) for line in part):
+    for line in (line for part in paragraph_lines(text) for line in part):
         tokens = line.split()
         out.append((len(line), len(tokens), max(map(len, tokens)), 1 + sum(token[-1] in ENDERS for token in tokens[:-1]), line[-1] in '.?!"\'', line.endswith('...')))
     return out
@@ -106,12 +106,12 @@ def phrase_places(data:bytes, phrases:list) -> list:
 # ---- kernels ------------------------------------------------------------------------------------------------------------------
 
 @cache
-def letters():
+def char_classes():
     "What each code point is, as uint8 bits; those above are nothing."
     import numpy as np
     alone = re.compile(f'[{UNSPACED}]')
     kind = lambda c: SPACE*c.isspace() | ALPHA*c.isalpha() | ALNUM*c.isalnum() | ALONE*bool(alone.match(c)) | TERMINAL*(c in TERMINALS) | ENDER*(c in ENDERS)
-    return np.array([kind(chr(c)) for c in range(LETTERS)], np.uint8)
+    return np.array([kind(chr(c)) for c in range(CODE_POINTS)], np.uint8)
 
 
 def compiled(kernel):
@@ -285,7 +285,7 @@ def found_words(data, ends) -> tuple:
     import numpy as np
     room, out = (int(ends[-1] - ends[0]) + len(ends))//2 + 2, np.zeros((len(ends) - 1, len(WORD_COUNTS)), np.int64)
     hashes, sizes, word_ends = np.empty(room, np.uint64), np.empty(room, np.int32), np.zeros(len(ends), np.int64)
-    k = compiled(_words)(data, ends, letters(), np.array([word_hash(word) for word in STOP_WORDS], np.uint64), hashes, sizes, word_ends, out)
+    k = compiled(_words)(data, ends, char_classes(), np.array([word_hash(word) for word in STOP_WORDS], np.uint64), hashes, sizes, word_ends, out)
     return hashes[:k], sizes[:k], word_ends, out
 
 
@@ -294,7 +294,7 @@ def found_lines(data, ends) -> tuple:
     import numpy as np
     room = int((data[ends[0]:ends[-1]] == 10).sum()) + len(ends)
     hashes, spans, line_ends, facts = np.zeros(room, np.uint64), np.empty((room, 3), np.int64), np.zeros(len(ends), np.int64), np.zeros((room, 7), np.int32)
-    k = compiled(_lines)(data, ends, letters(), hashes, spans, line_ends, facts)
+    k = compiled(_lines)(data, ends, char_classes(), hashes, spans, line_ends, facts)
     return hashes[:k], spans[:k], line_ends, facts[:k]
 
 
@@ -311,7 +311,7 @@ def counted_lines(data, ends):
     import numpy as np
     hashes, spans, line_ends, facts = found_lines(data, ends)
     size, first, last = facts[:, 0].copy(), spans[:, 2], facts[:, 6]
-    there, terminal = size > 0, letters()[np.minimum(last, LETTERS - 1)] & TERMINAL > 0
+    there, terminal = size > 0, char_classes()[np.minimum(last, CODE_POINTS - 1)] & TERMINAL > 0
     told = np.stack([there, there & np.isin(first, [ord(c) for c in '-•']), there & ((facts[:, 5] > 0) | (last == ord('…'))), there & terminal, there & (size <= SHORT)], 1)
     parts, part_sizes, part_ends = np.empty(len(hashes) + 1, np.uint64), np.empty(len(hashes) + 1, np.int32), np.zeros(len(ends), np.int64)
     compiled(_paragraphs)(hashes, size, line_ends, parts, part_sizes, part_ends)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'SETTINGS', 'ENV', 'LabError', 'did_you_mean', 'one_of', 'is_root', 'root', 'setting', 'lab_path',
-           'stage_notebooks', 'stage_names', 'stage_file', 'StrictLoader', 'read_yaml', 'plain', 'fit_type', 'undot',
-           'check_layer', 'fill', 'scale_block', 'resolve', 'overlay', 'load_env']
+           'stage_notebooks', 'stage_names', 'stage_file', 'StrictLoader', 'read_yaml', 'yaml_value', 'fit_type',
+           'undot', 'check_layer', 'fill', 'scale_block', 'resolve', 'overlay', 'load_env']
 
 # %% ../../nbs/lab/00_config.ipynb #72f19765
 import dataclasses, difflib, os, re, types, typing
@@ -110,7 +110,7 @@ def read_yaml(path:Path) -> dict:
     return found or {}
 
 # %% ../../nbs/lab/00_config.ipynb #fba060cd
-def plain(value):
+def yaml_value(value):
     "Text as the YAML value it spells (`3e-4` included), anything else as it is."
     if not isinstance(value, str): return value
     if re.fullmatch(r'[-+]?\d+(\.\d*)?[eE][-+]?\d+', value): return float(value)
@@ -121,7 +121,7 @@ def plain(value):
 def _one(value, kind):
     "`value` as the simple type `kind`; `ValueError` if it is not one."
     if kind is str and isinstance(value, str): return value
-    read = plain(value)
+    read = yaml_value(value)
     if kind is bool and isinstance(read, bool): return read
     if kind in (int, float) and isinstance(read, (int, float)) and not isinstance(read, bool) and kind(read) == read: return kind(read)
     if kind is dict and isinstance(read, dict): return read
@@ -134,7 +134,7 @@ def fit_type(value, kind):
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is typing.Any: return value
     if origin in (typing.Union, types.UnionType):
-        if plain(value) is None and type(None) in args: return None
+        if yaml_value(value) is None and type(None) in args: return None
         return fit_type(value, next(a for a in args if a is not type(None)))
     if origin is typing.Literal:
         if value in args: return value
@@ -148,7 +148,7 @@ def undot(changes:dict) -> dict:
     out = {}
     for key, value in changes.items():
         head, dot, rest = key.partition('.')
-        if dot: out[head] = {**out.get(head, {}), rest: plain(value)}
+        if dot: out[head] = {**out.get(head, {}), rest: yaml_value(value)}
         else: out[head] = {**out[head], **value} if isinstance(value, dict) and isinstance(out.get(head), dict) else value
     return out
 
@@ -168,7 +168,7 @@ def check_layer(Config, layer:dict, where) -> dict:
         one_of('key', key, kinds, at)
         try: out[key] = fit_type(value, kinds[key])
         except ValueError: raise LabError(f"{at}: {key} must be {_type_name(kinds[key])}, not {value!r}") from None
-        if isinstance(out[key], dict): out[key] = {k: plain(v) for k, v in out[key].items()}
+        if isinstance(out[key], dict): out[key] = {k: yaml_value(v) for k, v in out[key].items()}
     return out
 
 # %% ../../nbs/lab/00_config.ipynb #26b6caab

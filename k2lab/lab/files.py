@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DISK_FULL', 'SECRET_KEY', 'SECRET_TEXT', 'SECRET_URL', 'sync', 'move', 'write_text', 'disk_errors', 'sha256',
-           'inventory', 'verify', 'held_secrets', 'scrub', 'mask', 'as_json', 'read_lines', 'following']
+           'inventory', 'check_published', 'held_secrets', 'scrub', 'mask', 'as_json', 'read_lines', 'following']
 
 # %% ../../nbs/lab/01_files.ipynb #35cbcc42
 import contextlib, errno, hashlib, json, os, re, threading
@@ -61,7 +61,7 @@ def inventory(paths) -> dict:
     return found
 
 # %% ../../nbs/lab/01_files.ipynb #5c97cca8
-def verify(folder:Path, name:str, deep:bool=False) -> str:
+def check_published(folder:Path, name:str, deep:bool=False) -> str:
     "What is wrong with the published `name` in a run folder, or an empty string; `deep` compares the hashes as well as the sizes."
     manifest = folder/f'{name}.MANIFEST.json'
     if not manifest.exists(): return f'{name} has no manifest'

@@ -10,7 +10,7 @@ import dataclasses, os, signal, subprocess, sys, time
 from pathlib import Path
 
 from .config import LabError, lab_path, root
-from .display import live
+from .display import live_progress
 from .job import Job
 from .slurm import across_nodes
 
@@ -40,7 +40,7 @@ def work_in_processes(job:Job):
 def launch(work, job:Job):
     "Do the stage's work: `work(job)` here, or by `cfg.processes` processes of `accelerate launch`, whose output goes to log.txt."
     began = time.monotonic()
-    with live(job.folder/'metrics.jsonl', job.stage, watched=not job.record['by_runner']):
+    with live_progress(job.folder/'metrics.jsonl', job.stage, watched=not job.record['by_runner']):
         if dataclasses.asdict(job.cfg).get('processes', 1) <= 1: work(job)
         else: work_in_processes(job)
     job.record['timings']['work_s'] = round(time.monotonic() - began, 3)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUN_NAME', 'OLD_LINES', 'new_folder', 'check_campaign', 'read_record', 'abandoned', 'read_run', 'run_order', 'runs',
-           'read_or_say', 'find_run', 'saved_by', 'lacks', 'tidy']
+           'read_or_say', 'find_run', 'saved_by', 'lacks', 'drop_resume_files']
 
 # %% ../../nbs/lab/06_records.ipynb #48a0e45c
 import json, re, shutil, socket
@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 
 from .config import LabError, did_you_mean, lab_path, root
-from .files import verify
+from .files import check_published
 from .locks import lock
 from .provenance import is_alive
 
@@ -96,7 +96,7 @@ def saved_by(home:Path, name:str, scale:str) -> Path:
     "The newest complete run in the campaign folder `home` that saved `name` at this scale, or None."
     for folder in sorted((p.parent for p in home.glob('*/run.json')), key=run_order, reverse=True):
         record = read_run(folder)
-        if record['status'] == 'complete' and record['scale'] == scale and name in record['saves'] and not verify(folder, name): return folder
+        if record['status'] == 'complete' and record['scale'] == scale and name in record['saves'] and not check_published(folder, name): return folder
     return None
 
 # %% ../../nbs/lab/06_records.ipynb #354a2f0a
@@ -105,9 +105,9 @@ def lacks(folder:Path, record:dict) -> str:
     if not record.get('closed'): return 'job.finish() was never reached'
     failed = [f"{c['name']} ({c['detail']})" if c['detail'] else c['name'] for c in record['checks'] if not c['ok']]
     if failed: return f"failed checks: {'; '.join(failed)}"
-    return next(filter(None, (verify(folder, name, deep=True) for name in record['saves'])), '')
+    return next(filter(None, (check_published(folder, name, deep=True) for name in record['saves'])), '')
 
-def tidy(folder:Path):
+def drop_resume_files(folder:Path):
     "Remove from a complete run what it would have needed to be resumed."
     shutil.rmtree(folder/'trainer', ignore_errors=True)
     (folder/OLD_LINES).unlink(missing_ok=True)

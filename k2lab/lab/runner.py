@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'RESERVE', 'run_half', 'check_parameters', 'kernel_environment', 'logging_kernels', 'transport',
-           'run_notebook', 'ending', 'mark_cell', 'publish_notebook', 'page', 'conclude', 'insisting', 'perform',
-           'checked_notebook', 'execute']
+           'run_notebook', 'ending', 'mark_cell', 'publish_notebook', 'notebook_html', 'conclude', 'insisting',
+           'perform', 'checked_notebook', 'execute']
 
 # %% ../../nbs/lab/11_runner.ipynb #77eb6af6
 import contextlib, html, json, os, signal, tempfile, threading, time
@@ -15,7 +15,7 @@ from .config import LabError, one_of, root, setting, stage_names, stage_notebook
 from .files import as_json, disk_errors, following, mask, scrub, write_text
 from .locks import guarded, owning
 from .job import Job, prepare
-from .records import lacks, tidy
+from .records import lacks, drop_resume_files
 
 # %% ../../nbs/lab/11_runner.ipynb #808bae7e
 def run_half(path:Path):
@@ -105,10 +105,10 @@ def publish_notebook(folder:Path, why:str=''):
     told.pop('input_path', None), told.pop('output_path', None)
     write_text(folder/'notebook.ipynb', scrub(as_json(nb, indent=1)) + '\n')
     part.unlink()
-    write_text(folder/'report.html', page(folder))
+    write_text(folder/'report.html', notebook_html(folder))
 
 # %% ../../nbs/lab/11_runner.ipynb #ae064212
-def page(folder:Path) -> str:
+def notebook_html(folder:Path) -> str:
     "The executed notebook as one HTML page without scripts."
     from nbconvert import HTMLExporter
     body, _ = HTMLExporter(template_name='basic', exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(folder/'notebook.ipynb'))
@@ -124,7 +124,7 @@ def conclude(folder:Path, error, began:float) -> dict:
     record |= {'status': status, 'reason': str(error) or 'Ctrl-C' if status == 'interrupted' else why, 'wall_s': round(time.monotonic() - began, 3)}
     (folder/RESERVE).unlink(missing_ok=True)
     write_text(folder/'run.json', as_json(mask(record), indent=1) + '\n')
-    if status == 'complete': tidy(folder)
+    if status == 'complete': drop_resume_files(folder)
     return record
 
 # %% ../../nbs/lab/11_runner.ipynb #68b69725

@@ -123,7 +123,7 @@ def prove(config: dict):
         raise OSError(f'the lock against {name} does not hold')
 
 
-def lock(config: dict):
+def lock_down(config: dict):
     "Lock this process in; raises OSError if a lock cannot be set or does not hold."
     limits(config)
     if config['unsafe']: return
@@ -149,7 +149,7 @@ def child():
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(config['work'])
     platform.machine()                      # cached now: it must not need the system later
-    lock(config)
+    lock_down(config)
     os.write(config['report'], LOCKED); os.close(config['report'])
     try: play(code)
     except Exception as e:
@@ -190,7 +190,7 @@ def wrapped(command: list, work: str) -> list:
     return [shutil.which('bwrap'), '--unshare-all', '--die-with-parent', '--cap-drop', 'ALL', '--proc', '/proc', '--dev', '/dev', '--tmpfs', '/tmp', *shown, '--bind', work, work, '--chdir', work, '--', *command]
 
 
-def size_of(folder: str, most: int) -> int:
+def folder_size(folder: str, most: int) -> int:
     "Bytes under a folder; stops counting beyond `most` bytes or 1,000 files, which counts as too much."
     total = 0
     for count, path in enumerate(Path(folder).rglob('*')):
@@ -207,7 +207,7 @@ def follow(process, seconds: float, most: int, work: str, disk: int) -> tuple:
         for pipe in texts: pick.register(pipe, selectors.EVENT_READ)
         while not trouble and (pick.get_map() or process.poll() is None):
             now = time.monotonic()
-            if now > look and size_of(work, disk) > disk: trouble = 'disk'
+            if now > look and folder_size(work, disk) > disk: trouble = 'disk'
             if now > look: look = now + .25
             if not pick.get_map(): time.sleep(.01)          # it closed its output and goes on
             for key, _ in pick.select(.05):
@@ -226,7 +226,7 @@ def status_of(code: int, trouble: str) -> str:
     return {0: 'ok', 3: 'memory', -signal.SIGXCPU: 'timeout', -signal.SIGXFSZ: 'disk'}.get(code, 'error' if code > 0 else 'killed')
 
 
-def start(config: dict, code: str):
+def start_child(config: dict, code: str):
     "(process, what it reported): the child, started and fed."
     report, config['report'] = os.pipe()
     command = [sys.executable, '-I', '-B', '-X', 'utf8', __file__, json.dumps(config)]
@@ -239,7 +239,7 @@ def start(config: dict, code: str):
     return process, report
 
 
-def stop(process):
+def kill_child(process):
     "Kill the child and whatever is in its group, and wait for it."
     try: os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError: pass
@@ -255,9 +255,9 @@ def run_python(code: str, timeout: float = 5, memory_mb: int = 256, max_output: 
     work, canary = tempfile.mkdtemp(prefix='k2lab-'), tempfile.NamedTemporaryFile()       # the canary is a file the jail must not be able to read
     config = dict(work=os.path.realpath(work), canary=canary.name, read=readable(), memory=memory_mb << 20, cpu=int(timeout) + 2, disk=disk_mb << 20, unsafe=bool(trouble), bwrap=not trouble and has_bwrap())
     try:
-        process, report = start(config, code)
+        process, report = start_child(config, code)
         try: out, err, seen = follow(process, timeout, max_output, work, disk_mb << 20)
-        finally: stop(process)
+        finally: kill_child(process)
         locked = os.read(report, 16); os.close(report)
     finally: shutil.rmtree(work, ignore_errors=True); canary.close()
     if locked != LOCKED and seen != 'timeout': raise LabError(f"the sandbox could not be set up: {err.decode(errors='replace').strip().splitlines()[-1:] or process.returncode}")

@@ -35,7 +35,7 @@ def cluster() -> Cluster:
     return told
 
 
-def spread(processes:int, nodes:int):
+def check_spread(processes:int, nodes:int):
     "`LabError` unless every node gets the same number of processes."
     if processes % nodes: raise LabError(f'processes: {processes} cannot be spread over nodes: {nodes} (configs/slurm.yaml); take a multiple of {nodes}')
 
@@ -43,7 +43,7 @@ def spread(processes:int, nodes:int):
 def submit_stage(stage:str, scale:str=None, campaign:str=None, changes:dict=None) -> tuple:
     "Prepare a run of a stage and submit it: `(its folder, the Slurm job's id)`; a refusal leaves no folder."
     told = resolve(stage_module(stage).Config, stage, scale or setting('lab', 'scale'), changes)
-    spread(dataclasses.asdict(told).get('processes', 1), cluster().nodes)
+    check_spread(dataclasses.asdict(told).get('processes', 1), cluster().nodes)
     folder = prepare(stage, scale, campaign, changes).folder
     try: return folder, submit(folder)
     except LabError: shutil.rmtree(folder); raise
@@ -56,23 +56,23 @@ def submit(folder:Path) -> str:
     asked, job, busy = cluster(), open_job(folder), waiting(folder)
     if busy: raise LabError(f'{folder}: {busy} already')
     if job.record['status'] in ('running', 'complete'): raise LabError(f"{folder}: {job.record['status']}; nothing to submit")
-    spread(dataclasses.asdict(job.cfg).get('processes', 1), asked.nodes)
+    check_spread(dataclasses.asdict(job.cfg).get('processes', 1), asked.nodes)
     job.record['slurm'] = dataclasses.asdict(asked)      # before the job can start and write the record itself
     job.write()
     # `exec`: the batch shell becomes Python, and gets the signals that Slurm sends to the batch shell
     executor = submitit.SlurmExecutor(job.folder/'slurm', max_num_timeout=asked.timeouts, python=f'exec {shlex.quote(sys.executable)}')
-    executor.update_parameters(**parameters(asked, job.stage))
+    executor.update_parameters(**sbatch_parameters(asked, job.stage))
     try:
         with contextlib.redirect_stderr(io.StringIO()): return executor.submit(Resume(job.folder)).job_id
-    except FailedJobError as e: raise LabError(f"{lab_path('configs')/'slurm.yaml'}: {one_line(e)}") from None
+    except FailedJobError as e: raise LabError(f"{lab_path('configs')/'slurm.yaml'}: {sbatch_error(e)}") from None
 
 
-def one_line(error:Exception) -> str:
+def sbatch_error(error:Exception) -> str:
     "What sbatch said, in one line."
     return '; '.join(line.removeprefix('sbatch: error: ') for line in str(error).splitlines() if line) or 'sbatch refused the job'
 
 
-def parameters(asked:Cluster, name:str) -> dict:
+def sbatch_parameters(asked:Cluster, name:str) -> dict:
     "What submitit's SlurmExecutor is told; the job runs once, on the first node, and spreads itself from there."
     from submitit.slurm.slurm import SlurmJobEnvironment
     own = {'signal': f'B:{SlurmJobEnvironment.USR_SIG}@{NOTICE}', 'requeue': True, 'chdir': str(root())}
@@ -109,7 +109,7 @@ def across_nodes(command:list, environ:dict) -> list:
     "The `accelerate launch` command as it is; in a Slurm job of several nodes, the `srun` command that starts it once on each."
     nodes = int(environ.get('SLURM_JOB_NUM_NODES', 1))
     if nodes == 1: return command
-    spread(int(command[command.index('--num_processes') + 1]), nodes)
+    check_spread(int(command[command.index('--num_processes') + 1]), nodes)
     if 'SLURMD_NODENAME' not in environ: raise LabError(f'a Slurm job of {nodes} nodes, and this is none of them: submit with --on slurm')
     at, port = command.index('accelerate.commands.launch') + 1, 20000 + int(environ['SLURM_JOB_ID']) % 10000      # below the ports that systems hand out
     machines = ['--num_machines', str(nodes), '--main_process_ip', environ['SLURMD_NODENAME'], '--main_process_port', str(port)]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LINEAR', 'EXPORT_LIMIT', 'adaptable', 'lora', 'adapters', 'coverage', 'wrong_part', 'certified', 'with_gradient',
-           'check_saved', 'storage', 'weight_bits', 'check_bits', 'is_split', 'whole', 'gathered', 'one_process',
-           'moved_adapter', 'merged', 'spoken', 'apart', 'certificate', 'same_tensors']
+           'check_saved', 'storage', 'weight_bits', 'check_bits', 'is_split', 'whole_tensor', 'gather_tensors',
+           'one_process', 'moved_adapter', 'merge_adapter', 'probe_logits', 'apart', 'certificate', 'same_tensors']
 
 # %% ../../nbs/models/02_adapters.ipynb #1843799f
 import contextlib, random
@@ -128,7 +128,7 @@ def is_split(model) -> bool:
     from torch.distributed.tensor import DTensor
     return any(isinstance(p, DTensor) or hasattr(p, 'ds_numel') for p in model.parameters())
 
-def whole(p):
+def whole_tensor(p):
     "A tensor with all its slices, in main memory."
     from torch.distributed.tensor import DTensor
     if isinstance(p, DTensor): return p.detach().full_tensor().cpu()
@@ -136,11 +136,11 @@ def whole(p):
     import deepspeed
     with deepspeed.zero.GatheredParameters([p]): return p.detach().cpu().clone()
 
-def gathered(model, wanted: str = '', keep: bool = True) -> dict:
+def gather_tensors(model, wanted: str = '', keep: bool = True) -> dict:
     "`{name: whole tensor}` of the tensors with `wanted` in their name; every process must call it, and one that does not `keep` gets none."
     found = {}
     for name, p in model.state_dict(keep_vars=True).items():
-        if wanted in name and (tensor := whole(p)) is not None and keep: found[name] = tensor
+        if wanted in name and (tensor := whole_tensor(p)) is not None and keep: found[name] = tensor
     return found
 
 @contextlib.contextmanager
@@ -160,12 +160,12 @@ def moved_adapter(model, base, weights: dict):
     if left: raise LabError(f'adapter: no place for {len(left)} weights ({left[0]}...)')
     return other
 
-def merged(model):
+def merge_adapter(model):
     "The trained model with its adapter folded in; a model without one as it is."
     return model.merge_and_unload() if hasattr(model, 'peft_config') else model
 
 # %% ../../nbs/models/02_adapters.ipynb #3c2e759c
-def spoken(model, n: int = 64, seed: int = 0):
+def probe_logits(model, n: int = 64, seed: int = 0):
     "Logits [n, vocabulary] in float32 after n random prompts of 4 to 32 tokens."
     import torch
     rng, size = random.Random(seed), model.config.vocab_size

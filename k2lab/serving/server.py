@@ -221,7 +221,7 @@ def deltas(engine, ids: list, ask: ChatAsk, limit: int):
     yield None, len(draft.ids)
 
 
-def stream(engine, ask: ChatAsk, ids: list, limit: int):
+def stream_chat(engine, ask: ChatAsk, ids: list, limit: int):
     "Server-sent events of a streamed answer."
     base = head('chat.completion.chunk', engine)
     event = lambda **kw: f'data: {json.dumps(base | kw, ensure_ascii=False)}\n\n'
@@ -273,7 +273,7 @@ def add_routes(app: FastAPI, engine: Engine, guard: list):
         if ask.stream and ask.n > 1: raise HTTPException(400, 'n must be 1 in a stream')
         ids = engine.prompt(ask.messages, ask.tools)
         limit = engine.limit(ids, ask, None)      # before the first byte of a stream, while an error can still be one
-        return StreamingResponse(stream(engine, ask, ids, limit), media_type='text/event-stream') if ask.stream else chat(engine, ask, ids, limit)
+        return StreamingResponse(stream_chat(engine, ask, ids, limit), media_type='text/event-stream') if ask.stream else chat(engine, ask, ids, limit)
 
     @app.post('/tokenize', dependencies=guard)
     def tokenize(ask: TokenizeAsk):

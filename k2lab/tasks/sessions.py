@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OFTEN', 'identifiers', 'sentences', 'compound', 'literal', 'made_up', 'jumbled', 'look_up', 'next_name',
            'call_defaults', 'operation', 'sums', 'running_total', 'counting_on', 'ordering', 'taking_out', 'few',
-           'printing', 'removing', 'simplifying', 'counting', 'tally', 'comparing', 'call', 'signature', 'ask',
-           'listing', 'sessions']
+           'printing', 'removing', 'simplifying', 'counting', 'running_count', 'comparing', 'call', 'signature',
+           'ask_calls', 'listing', 'sessions']
 
 # %% ../../nbs/tasks/05_sessions.ipynb #fcd2eacc
 import random, re
@@ -136,7 +136,7 @@ def counting(rng, names, lines):
     xs = [rng.choice(pool) for _ in range(rng.randint(3, 8))]
     return f'>>> x = {xs!r}\n', ''.join(f'>>> x.count({p!r})\n{xs.count(p)}\n' for p in pool[:2])
 
-def tally(rng, names, lines):
+def running_count(rng, names, lines):
     "A running count of one item of a list."
     xs = few(rng, names)
     wanted, n, out = rng.choice(xs), 0, ''
@@ -160,9 +160,9 @@ def signature(rng, names, lines):
     shown = keys[:plain] + [f'{k}={literal(rng, names)}' for k in keys[plain:]]
     i, j = rng.randrange(plain, len(keys)) if len(keys) > plain else 0, rng.randrange(len(keys)-1)
     asked = {call(rng, 'default', keys[i]): shown[i], call(rng, 'after', keys[j]): f'{shown[j]}, {shown[j+1]}', call(rng, 'count', f): f'{", ".join(keys)}: {len(keys)}'}
-    return ask(rng, f'>>> help({f})\n{f}({", ".join(shown)})\n', asked)
+    return ask_calls(rng, f'>>> help({f})\n{f}({", ".join(shown)})\n', asked)
 
-def ask(rng, page: str, asked: dict):
+def ask_calls(rng, page: str, asked: dict):
     "Calls with their results below a page, or one call above it whose result follows the page."
     if rng.random() < .5: return page, ''.join(f'>>> {call}\n{asked[call]}\n' for call in rng.sample(list(asked), len(asked)))
     call = rng.choice(list(asked))
@@ -172,11 +172,11 @@ def listing(rng, names, lines):
     "A few lines `name: text`; one is looked up by its name, one by its text."
     page = {compound(rng, names): rng.choice(lines) for _ in range(rng.randint(2, 5))}
     a, b = rng.choice(list(page)), rng.choice(list(page))
-    return ask(rng, '>>> print(page)\n' + ''.join(f'{k}: {v}\n' for k, v in page.items()), {call(rng, 'line', a): f'{a}: {page[a]}', call(rng, 'line', page[b]): f'{b}: {page[b]}'})
+    return ask_calls(rng, '>>> print(page)\n' + ''.join(f'{k}: {v}\n' for k, v in page.items()), {call(rng, 'line', a): f'{a}: {page[a]}', call(rng, 'line', page[b]): f'{b}: {page[b]}'})
 
 # %% ../../nbs/tasks/05_sessions.ipynb #1f2b3fc4
 OFTEN = {look_up: 1, next_name: 1, call_defaults: 1, sums: 2, running_total: 2, counting_on: 1, ordering: 2, taking_out: 4, printing: 2, removing: 3,
-         simplifying: 4, counting: 1, tally: 4, comparing: 2, signature: 6, listing: 8}
+         simplifying: 4, counting: 1, running_count: 4, comparing: 2, signature: 6, listing: 8}
 
 def sessions(n: int, names: list, lines: list, seed: int) -> list:
     "n pairs (given, what follows) with names and sentences of real pages, and half as many made-up ones."

@@ -13,7 +13,7 @@ from ..corpus.duplicates import drop_contaminated, fingerprints
 from .stats import by_family, majority_baseline
 from .verify import prompt_of
 from .questions import unlike
-from ..corpus.pipeline import Refined, Refining, clear, texts_of, unique
+from ..corpus.pipeline import Refined, Refining, without_contaminated, texts_of, unique
 from ..text.rows import read_rows
 from ..corpus.sources import functions
 
@@ -29,7 +29,7 @@ def sides(made: Refined, told: Refining, held_percent: float) -> tuple:
 def split_texts(made: Refined, told: Refining, held_percent: float, exams: dict = {}) -> tuple:
     "(index of the documents to train on, index of the held-out ones, counts); the first quote neither the second nor an evaluation text {name: texts}"
     train, held, steps = sides(made, told, held_percent)
-    kept, last = clear(made, train, {'held-out documents': texts_of(made, held), **exams})
+    kept, last = without_contaminated(made, train, {'held-out documents': texts_of(made, held), **exams})
     if not len(kept) or not len(held): raise LabError(f'{steps[0]["rows_in"]} documents of {", ".join(made.names)} leave {len(kept)} to train on and {len(held)} held out: name more sources, or change the share held out ({held_percent} %)')
     return kept, held, [*made.steps, *steps, last]
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'FIELDS', 'OPEN', 'CLOSE', 'SECONDS', 'VERIFIERS', 'SPEC', 'NUMBERS', 'Trace', 'gsm8k', 'generations',
-           'solved', 'talk', 'programs', 'triples', 'named_fields', 'layout_of', 'parted', 'checked_parts', 'exact',
-           'choice', 'math', 'program_of', 'code', 'verifier_for', 'Loose', 'raw_traces', 'part_and_verify',
+           'solved', 'conversation_row', 'programs', 'triples', 'named_fields', 'layout_of', 'parted', 'checked_parts',
+           'exact', 'choice', 'math', 'program_of', 'code', 'verifier_for', 'Loose', 'raw_traces', 'part_and_verify',
            'problems_of', 'one_each', 'not_asked', 'reasoning_set', 'gym_rows']
 
 # %% ../../nbs/tasks/06_traces.ipynb #e6a89f59
@@ -42,7 +42,7 @@ def solved(row: dict) -> list:
     "`problem`, `solution`, and an `answer` or none (NuminaMath, MATH)"
     return [Trace(row['problem'], row['solution'], str(row['answer']) if row.get('answer') is not None else None)]
 
-def talk(row: dict) -> list:
+def conversation_row(row: dict) -> list:
     "`messages` or `conversations`; the last reply answers the last question (OpenThoughts, Bespoke-Stratos)"
     said = [(m.get('role') or m.get('from'), m.get('content') or m.get('value') or '') for m in row.get('messages') or row['conversations']]
     asked = [text for role, text in said if role in ('user', 'human')]
@@ -59,7 +59,7 @@ def triples(row: dict) -> list:
 
 # %% ../../nbs/tasks/06_traces.ipynb #8e5bdb37
 LAYOUTS = [(('question', 'answer'), gsm8k), (('problem', 'answer', 'generations'), generations), (('problem', 'solution'), solved), (('prompt', 'reasoning', 'final'), triples),
-           (('code', 'test_list'), programs), (('messages',), talk), (('conversations',), talk)]
+           (('code', 'test_list'), programs), (('messages',), conversation_row), (('conversations',), conversation_row)]
 FIELDS = ('prompt', 'text', 'answer', 'tests')
 
 def named_fields(spec: dict, row: dict) -> list:

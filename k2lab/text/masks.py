@@ -9,7 +9,7 @@ __all__ = ['encode_row', 'encode_rows', 'mask_runs', 'mask_text', 'shorten', 'ma
 import html
 from itertools import groupby
 from .chat import encode, row_spans
-from .encoder import stream
+from .encoder import encode_stream
 from .tokenizer import family_of
 from ..lab.config import LabError
 
@@ -65,5 +65,5 @@ def chunks(stream: list[int], length: int) -> list[list[int]]:
 def concatenate(tok, texts: list[str], length: int, end: int | None = None) -> list[dict]:
     "Rows of up to `length` tokens from documents, each followed by `end` (the tokenizer's eos); all tokens are trained."
     if length < 2: raise LabError(f'length {length}: a row needs at least 2 tokens, one to predict from and one to predict')
-    ids = stream(tok, texts, tok.eos_token_id if end is None else end).tolist()
+    ids = encode_stream(tok, texts, tok.eos_token_id if end is None else end).tolist()
     return [dict(input_ids=row, completion_mask=[1] * len(row)) for row in chunks(ids, length)]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'QWEN_TOKENS', 'KEPT_TOKENS', 'KIMI_PATTERN', 'QWEN_PATTERN', 'KIMI_SYSTEM', 'QWEN_SYSTEM',
-           'QWEN_TOOLS', 'CHAT_TEMPLATE', 'INSTRUCT_TEMPLATE', 'QWEN_TEMPLATE', 'FAMILIES', 'pieces', 'check_family',
-           'byte_level', 'build_tokenizer', 'family_of', 'plain_tokenizer', 'read_ranks', 'merges_of', 'control_tokens',
-           'kimi_engine', 'load_kimi_tokenizer', 'tokenizer_in']
+           'QWEN_TOOLS', 'CHAT_TEMPLATE', 'INSTRUCT_TEMPLATE', 'QWEN_TEMPLATE', 'CHAT_FAMILIES', 'pretokens',
+           'check_family', 'byte_level', 'build_tokenizer', 'family_of', 'plain_tokenizer', 'read_ranks', 'merges_of',
+           'control_tokens', 'kimi_engine', 'load_kimi_tokenizer', 'tokenizer_in']
 
 # %% ../../nbs/text/01_tokenizer.ipynb #0c5fac67
 import base64, json
@@ -31,7 +31,7 @@ KIMI_PATTERN = rf'[\p{{Han}}]+|{_WORD}{_UPPER}*{_LOWER}+{_SUFFIX}?|{_WORD}{_UPPE
 QWEN_PATTERN = rf'{_SUFFIX}|{_WORD}\p{{L}}+|\p{{N}}|{_SPACES}'
 
 # %% ../../nbs/text/01_tokenizer.ipynb #46a9e6d4
-def pieces(text: str, pattern: str) -> list[str]:
+def pretokens(text: str, pattern: str) -> list[str]:
     "The pieces of `text` that a byte-pair tokenizer with this `pattern` never merges across."
     from tokenizers import Regex, pre_tokenizers
     return [p for p, _ in pre_tokenizers.Split(Regex(pattern), 'isolated').pre_tokenize_str(text)]
@@ -91,13 +91,13 @@ QWEN_TEMPLATE = r"""
 
 # %% ../../nbs/text/01_tokenizer.ipynb #70a16483
 _KIMI = dict(pattern=KIMI_PATTERN, names=dict(bos_token='[BOS]', eos_token='[EOS]', pad_token='[PAD]', unk_token='[UNK]'))
-FAMILIES = {'kimi': dict(_KIMI, tokens=SPECIAL_TOKENS, template=CHAT_TEMPLATE),
+CHAT_FAMILIES = {'kimi': dict(_KIMI, tokens=SPECIAL_TOKENS, template=CHAT_TEMPLATE),
             'kimi_instruct': dict(_KIMI, tokens=[t for t in SPECIAL_TOKENS if 'think>' not in t], template=INSTRUCT_TEMPLATE),
             'qwen': dict(pattern=QWEN_PATTERN, tokens=QWEN_TOKENS, template=QWEN_TEMPLATE, names=dict(eos_token='<|endoftext|>', pad_token='<|endoftext|>'))}
 
 def check_family(family: str) -> str:
     "`family`; `LabError` if there is none of that name."
-    if family not in FAMILIES: raise LabError(f"no chat family {family!r}; valid: {', '.join(FAMILIES)}")
+    if family not in CHAT_FAMILIES: raise LabError(f"no chat family {family!r}; valid: {', '.join(CHAT_FAMILIES)}")
     return family
 
 # %% ../../nbs/text/01_tokenizer.ipynb #4b82b497
@@ -115,7 +115,7 @@ def build_tokenizer(texts, vocab_size: int, family: str = 'kimi'):
     "A transformers fast tokenizer trained on `texts`, with at most `vocab_size` entries, control tokens included."
     from tokenizers import AddedToken, models, normalizers, pre_tokenizers as pre, trainers
     from transformers import PreTrainedTokenizerFast
-    f = FAMILIES[check_family(family)]; learned = vocab_size - len(f['tokens'])
+    f = CHAT_FAMILIES[check_family(family)]; learned = vocab_size - len(f['tokens'])
     if learned < 256: raise LabError(f'vocab_size {vocab_size} leaves no room for the 256 bytes; at least {256 + len(f["tokens"])}')
     t = byte_level(models.BPE(), f['pattern'], normalizers.NFC() if family == 'qwen' else None)   # Qwen2.5 normalises to NFC, Kimi does not
     t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=learned, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
@@ -190,9 +190,9 @@ def load_kimi_tokenizer(folder):
     missing = [f for f in ('tiktoken.model', 'tokenizer_config.json') if not (Path(folder)/f).exists()]
     if missing: raise LabError(f'{folder}: {" and ".join(missing)} missing; Kimi\'s tokenizer is both files')
     config, ranks = json.loads((Path(folder)/'tokenizer_config.json').read_text()), read_ranks(Path(folder)/'tiktoken.model')
-    names = {k: config[k] for k in FAMILIES['kimi']['names'] if config.get(k)}
+    names = {k: config[k] for k in CHAT_FAMILIES['kimi']['names'] if config.get(k)}
     tok = PreTrainedTokenizerFast(tokenizer_object=kimi_engine(ranks, control_tokens(config, len(ranks))), clean_up_tokenization_spaces=False, **names)
-    tok.chat_template = FAMILIES[family_of(tok)]['template']
+    tok.chat_template = CHAT_FAMILIES[family_of(tok)]['template']
     return tok
 
 # %% ../../nbs/text/01_tokenizer.ipynb #64f3a629

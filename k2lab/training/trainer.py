@@ -10,10 +10,10 @@ __all__ = ['LAB_DEFAULTS', 'options', 'optimizer_for', 'check_trainable', 'balan
 import contextlib, dataclasses, time
 from pathlib import Path
 from ..models.adapters import check_bits, lora, weight_bits
-from ..lab.checkpoint import newest, step_of
+from ..lab.checkpoint import newest_checkpoint, step_of
 from ..lab.config import LabError, did_you_mean
 from ..models.fast_lora import check_fast, open_fast, unsloth_first, with_fast_adapter
-from .callbacks import Finished, covering, every_rank, live, mean_loss, ordered, recording, sealing
+from .callbacks import Finished, covering, every_rank, progress_callback, mean_loss, ordered, recording, finalizing
 from ..models.load import Loading, check_window, open_model, open_tokenizer, trained_counts
 from ..text.packing import check_alone, pack, packed_batch, samples_apart
 from ..text.ledger import Ledger
@@ -110,13 +110,13 @@ def own_ledger(place, ledgers: list, args) -> dict:
 def finish_fit(job, fit, ledger, phase: str, load=Loading()):
     "Run the trainer, from its newest checkpoint if there is one; enter what was trained, loss, steps, time, coverage and ledger in the job's record; give back the trained model."
     from transformers.trainer_callback import PrinterCallback
-    with fit.accelerator.main_process_first(): place, state = newest(Path(fit.args.output_dir))
+    with fit.accelerator.main_process_first(): place, state = newest_checkpoint(Path(fit.args.output_dir))
     earlier, began = state.get('seconds', 0.), time.monotonic()
     if place: ledger.restore(own_ledger(place, state['ledgers'], fit.args)); job.resumed(phase, step_of(place))
     told = job.record.setdefault('training', {}).setdefault(phase, {})
     loads_onto(fit.args)
     fit.remove_callback(PrinterCallback)
-    for callback in (ordered(fit), live(job, ledger, phase, earlier), sealing(fit, ledger, place, began, earlier, told), covering(told, load, state.get('coverage', {}))): fit.add_callback(callback)
+    for callback in (ordered(fit), progress_callback(job, ledger, phase, earlier), finalizing(fit, ledger, place, began, earlier, told), covering(told, load, state.get('coverage', {}))): fit.add_callback(callback)
     with contextlib.suppress(Finished): fit.train(resume_from_checkpoint=str(place) if place else None)
     seconds, ledger = round(time.monotonic() - began + earlier, 3), ledger.joined(every_rank(ledger.state()))
     told |= dict(loss=mean_loss(fit.state.log_history), steps=fit.state.global_step, seconds=seconds, tokens_s=round(ledger.tokens/seconds), trained_parameters=trained_counts(fit.model), **ledger.summary())
