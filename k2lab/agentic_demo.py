@@ -7,117 +7,191 @@ __all__ = ['SCRIPT', 'work', 'Config', 'tools_of', 'teacher_of', 'hold', 'block'
            'check_script', 'finished_messages', 'converse', 'talk']
 
 # %% ../nbs/70_agentic_demo.ipynb #69944a59
-import contextlib, html, json
+import contextlib
+import html
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-from .serving.agent import K2_ID, Limits, PYTHON, call_reply, chat_loop, clip, python_tool
+
 from .lab.config import LabError
 from .lab.display import Html
-from .launch_teacher_vllm import Config as Serving, serving
 from .lab.sandbox import why_not
+from .launch_teacher_vllm import Config as Serving, serving
+from .serving.agent import K2_ID, PYTHON, Limits, call_reply, chat_loop, clip, python_tool
 from .serving.client import Teacher, scripted
 
 # %% ../nbs/70_agentic_demo.ipynb #96fe45b5
 @dataclass(frozen=True)
 class Config:
     "A conversation with an agent."
-    endpoint: Literal['scripted', 'env', 'serve'] = 'scripted'   # recorded replies | the endpoint of env.yaml | the lab's own server for `model`
-    model: str = 'k2_think_dpo'        # checkpoint behind the lab's own server
-    questions: list[str] = field(default_factory=list)   # what a run asks; in a terminal you type
-    tools: list[str] = field(default_factory=lambda: ['python'])   # what the model may call
-    max_turns: int = 8                 # replies of the model to one question
-    max_tokens: int = 4096             # generated tokens for one question
-    max_seconds: float = 300           # for one question
-    temperature: float = .6            # K2-Instruct's; K2-Thinking wants 1.0
-    tool_seconds: float = 10           # for one tool call
-    tool_memory_mb: int = 512          # for one tool call
-    tool_output: int = 8000            # characters of a result that the model gets to see
-    allow_unsafe: bool = False         # run code without isolation where the machine offers none
-    seed: int = 0                      # of everything random in this stage
+
+    # recorded replies | the endpoint of env.yaml | the lab's own server for `model`
+    endpoint: Literal['scripted', 'env', 'serve'] = 'scripted'
+    model: str = 'k2_think_dpo'  # checkpoint behind the lab's own server
+    questions: list[str] = field(default_factory=list)  # what a run asks; in a terminal you type
+    tools: list[str] = field(default_factory=lambda: ['python'])  # what the model may call
+    max_turns: int = 8  # replies of the model to one question
+    max_tokens: int = 4096  # generated tokens for one question
+    max_seconds: float = 300  # for one question
+    temperature: float = 0.6  # K2-Instruct's; K2-Thinking wants 1.0
+    tool_seconds: float = 10  # for one tool call
+    tool_memory_mb: int = 512  # for one tool call
+    tool_output: int = 8000  # characters of a result that the model gets to see
+    allow_unsafe: bool = False  # run code without isolation where the machine offers none
+    seed: int = 0  # of everything random in this stage
 
 # %% ../nbs/70_agentic_demo.ipynb #1937ef75
 def tools_of(cfg: Config) -> dict:
     "{name: (declaration, function)} of the tools the config names."
-    known = {'python': (PYTHON, python_tool(cfg.tool_seconds, cfg.tool_memory_mb, cfg.tool_output, cfg.allow_unsafe))}
+    known = {
+        'python': (
+            PYTHON,
+            python_tool(cfg.tool_seconds, cfg.tool_memory_mb, cfg.tool_output, cfg.allow_unsafe),
+        )
+    }
     for name in cfg.tools:
-        if name not in known: raise LabError(f"tools: no tool {name!r}; there are {', '.join(known)}")
+        if name not in known:
+            raise LabError(f"tools: no tool {name!r}; there are {', '.join(known)}")
     return {name: known[name] for name in cfg.tools}
 
 # %% ../nbs/70_agentic_demo.ipynb #8e811c6b
-SCRIPT = [call_reply('I could add primes by hand, but code makes no slips.', 'primes, n = [], 2\nwhile len(primes) < 100:\n    if all(n % p for p in primes): primes.append(n)\n    n += 1\nprint(sum(primes))', 0),
-          '<think>The tool printed 24133.</think>The sum of the first 100 primes is 24133.<|im_end|>',
-          call_reply('I can try to read it.', "print(open('/etc/hosts').read())", 1),
-          '<think>The sandbox refused.</think>I cannot tell: my Python tool has no access to files of this machine.<|im_end|>']
+SCRIPT = [
+    call_reply(
+        'I could add primes by hand, but code makes no slips.',
+        'primes, n = [], 2\nwhile len(primes) < 100:\n    if all(n % p for p in primes): primes.append(n)\n    n += 1\nprint(sum(primes))',
+        0,
+    ),
+    '<think>The tool printed 24133.</think>The sum of the first 100 primes is 24133.<|im_end|>',
+    call_reply('I can try to read it.', "print(open('/etc/hosts').read())", 1),
+    '<think>The sandbox refused.</think>I cannot tell: my Python tool has no access to files of this machine.<|im_end|>',
+]
 
 # %% ../nbs/70_agentic_demo.ipynb #3299b2dd
 @contextlib.contextmanager
 def teacher_of(job, endpoint: str):
     "The model to talk to, for as long as the block runs."
-    if endpoint == 'scripted': yield Teacher('http://script/v1', 'script', transport=scripted(SCRIPT))
-    elif endpoint == 'env': yield Teacher(**job.env['endpoint'])
+    if endpoint == 'scripted':
+        yield Teacher('http://script/v1', 'script', transport=scripted(SCRIPT))
+    elif endpoint == 'env':
+        yield Teacher(**job.env['endpoint'])
     else:
-        with serving(Serving(model=job.cfg.model), job.find(job.cfg.model), job.folder/'server.log') as served: yield served.teacher()
+        with serving(
+            Serving(model=job.cfg.model), job.find(job.cfg.model), job.folder / 'server.log'
+        ) as served:
+            yield served.teacher()
+
 
 def hold(job, teacher: Teacher, **talk) -> list:
     "The whole conversation, with the limits of the job's config; `talk` is `ask` and `show` of `chat_loop`."
     cfg = job.cfg
     limits = Limits(cfg.max_turns, cfg.max_tokens, cfg.max_seconds)
-    return chat_loop(teacher, tools_of(cfg), limits, job.env['system'], temperature=cfg.temperature, **talk)
+    return chat_loop(
+        teacher, tools_of(cfg), limits, job.env['system'], temperature=cfg.temperature, **talk
+    )
 
 # %% ../nbs/70_agentic_demo.ipynb #881983da
 _COLOUR = dict(user='#0b3d91', assistant='#0b3d17', tool='#7a4a00', system='#777')
 
+
 def block(kind: str, text: str, look: str = '') -> str:
     "One labelled piece of a transcript as HTML."
-    return f'<div style="margin:.2em 0;white-space:pre-wrap;{look}"><b style="color:{_COLOUR.get(kind, "#777")}">{html.escape(kind)}</b> {html.escape(text)}</div>' if text else ''
+    return (
+        f'<div style="margin:.2em 0;white-space:pre-wrap;{look}"><b style="color:{_COLOUR.get(kind, "#777")}">{html.escape(kind)}</b> {html.escape(text)}</div>'
+        if text
+        else ''
+    )
+
 
 def transcript(messages: list) -> Html:
     "The conversation as HTML: thoughts in grey, calls and results in monospace."
     parts = []
     for m in messages:
         parts.append(block('thinks', m.get('reasoning_content') or '', 'color:#8a8a8a'))
-        for c in m.get('tool_calls') or []: parts.append(block('calls', f"{c['id']} {clip(c['function']['arguments'], 1500)}", 'font-family:monospace'))
-        parts.append(block(m['role'], clip(m['content'] or '', 1500), 'font-family:monospace' if m['role'] == 'tool' else ''))
+        for c in m.get('tool_calls') or []:
+            parts.append(
+                block(
+                    'calls',
+                    f"{c['id']} {clip(c['function']['arguments'], 1500)}",
+                    'font-family:monospace',
+                )
+            )
+        parts.append(
+            block(
+                m['role'],
+                clip(m['content'] or '', 1500),
+                'font-family:monospace' if m['role'] == 'tool' else '',
+            )
+        )
     return Html(f'<div style="font-size:15px;max-width:60em">{"".join(parts)}</div>')
 
 # %% ../nbs/70_agentic_demo.ipynb #ea296f36
 def publish_transcript(job, messages: list):
     "Publish the transcript and enter what can be checked: every call has its result, every id is K2's."
-    with job.publishing('transcript', '.jsonl') as path: path.write_text(''.join(json.dumps(m, ensure_ascii=False) + '\n' for m in messages), encoding='utf-8')
+    with job.publishing('transcript', '.jsonl') as path:
+        path.write_text(
+            ''.join(json.dumps(m, ensure_ascii=False) + '\n' for m in messages), encoding='utf-8'
+        )
     asked = [c['id'] for m in messages for c in m.get('tool_calls') or []]
     results = [m['tool_call_id'] for m in messages if m['role'] == 'tool']
-    job.check('every call has its result', asked == results, f'{len(asked)} calls, {len(results)} results')
+    job.check(
+        'every call has its result', asked == results, f'{len(asked)} calls, {len(results)} results'
+    )
     job.check('ids in K2 form', all(K2_ID.fullmatch(i) for i in asked))
 
 # %% ../nbs/70_agentic_demo.ipynb #bf24a25a
 def check_script(job, messages: list):
     "What the sandbox must have said to the script's calls on a machine that can isolate."
     sums, hosts = [m['content'] for m in messages if m['role'] == 'tool']
-    if why_not() and not job.cfg.allow_unsafe: job.check('the sandbox refuses', sums.startswith('the code was not run'), why_not())
-    else: job.check('the sandbox computes', sums == '24133', sums)
-    if not why_not(): job.check('the sandbox has no files', 'PermissionError' in hosts or 'FileNotFoundError' in hosts, hosts[-80:])
+    if why_not() and not job.cfg.allow_unsafe:
+        job.check('the sandbox refuses', sums.startswith('the code was not run'), why_not())
+    else:
+        job.check('the sandbox computes', sums == '24133', sums)
+    if not why_not():
+        job.check(
+            'the sandbox has no files',
+            'PermissionError' in hosts or 'FileNotFoundError' in hosts,
+            hosts[-80:],
+        )
+
 
 def finished_messages(job) -> list:
     "The transcript of a finished conversation."
-    return [json.loads(line) for line in (job.folder/'transcript.jsonl').read_text(encoding='utf-8').splitlines()]
+    return [
+        json.loads(line)
+        for line in (job.folder / 'transcript.jsonl').read_text(encoding='utf-8').splitlines()
+    ]
 
 # %% ../nbs/70_agentic_demo.ipynb #dfb63179
 def converse(job):
     "Ask the config's questions and keep the transcript."
     cfg, questions, why = job.cfg, iter(job.cfg.questions), []
     with teacher_of(job, cfg.endpoint) as teacher:
-        messages = hold(job, teacher, ask=lambda: next(questions, 'exit'), show=lambda kind, text: why.append(text) if kind == 'end' else None)
+        messages = hold(
+            job,
+            teacher,
+            ask=lambda: next(questions, 'exit'),
+            show=lambda kind, text: why.append(text) if kind == 'end' else None,
+        )
     publish_transcript(job, messages)
-    job.check('every question was answered', why == [''] * len(cfg.questions), '; '.join(filter(None, why)))
-    if cfg.endpoint == 'scripted': check_script(job, messages)
+    job.check(
+        'every question was answered',
+        why == [''] * len(cfg.questions),
+        '; '.join(filter(None, why)),
+    )
+    if cfg.endpoint == 'scripted':
+        check_script(job, messages)
+
 
 work = converse
 
 # %% ../nbs/70_agentic_demo.ipynb #c441c92a
-def talk(scale: str | None = None, campaign: str | None = None, changes: dict | None = None) -> Path:
+def talk(
+    scale: str | None = None, campaign: str | None = None, changes: dict | None = None
+) -> Path:
     "Talk to the agent in this terminal; returns the run's folder. Scripted endpoints are replaced by the lab's own server."
     from k2lab.lab.job import start
+
     job = start('agentic_demo', scale, None, changes, campaign)
     endpoint = 'serve' if job.cfg.endpoint == 'scripted' else job.cfg.endpoint
     with teacher_of(job, endpoint) as teacher:

@@ -7,17 +7,19 @@ __all__ = ['work', 'Config', 'teacher_scores', 'compare', 'train']
 
 # %% ../nbs/61_distill_to_student.ipynb #69e09558
 from dataclasses import dataclass, field
-from .training.trainer import fit_sft, open_for
-from .training.metrics import generation_speed
+
 from .models.load import Loading, open_model, open_tokenizer
-from .training.stage import Supervised, scores_before, evaluate_and_publish, mixed, log_samples
+from .training.metrics import generation_speed
+from .training.stage import Supervised, evaluate_and_publish, log_samples, mixed, scores_before
+from .training.trainer import fit_sft, open_for
 
 # %% ../nbs/61_distill_to_student.ipynb #980276a6
 @dataclass(frozen=True)
 class Config(Supervised):
     "Distillation into a dense student."
-    init_from: str = 'Qwen2.5-7B'         # the student before
-    teacher: str = 'k2_think_dpo'         # who is compared with
+
+    init_from: str = 'Qwen2.5-7B'  # the student before
+    teacher: str = 'k2_think_dpo'  # who is compared with
     saves: str = 'k2_student_7b'
     mix: dict = field(default_factory=lambda: dict(distill_corpus=8000))
     measures: list = field(default_factory=lambda: ['domain_questions', 'reasoning_verified'])
@@ -26,19 +28,43 @@ class Config(Supervised):
 def teacher_scores(job) -> dict:
     "What the teacher's own run measured; missing measures are left out."
     from k2lab.lab.records import read_run
-    run = next((p['run'] for p in job.record['parents'] if p['name'] == job.cfg.teacher and p['run']), None)
-    metrics = read_run(job.folder.parent/run)['metrics'] if run else []
+
+    run = next(
+        (p['run'] for p in job.record['parents'] if p['name'] == job.cfg.teacher and p['run']), None
+    )
+    metrics = read_run(job.folder.parent / run)['metrics'] if run else []
     return {m['measure']: m['after'] for m in metrics}
+
 
 def compare(job, model, tok, scores: dict):
     "Size, speed and share of the teacher's accuracy, one line each."
     place, theirs = job.find(job.cfg.teacher), teacher_scores(job)
     teacher, speaker = open_model(place), open_tokenizer(place)
     slow, fast = generation_speed(teacher, speaker), generation_speed(model, tok)
-    job.measure('parameters', teacher.num_parameters(), model.num_parameters(), note='teacher before, student after')
-    job.measure('generate_tokens_s', slow.value, fast.value, fast.low, fast.high, fast.n, note='teacher before, student after')
+    job.measure(
+        'parameters',
+        teacher.num_parameters(),
+        model.num_parameters(),
+        note='teacher before, student after',
+    )
+    job.measure(
+        'generate_tokens_s',
+        slow.value,
+        fast.value,
+        fast.low,
+        fast.high,
+        fast.n,
+        note='teacher before, student after',
+    )
     for name, score in scores.items():
-        if theirs.get(name) and name in job.cfg.measures: job.measure(f'share_of_teacher_{name}', theirs[name], score.value/theirs[name], n=score.n, note="teacher's accuracy before, student's share of it after")
+        if theirs.get(name) and name in job.cfg.measures:
+            job.measure(
+                f'share_of_teacher_{name}',
+                theirs[name],
+                score.value / theirs[name],
+                n=score.n,
+                note="teacher's accuracy before, student's share of it after",
+            )
 
 # %% ../nbs/61_distill_to_student.ipynb #a178554d
 def train(job):
@@ -47,7 +73,17 @@ def train(job):
     model, tok = open_for(job, cfg.init_from, load)
     known = scores_before(job, model, tok)
     log_samples(job, model, tok, 'before')
-    model = fit_sft(job, model, tok, mixed(job, tok, cfg.mix), cfg.trainer, cfg.optimizer, load, room=cfg.length if cfg.pack else 0)
+    model = fit_sft(
+        job,
+        model,
+        tok,
+        mixed(job, tok, cfg.mix),
+        cfg.trainer,
+        cfg.optimizer,
+        load,
+        room=cfg.length if cfg.pack else 0,
+    )
     compare(job, model, tok, evaluate_and_publish(job, model, tok, known))
+
 
 work = train

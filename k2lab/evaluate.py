@@ -9,36 +9,63 @@ __all__ = ['work', 'Config', 'history', 'earlier', 'lost', 'gate', 'report_on', 
 # %% ../nbs/80_evaluate.ipynb #f1db1d00
 from dataclasses import dataclass, field
 from pathlib import Path
+
 from .lab.config import LabError, did_you_mean
-from .training.trainer import open_for
 from .lab.records import runs
-from .training.metrics import ANSWER_TOKENS, DATA, family_shares, evaluate_measures
 from .text.rows import read_rows
+from .training.metrics import ANSWER_TOKENS, DATA, evaluate_measures, family_shares
+from .training.trainer import open_for
 
 # %% ../nbs/80_evaluate.ipynb #060dbf18
 @dataclass(frozen=True)
 class Config:
     "Which checkpoints are measured how, and what may not be lost."
-    checkpoints: dict = field(default_factory=lambda: dict(k2_think_dpo='Kimi-K2-Base', k2_student_7b='k2_think_dpo'))   # each with the one it is compared with
-    measures: dict = field(default_factory=lambda: dict(k2_think_dpo=['domain_bits_per_byte', 'general_bits_per_byte', 'domain_questions', 'reasoning_verified'],     # what is measured of each
-                                                        k2_student_7b=['domain_questions', 'reasoning_verified']))
-    may_lose: float = .05                 # points of accuracy that a later stage may cost an earlier one
-    gate: bool = True                     # a greater loss fails the run
-    harness: list = field(default_factory=list)      # task names of lm-eval
-    harness_tasks: str = ''               # folder of your own task files for lm-eval
-    answer_tokens: int = 160              # the longest answer that is waited for
-    seed: int = 0                         # of everything random in this stage
+
+    # each with the one it is compared with
+    checkpoints: dict = field(
+        default_factory=lambda: dict(k2_think_dpo='Kimi-K2-Base', k2_student_7b='k2_think_dpo')
+    )
+    measures: dict = field(
+        default_factory=lambda: dict(
+            k2_think_dpo=[
+                'domain_bits_per_byte',
+                'general_bits_per_byte',
+                'domain_questions',
+                'reasoning_verified',
+            ],  # what is measured of each
+            k2_student_7b=['domain_questions', 'reasoning_verified'],
+        )
+    )
+    # points of accuracy that a later stage may cost an earlier one
+    may_lose: float = 0.05
+    gate: bool = True  # a greater loss fails the run
+    harness: list = field(default_factory=list)  # task names of lm-eval
+    harness_tasks: str = ''  # folder of your own task files for lm-eval
+    answer_tokens: int = 160  # the longest answer that is waited for
+    seed: int = 0  # of everything random in this stage
 
 # %% ../nbs/80_evaluate.ipynb #52105631
 def history(job) -> list:
     "All measured lines of the campaign's complete runs, oldest first, with the checkpoint each belongs to."
-    found = [r for r in runs(job.campaign) if r['status'] == 'complete' and r['scale'] == job.scale and r['stage'] != 'evaluate']
+    found = [
+        r
+        for r in runs(job.campaign)
+        if r['status'] == 'complete' and r['scale'] == job.scale and r['stage'] != 'evaluate'
+    ]
     return [dict(m, checkpoint=next(iter(r['saves']), '')) for r in found for m in r['metrics']]
+
 
 def earlier(lines: list, measure: str, teacher: bool = True) -> dict:
     "`first` (the base's value) and `best` (highest value after a stage) of a measure; empty when nobody measured it."
-    values = [m for m in lines if m['measure'] == measure and m['after'] is not None and ('student' in m['checkpoint']) != teacher]
+    values = [
+        m
+        for m in lines
+        if m['measure'] == measure
+        and m['after'] is not None
+        and ('student' in m['checkpoint']) != teacher
+    ]
     return dict(first=values[0]['before'], best=max(m['after'] for m in values)) if values else {}
+
 
 def lost(best: float, now: float, margin: float) -> bool:
     "Whether more than the margin was lost."
@@ -49,40 +76,75 @@ def gate(job, name: str, scores: dict, lines: list):
     "One check for each accuracy of the final teacher: nothing earned earlier was lost."
     for measure in (m for m in ANSWER_TOKENS if m in scores):
         past = earlier(lines, measure)
-        if past: job.check(f'{name} keeps {measure}', not (job.cfg.gate and lost(past['best'], scores[measure].value, job.cfg.may_lose)), f'{past["best"]:.3f} at best, {scores[measure].value:.3f} now')
+        if past:
+            job.check(
+                f'{name} keeps {measure}',
+                not (job.cfg.gate and lost(past['best'], scores[measure].value, job.cfg.may_lose)),
+                f'{past["best"]:.3f} at best, {scores[measure].value:.3f} now',
+            )
+
 
 def report_on(job, name: str, other: str, scores: dict, lines: list, reference: dict):
     "A line for each score of a checkpoint, `before` being the checkpoint it is compared with."
     for measure, score in scores.items():
         was = reference.get(measure, earlier(lines, measure).get('first'))
-        families = family_shares(read_rows(job.find(DATA[measure])), score.items) if measure in ANSWER_TOKENS else None
-        job.measure(measure, was, score.value, score.low, score.high, score.n, checkpoint=name, compared_with=other, **({'families': families} if families else {}))
+        families = (
+            family_shares(read_rows(job.find(DATA[measure])), score.items)
+            if measure in ANSWER_TOKENS
+            else None
+        )
+        job.measure(
+            measure,
+            was,
+            score.value,
+            score.low,
+            score.high,
+            score.n,
+            checkpoint=name,
+            compared_with=other,
+            **({'families': families} if families else {}),
+        )
+
 
 def evaluate(job):
     "Measure every checkpoint; leaves metrics only."
     lines, values = history(job), {}
-    manager = own_and_known_tasks(job.cfg.harness, job.cfg.harness_tasks) if job.cfg.harness else None
+    manager = (
+        own_and_known_tasks(job.cfg.harness, job.cfg.harness_tasks) if job.cfg.harness else None
+    )
     for name, other in job.cfg.checkpoints.items():
         model, tok = open_for(job, name)
         scores = evaluate_measures(job, model, tok, job.cfg.measures[name])
         report_on(job, name, other, scores, lines, values.get(other, {}))
         values[name] = {m: s.value for m, s in scores.items()}
-        if 'student' not in name: gate(job, name, scores, lines)
-        if manager: run_harness(job, name, model, tok, manager)
+        if 'student' not in name:
+            gate(job, name, scores, lines)
+        if manager:
+            run_harness(job, name, model, tok, manager)
+
 
 work = evaluate
 
 # %% ../nbs/80_evaluate.ipynb #1fa2e536
 def own_and_known_tasks(names: list, folder: str):
     "lm-eval's task manager over the tasks in `folder`, and over its own where one is named; `LabError` for a folder or a task that is not there."
-    try: from lm_eval.tasks import TaskManager
-    except ImportError: raise LabError("harness: lm-eval is not installed; pip install 'k2lab[eval]'") from None
-    if folder and not Path(folder).is_dir(): raise LabError(f'harness_tasks: no folder {folder}')
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise LabError("harness: lm-eval is not installed; pip install 'k2lab[eval]'") from None
+    if folder and not Path(folder).is_dir():
+        raise LabError(f'harness_tasks: no folder {folder}')
     manager = TaskManager(include_path=folder or None, include_defaults=False)
-    if set(names) <= set(manager.all_tasks): return manager
-    manager = TaskManager(include_path=folder or None)             # reads the thousands of task files that come with lm-eval
+    if set(names) <= set(manager.all_tasks):
+        return manager
+    manager = TaskManager(
+        include_path=folder or None
+    )  # reads the thousands of task files that come with lm-eval
     for name in names:
-        if name not in manager.all_tasks: raise LabError(f'harness: lm-eval has no task {name!r}{did_you_mean(name, manager.all_tasks)}; own ones come from the folder `harness_tasks`')
+        if name not in manager.all_tasks:
+            raise LabError(
+                f'harness: lm-eval has no task {name!r}{did_you_mean(name, manager.all_tasks)}; own ones come from the folder `harness_tasks`'
+            )
     return manager
 
 # %% ../nbs/80_evaluate.ipynb #1517fdfe
@@ -92,11 +154,20 @@ def harness_lines(results: dict) -> list:
     for task, metrics in results['results'].items():
         for key, value in metrics.items():
             metric, _, reader = key.partition(',')
-            if not isinstance(value, float) or metric.endswith('_stderr'): continue
+            if not isinstance(value, float) or metric.endswith('_stderr'):
+                continue
             error = metrics.get(f'{metric}_stderr,{reader}')
-            spread = 1.96*error if isinstance(error, float) else None
+            spread = 1.96 * error if isinstance(error, float) else None
             interval = dict(low=value - spread, high=value + spread) if spread is not None else {}
-            lines.append(dict(measure=f'{task}: {metric}' + (f' ({reader})' if reader not in ('', 'none') else ''), after=value, n=results['n-samples'][task]['effective'], **interval))
+            lines.append(
+                dict(
+                    measure=f'{task}: {metric}'
+                    + (f' ({reader})' if reader not in ('', 'none') else ''),
+                    after=value,
+                    n=results['n-samples'][task]['effective'],
+                    **interval,
+                )
+            )
     return lines
 
 # %% ../nbs/80_evaluate.ipynb #70cb8cc5
@@ -104,5 +175,11 @@ def run_harness(job, name: str, model, tok, manager):
     "Run lm-eval's tasks on an open model; each metric becomes a line."
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    results = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tok, batch_size=16), tasks=job.cfg.harness, task_manager=manager)
-    for line in harness_lines(results): job.measure(**line, checkpoint=name)
+
+    results = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tok, batch_size=16),
+        tasks=job.cfg.harness,
+        task_manager=manager,
+    )
+    for line in harness_lines(results):
+        job.measure(**line, checkpoint=name)

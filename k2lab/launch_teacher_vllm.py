@@ -4,78 +4,150 @@
 
 # %% auto #0
 __all__ = ['PARSERS', 'work', 'Config', 'flags', 'command', 'environment', 'free_port', 'stop_server', 'last_words',
-           'wait_healthy', 'Served', 'serving', 'check_messages', 'own_count', 'serve_model', 'check', 'reachable',
+           'wait_healthy', 'Served', 'serving', 'parity_messages', 'own_count', 'serve_model', 'check', 'reachable',
            'stay']
 
 # %% ../nbs/60_launch_teacher_vllm.ipynb #f2df49aa
-import contextlib, ctypes, os, secrets, signal, socket, subprocess, sys, time
+import contextlib
+import ctypes
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-from .text.chat import encode, prompt_spans
-from .text.tokenizer import family_of
+
 from .lab.config import LabError
 from .models.load import local_folder, open_tokenizer
 from .serving.client import Teacher, check_parity, reply_text
+from .text.chat import encode, prompt_spans
+from .text.tokenizer import family_of
 
 # %% ../nbs/60_launch_teacher_vllm.ipynb #66f1949b
 @dataclass(frozen=True)
 class Config:
     "A server for one model."
-    model: str = 'k2_think_dpo'            # checkpoint to serve, by name; the server knows it by the same name
-    engine: Literal['embedded', 'vllm'] = 'embedded'      # the lab's own small server, or vLLM
-    family: Literal['kimi', 'qwen'] = 'kimi'   # picks vLLM's tool-call and reasoning parsers
-    host: str = '127.0.0.1'                # this machine only; 0.0.0.0 opens it to the network
-    port: int = 0                          # 0: any free one
-    key_env: str = 'K2LAB_API_KEY'         # environment variable with the key; a new key is made if it is empty
-    python: str = ''                       # interpreter that has vLLM, when it lives in an environment of its own
-    vllm: dict = field(default_factory=dict)   # vLLM's own options, in its names with underscores
-    ready_s: float = 300                   # how long loading may take
-    stay: float = 0                        # seconds to stay up after the check; .inf in YAML: until stopped
-    prompt: str = 'What is 7 * 6?'         # the question of the check
-    max_tokens: int = 64                   # of its answer
-    parity: bool = True                    # check that the server counts the prompt's tokens as we do
-    seed: int = 0                          # of everything random in this stage
+
+    # checkpoint to serve, by name; the server knows it by the same name
+    model: str = 'k2_think_dpo'
+    engine: Literal['embedded', 'vllm'] = 'embedded'  # the lab's own small server, or vLLM
+    family: Literal['kimi', 'qwen'] = 'kimi'  # picks vLLM's tool-call and reasoning parsers
+    host: str = '127.0.0.1'  # this machine only; 0.0.0.0 opens it to the network
+    port: int = 0  # 0: any free one
+    # environment variable with the key; a new key is made if it is empty
+    key_env: str = 'K2LAB_API_KEY'
+    # interpreter that has vLLM, when it lives in an environment of its own
+    python: str = ''
+    vllm: dict = field(default_factory=dict)  # vLLM's own options, in its names with underscores
+    ready_s: float = 300  # how long loading may take
+    # seconds to stay up after the check; .inf in YAML: until stopped
+    stay: float = 0
+    prompt: str = 'What is 7 * 6?'  # the question of the check
+    max_tokens: int = 64  # of its answer
+    # check that the server counts the prompt's tokens as we do
+    parity: bool = True
+    seed: int = 0  # of everything random in this stage
 
 # %% ../nbs/60_launch_teacher_vllm.ipynb #e4440869
-PARSERS = {'kimi': dict(tool_call_parser='kimi_k2', reasoning_parser='kimi_k2', enable_auto_tool_choice=True), 'qwen': dict(tool_call_parser='hermes', enable_auto_tool_choice=True)}
+PARSERS = {
+    'kimi': dict(
+        tool_call_parser='kimi_k2', reasoning_parser='kimi_k2', enable_auto_tool_choice=True
+    ),
+    'qwen': dict(tool_call_parser='hermes', enable_auto_tool_choice=True),
+}
+
 
 def flags(options: dict) -> list[str]:
     "`{'max_model_len': 8192, 'enforce_eager': True}` as `['--max-model-len', '8192', '--enforce-eager']`; False is left out. `LabError` for a key."
-    if 'api_key' in options: raise LabError('vllm.api_key would show the key to everyone on this machine; set the variable named by key_env instead')
-    words = [(f"--{name.replace('_', '-')}", value) for name, value in options.items() if value is not False and value is not None]
+    if 'api_key' in options:
+        raise LabError(
+            'vllm.api_key would show the key to everyone on this machine; set the variable named by key_env instead'
+        )
+    words = [
+        (f"--{name.replace('_', '-')}", value)
+        for name, value in options.items()
+        if value is not False and value is not None
+    ]
     return [w for flag, value in words for w in ([flag] if value is True else [flag, str(value)])]
 
 # %% ../nbs/60_launch_teacher_vllm.ipynb #32e4b475
 def command(cfg: Config, place, port: int) -> list[str]:
     "The server's command line; no key in it."
     python = cfg.python or sys.executable
-    if cfg.engine == 'embedded': return [python, '-m', 'k2lab.serving.server', str(place), '--name', cfg.model, '--host', cfg.host, '--port', str(port)]
-    if str(place).startswith('smoke:'): place = local_folder(place)
+    if cfg.engine == 'embedded':
+        return [
+            python,
+            '-m',
+            'k2lab.serving.server',
+            str(place),
+            '--name',
+            cfg.model,
+            '--host',
+            cfg.host,
+            '--port',
+            str(port),
+        ]
+    if str(place).startswith('smoke:'):
+        place = local_folder(place)
     name, _, revision = place.partition('@') if isinstance(place, str) else (str(place), '', '')
-    pins = [word for what in ('revision', 'tokenizer-revision', 'code-revision') for word in (f'--{what}', revision) if revision]
-    return [python, '-m', 'vllm.entrypoints.openai.api_server', '--model', name, *pins, '--served-model-name', cfg.model, '--host', cfg.host, '--port', str(port),
-            *flags({**PARSERS[cfg.family], **cfg.vllm})]
+    pins = [
+        word
+        for what in ('revision', 'tokenizer-revision', 'code-revision')
+        for word in (f'--{what}', revision)
+        if revision
+    ]
+    return [
+        python,
+        '-m',
+        'vllm.entrypoints.openai.api_server',
+        '--model',
+        name,
+        *pins,
+        '--served-model-name',
+        cfg.model,
+        '--host',
+        cfg.host,
+        '--port',
+        str(port),
+        *flags({**PARSERS[cfg.family], **cfg.vllm}),
+    ]
 
 # %% ../nbs/60_launch_teacher_vllm.ipynb #08825891
 def environment(key: str) -> dict:
     "This process' environment with the key for either engine."
-    return {**os.environ, 'K2LAB_API_KEY': key, 'VLLM_API_KEY': key, 'VLLM_NO_USAGE_STATS': '1', 'DO_NOT_TRACK': '1', 'PYTHONUNBUFFERED': '1'}
+    return {
+        **os.environ,
+        'K2LAB_API_KEY': key,
+        'VLLM_API_KEY': key,
+        'VLLM_NO_USAGE_STATS': '1',
+        'DO_NOT_TRACK': '1',
+        'PYTHONUNBUFFERED': '1',
+    }
+
 
 def free_port(host: str) -> int:
     "A port nobody listens on."
-    with socket.create_server((host, 0)) as s: return s.getsockname()[1]
+    with socket.create_server((host, 0)) as s:
+        return s.getsockname()[1]
 
 # %% ../nbs/60_launch_teacher_vllm.ipynb #f54e79c1
 def _die_with_parent():
     "In the child, before it starts: SIGTERM when the parent is gone (Linux)."
-    if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
 
 def stop_server(process, patience: float = 20):
     "End a process and its group: SIGTERM, and SIGKILL after `patience` seconds."
     for number, wait in ((signal.SIGTERM, patience), (signal.SIGKILL, 10)):
-        with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired): return process.wait(wait)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(wait)
 
 # %% ../nbs/60_launch_teacher_vllm.ipynb #c11a2612
 def last_words(log: Path) -> str:
@@ -83,44 +155,71 @@ def last_words(log: Path) -> str:
     lines = [l for l in log.read_text(errors='replace').splitlines() if l.strip()]
     return lines[-1].strip() if lines else 'it said nothing'
 
+
 def wait_healthy(process, url: str, seconds: float, log: Path) -> float:
     "Seconds until `url`/health answers 200; `LabError` if the process ends first or takes longer."
     import httpx
+
     began = time.monotonic()
     while (spent := time.monotonic() - began) < seconds:
-        if process.poll() is not None: raise LabError(f'the server ended with code {process.returncode}: {last_words(log)} (all of it in {log})')
+        if process.poll() is not None:
+            raise LabError(
+                f'the server ended with code {process.returncode}: {last_words(log)} (all of it in {log})'
+            )
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f'{url}/health', timeout=5).status_code == 200: return round(spent, 2)
-        time.sleep(.2)
-    raise LabError(f'the server was not healthy after {seconds:g} s: {last_words(log)} (all of it in {log})')
+            if httpx.get(f'{url}/health', timeout=5).status_code == 200:
+                return round(spent, 2)
+        time.sleep(0.2)
+    raise LabError(
+        f'the server was not healthy after {seconds:g} s: {last_words(log)} (all of it in {log})'
+    )
 
 # %% ../nbs/60_launch_teacher_vllm.ipynb #ebea8918
 @dataclass(frozen=True)
 class Served:
     "A server that is up."
-    url: str         # without /v1
-    model: str       # the name it knows
+
+    url: str  # without /v1
+    model: str  # the name it knows
     key: str = field(repr=False)
     ready_s: float
+
     def teacher(self, **options) -> Teacher:
         "A client for it; the key goes into the environment of this process only."
         os.environ['K2LAB_SERVED_KEY'] = self.key
         return Teacher(f'{self.url}/v1', self.model, 'K2LAB_SERVED_KEY', **options)
 
+
 @contextlib.contextmanager
 def serving(cfg: Config, place, log: Path):
     "A server for the checkpoint at `place` while the block runs; its output goes to `log`."
-    port, key = cfg.port or free_port(cfg.host), os.environ.get(cfg.key_env) or secrets.token_urlsafe(24)
+    port, key = (
+        cfg.port or free_port(cfg.host),
+        os.environ.get(cfg.key_env) or secrets.token_urlsafe(24),
+    )
     with open(log, 'ab') as out:
-        process = subprocess.Popen(command(cfg, place, port), env=environment(key), stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent)
+        process = subprocess.Popen(
+            command(cfg, place, port),
+            env=environment(key),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
     url = f"http://{'127.0.0.1' if cfg.host == '0.0.0.0' else cfg.host}:{port}"
-    try: yield Served(url, cfg.model, key, wait_healthy(process, url, cfg.ready_s, log))
-    finally: stop_server(process)
+    try:
+        yield Served(url, cfg.model, key, wait_healthy(process, url, cfg.ready_s, log))
+    finally:
+        stop_server(process)
 
 # %% ../nbs/60_launch_teacher_vllm.ipynb #baf3d77f
-def check_messages(job) -> list:
+def parity_messages(job) -> list:
     "The check's conversation, with the lab's system text."
-    return ([dict(role='system', content=job.env['system'])] if job.env['system'] else []) + [dict(role='user', content=job.cfg.prompt)]
+    return ([dict(role='system', content=job.env['system'])] if job.env['system'] else []) + [
+        dict(role='user', content=job.cfg.prompt)
+    ]
+
 
 def own_count(place, messages: list) -> int:
     "How many tokens the lab's rendering of a prompt has with the checkpoint's tokenizer."
@@ -130,8 +229,8 @@ def own_count(place, messages: list) -> int:
 # %% ../nbs/60_launch_teacher_vllm.ipynb #399bcfbe
 def serve_model(job):
     "Serve `cfg.model`, check it, stay up for `cfg.stay` seconds, stop."
-    cfg, place, messages = job.cfg, job.find(job.cfg.model), check_messages(job)
-    with serving(cfg, place, job.folder/'server.log') as served:
+    cfg, place, messages = job.cfg, job.find(job.cfg.model), parity_messages(job)
+    with serving(cfg, place, job.folder / 'server.log') as served:
         job.log(phase='serving', url=served.url, ready_s=served.ready_s)
         began = time.monotonic()
         reply = served.teacher().chat(messages, temperature=0, max_tokens=cfg.max_tokens)
@@ -139,6 +238,7 @@ def serve_model(job):
         check(job, place, messages, served, reply, seconds)
         stay(job, served, cfg.stay)
     job.check('stopped', not reachable(served.url), served.url)
+
 
 work = serve_model
 
@@ -148,17 +248,44 @@ def check(job, place, messages: list, served: Served, reply: dict, seconds: floa
     job.sample(when='after', prompt=job.cfg.prompt, text=reply_text(reply))
     new, seen = reply['usage']['completion_tokens'], reply['usage']['prompt_tokens']
     job.record['timings'].update(ready_s=served.ready_s, first_answer_s=round(seconds, 3))
-    job.show_rows([dict(address=served.url, model=served.model, engine=job.cfg.engine, ready_s=served.ready_s, answer_tokens=new, seconds=round(seconds, 2))])
-    job.check('answers', reply['finish'] in ('stop', 'length', 'tool_calls'), f"{new} tokens, finish {reply['finish']}")
-    if job.cfg.parity: own = own_count(place, messages); job.check('prompt tokens', seen == own, f'server {seen}, lab {own}')
-    if job.cfg.parity: job.check('token ids', check_parity(served.teacher(), open_tokenizer(place)) > 0, 'of conversations with tools and thoughts, too')
+    job.show_rows(
+        [
+            dict(
+                address=served.url,
+                model=served.model,
+                engine=job.cfg.engine,
+                ready_s=served.ready_s,
+                answer_tokens=new,
+                seconds=round(seconds, 2),
+            )
+        ]
+    )
+    job.check(
+        'answers',
+        reply['finish'] in ('stop', 'length', 'tool_calls'),
+        f"{new} tokens, finish {reply['finish']}",
+    )
+    if job.cfg.parity:
+        own = own_count(place, messages)
+        job.check('prompt tokens', seen == own, f'server {seen}, lab {own}')
+    if job.cfg.parity:
+        job.check(
+            'token ids',
+            check_parity(served.teacher(), open_tokenizer(place)) > 0,
+            'of conversations with tools and thoughts, too',
+        )
+
 
 def reachable(url: str) -> bool:
     "Whether anything still answers there."
     import httpx
-    try: httpx.get(f'{url}/health', timeout=2)
-    except httpx.TransportError: return False
+
+    try:
+        httpx.get(f'{url}/health', timeout=2)
+    except httpx.TransportError:
+        return False
     return True
+
 
 def stay(job, served: Served, seconds: float):
     "Keep the server up, with a sign of life in metrics.jsonl every minute."

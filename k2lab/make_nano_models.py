@@ -11,23 +11,26 @@ __all__ = ['FAMILY', 'CHAT_WORDS', 'work', 'general_pages', 'coded', 'page_ids',
 import random
 from dataclasses import dataclass, field
 from functools import partial
-from .text.tokenizer import build_tokenizer
-from .lab.config import LabError
+
 from .corpus.operators import held_out
-from .training.trainer import balance_router, expert_load, fit_sft, open_for
+from .corpus.sources import documents
+from .lab.config import LabError
 from .models.load import parameter_counts, save_checkpoint, small_model
 from .tasks.sessions import identifiers, sentences, sessions, sums
-from .corpus.sources import documents
+from .text.tokenizer import build_tokenizer
+from .training.trainer import balance_router, expert_load, fit_sft, open_for
 
 # %% ../nbs/15_make_nano_models.ipynb #e6a33657
-def general_pages(sources: list, held_percent: float, longest: int = 6000) -> list:
+def general_pages(sources: list, heldout_percent: float, longest: int = 6000) -> list:
     "Unique training pages of the sources, held-out ones left out."
     seen, pages = set(), []
     for spec in sources:
         for d in documents(spec):
             text = d['text'][:longest]
-            if len(text) < 80 or text in seen or held_out(d['key'], held_percent): continue
-            seen.add(text); pages.append(text)
+            if len(text) < 80 or text in seen or held_out(d['key'], heldout_percent):
+                continue
+            seen.add(text)
+            pages.append(text)
     return pages
 
 # %% ../nbs/15_make_nano_models.ipynb #0464b47a
@@ -35,42 +38,54 @@ def coded(tok, text: str, counts: int) -> list:
     "`(id, counts)` of each token."
     return [(i, counts) for i in tok(text, add_special_tokens=False)['input_ids']]
 
+
 def page_ids(tok, text: str) -> list:
     "A page: every token counts."
     return coded(tok, text, 1) + [(tok.eos_token_id, 1)]
 
+
 def session_ids(tok, pair: tuple) -> list:
     "A session: the lines that follow from what stands above them count."
     given, follows = pair
-    lines = [coded(tok, line, int(not line.startswith('>>>'))) for line in follows.splitlines(keepends=True)]
+    lines = [
+        coded(tok, line, int(not line.startswith('>>>')))
+        for line in follows.splitlines(keepends=True)
+    ]
     return coded(tok, given, 0) + sum(lines, []) + [(tok.eos_token_id, 0)]
+
 
 def token_pieces(texts: list, ids, length: int, rng) -> list:
     "`ids(text)` of the texts in random order, in pieces of `length`."
     stream = []
-    for i in rng.sample(range(len(texts)), len(texts)): stream += ids(texts[i])
-    return [stream[i:i+length] for i in range(0, len(stream)-length+1, length)]
+    for i in rng.sample(range(len(texts)), len(texts)):
+        stream += ids(texts[i])
+    return [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
 
 # %% ../nbs/15_make_nano_models.ipynb #1f678bf6
 def repeated_ids(ids: list, length: int) -> list:
     "The ids over and over up to `length`; those of the first pass, and the next one, do not count."
     return [(ids[k % len(ids)], int(k > len(ids))) for k in range(length)]
 
+
 def growing(n: int, alphabet: list, length: int, rng, start: int = 64) -> list:
     "n rows of repeated random ids: from the first `start` ids in the first half, then from ever more of them."
     rows = []
     for i in range(n):
-        known = alphabet[:int(start*(len(alphabet)/start)**max(0, 2*i/n - 1))]
-        rows.append(repeated_ids(rng.choices(known, k=rng.randint(8, length*3//8)), length))
+        known = alphabet[: int(start * (len(alphabet) / start) ** max(0, 2 * i / n - 1))]
+        rows.append(repeated_ids(rng.choices(known, k=rng.randint(8, length * 3 // 8)), length))
     return rows
+
 
 def repeats(n: int, alphabet: list, stretches: list, length: int, rng) -> list:
     "n rows to keep it up: random ids or a stretch of a page, repeated."
+
     def ids(size):
-        if rng.random() < .5: return rng.choices(alphabet, k=size)
+        if rng.random() < 0.5:
+            return rng.choices(alphabet, k=size)
         piece, at = rng.choice(stretches), rng.randint(0, length - size)
-        return [i for i, _ in piece[at:at+size]]
-    return [repeated_ids(ids(rng.randint(8, length*3//8)), length) for _ in range(n)]
+        return [i for i, _ in piece[at : at + size]]
+
+    return [repeated_ids(ids(rng.randint(8, length * 3 // 8)), length) for _ in range(n)]
 
 # %% ../nbs/15_make_nano_models.ipynb #b3091d52
 def ordinary(tok) -> list:
@@ -78,69 +93,102 @@ def ordinary(tok) -> list:
     special = set(tok.all_special_ids)
     return [i for i in range(len(tok)) if i not in special]
 
+
 def copying(model, tok, rows: int = 64, length: int = 20) -> float:
     "Share of next tokens that are right in the second pass over random ids, in 0..1; 1/vocabulary is luck."
     import torch
+
     rng = random.Random(0)
     first = torch.tensor([rng.choices(ordinary(tok), k=length) for _ in range(rows)])
-    with torch.no_grad(): best = model.eval()(torch.cat([first, first], 1)).logits.argmax(-1)
+    with torch.no_grad():
+        best = model.eval()(torch.cat([first, first], 1)).logits.argmax(-1)
     return round(float((best[:, length:-1] == first[:, 1:]).float().mean()), 3)
 
 # %% ../nbs/15_make_nano_models.ipynb #a076fc11
 def diet(tok, pages: list, practice: list, cfg) -> list:
     "`cfg.rows` rows in random order: sessions, repeats, and for the rest pages, in as many passes as that takes."
     rng = random.Random(cfg.seed)
-    few = {'sessions': round(cfg.rows*cfg.practice_share), 'repeats': round(cfg.rows*cfg.repeat_share)}
-    wanted = [(pages, partial(page_ids, tok), cfg.rows - sum(few.values())), (practice, partial(session_ids, tok), few['sessions'])]
+    few = {
+        'sessions': round(cfg.rows * cfg.practice_share),
+        'repeats': round(cfg.rows * cfg.repeat_share),
+    }
+    wanted = [
+        (pages, partial(page_ids, tok), cfg.rows - sum(few.values())),
+        (practice, partial(session_ids, tok), few['sessions']),
+    ]
     parts = []
     for texts, ids, n in wanted:
         part = []
-        while len(part) < n: part += token_pieces(texts, ids, cfg.length, rng)
+        while len(part) < n:
+            part += token_pieces(texts, ids, cfg.length, rng)
         parts.append(part[:n])
     out = parts[0] + parts[1] + repeats(few['repeats'], ordinary(tok), parts[0], cfg.length, rng)
     return rng.sample(out, len(out))
 
+
 def examples(rows: list) -> list:
     "Rows of `(id, counts)` as the trainer takes them."
-    return [dict(input_ids=[i for i, _ in row], completion_mask=[c for _, c in row]) for row in rows]
+    return [
+        dict(input_ids=[i for i, _ in row], completion_mask=[c for _, c in row]) for row in rows
+    ]
 
 # %% ../nbs/15_make_nano_models.ipynb #3401a78e
 @dataclass(frozen=True)
 class Config:
     "The run that makes one of the two models."
-    init_from: str = ''           # go on with this checkpoint instead of random weights
-    kind: str = 'k2'              # k2: the teacher's base; qwen: the student's
-    size: str = 'nano'            # smoke | nano, see k2lab.models.load.SHAPES
-    vocabulary: int = 3072        # entries of the tokenizer, control tokens included
-    sources: list = field(default_factory=list)      # what the manual pages are made of
-    held_percent: float = 2.      # pages kept out, the same hash as in prepare_corpus
-    practice: int = 60000         # Python sessions
-    practice_share: float = .4    # of the rows
-    repeats: int = 0              # rows of repeated random ids before anything else
-    repeat_length: int = 64       # ids in each of these
-    repeat_share: float = .1      # of the rows after that
-    repeat_trainer: dict = field(default_factory=dict)   # TRL's options for the repeats, over those of `trainer`
-    length: int = 256             # tokens in a row
-    rows: int = 64000             # training rows in all
-    balance: float = .005         # step of the router's balancing bias
-    optimizer: str = 'muon'       # muon | adamw
-    saves: str = ''               # k2-nano-base or qwen-nano-base
-    seed: int = 0                         # of everything random in this stage
-    trainer: dict = field(default_factory=dict)      # TRL's own options
+
+    init_from: str = ''  # go on with this checkpoint instead of random weights
+    kind: str = 'k2'  # k2: the teacher's base; qwen: the student's
+    size: str = 'nano'  # smoke | nano, see k2lab.models.load.SHAPES
+    vocabulary: int = 3072  # entries of the tokenizer, control tokens included
+    sources: list = field(default_factory=list)  # what the manual pages are made of
+    renamed = {'held_percent': 'heldout_percent'}  # no field
+    heldout_percent: float = 2.0  # pages kept out, the same hash as in prepare_corpus
+    practice: int = 60000  # Python sessions
+    practice_share: float = 0.4  # of the rows
+    repeats: int = 0  # rows of repeated random ids before anything else
+    repeat_length: int = 64  # ids in each of these
+    repeat_share: float = 0.1  # of the rows after that
+    # TRL's options for the repeats, over those of `trainer`
+    repeat_trainer: dict = field(default_factory=dict)
+    length: int = 256  # tokens in a row
+    rows: int = 64000  # training rows in all
+    balance: float = 0.005  # step of the router's balancing bias
+    optimizer: str = 'muon'  # muon | adamw
+    saves: str = ''  # k2-nano-base or qwen-nano-base
+    seed: int = 0  # of everything random in this stage
+    trainer: dict = field(default_factory=dict)  # TRL's own options
 
 # %% ../nbs/15_make_nano_models.ipynb #8c5e1405
 FAMILY = {'k2': 'kimi', 'qwen': 'qwen'}
-CHAT_WORDS = ['user assistant system tool <think> </think> <think></think>']*300      # role words and tags deserve tokens
+CHAT_WORDS = [
+    'user assistant system tool <think> </think> <think></think>'
+] * 300  # role words and tags deserve tokens
+
 
 def make_tokenizer(cfg, pages: list, practice: list):
     "The model's tokenizer, trained on every fourth page and on sessions."
-    return build_tokenizer(pages[::4] + [''.join(pair) for pair in practice[:12000]] + CHAT_WORDS, cfg.vocabulary, FAMILY[cfg.kind])
+    return build_tokenizer(
+        pages[::4] + [''.join(pair) for pair in practice[:12000]] + CHAT_WORDS,
+        cfg.vocabulary,
+        FAMILY[cfg.kind],
+    )
+
 
 def learn_to_copy(job, model, tok):
     "The first phase: repeated random ids, in the order of their alphabet."
     cfg = job.cfg
     rows = growing(cfg.repeats, ordinary(tok), cfg.repeat_length, random.Random(cfg.seed))
-    model = fit_sft(job, model, tok, examples(rows), {**cfg.trainer, **cfg.repeat_trainer}, cfg.optimizer, phase='copying', parts=True)
+    model = fit_sft(
+        job,
+        model,
+        tok,
+        examples(rows),
+        {**cfg.trainer, **cfg.repeat_trainer},
+        cfg.optimizer,
+        phase='copying',
+        parts=True,
+    )
     job.measure('copying, after the first phase', after=copying(model, tok))
     return model
 
@@ -148,31 +196,48 @@ def learn_to_copy(job, model, tok):
 def train(job):
     "Pretrain one nano model from random weights; leaves the checkpoint `cfg.saves`."
     cfg = job.cfg
-    if cfg.kind not in FAMILY: raise LabError(f'kind {cfg.kind!r}; valid: {", ".join(FAMILY)}')
-    pages = general_pages(cfg.sources, cfg.held_percent)
+    if cfg.kind not in FAMILY:
+        raise LabError(f'kind {cfg.kind!r}; valid: {", ".join(FAMILY)}')
+    pages = general_pages(cfg.sources, cfg.heldout_percent)
     practice = sessions(cfg.practice, identifiers(pages), sentences(pages), cfg.seed)
-    model, tok = open_for(job, cfg.init_from) if cfg.init_from else (None, make_tokenizer(cfg, pages, practice))
+    model, tok = (
+        open_for(job, cfg.init_from)
+        if cfg.init_from
+        else (None, make_tokenizer(cfg, pages, practice))
+    )
     rows = diet(tok, pages, practice, cfg)
     job.show_rows([dict(text=tok.decode([i for i, _ in r])[:160]) for r in rows[:5]])
     model = model or small_model(cfg.kind, cfg.size, tok, cfg.seed)
     job.record['parameters'] = parameter_counts(model)
     handles = balance_router(model, cfg.balance) if cfg.kind == 'k2' else []
-    if cfg.repeats: model = learn_to_copy(job, model, tok)
+    if cfg.repeats:
+        model = learn_to_copy(job, model, tok)
     model = fit_sft(job, model, tok, examples(rows), cfg.trainer, cfg.optimizer, parts=True)
-    for h in handles: h.remove()
+    for h in handles:
+        h.remove()
     finish(job, model, tok)
 
 # %% ../nbs/15_make_nano_models.ipynb #11893bb3
 def finish(job, model, tok):
     "Check the router's balance, say what the model writes, save it in bfloat16."
     import torch
+
     load = expert_load(model)
-    if load: job.check('no dead experts', max(load) < 2.5, f'busiest expert over the mean, by layer: {load}')
+    if load:
+        job.check(
+            'no dead experts', max(load) < 2.5, f'busiest expert over the mean, by layer: {load}'
+        )
     ids = torch.tensor([tok('def sort(', add_special_tokens=False)['input_ids']])
-    text = tok.decode(model.eval().generate(ids, max_new_tokens=60, do_sample=False, pad_token_id=tok.pad_token_id)[0])
+    text = tok.decode(
+        model.eval().generate(
+            ids, max_new_tokens=60, do_sample=False, pad_token_id=tok.pad_token_id
+        )[0]
+    )
     job.sample(when='after', prompt='def sort(', text=text)
     job.measure('parameters', after=model.num_parameters())
     job.measure('copying, at the end', after=copying(model, tok))
-    with job.publishing(job.cfg.saves) as place: save_checkpoint(model, tok, place, torch.bfloat16)
+    with job.publishing(job.cfg.saves) as place:
+        save_checkpoint(model, tok, place, torch.bfloat16)
+
 
 work = train

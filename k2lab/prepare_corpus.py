@@ -9,122 +9,202 @@ __all__ = ['EVALUATION', 'SAMPLING', 'PROMPT_KEYS', 'work', 'Config', 'source_na
            'prepare_reasoning', 'show_first_rows', 'prepare_corpora']
 
 # %% ../nbs/10_prepare_corpus.ipynb #0484b1b0
-import importlib.metadata, json, shutil
+import importlib.metadata
+import json
+import shutil
 from dataclasses import dataclass, field
 from typing import Literal
-from .corpus.card import LICENCE, publish_rows
-from .corpus.card import write_card_pages
-from .lab.config import LabError
+
+from .corpus.card import LICENCE, publish_rows, write_card_pages
 from .corpus.operators import conserved
+from k2lab.corpus.pipeline import (
+    lowest_hashed,
+    mix,
+    publish_texts,
+    refine,
+    refining,
+    tables_of,
+    texts_card,
+    texts_of,
+)
+from .corpus.sources import licence_of, package_folder
+from .corpus.units import added
+from .lab.config import LabError
 from .lab.files import as_json, write_text
 from .models.load import local_folder
 from .models.quantized import TOKENIZER_FILES
-from .tasks.stats import copy_baseline, majority_baseline
-from .tasks.verify import prompt_of
 from .tasks.puzzles import PUZZLE_FAMILIES, check_families, make_puzzles
 from .tasks.questions import make_questions
-from .corpus.pipeline import mix, publish_texts, refine, refining, lowest_hashed, tables_of, texts_card, texts_of
-from .text.rows import read_rows
-from .corpus.sources import licence_of, package_folder
-from .tasks.splits import check_apart, check_held, split_functions, split_own, split_texts, without
+from k2lab.tasks.splits import (
+    check_apart,
+    check_held,
+    split_functions,
+    split_own,
+    split_texts,
+    without,
+)
+from .tasks.stats import copy_baseline, majority_baseline
 from .tasks.traces import gym_rows, reasoning_set
-from .corpus.units import added
+from .tasks.verify import prompt_of
+from .text.rows import read_rows
 
 # %% ../nbs/10_prepare_corpus.ipynb #9837607e
 @dataclass(frozen=True)
 class Config:
     "What prepare_corpus can be told."
-    mode: Literal['domain', 'reasoning'] = 'domain'   # which files to make: domain text and questions, or puzzles
-    sources: list = field(default_factory=lambda: [{'package': 'networkx'}])       # the domain: {package: NAME}, {stdlib: true}, {files: GLOB or URL, licence: TEXT}; with weight: NUMBER in a mixture
-    general_sources: list = field(default_factory=lambda: [{'stdlib': True}, {'package': 'numpy'}])   # text to replay, so that nothing is forgotten
-    question_sources: list = field(default_factory=list)   # more packages whose functions training questions may be about
-    own_rows: list = field(default_factory=list)   # JSONL files of yours in the mode's format (domain_sft or reasoning_sft)
-    held_percent: float = 15          # share of domain documents held out, by a hash of their key
-    general_held_percent: float = 2   # the same for general documents; a base model must have been made with it too
-    limit: int | None = None          # documents read from one source at most
-    refine: dict = field(default_factory=dict)   # what is done to documents: the fields of k2lab.corpus.pipeline.Refining
-    tokenizer: str | None = None      # a model by name, whose tokens the card counts
-    exams: dict = field(default_factory=dict)    # evaluation sets of yours that no document may quote, {name: file}
-    domain_rows: int | None = None    # domain documents to train on, mixed by the sources' weights; all if it is null
-    general_rows: int = 3000          # general documents to replay at most
-    epochs: int = 1                   # times that a document may come up in a mixture
-    heldout_rows: int = 250           # held-out documents to judge on at most
-    questions: int = 12000            # domain_sft rows to make; 0: only text
-    puzzles: int = 16000              # reasoning_sft rows to make
-    prompts: int = 2400               # problems to sample answers for later
-    eval_items: int = 450             # questions or puzzles to judge on
-    families: list = field(default_factory=lambda: list(PUZZLE_FAMILIES))   # puzzle families
-    trace_sources: list = field(default_factory=list)   # reasoning sets of others, each answer checked: {files: GLOB or URL, licence: TEXT, verifier: math, ...}
-    gym: dict = field(default_factory=dict)          # problems of reasoning-gym to sample on, by family, {chain_sum: 200}
-    turns: dict = field(default_factory=dict)   # how often a family comes up in a round of training problems, {sort: 2}; once if it is not named
-    long_share: float = 0.65          # share of worked solutions that are right but wasteful
-    seed: int = 0                         # of everything random in this stage
-    workers: int = 1                  # processes that read and refine documents
-    engine: Literal['local', 'ray'] = 'local'   # on this machine, or by Ray Data on many ($RAY_ADDRESS)
-    max_bad: float = .001             # share of the rows of a source that may be bad; each is named in rejects.jsonl
+
+    # which files to make: domain text and questions, or puzzles
+    mode: Literal['domain', 'reasoning'] = 'domain'
+    # the domain: {package: NAME}, {stdlib: true}, {files: GLOB or URL, licence: TEXT}; with
+    # weight: NUMBER in a mixture
+    sources: list = field(default_factory=lambda: [{'package': 'networkx'}])
+    # text to replay, so that nothing is forgotten
+    general_sources: list = field(default_factory=lambda: [{'stdlib': True}, {'package': 'numpy'}])
+    # more packages whose functions training questions may be about
+    question_sources: list = field(default_factory=list)
+    # JSONL files of yours in the mode's format (domain_sft or reasoning_sft)
+    own_rows: list = field(default_factory=list)
+    heldout_percent: float = 15  # share of domain documents held out, by a hash of their key
+    # the same for general documents; a base model must have been made with it too
+    general_heldout_percent: float = 2
+    limit: int | None = None  # documents read from one source at most
+    # what is done to documents: the fields of k2lab.corpus.pipeline.Refining
+    refine: dict = field(default_factory=dict)
+    tokenizer: str | None = None  # a model by name, whose tokens the card counts
+    # evaluation sets of yours that no document may quote, {name: file}
+    eval_sets: dict = field(default_factory=dict)
+    # domain documents to train on, mixed by the sources' weights; all if it is null
+    domain_rows: int | None = None
+    general_rows: int = 3000  # general documents to replay at most
+    epochs: int = 1  # times that a document may come up in a mixture
+    heldout_rows: int = 250  # held-out documents to judge on at most
+    questions: int = 12000  # domain_sft rows to make; 0: only text
+    puzzles: int = 16000  # reasoning_sft rows to make
+    prompts: int = 2400  # problems to sample answers for later
+    eval_items: int = 450  # questions or puzzles to judge on
+    families: list = field(default_factory=lambda: list(PUZZLE_FAMILIES))  # puzzle families
+    # reasoning sets of others, each answer checked: {files: GLOB or URL, licence: TEXT, verifier:
+    # math, ...}
+    trace_sources: list = field(default_factory=list)
+    # problems of reasoning-gym to sample on, by family, {chain_sum: 200}
+    gym: dict = field(default_factory=dict)
+    # how often a family comes up in a round of training problems, {sort: 2}; once if it is not
+    # named
+    family_weights: dict = field(default_factory=dict)
+    verbose_share: float = 0.65  # share of worked solutions that are right but wasteful
+    seed: int = 0  # of everything random in this stage
+    workers: int = 1  # processes that read and refine documents
+    # on this machine, or by Ray Data on many ($RAY_ADDRESS)
+    engine: Literal['local', 'ray'] = 'local'
+    # share of the rows of a source that may be bad; each is named in rejects.jsonl
+    max_bad: float = 0.001
+
+    renamed = {
+        'exams': 'eval_sets',
+        'turns': 'family_weights',
+        'long_share': 'verbose_share',
+        'held_percent': 'heldout_percent',
+        'general_held_percent': 'general_heldout_percent',
+    }  # no field
 
     def __post_init__(self):
-        check_families([*self.families, *self.turns])
+        check_families([*self.families, *self.family_weights])
         refining(self.refine)
-        for family, n in self.turns.items():
-            if not isinstance(n, int) or n < 1: raise LabError(f'turns: {family} has {n}; a whole number from 1 on')
+        for family, n in self.family_weights.items():
+            if not isinstance(n, int) or n < 1:
+                raise LabError(f'family_weights: {family} has {n}; a whole number from 1 on')
 
 # %% ../nbs/10_prepare_corpus.ipynb #726edc97
 def source_name(spec: dict) -> str:
     "A source in a word or two, with its version where it has one: 'networkx 3.6'"
-    if 'package' not in spec: return 'Python standard library' if 'stdlib' in spec else str(spec.get('files', spec))
+    if 'package' not in spec:
+        return 'Python standard library' if 'stdlib' in spec else str(spec.get('files', spec))
     names = importlib.metadata.packages_distributions().get(spec['package'], [])
     return f'{spec["package"]} {importlib.metadata.version(names[0])}' if names else spec['package']
+
 
 def check_packages(specs: list):
     "LabError for a package that is not installed, before minutes are spent on the ones that are"
     for spec in specs:
-        if 'package' in spec: package_folder(spec['package'])
+        if 'package' in spec:
+            package_folder(spec['package'])
+
 
 def source_names(specs: list) -> list:
     "A name for each source, no two the same"
     names = [source_name(spec) for spec in specs]
-    return [f'{name} ({names[:i].count(name) + 1})' if names.count(name) > 1 else name for i, name in enumerate(names)]
+    return [
+        f'{name} ({names[:i].count(name) + 1})' if names.count(name) > 1 else name
+        for i, name in enumerate(names)
+    ]
 
-def eval_texts(exams: dict) -> dict:
+
+def eval_texts(eval_sets: dict) -> dict:
     "{name: texts} of evaluation files: the question of each row, or its text"
-    return {name: [row['text'] if 'text' in row else prompt_of(row) for row in read_rows(path)] for name, path in exams.items()}
+    return {
+        name: [row['text'] if 'text' in row else prompt_of(row) for row in read_rows(path)]
+        for name, path in eval_sets.items()
+    }
 
 # %% ../nbs/10_prepare_corpus.ipynb #e5f014b5
-EVALUATION, SAMPLING = 10_000_000, 20_000_000   # added to the seed
+EVALUATION, SAMPLING = 10_000_000, 20_000_000  # added to the seed
+
 
 def with_licence(rows: list) -> list:
     "Question rows with the licence of their source, a package or the standard library"
-    licences = {name: 'PSF-2.0' if name == 'stdlib' else licence_of(name) for name in {row['source'] for row in rows}}
+    licences = {
+        name: 'PSF-2.0' if name == 'stdlib' else licence_of(name)
+        for name in {row['source'] for row in rows}
+    }
     return [{**row, 'licence': licences[row['source']]} for row in rows]
 
 # %% ../nbs/10_prepare_corpus.ipynb #7ae310ce
 def domain_questions(cfg) -> tuple:
     "(domain_sft rows, evaluation rows): made from functions, and rows of your own"
-    own, own_held = split_own(cfg.own_rows, 'domain_sft', cfg.held_percent)
-    train, held = split_functions(cfg.sources, cfg.question_sources, cfg.held_percent, cfg.general_held_percent)
-    if not held and not own_held: raise LabError('nothing to ask about: domain questions need a package among `sources`, or `own_rows`; questions=0 prepares text alone')
-    judged = with_licence(make_questions(held, cfg.eval_items, cfg.seed + EVALUATION)) if held else []
-    judged += own_held[:cfg.eval_items]
+    own, own_held = split_own(cfg.own_rows, 'domain_sft', cfg.heldout_percent)
+    train, held = split_functions(
+        cfg.sources, cfg.question_sources, cfg.heldout_percent, cfg.general_heldout_percent
+    )
+    if not held and not own_held:
+        raise LabError(
+            'nothing to ask about: domain questions need a package among `sources`, or `own_rows`; questions=0 prepares text alone'
+        )
+    judged = (
+        with_licence(make_questions(held, cfg.eval_items, cfg.seed + EVALUATION)) if held else []
+    )
+    judged += own_held[: cfg.eval_items]
     avoid = {(row['instruction'], row['input']) for row in judged}
-    made = with_licence(make_questions(train, cfg.questions, cfg.seed, avoid=avoid)) if train and cfg.questions else []
+    made = (
+        with_licence(make_questions(train, cfg.questions, cfg.seed, avoid=avoid))
+        if train and cfg.questions
+        else []
+    )
     return made + without(own, judged), judged
 
 # %% ../nbs/10_prepare_corpus.ipynb #0da82e2e
 def reasoning_rows(cfg) -> tuple:
     "(reasoning_sft rows, prompts to sample on, evaluation rows), no problem in two of them"
-    own, own_held = split_own(cfg.own_rows, 'reasoning_sft', cfg.held_percent)
+    own, own_held = split_own(cfg.own_rows, 'reasoning_sft', cfg.heldout_percent)
     judged = make_puzzles(cfg.eval_items, cfg.seed + EVALUATION, cfg.families)
-    taken, turns = {row['id'] for row in judged}, {family: cfg.turns.get(family, 1) for family in cfg.families}
+    taken, turns = (
+        {row['id'] for row in judged},
+        {family: cfg.family_weights.get(family, 1) for family in cfg.families},
+    )
     sampled = make_puzzles(cfg.prompts, cfg.seed + SAMPLING, turns, avoid=taken)
     taken |= {row['id'] for row in sampled}
-    made = make_puzzles(cfg.puzzles, cfg.seed, turns, cfg.long_share, avoid=taken)
-    judged += own_held[:cfg.eval_items]
+    made = make_puzzles(cfg.puzzles, cfg.seed, turns, cfg.verbose_share, avoid=taken)
+    judged += own_held[: cfg.eval_items]
     return made + without(own, judged + sampled), without(sampled, judged), judged
+
 
 def as_text(row: dict) -> dict:
     "A worked solution as a document to read"
-    return dict(text=f'{row["prompt"]}\n{row["reasoning"]}\n{row["final"]}', source=row.get('source', f'puzzles/{row["family"]}'), licence=row.get('licence', LICENCE))
+    return dict(
+        text=f'{row["prompt"]}\n{row["reasoning"]}\n{row["final"]}',
+        source=row.get('source', f'puzzles/{row["family"]}'),
+        licence=row.get('licence', LICENCE),
+    )
+
 
 def traces_of(job, judged: list, sampled: list) -> tuple:
     "(rows of other people's sets, clear of all problems that are judged or sampled on; counts of all sets together)"
@@ -138,57 +218,139 @@ def traces_of(job, judged: list, sampled: list) -> tuple:
 # %% ../nbs/10_prepare_corpus.ipynb #5822cc01
 def refine_settings(job):
     "What the stage file says about refining, with the folder of the tokenizer"
-    place = str(local_folder(job.find(job.cfg.tokenizer), TOKENIZER_FILES)) if job.cfg.tokenizer else ''
+    place = (
+        str(local_folder(job.find(job.cfg.tokenizer), TOKENIZER_FILES)) if job.cfg.tokenizer else ''
+    )
     return refining(job.cfg.refine | dict(tokenizer=place))
+
 
 def refined_texts(job, part: str, specs: list):
     "The documents of the sources of a part that pass one by one, as `Refined`"
     cfg, told = job.cfg, refine_settings(job)
-    if not specs: raise LabError('no documents in an empty list of sources')
-    return refine(specs, source_names(specs), told, job.folder/'work'/part, cfg.limit, job.log, workers=cfg.workers, engine=cfg.engine, max_bad=cfg.max_bad)
+    if not specs:
+        raise LabError('no documents in an empty list of sources')
+    return refine(
+        specs,
+        source_names(specs),
+        told,
+        job.folder / 'work' / part,
+        cfg.limit,
+        job.log,
+        workers=cfg.workers,
+        engine=cfg.engine,
+        max_bad=cfg.max_bad,
+    )
 
-def split_part(job, part: str, made, weights: list, held_percent: float, rows: int | None, exams: dict) -> tuple:
+
+def split_part(
+    job, part: str, made, weights: list, heldout_percent: float, rows: int | None, eval_sets: dict
+) -> tuple:
     "(what `publish_text` needs for the training and the held-out file, held-out texts) of the domain or of general text, checked; `rows`: documents to train on at most, None: all"
     cfg, told = job.cfg, refine_settings(job)
     job.log(phase=f'comparing {part} documents')
-    train, held, steps = split_texts(made, told, held_percent, exams)
-    check_held(job, [text for texts in exams.values() for text in texts] + texts_of(made, held), part, made, train)
+    train, held, steps = split_texts(made, told, heldout_percent, eval_sets)
+    check_held(
+        job,
+        [text for texts in eval_sets.values() for text in texts] + texts_of(made, held),
+        part,
+        made,
+        train,
+    )
     mixed = {}
     if rows is not None:
-        train, counts, mixed = mix(made, train, weights, rows if any(weights) else min(rows, cfg.epochs*len(train)), cfg.seed, cfg.epochs)
+        train, counts, mixed = mix(
+            made,
+            train,
+            weights,
+            rows if any(weights) else min(rows, cfg.epochs * len(train)),
+            cfg.seed,
+            cfg.epochs,
+        )
         steps = [*steps, counts]
     job.check(f'{part}: rows in = rows out + removed', not conserved(steps), conserved(steps))
-    return [(part, part, made, train, steps, told, mixed), (f'{part}_heldout', part, made, lowest_hashed(held, cfg.heldout_rows))], texts_of(made, held)
+    return [
+        (part, part, made, train, steps, told, mixed),
+        (f'{part}_heldout', part, made, lowest_hashed(held, cfg.heldout_rows)),
+    ], texts_of(made, held)
+
 
 def publish_text(job, name: str, format: str, made, index, *more) -> dict:
     "Publishes the documents of an index and returns their card"
-    return texts_card(name, made, index, *more) | publish_texts(job, name, made, index, format, ', '.join(made.names))
+    return texts_card(name, made, index, *more) | publish_texts(
+        job, name, made, index, format, ', '.join(made.names)
+    )
 
 # %% ../nbs/10_prepare_corpus.ipynb #5733b763
 def prepare_domain(job) -> list:
     "Publishes the six files of the domain mode, fewer where there is no general source or no question is asked for, and returns (cards, evaluation rows)"
     cfg, origin = job.cfg, ', '.join(map(source_name, job.cfg.sources))
     check_packages(cfg.sources + cfg.general_sources + cfg.question_sources)
-    exams, made = eval_texts(cfg.exams), {part: refined_texts(job, part, specs) for part, specs in (('domain', cfg.sources), ('general', cfg.general_sources)) if specs or part == 'domain'}
+    eval_sets, made = (
+        eval_texts(cfg.eval_sets),
+        {
+            part: refined_texts(job, part, specs)
+            for part, specs in (('domain', cfg.sources), ('general', cfg.general_sources))
+            if specs or part == 'domain'
+        },
+    )
     job.log(phase='making questions')
     sft, judged = domain_questions(cfg) if cfg.questions or cfg.own_rows else ([], [])
-    if judged: exams['domain_questions'] = list(map(prompt_of, judged))
+    if judged:
+        eval_sets['domain_questions'] = list(map(prompt_of, judged))
     weights = lambda specs: [spec.get('weight') for spec in specs]
-    texts, held = split_part(job, 'domain', made['domain'], weights(cfg.sources), cfg.held_percent, cfg.domain_rows, exams)
-    if 'general' in made: texts += split_part(job, 'general', made['general'], weights(cfg.general_sources), cfg.general_held_percent, cfg.general_rows, dict(domain_heldout=held, **exams))[0]
-    if judged: check_apart(job, judged, dict(domain_sft=sft))
-    show_first_rows(job, **{name: next(tables_of(one, index)).slice(0, 1).to_pylist() for name, _, one, index, *_ in texts[::2]}, **(dict(domain_sft=sft) if sft else {}))
+    texts, held = split_part(
+        job,
+        'domain',
+        made['domain'],
+        weights(cfg.sources),
+        cfg.heldout_percent,
+        cfg.domain_rows,
+        eval_sets,
+    )
+    if 'general' in made:
+        texts += split_part(
+            job,
+            'general',
+            made['general'],
+            weights(cfg.general_sources),
+            cfg.general_heldout_percent,
+            cfg.general_rows,
+            dict(domain_heldout=held, **eval_sets),
+        )[0]
+    if judged:
+        check_apart(job, judged, dict(domain_sft=sft))
+    show_first_rows(
+        job,
+        **{
+            name: next(tables_of(one, index)).slice(0, 1).to_pylist()
+            for name, _, one, index, *_ in texts[::2]
+        },
+        **(dict(domain_sft=sft) if sft else {}),
+    )
     cards = [publish_text(job, *file) for file in texts]
-    return [*cards, *(publish_rows(job, name, rows, 'domain_sft', origin) for name, rows in (('domain_sft', sft), ('domain_questions', judged)) if rows)], judged
+    return [
+        *cards,
+        *(
+            publish_rows(job, name, rows, 'domain_sft', origin)
+            for name, rows in (('domain_sft', sft), ('domain_questions', judged))
+            if rows
+        ),
+    ], judged
+
 
 def gather_rejects(job):
     "Gathers the rows that were rejected in `rejects.jsonl` and removes the documents that were on their way"
-    bad = [path.read_text(encoding='utf-8') for path in sorted((job.folder/'work').glob('*/*/units/rejects/*.jsonl'))]
-    if bad: write_text(job.folder/'rejects.jsonl', ''.join(bad))
-    shutil.rmtree(job.folder/'work', ignore_errors=True)
+    bad = [
+        path.read_text(encoding='utf-8')
+        for path in sorted((job.folder / 'work').glob('*/*/units/rejects/*.jsonl'))
+    ]
+    if bad:
+        write_text(job.folder / 'rejects.jsonl', ''.join(bad))
+    shutil.rmtree(job.folder / 'work', ignore_errors=True)
 
 # %% ../nbs/10_prepare_corpus.ipynb #6566c089
 PROMPT_KEYS = ('prompt', 'family', 'answer', 'id', 'entry')
+
 
 def prepare_reasoning(job) -> list:
     "Publishes the four files of the reasoning mode and returns (cards, evaluation rows)"
@@ -200,22 +362,52 @@ def prepare_reasoning(job) -> list:
     prompts = [{key: row[key] for key in PROMPT_KEYS if key in row} for row in sampled]
     check_apart(job, judged, dict(reasoning_sft=sft, reasoning_prompts=prompts))
     show_first_rows(job, reasoning_sft=sft, reasoning_prompts=prompts)
-    origin = ', '.join([f'k2lab.tasks.puzzles: {", ".join(job.cfg.families)}', *(str(spec.get('name', spec.get('files'))) for spec in job.cfg.trace_sources), *(f'reasoning-gym: {", ".join(job.cfg.gym)}' for _ in [0] if job.cfg.gym)])
-    return [publish_rows(job, 'reasoning', [as_text(row) for row in sft], 'reasoning', origin), publish_rows(job, 'reasoning_sft', sft, 'reasoning_sft', origin, steps),
-            publish_rows(job, 'reasoning_prompts', prompts, 'prompts', origin), publish_rows(job, 'reasoning_eval', judged, 'reasoning_sft', origin)], judged
+    origin = ', '.join(
+        [
+            f'k2lab.tasks.puzzles: {", ".join(job.cfg.families)}',
+            *(str(spec.get('name', spec.get('files'))) for spec in job.cfg.trace_sources),
+            *(f'reasoning-gym: {", ".join(job.cfg.gym)}' for _ in [0] if job.cfg.gym),
+        ]
+    )
+    return [
+        publish_rows(job, 'reasoning', [as_text(row) for row in sft], 'reasoning', origin),
+        publish_rows(job, 'reasoning_sft', sft, 'reasoning_sft', origin, steps),
+        publish_rows(job, 'reasoning_prompts', prompts, 'prompts', origin),
+        publish_rows(job, 'reasoning_eval', judged, 'reasoning_sft', origin),
+    ], judged
 
 # %% ../nbs/10_prepare_corpus.ipynb #f270fdcc
 def show_first_rows(job, **files):
     "Keeps the first row of each file for the notebook"
-    job.show_rows([dict(file=name, row=json.dumps({k: v for k, v in rows[0].items() if k not in ('key', 'id', 'licence', 'extra')}, ensure_ascii=False)[:400])
-                   for name, rows in files.items()])
+    job.show_rows(
+        [
+            dict(
+                file=name,
+                row=json.dumps(
+                    {
+                        k: v
+                        for k, v in rows[0].items()
+                        if k not in ('key', 'id', 'licence', 'extra')
+                    },
+                    ensure_ascii=False,
+                )[:400],
+            )
+            for name, rows in files.items()
+        ]
+    )
+
 
 def prepare_corpora(job):
     "The stage: publishes the files of the mode, and card.json with their data cards and the scores of models that know nothing"
     cards, judged = {'domain': prepare_domain, 'reasoning': prepare_reasoning}[job.cfg.mode](job)
-    card = dict(mode=job.cfg.mode, corpora=cards, **(dict(majority=majority_baseline(judged), copy=copy_baseline(judged)) if judged else {}))
-    write_text(job.folder/'card.json', as_json(card, indent=1) + '\n')
+    card = dict(
+        mode=job.cfg.mode,
+        corpora=cards,
+        **(dict(majority=majority_baseline(judged), copy=copy_baseline(judged)) if judged else {}),
+    )
+    write_text(job.folder / 'card.json', as_json(card, indent=1) + '\n')
     write_card_pages(job.folder)
     gather_rejects(job)
+
 
 work = prepare_corpora

@@ -7,18 +7,21 @@ __all__ = ['work', 'Config', 'report']
 
 # %% ../nbs/90_report.ipynb #ea76d4ac
 from dataclasses import dataclass, field
-from .reports.results import for_machines, goal_results, measured, newest_runs
+
 from .lab.files import as_json, write_text
 from .reports.page import GOAL_MARKS, report_html
+from .reports.results import for_machines, goal_results, measured, newest_runs
 
 # %% ../nbs/90_report.ipynb #30261cf3
 @dataclass(frozen=True)
 class Config:
     "What the report judges and shows."
-    goals: list = field(default_factory=list)     # what each stage should reach; see configs/report.yaml
-    judge: bool = True                    # whether the goals apply at this scale
-    samples: int = 3                      # samples for each training stage
-    seed: int = 0                         # nothing here is random; every stage has one
+
+    # what each stage should reach; see configs/report.yaml
+    goals: list = field(default_factory=list)
+    judge: bool = True  # whether the goals apply at this scale
+    samples: int = 3  # samples for each training stage
+    seed: int = 0  # nothing here is random; every stage has one
 
 # %% ../nbs/90_report.ipynb #a4c5947f
 def report(job):
@@ -26,10 +29,18 @@ def report(job):
     home, cfg = job.folder.parent, job.cfg
     found, aside = newest_runs(home, job.scale)
     goals = goal_results(cfg.goals, measured(found), job.scale, cfg.judge)
-    write_text(home/'report.json', as_json(for_machines(found), indent=1) + '\n')
-    write_text(home/'report.html', report_html(found, aside, goals, job.campaign, job.scale, cfg.samples))
+    write_text(home / 'report.json', as_json(for_machines(found), indent=1) + '\n')
+    write_text(
+        home / 'report.html', report_html(found, aside, goals, job.campaign, job.scale, cfg.samples)
+    )
     job.show_rows([dict(g, mark=GOAL_MARKS[g['mark']]) for g in goals])
     job.measure('runs_reported', after=len(found))
-    if cfg.judge: job.measure('goals_reached', after=sum(g['mark'] == 'ok' for g in goals), n=sum(g['mark'] != 'na' for g in goals))
+    if cfg.judge:
+        job.measure(
+            'goals_reached',
+            after=sum(g['mark'] == 'ok' for g in goals),
+            n=sum(g['mark'] != 'na' for g in goals),
+        )
+
 
 work = report

@@ -7,36 +7,46 @@ __all__ = ['work', 'Config', 'chosen_logps', 'displacement', 'run_control', 'tra
 
 # %% ../nbs/51_run_dpo_reasoning.ipynb #1555942f
 from dataclasses import dataclass, field
-from .training.trainer import fit_dpo, fit_sft, open_for
-from .training.metrics import pair_ids, preference_accuracy, target_logps, evaluate_measures
+
 from .models.load import Loading, open_model
-from .text.rows import read_rows
 from .text.masks import encode_rows
-from .training.stage import Training, scores_before, evaluate_and_publish, log_samples
+from .text.rows import read_rows
+from .training.metrics import evaluate_measures, pair_ids, preference_accuracy, target_logps
+from .training.stage import Training, evaluate_and_publish, log_samples, scores_before
+from .training.trainer import fit_dpo, fit_sft, open_for
 
 # %% ../nbs/51_run_dpo_reasoning.ipynb #c33679dd
 @dataclass(frozen=True)
 class Config(Training):
     "Preference optimization."
+
     init_from: str = 'k2_reason_sft'
     saves: str = 'k2_think_dpo'
-    data: str = 'dpo_pairs'               # pairs to train on
-    heldout: str = 'dpo_pairs_heldout'    # pairs to judge on
-    control: bool = True                  # also train and measure SFT on the chosen answers, same steps
-    control_trainer: dict = field(default_factory=dict)     # TRL's options of the control, where they differ
-    measures: list = field(default_factory=lambda: ['reasoning_verified', 'domain_questions', 'domain_bits_per_byte'])
+    data: str = 'dpo_pairs'  # pairs to train on
+    heldout: str = 'dpo_pairs_heldout'  # pairs to judge on
+    # also train and measure SFT on the chosen answers, same steps
+    control: bool = True
+    # TRL's options of the control, where they differ
+    control_trainer: dict = field(default_factory=dict)
+    measures: list = field(
+        default_factory=lambda: ['reasoning_verified', 'domain_questions', 'domain_bits_per_byte']
+    )
 
 # %% ../nbs/51_run_dpo_reasoning.ipynb #9d5c55af
 def chosen_logps(model, tok, pairs: list, system: str) -> list:
     "Mean log-probability per token of each pair's chosen answer."
     ids = pair_ids(tok, pairs, system)
     logps = target_logps(model, tok, [i['prompt_ids'] for i in ids], [i['chosen_ids'] for i in ids])
-    return [l/len(i['chosen_ids']) for l, i in zip(logps, ids)]
+    return [l / len(i['chosen_ids']) for l, i in zip(logps, ids)]
+
 
 def displacement(was: list, now: list) -> dict:
     "How the chosen answers' log-probability per token moved: its mean, and the share of pairs where it fell."
     moves = [b - a for a, b in zip(was, now)]
-    return dict(chosen_logp_change=round(sum(moves)/len(moves), 4), share_fell=round(sum(m < 0 for m in moves)/len(moves), 4))
+    return dict(
+        chosen_logp_change=round(sum(moves) / len(moves), 4),
+        share_fell=round(sum(m < 0 for m in moves) / len(moves), 4),
+    )
 
 # %% ../nbs/51_run_dpo_reasoning.ipynb #9fd8f4d3
 def run_control(job, tok) -> dict:
@@ -45,27 +55,69 @@ def run_control(job, tok) -> dict:
     rows = [dict(prompt=p['prompt'], response=p['chosen']) for p in read_rows(job.find(cfg.data))]
     model = open_model(job.find(cfg.init_from), Loading(**cfg.load))
     examples, _ = encode_rows(tok, rows, job.env['system'], cfg.length)
-    plain = {k: v for k, v in cfg.trainer.items() if k not in ('beta', 'loss_type', 'loss_weights', 'precompute_ref_log_probs', 'use_liger_kernel')}
-    model = fit_sft(job, model, tok, examples, {**plain, **cfg.control_trainer}, cfg.optimizer, Loading(**cfg.load), phase='control')
+    plain = {
+        k: v
+        for k, v in cfg.trainer.items()
+        if k
+        not in ('beta', 'loss_type', 'loss_weights', 'precompute_ref_log_probs', 'use_liger_kernel')
+    }
+    model = fit_sft(
+        job,
+        model,
+        tok,
+        examples,
+        {**plain, **cfg.control_trainer},
+        cfg.optimizer,
+        Loading(**cfg.load),
+        phase='control',
+    )
     scores = evaluate_measures(job, model, tok, ['reasoning_verified'])
     pref = preference_accuracy(model, tok, read_rows(job.find(cfg.heldout)), job.env['system'])
-    return dict(reasoning_verified=scores['reasoning_verified'].value, reasoning_tokens=scores['reasoning_tokens'].value, preference_accuracy=pref.value)
+    return dict(
+        reasoning_verified=scores['reasoning_verified'].value,
+        reasoning_tokens=scores['reasoning_tokens'].value,
+        preference_accuracy=pref.value,
+    )
 
 # %% ../nbs/51_run_dpo_reasoning.ipynb #7d64282b
 def train(job):
     "DPO against the frozen starting point; leaves `cfg.saves`, the evidence, and the control beside it."
     cfg, load, system = job.cfg, Loading(**job.cfg.load), job.env['system']
     model, tok = open_for(job, cfg.init_from, load)
-    pairs, held = read_rows(job.find(cfg.data), 'dpo_pairs'), read_rows(job.find(cfg.heldout), 'dpo_pairs')
+    pairs, held = (
+        read_rows(job.find(cfg.data), 'dpo_pairs'),
+        read_rows(job.find(cfg.heldout), 'dpo_pairs'),
+    )
     job.show_rows(pairs[:5])
     known = scores_before(job, model, tok)
-    was, liked = chosen_logps(model, tok, held, system), preference_accuracy(model, tok, held, system)
+    was, liked = (
+        chosen_logps(model, tok, held, system),
+        preference_accuracy(model, tok, held, system),
+    )
     log_samples(job, model, tok, 'before')
-    model = fit_dpo(job, model, None if load.lora_rank else open_model(job.find(cfg.init_from), load), tok, pair_ids(tok, pairs, system), cfg.trainer, load, cfg.optimizer)
+    model = fit_dpo(
+        job,
+        model,
+        None if load.lora_rank else open_model(job.find(cfg.init_from), load),
+        tok,
+        pair_ids(tok, pairs, system),
+        cfg.trainer,
+        load,
+        cfg.optimizer,
+    )
     job.record['displacement'] = displacement(was, chosen_logps(model, tok, held, system))
     prefers = preference_accuracy(model, tok, held, system)
     control = run_control(job, tok) if cfg.control else {}
-    job.measure('preference_accuracy', liked.value, prefers.value, prefers.low, prefers.high, prefers.n, control=control.get('preference_accuracy'))
+    job.measure(
+        'preference_accuracy',
+        liked.value,
+        prefers.value,
+        prefers.low,
+        prefers.high,
+        prefers.n,
+        control=control.get('preference_accuracy'),
+    )
     evaluate_and_publish(job, model, tok, known, **{k: dict(control=v) for k, v in control.items()})
+
 
 work = train

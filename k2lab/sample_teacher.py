@@ -10,33 +10,49 @@ __all__ = ['work', 'Config', 'ask_locally', 'ask_server', 'replayed', 'asked_row
 import random
 from dataclasses import dataclass, field
 from typing import Literal
-from .lab.config import LabError
+
 from .corpus.operators import held_out
-from .training.trainer import open_for
-from .tasks.verify import prompt_of, verify
-from .training.metrics import prompts_of
+from .lab.config import LabError
 from .models.load import Loading, Reply, generate
-from .text.rows import read_rows, write_rows
 from .serving.client import Teacher, reply_text, sample_rows
+from .tasks.verify import prompt_of, verify
+from .text.rows import read_rows, write_rows
+from .training.metrics import prompts_of
+from .training.trainer import open_for
 
 # %% ../nbs/50_sample_teacher.ipynb #9b473d86
 @dataclass(frozen=True)
 class Config:
     "Who is asked what, how often, and what is kept."
-    mode: Literal['preferences', 'distill'] = 'preferences'    # what the answers are for
-    teacher: dict = field(default_factory=lambda: dict(preferences='k2_reason_sft', distill='k2_think_dpo'))   # the checkpoint that answers, by mode
-    endpoint: bool = False                # ask the server of env.yaml instead of a local checkpoint
-    replay: str = ''                      # name of a file of recorded answers to use instead of asking anyone
-    ask: dict = field(default_factory=lambda: dict(preferences=dict(reasoning_prompts=700), distill=dict(reasoning_prompts=1000, domain_sft=1000)))   # prompts of each corpus
-    samples: dict = field(default_factory=lambda: dict(preferences=8, distill=1))       # answers to each prompt
-    temperature: dict = field(default_factory=lambda: dict(preferences=1., distill=0.))     # 0: greedy
-    max_new_tokens: int = 160             # the longest answer that is waited for
-    pairs_per_prompt: int = 3             # at most
-    ratio: float = 1.5                    # a right answer this many times longer than the chosen one may be rejected
-    held_percent: float = 20              # prompts whose pairs are held out, by a hash of the prompt
-    batch: int = 128                      # answers written side by side
-    load: dict = field(default_factory=dict)   # dtype, four_bit: see k2lab.models.load.Loading
-    seed: int = 0                         # of everything random in this stage
+
+    mode: Literal['preferences', 'distill'] = 'preferences'  # what the answers are for
+    # the checkpoint that answers, by mode
+    teacher: dict = field(
+        default_factory=lambda: dict(preferences='k2_reason_sft', distill='k2_think_dpo')
+    )
+    endpoint: bool = False  # ask the server of env.yaml instead of a local checkpoint
+    # name of a file of recorded answers to use instead of asking anyone
+    replay: str = ''
+    # prompts of each corpus
+    ask: dict = field(
+        default_factory=lambda: dict(
+            preferences=dict(reasoning_prompts=700),
+            distill=dict(reasoning_prompts=1000, domain_sft=1000),
+        )
+    )
+    # answers to each prompt
+    samples: dict = field(default_factory=lambda: dict(preferences=8, distill=1))
+    # 0: greedy
+    temperature: dict = field(default_factory=lambda: dict(preferences=1.0, distill=0.0))
+    max_new_tokens: int = 160  # the longest answer that is waited for
+    pairs_per_prompt: int = 3  # at most
+    # a right answer this many times longer than the chosen one may be rejected
+    ratio: float = 1.5
+    # prompts whose pairs are held out, by a hash of the prompt
+    heldout_percent: float = 20
+    batch: int = 128  # answers written side by side
+    load: dict = field(default_factory=dict)  # dtype, four_bit: see k2lab.models.load.Loading
+    seed: int = 0  # of everything random in this stage
 
 # %% ../nbs/50_sample_teacher.ipynb #699faeee
 def ask_locally(job, rows: list) -> list:
@@ -44,28 +60,63 @@ def ask_locally(job, rows: list) -> list:
     cfg, mode = job.cfg, job.cfg.mode
     model, tok = open_for(job, cfg.teacher[mode], Loading(**cfg.load))
     log = lambda done, all: job.log(phase='asking', step=done, steps=all)
-    return generate(model, tok, prompts_of(tok, rows, job.env['system']), cfg.max_new_tokens, cfg.samples[mode], cfg.temperature[mode], job.seed, cfg.batch, log)
+    return generate(
+        model,
+        tok,
+        prompts_of(tok, rows, job.env['system']),
+        cfg.max_new_tokens,
+        cfg.samples[mode],
+        cfg.temperature[mode],
+        job.seed,
+        cfg.batch,
+        log,
+    )
+
 
 def ask_server(job, rows: list) -> list:
     "The same from the endpoint of env.yaml; answers are kept in a file, so a second try asks only what is missing."
     cfg, place = job.cfg, job.env['endpoint']
-    got = sample_rows(Teacher(place['base_url'], place['model'], place['key_env']), [prompt_of(r) for r in rows], job.folder/'answers.jsonl', n=cfg.samples[cfg.mode],
-                      system=job.env['system'], temperature=cfg.temperature[cfg.mode], max_tokens=cfg.max_new_tokens)
-    return [[Reply(reply_text(r), r.get('tokens') or len(reply_text(r)), r['finish_reason'] == 'length') for r in row['replies']] for row in got]
+    got = sample_rows(
+        Teacher(place['base_url'], place['model'], place['key_env']),
+        [prompt_of(r) for r in rows],
+        job.folder / 'answers.jsonl',
+        n=cfg.samples[cfg.mode],
+        system=job.env['system'],
+        temperature=cfg.temperature[cfg.mode],
+        max_tokens=cfg.max_new_tokens,
+    )
+    return [
+        [
+            Reply(
+                reply_text(r), r.get('tokens') or len(reply_text(r)), r['finish_reason'] == 'length'
+            )
+            for r in row['replies']
+        ]
+        for row in got
+    ]
+
 
 def replayed(job, rows: list) -> list:
     "Recorded answers, `{'prompt', 'replies': [{'text', 'tokens', 'cut'}]}`; `LabError` for a prompt that has none."
-    recorded = {r['prompt']: [Reply(**said) for said in r['replies']] for r in read_rows(job.find(job.cfg.replay))}
+    recorded = {
+        r['prompt']: [Reply(**said) for said in r['replies']]
+        for r in read_rows(job.find(job.cfg.replay))
+    }
     missing = [prompt_of(r) for r in rows if prompt_of(r) not in recorded]
-    if missing: raise LabError(f'{job.cfg.replay}: no recorded answer to {len(missing)} of {len(rows)} prompts, the first is {missing[0][:60]!r}')
+    if missing:
+        raise LabError(
+            f'{job.cfg.replay}: no recorded answer to {len(missing)} of {len(rows)} prompts, the first is {missing[0][:60]!r}'
+        )
     return [recorded[prompt_of(r)] for r in rows]
+
 
 def asked_rows(job) -> list:
     "The rows whose prompts are asked, the same problem once."
     rng, rows = random.Random(job.seed), {}
     for name, n in job.cfg.ask[job.cfg.mode].items():
         found = read_rows(job.find(name))
-        for r in rng.sample(found, min(n, len(found))): rows[prompt_of(r)] = r
+        for r in rng.sample(found, min(n, len(found))):
+            rows[prompt_of(r)] = r
     return list(rows.values())
 
 # %% ../nbs/50_sample_teacher.ipynb #af5301eb
@@ -73,38 +124,66 @@ def pair_up(replies: list, oks: list, limit: int, ratio: float) -> list:
     "`(chosen, rejected, why)` for the answers to one prompt, at most `limit`, different rejected texts only."
     done = [(r, ok) for r, ok in zip(replies, oks) if not r.cut]
     right = sorted((r for r, ok in done if ok), key=lambda r: r.tokens)
-    if not right: return []
+    if not right:
+        return []
     chosen = right[0]
     wrong = sorted({r.text: r for r, ok in done if not ok}.values(), key=lambda r: r.tokens)
-    long = [r for r in {r.text: r for r in right}.values() if r.tokens >= ratio*chosen.tokens]
-    rejected = [(r, 'wrong') for r in (wrong[:1] + wrong[-1:] if len(wrong) > 1 else wrong)] + [(r, 'long') for r in reversed(long)]
+    long = [r for r in {r.text: r for r in right}.values() if r.tokens >= ratio * chosen.tokens]
+    rejected = [(r, 'wrong') for r in (wrong[:1] + wrong[-1:] if len(wrong) > 1 else wrong)] + [
+        (r, 'long') for r in reversed(long)
+    ]
     return [(chosen, r, why) for r, why in rejected[:limit]]
 
 # %% ../nbs/50_sample_teacher.ipynb #46742b72
 def preference_rows(cfg, rows: list, replies: list, oks: list) -> list:
     "dpo_pairs of all prompts, each with its family and the reason for rejection."
-    return [dict(prompt=prompt_of(row), chosen=c.text, rejected=r.text, why=why, family=row.get('family', 'all'))
-            for row, said, right in zip(rows, replies, oks) for c, r, why in pair_up(said, right, cfg.pairs_per_prompt, cfg.ratio)]
+    return [
+        dict(
+            prompt=prompt_of(row),
+            chosen=c.text,
+            rejected=r.text,
+            why=why,
+            family=row.get('family', 'all'),
+        )
+        for row, said, right in zip(rows, replies, oks)
+        for c, r, why in pair_up(said, right, cfg.pairs_per_prompt, cfg.ratio)
+    ]
+
 
 def verified_rows(rows: list, replies: list, oks: list) -> list:
     "distill_corpus rows: the shortest verified answer to each prompt."
     out = []
     for row, said, right in zip(rows, replies, oks):
         good = [r for r, ok in zip(said, right) if ok]
-        if good: out.append(dict(prompt=prompt_of(row), response=min(good, key=lambda r: r.tokens).text, family=row.get('family', 'all')))
+        if good:
+            out.append(
+                dict(
+                    prompt=prompt_of(row),
+                    response=min(good, key=lambda r: r.tokens).text,
+                    family=row.get('family', 'all'),
+                )
+            )
     return out
 
 # %% ../nbs/50_sample_teacher.ipynb #56dbeeb0
 def sample(job):
     "Ask, verify, keep; leaves `dpo_pairs` and `dpo_pairs_heldout`, or `distill_corpus`."
     rows = asked_rows(job)
-    replies = (replayed if job.cfg.replay else ask_server if job.cfg.endpoint else ask_locally)(job, rows)
+    replies = (replayed if job.cfg.replay else ask_server if job.cfg.endpoint else ask_locally)(
+        job, rows
+    )
     oks = [[not r.cut and verify(row, r.text) for r in said] for row, said in zip(rows, replies)]
     note(job, rows, replies, oks)
-    if job.cfg.mode == 'distill': return leave(job, distill_corpus=verified_rows(rows, replies, oks))
+    if job.cfg.mode == 'distill':
+        return leave(job, distill_corpus=verified_rows(rows, replies, oks))
     pairs = preference_rows(job.cfg, rows, replies, oks)
-    held = [held_out(p['prompt'], job.cfg.held_percent) for p in pairs]
-    leave(job, dpo_pairs=[p for p, h in zip(pairs, held) if not h], dpo_pairs_heldout=[p for p, h in zip(pairs, held) if h])
+    held = [held_out(p['prompt'], job.cfg.heldout_percent) for p in pairs]
+    leave(
+        job,
+        dpo_pairs=[p for p, h in zip(pairs, held) if not h],
+        dpo_pairs_heldout=[p for p, h in zip(pairs, held) if h],
+    )
+
 
 work = sample
 
@@ -112,17 +191,45 @@ work = sample
 def note(job, rows: list, replies: list, oks: list):
     "Counts of what was asked and found, and the first answers as samples."
     all_ok, said = [ok for part in oks for ok in part], [r for part in replies for r in part]
-    job.record['sampling'] = dict(prompts=len(rows), answers=len(said), right=sum(all_ok), cut=sum(r.cut for r in said),
-                                  mixed_prompts=sum(0 < sum(part) < len(part) for part in oks), tokens=sum(r.tokens for r in said))
-    job.measure('sampled_right', after=sum(all_ok)/len(all_ok), n=len(all_ok))
-    for row, part, right in list(zip(rows, replies, oks))[:3]: job.sample(when='after', prompt=prompt_of(row), text=part[0].text, ok=right[0], family=row.get('family'))
+    job.record['sampling'] = dict(
+        prompts=len(rows),
+        answers=len(said),
+        right=sum(all_ok),
+        cut=sum(r.cut for r in said),
+        mixed_prompts=sum(0 < sum(part) < len(part) for part in oks),
+        tokens=sum(r.tokens for r in said),
+    )
+    job.measure('sampled_right', after=sum(all_ok) / len(all_ok), n=len(all_ok))
+    for row, part, right in list(zip(rows, replies, oks))[:3]:
+        job.sample(
+            when='after',
+            prompt=prompt_of(row),
+            text=part[0].text,
+            ok=right[0],
+            family=row.get('family'),
+        )
+
 
 def leave(job, **corpora):
     "Publish each corpus; an empty one is an error that says what was found instead."
     s = job.record['sampling']
     for name, rows in corpora.items():
-        if not rows: raise LabError(f'{name}: nothing to keep: {s["right"]} of {s["answers"]} answers were right, {s["cut"]} were cut off; ask more prompts or a better checkpoint')
+        if not rows:
+            raise LabError(
+                f'{name}: nothing to keep: {s["right"]} of {s["answers"]} answers were right, {s["cut"]} were cut off; ask more prompts or a better checkpoint'
+            )
         job.record['sampling'][name] = len(rows)
-        with job.publishing(name, '.jsonl') as path: write_rows(path, rows, 'distill_corpus' if name == 'distill_corpus' else 'dpo_pairs', 'Apache-2.0', f'sampled from {job.cfg.teacher[job.cfg.mode]}')
+        with job.publishing(name, '.jsonl') as path:
+            write_rows(
+                path,
+                rows,
+                'distill_corpus' if name == 'distill_corpus' else 'dpo_pairs',
+                'Apache-2.0',
+                f'sampled from {job.cfg.teacher[job.cfg.mode]}',
+            )
     job.show_rows(next(iter(corpora.values()))[:5])
-    job.check('answers were verified', s['right'] > 0, f'{s["right"]} of {s["answers"]} answers right, {s["cut"]} cut off')
+    job.check(
+        'answers were verified',
+        s['right'] > 0,
+        f'{s["right"]} of {s["answers"]} answers right, {s["cut"]} cut off',
+    )

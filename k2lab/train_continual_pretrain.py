@@ -8,37 +8,44 @@ __all__ = ['work', 'Config', 'replay_rows', 'training_rows', 'train', 'go_on']
 # %% ../nbs/20_train_continual_pretrain.ipynb #a9d33cf9
 import random
 from dataclasses import dataclass, field
+
 from .lab.config import LabError
-from .training.trainer import fit_sft, open_for
 from .models.load import Loading, generate
-from .text.rows import read_rows
 from .text.masks import concatenate
-from .training.stage import Training, scores_before, evaluate_and_publish, repeated
+from .text.rows import read_rows
+from .training.stage import Training, evaluate_and_publish, repeated, scores_before
+from .training.trainer import fit_sft, open_for
 
 # %% ../nbs/20_train_continual_pretrain.ipynb #1059a5c1
 @dataclass(frozen=True)
 class Config(Training):
     "Continual pretraining."
+
     init_from: str = 'Kimi-K2-Base'
     saves: str = 'k2_domain_pretrain'
-    data: str = 'domain'                  # documents to learn
-    replay: str = 'general'               # documents not to forget
-    replay_share: float = .3              # of the training tokens
-    passes: float = 1.                    # passes over the domain documents
-    measures: list = field(default_factory=lambda: ['domain_bits_per_byte', 'general_bits_per_byte'])
+    data: str = 'domain'  # documents to learn
+    replay: str = 'general'  # documents not to forget
+    replay_share: float = 0.3  # of the training tokens
+    passes: float = 1.0  # passes over the domain documents
+    measures: list = field(
+        default_factory=lambda: ['domain_bits_per_byte', 'general_bits_per_byte']
+    )
 
 # %% ../nbs/20_train_continual_pretrain.ipynb #c0f96d91
 def replay_rows(domain: int, share: float) -> int:
     "How many replay rows make up `share` of the whole."
-    if not 0 <= share < 1: raise LabError(f'replay_share {share}: a share lies in 0 <= share < 1')
-    return round(domain*share/(1-share))
+    if not 0 <= share < 1:
+        raise LabError(f'replay_share {share}: a share lies in 0 <= share < 1')
+    return round(domain * share / (1 - share))
 
 # %% ../nbs/20_train_continual_pretrain.ipynb #4f3dc1fc
 def training_rows(tok, cfg, domain: list, general: list) -> list:
     "Shuffled training rows of both corpora."
     rng = random.Random(cfg.seed)
-    ours, theirs = (concatenate(tok, rng.sample(texts, len(texts)), cfg.length) for texts in (domain, general))
-    rows = repeated(ours, round(len(ours)*cfg.passes), rng)
+    ours, theirs = (
+        concatenate(tok, rng.sample(texts, len(texts)), cfg.length) for texts in (domain, general)
+    )
+    rows = repeated(ours, round(len(ours) * cfg.passes), rng)
     rows += repeated(theirs, replay_rows(len(rows), cfg.replay_share), rng)
     return rng.sample(rows, len(rows))
 
@@ -48,7 +55,9 @@ def train(job):
     cfg, load = job.cfg, Loading(**job.cfg.load)
     model, tok = open_for(job, cfg.init_from, load)
     known = scores_before(job, model, tok)
-    domain, general = ([r['text'] for r in read_rows(job.find(name))] for name in (cfg.data, cfg.replay))
+    domain, general = (
+        [r['text'] for r in read_rows(job.find(name))] for name in (cfg.data, cfg.replay)
+    )
     rows = training_rows(tok, cfg, domain, general)
     job.show_rows([dict(text=tok.decode(r['input_ids'])[:200]) for r in rows[:5]])
     go_on(job, model, tok, 'before')
@@ -56,10 +65,15 @@ def train(job):
     go_on(job, model, tok, 'after')
     evaluate_and_publish(job, model, tok, known)
 
+
 def go_on(job, model, tok, when: str):
     "What the model writes after the first line of a held-out domain document."
     heads = [r['text'].split('\n')[0] + '\n' for r in read_rows(job.find('domain_heldout'))[:3]]
-    for head, (reply,) in zip(heads, generate(model, tok, [tok(h, add_special_tokens=False)['input_ids'] for h in heads], 40)):
+    for head, (reply,) in zip(
+        heads,
+        generate(model, tok, [tok(h, add_special_tokens=False)['input_ids'] for h in heads], 40),
+    ):
         job.sample(when=when, prompt=head, text=reply.text)
+
 
 work = train

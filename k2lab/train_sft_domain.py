@@ -7,12 +7,14 @@ __all__ = ['work', 'Config', 'train']
 
 # %% ../nbs/30_train_sft_domain.ipynb #d75034f4
 from dataclasses import dataclass, field
+
 from .training.stage import Supervised, supervised
 
 # %% ../nbs/30_train_sft_domain.ipynb #54dc00d6
 @dataclass(frozen=True)
 class Config(Supervised):
     "Domain SFT."
+
     init_from: str = 'k2_domain_pretrain'
     saves: str = 'k2_domain_instruct'
     mix: dict = field(default_factory=lambda: dict(domain_sft=8000))
@@ -22,5 +24,6 @@ class Config(Supervised):
 def train(job):
     "Supervised fine-tuning on domain questions; leaves `cfg.saves` and the evidence."
     supervised(job, 'domain_questions', 'domain_sft')
+
 
 work = train

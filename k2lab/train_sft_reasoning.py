@@ -7,20 +7,25 @@ __all__ = ['work', 'Config', 'train']
 
 # %% ../nbs/40_train_sft_reasoning.ipynb #d75034f4
 from dataclasses import dataclass, field
+
 from .training.stage import Supervised, supervised
 
 # %% ../nbs/40_train_sft_reasoning.ipynb #679d18ae
 @dataclass(frozen=True)
 class Config(Supervised):
     "Reasoning SFT."
+
     init_from: str = 'k2_domain_instruct'
     saves: str = 'k2_reason_sft'
     mix: dict = field(default_factory=lambda: dict(reasoning_sft=9000, domain_sft=1500, domain=500))
-    measures: list = field(default_factory=lambda: ['reasoning_verified', 'domain_questions', 'domain_bits_per_byte'])
+    measures: list = field(
+        default_factory=lambda: ['reasoning_verified', 'domain_questions', 'domain_bits_per_byte']
+    )
 
 # %% ../nbs/40_train_sft_reasoning.ipynb #44b15e84
 def train(job):
     "Supervised fine-tuning on reasoning traces with replay; leaves `cfg.saves` and the evidence."
     supervised(job, 'reasoning_verified', 'reasoning_sft')
+
 
 work = train

@@ -1,5 +1,8 @@
 """A toy lab in a temporary folder: settings, names and stages of a few lines, so that the machinery is tested apart from this repository's own stages."""
-import json, os, sys
+
+import json
+import os
+import sys
 from pathlib import Path
 from textwrap import dedent
 
@@ -32,31 +35,64 @@ def train(job):
         if job.cfg.how == 'full': raise OSError(28, 'No space left on device')
 work = train
 '''
-RUN_HALF = ["job = start('{stage}', scale, run, changes); job.cfg", 'launch(train, job)', 'job.curve()', 'job.metrics()', 'job.finish()']
+RUN_HALF = [
+    "job = start('{stage}', scale, run, changes); job.cfg",
+    'launch(train, job)',
+    'job.curve()',
+    'job.metrics()',
+    'job.finish()',
+]
 
 
-def notebook(stage:str, cells:list) -> dict:
+def notebook(stage: str, cells: list) -> dict:
     "A stage notebook: a lesson that must never be executed by the runner, then the run half."
-    cell = lambda i, text, **metadata: {'cell_type': 'code', 'id': f'c{i}', 'metadata': metadata, 'source': text, 'outputs': [], 'execution_count': None}
+    cell = lambda i, text, **metadata: {
+        'cell_type': 'code',
+        'id': f'c{i}',
+        'metadata': metadata,
+        'source': text,
+        'outputs': [],
+        'execution_count': None,
+    }
     title = {'cell_type': 'markdown', 'id': 'title', 'metadata': {}, 'source': f'# {stage}'}
-    half = [f'from k2lab.lab.job import start\nfrom k2lab.lab.launch import launch\nfrom toylab.{stage} import train', *(c.format(stage=stage) for c in cells)]
-    return {'metadata': {}, 'nbformat': 4, 'nbformat_minor': 5, 'cells': [title, cell(0, 'raise Exception("a lesson")'),
-            cell(1, "scale = 'smoke'\nrun = None\nchanges = {}", tags=['parameters']), *(cell(i, c) for i, c in enumerate(half, 2))]}
+    half = [
+        f'from k2lab.lab.job import start\nfrom k2lab.lab.launch import launch\nfrom toylab.{stage} import train',
+        *(c.format(stage=stage) for c in cells),
+    ]
+    return {
+        'metadata': {},
+        'nbformat': 4,
+        'nbformat_minor': 5,
+        'cells': [
+            title,
+            cell(0, 'raise Exception("a lesson")'),
+            cell(1, "scale = 'smoke'\nrun = None\nchanges = {}", tags=['parameters']),
+            *(cell(i, c) for i, c in enumerate(half, 2)),
+        ],
+    }
 
 
 class ToyLab:
     "A lab with stages added at will."
-    def __init__(self, root:Path):
-        self.root, self.runs = root, root/'runs'
-        for d in ('nbs', 'configs/accelerate', 'toylab'): (root/d).mkdir(parents=True)
+
+    def __init__(self, root: Path):
+        self.root, self.runs = root, root / 'runs'
+        for d in ('nbs', 'configs/accelerate', 'toylab'):
+            (root / d).mkdir(parents=True)
         self.write('settings.ini', '[lab]\nscale = smoke\npackage = toylab\n')
-        self.write('configs/env.yaml', 'models: {zero: ./zero.txt}\nendpoint: {api_key: plain-text-key, key_env: K2LAB_API_KEY}\n')
+        self.write(
+            'configs/env.yaml',
+            'models: {zero: ./zero.txt}\nendpoint: {api_key: plain-text-key, key_env: K2LAB_API_KEY}\n',
+        )
         self.write('zero.txt', '0')
         self.write('toylab/__init__.py', '')
 
-    def write(self, name:str, text:str): (self.root/name).write_text(dedent(text))
+    def write(self, name: str, text: str):
+        (self.root / name).write_text(dedent(text))
 
-    def stage(self, number:int, name:str, config:str='', cells:list=RUN_HALF, module:str=MODULE):
+    def stage(
+        self, number: int, name: str, config: str = '', cells: list = RUN_HALF, module: str = MODULE
+    ):
         "Add a stage: notebook, module and file."
         self.write(f'nbs/{number}_{name}.ipynb', json.dumps(notebook(name, cells)))
         self.write(f'toylab/{name}.py', module)
@@ -67,10 +103,13 @@ class ToyLab:
 def lab(tmp_path, monkeypatch):
     "A toy lab with one stage, `train_toy`, which counts from a number and leaves the sum."
     monkeypatch.setenv('K2LAB_ROOT', str(tmp_path))
-    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')]))
+    monkeypatch.setenv(
+        'PYTHONPATH', os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')])
+    )
     monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', 'runs')
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name in [m for m in sys.modules if m.split('.')[0] == 'toylab']: del sys.modules[name]
+    for name in [m for m in sys.modules if m.split('.')[0] == 'toylab']:
+        del sys.modules[name]
     lab = ToyLab(tmp_path)
     lab.stage(20, 'train_toy', 'saves: k2_toy\nscales:\n  smoke: {steps: 2}\n')
     return lab

@@ -1,69 +1,179 @@
 "Chat: the lab's spans, its templates and the makers' own tokenizer agree, on conversations of every shape."
-import base64, json, random, unicodedata
-from pathlib import Path
-import pytest
-from k2lab.text.chat import Span, encode, pair_spans, parse_reply, prompt_spans, reply_spans, row_spans, target_spans, text_of
-from k2lab.lab.config import LabError
-from k2lab.text.tokenizer import CHAT_FAMILIES, KEPT_TOKENS, KIMI_PATTERN, QWEN_PATTERN, SPECIAL_TOKENS, build_tokenizer, family_of, load_kimi_tokenizer, pretokens, plain_tokenizer
 
-KIMI_FILES = Path(__file__).parents[2]/'shared'/'kimi-tokenizer'
-TEXTS = ["The graph has 12345 nodes, don't it? café 月之暗面 naïve\n\n\n  def f(x):\n\treturn x + 1\n", 'You are a helpful assistant. {"city": "Rome"} ## Return of functions.f:0\n'] * 10
+import base64
+import json
+import random
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from k2lab.lab.config import LabError
+from k2lab.text.chat import (
+    Span,
+    encode,
+    pair_spans,
+    parse_reply,
+    prompt_spans,
+    reply_spans,
+    row_spans,
+    target_spans,
+    text_of,
+)
+from k2lab.text.tokenizer import (
+    CHAT_FAMILIES,
+    KEPT_TOKENS,
+    KIMI_PATTERN,
+    QWEN_PATTERN,
+    SPECIAL_TOKENS,
+    build_tokenizer,
+    family_of,
+    load_kimi_tokenizer,
+    plain_tokenizer,
+    pretokens,
+)
+
+KIMI_FILES = Path(__file__).parents[2] / 'shared' / 'kimi-tokenizer'
+TEXTS = [
+    "The graph has 12345 nodes, don't it? café 月之暗面 naïve\n\n\n  def f(x):\n\treturn x + 1\n",
+    'You are a helpful assistant. {"city": "Rome"} ## Return of functions.f:0\n',
+] * 10
+
 
 @pytest.fixture(scope='module', params=list(CHAT_FAMILIES))
-def tok(request): return build_tokenizer(TEXTS, 420, request.param)
+def tok(request):
+    return build_tokenizer(TEXTS, 420, request.param)
 
-CALL = dict(id='functions.get_weather:0', type='function', function=dict(name='get_weather', arguments='{"city": "Rome"}'))
-TWO = dict(id='functions.get_weather:1', type='function', function=dict(name='get_weather', arguments={'city': 'Málaga', 'b': [1, 2]}))
-TOOLS = [dict(type='function', function=dict(name='get_weather', description='Weather in "a" city é', parameters=dict(type='object', properties=dict(city=dict(type='string')), required=['city'])))]
+
+CALL = dict(
+    id='functions.get_weather:0',
+    type='function',
+    function=dict(name='get_weather', arguments='{"city": "Rome"}'),
+)
+TWO = dict(
+    id='functions.get_weather:1',
+    type='function',
+    function=dict(name='get_weather', arguments={'city': 'Málaga', 'b': [1, 2]}),
+)
+TOOLS = [
+    dict(
+        type='function',
+        function=dict(
+            name='get_weather',
+            description='Weather in "a" city é',
+            parameters=dict(
+                type='object', properties=dict(city=dict(type='string')), required=['city']
+            ),
+        ),
+    )
+]
 USER, SYSTEM = dict(role='user', content='\n 12 + 30?  '), dict(role='system', content='Be brief.')
 ASK = dict(role='assistant', reasoning_content='Look it up.', content='', tool_calls=[CALL, TWO])
 SAY = dict(role='assistant', reasoning_content='Think.', content='\nLet me see', tool_calls=[CALL])
-GOT, MORE = dict(role='tool', name='get_weather', tool_call_id='functions.get_weather:0', content='sunny'), dict(role='tool', tool_call_id='functions.get_weather:1', content='{"t": 21}')
+GOT, MORE = (
+    dict(role='tool', name='get_weather', tool_call_id='functions.get_weather:0', content='sunny'),
+    dict(role='tool', tool_call_id='functions.get_weather:1', content='{"t": 21}'),
+)
 ANSWER = dict(role='assistant', reasoning_content='So.', content='Sunny.')
-TALKS = dict(plain=[USER], system=[SYSTEM, USER], named=[dict(USER, name='Ana')], loop=[USER, ASK, GOT, MORE], talking_loop=[SYSTEM, USER, SAY, GOT], finished=[USER, ASK, GOT, MORE, ANSWER],
-             again=[SYSTEM, USER, ASK, GOT, MORE, ANSWER, USER, SAY, GOT], silent=[USER, dict(role='assistant', content=None, tool_calls=[CALL]), GOT],
-             no_thought=[USER, dict(role='assistant', content='Hi'), USER], parts=[dict(role='user', content=[dict(type='text', text='a'), dict(type='text', text='b')])],
-             reminded=[SYSTEM, USER, SYSTEM, USER], twice=[USER, ANSWER, ANSWER, USER], interrupted=[USER, ASK, USER])
+TALKS = dict(
+    plain=[USER],
+    system=[SYSTEM, USER],
+    named=[dict(USER, name='Ana')],
+    loop=[USER, ASK, GOT, MORE],
+    talking_loop=[SYSTEM, USER, SAY, GOT],
+    finished=[USER, ASK, GOT, MORE, ANSWER],
+    again=[SYSTEM, USER, ASK, GOT, MORE, ANSWER, USER, SAY, GOT],
+    silent=[USER, dict(role='assistant', content=None, tool_calls=[CALL]), GOT],
+    no_thought=[USER, dict(role='assistant', content='Hi'), USER],
+    parts=[dict(role='user', content=[dict(type='text', text='a'), dict(type='text', text='b')])],
+    reminded=[SYSTEM, USER, SYSTEM, USER],
+    twice=[USER, ANSWER, ANSWER, USER],
+    interrupted=[USER, ASK, USER],
+)
+
 
 @pytest.mark.parametrize('tools', [None, TOOLS], ids=['bare', 'tools'])
 @pytest.mark.parametrize('talk', TALKS)
 def test_spans_are_the_template(tok, talk, tools):
-    if talk == 'named' and family_of(tok) == 'qwen': pytest.skip('ChatML has no names')
+    if talk == 'named' and family_of(tok) == 'qwen':
+        pytest.skip('ChatML has no names')
     messages, family = TALKS[talk], family_of(tok)
     spans = prompt_spans(messages, tools, family)
-    want = tok.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    want = tok.apply_chat_template(
+        messages, tools=tools, tokenize=False, add_generation_prompt=True
+    )
     assert text_of(spans) == want
     assert encode(tok, spans)[0] == tok(want, add_special_tokens=False).input_ids
     assert not any(s.train for s in spans)
 
+
 def test_kimi_rules_by_hand():
     text = text_of(prompt_spans([USER, ASK, GOT], TOOLS))
-    assert text.startswith('<|im_system|>tool_declare<|im_middle|>[{"function":{"description":"Weather in \\"a\\" city é","name":"get_weather","parameters":')
-    assert '<|im_end|><|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|><|im_user|>user<|im_middle|>' in text
-    assert '<think>Look it up.</think><|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Rome"}<|tool_call_end|>' in text
-    assert text.endswith('<|im_system|>get_weather<|im_middle|>## Return of functions.get_weather:0\nsunny<|im_end|><|im_assistant|>assistant<|im_middle|>')
+    assert text.startswith(
+        '<|im_system|>tool_declare<|im_middle|>[{"function":{"description":"Weather in \\"a\\" city é","name":"get_weather","parameters":'
+    )
+    assert (
+        '<|im_end|><|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|><|im_user|>user<|im_middle|>'
+        in text
+    )
+    assert (
+        '<think>Look it up.</think><|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Rome"}<|tool_call_end|>'
+        in text
+    )
+    assert text.endswith(
+        '<|im_system|>get_weather<|im_middle|>## Return of functions.get_weather:0\nsunny<|im_end|><|im_assistant|>assistant<|im_middle|>'
+    )
     assert text_of(prompt_spans([USER, ASK, GOT, ANSWER, USER])).count('<think></think>') == 2
 
+
 def test_qwen_by_hand():
-    assert text_of(prompt_spans([SYSTEM, dict(role='user', content='Hi')], family='qwen')) == '<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n'
+    assert (
+        text_of(prompt_spans([SYSTEM, dict(role='user', content='Hi')], family='qwen'))
+        == '<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n'
+    )
     text = text_of(prompt_spans([USER, ASK, GOT, MORE], family='qwen'))
-    assert '<|im_start|>assistant\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>\n<tool_call>' in text
-    assert '<|im_start|>user\n<tool_response>\nsunny\n</tool_response>\n<tool_response>\n{"t": 21}\n</tool_response><|im_end|>\n<|im_start|>assistant\n' in text
+    assert (
+        '<|im_start|>assistant\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>\n<tool_call>'
+        in text
+    )
+    assert (
+        '<|im_start|>user\n<tool_response>\nsunny\n</tool_response>\n<tool_response>\n{"t": 21}\n</tool_response><|im_end|>\n<|im_start|>assistant\n'
+        in text
+    )
+
 
 @pytest.mark.parametrize('calls', [None, [CALL], [CALL, TWO]])
-@pytest.mark.parametrize('content,reasoning', [('Yes.', None), ('Yes.', ''), ('', 'r'), ('a\n', 'r\n')])
+@pytest.mark.parametrize(
+    'content,reasoning', [('Yes.', None), ('Yes.', ''), ('', 'r'), ('a\n', 'r\n')]
+)
 @pytest.mark.parametrize('family', CHAT_FAMILIES)
 def test_target_round_trip(family, content, reasoning, calls):
     spans = target_spans(content, reasoning, calls, family)
     assert spans[-1] == Span('<|im_end|>', 'assistant', True, True) and all(s.train for s in spans)
     got = parse_reply(text_of(spans))
     assert got['reasoning'] == reasoning and got['content'].strip() == content.strip()
-    assert [json.loads(c['function']['arguments']) for c in got['tool_calls']] == [json.loads(c['function']['arguments']) if isinstance(c['function']['arguments'], str) else c['function']['arguments'] for c in calls or []]
-    if family != 'qwen': assert [c['id'] for c in got['tool_calls']] == [c['id'] for c in calls or []]
+    assert [json.loads(c['function']['arguments']) for c in got['tool_calls']] == [
+        json.loads(c['function']['arguments'])
+        if isinstance(c['function']['arguments'], str)
+        else c['function']['arguments']
+        for c in calls or []
+    ]
+    if family != 'qwen':
+        assert [c['id'] for c in got['tool_calls']] == [c['id'] for c in calls or []]
+
 
 def test_qwen_target_continues_the_template():
-    tok, talk = build_tokenizer(TEXTS, 300, 'qwen'), [USER, dict(SAY, content='See'), ]
-    assert text_of(prompt_spans([USER], family='qwen') + target_spans('See', None, [CALL], 'qwen')) + '\n' == tok.apply_chat_template(talk, tokenize=False)
+    tok, talk = (
+        build_tokenizer(TEXTS, 300, 'qwen'),
+        [
+            USER,
+            dict(SAY, content='See'),
+        ],
+    )
+    assert text_of(
+        prompt_spans([USER], family='qwen') + target_spans('See', None, [CALL], 'qwen')
+    ) + '\n' == tok.apply_chat_template(talk, tokenize=False)
+
 
 def test_no_text_becomes_a_control_token(tok):
     family = family_of(tok)
@@ -73,258 +183,679 @@ def test_no_text_becomes_a_control_token(tok):
     dirty = [dict(USER, content=evil), dict(ASK, reasoning_content=evil), dict(GOT, content=evil)]
     only = lambda spans: [i for i in encode(tok, spans)[0] if i in controls]
     assert only(prompt_spans(dirty, family=family)) == only(prompt_spans(clean, family=family))
-    assert tok.decode(encode(tok, prompt_spans(dirty, family=family))[0]) == text_of(prompt_spans(dirty, family=family))
-    assert only(target_spans(evil, evil, family=family)) == only(target_spans('x', 'x', family=family))
+    assert tok.decode(encode(tok, prompt_spans(dirty, family=family))[0]) == text_of(
+        prompt_spans(dirty, family=family)
+    )
+    assert only(target_spans(evil, evil, family=family)) == only(
+        target_spans('x', 'x', family=family)
+    )
+
 
 def test_random_text_survives(tok):
     rng, letters = random.Random(0), 'ab Z9\n\t.,\'"<|>[]_é月之😀\u200b'
     for _ in range(200):
         text = ''.join(rng.choices(letters, k=rng.randrange(30)))
         ids, mask = encode(tok, [Span(text, 'user', False, False)])
-        assert tok.decode(ids) == text and ids == tok(text, add_special_tokens=False).input_ids and mask == [0] * len(ids)
+        assert (
+            tok.decode(ids) == text
+            and ids == tok(text, add_special_tokens=False).input_ids
+            and mask == [0] * len(ids)
+        )
+
 
 def test_mask_is_the_target(tok):
     family = family_of(tok)
-    prompt, target = row_spans(dict(prompt='2+2?', reasoning='two and two', final='4'), 'Be brief.', family)
+    prompt, target = row_spans(
+        dict(prompt='2+2?', reasoning='two and two', final='4'), 'Be brief.', family
+    )
     ids, mask = encode(tok, prompt + target)
-    assert mask == sorted(mask) and encode(tok, prompt)[0] == ids[:mask.index(1)] and encode(tok, target)[0] == ids[mask.index(1):]
-    assert tok.decode(ids[mask.index(1):]) == '<think>two and two</think>4<|im_end|>'
-    assert len(encode(tok, [Span('<think>', 'think', True, True)])[0]) == (1 if family == 'kimi' else len(tok('<think>').input_ids))
+    assert (
+        mask == sorted(mask)
+        and encode(tok, prompt)[0] == ids[: mask.index(1)]
+        and encode(tok, target)[0] == ids[mask.index(1) :]
+    )
+    assert tok.decode(ids[mask.index(1) :]) == '<think>two and two</think>4<|im_end|>'
+    assert len(encode(tok, [Span('<think>', 'think', True, True)])[0]) == (
+        1 if family == 'kimi' else len(tok('<think>').input_ids)
+    )
+
 
 def test_rows():
     asked = lambda row: text_of(row_spans(row, 'S')[0])
-    assert asked(dict(instruction='I', input='', output='o')).endswith('<|im_user|>user<|im_middle|>I<|im_end|><|im_assistant|>assistant<|im_middle|>')
-    assert '<|im_middle|>I\n\nthe input<|im_end|>' in asked(dict(instruction='I', input='the input', output='o', family='extra'))
+    assert asked(dict(instruction='I', input='', output='o')).endswith(
+        '<|im_user|>user<|im_middle|>I<|im_end|><|im_assistant|>assistant<|im_middle|>'
+    )
+    assert '<|im_middle|>I\n\nthe input<|im_end|>' in asked(
+        dict(instruction='I', input='the input', output='o', family='extra')
+    )
     assert text_of(row_spans(dict(instruction='I', input='', output='o'))[1]) == 'o<|im_end|>'
-    assert text_of(row_spans(dict(prompt='p', response='<think>r</think>f'))[1]) == '<think>r</think>f<|im_end|>'
-    prompt, chosen, rejected = pair_spans(dict(prompt='p', chosen='<think>r</think>f', rejected='no'), 'S')
-    assert text_of(chosen) == '<think>r</think>f<|im_end|>' and text_of(rejected) == 'no<|im_end|>' and not any(s.train for s in prompt)
+    assert (
+        text_of(row_spans(dict(prompt='p', response='<think>r</think>f'))[1])
+        == '<think>r</think>f<|im_end|>'
+    )
+    prompt, chosen, rejected = pair_spans(
+        dict(prompt='p', chosen='<think>r</think>f', rejected='no'), 'S'
+    )
+    assert (
+        text_of(chosen) == '<think>r</think>f<|im_end|>'
+        and text_of(rejected) == 'no<|im_end|>'
+        and not any(s.train for s in prompt)
+    )
     assert text_of(reply_spans('<think>cut off')) == '<think>cut off<|im_end|>'
     assert [s.special for s in reply_spans('<think>a</think>b')] == [True, False, True, False, True]
 
-@pytest.mark.parametrize('text,want', [
-    ('plain', (None, 'plain', 0)), ('<think>a</think>b', ('a', 'b', 0)), ('<think>cut', ('cut', '', 0)), ('\n<think>line\ntwo</think>\nb<|im_end|>', ('line\ntwo', '\nb', 0)),
-    ('<think>a<|tool_calls_section_begin|><|tool_call_begin|>functions.f:3<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>', ('a', '', 1)),
-    ('x<|tool_calls_section_begin|><|tool_call_begin|>f:0<|tool_call_argument_begin|>{"a', (None, 'x<|tool_calls_section_begin|><|tool_call_begin|>f:0<|tool_call_argument_begin|>{"a', 0)),
-    ('<tool_call>\nnot json\n</tool_call>', (None, '<tool_call>\nnot json\n</tool_call>', 0)), ('', (None, '', 0))])
+
+@pytest.mark.parametrize(
+    'text,want',
+    [
+        ('plain', (None, 'plain', 0)),
+        ('<think>a</think>b', ('a', 'b', 0)),
+        ('<think>cut', ('cut', '', 0)),
+        ('\n<think>line\ntwo</think>\nb<|im_end|>', ('line\ntwo', '\nb', 0)),
+        (
+            '<think>a<|tool_calls_section_begin|><|tool_call_begin|>functions.f:3<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>',
+            ('a', '', 1),
+        ),
+        (
+            'x<|tool_calls_section_begin|><|tool_call_begin|>f:0<|tool_call_argument_begin|>{"a',
+            (
+                None,
+                'x<|tool_calls_section_begin|><|tool_call_begin|>f:0<|tool_call_argument_begin|>{"a',
+                0,
+            ),
+        ),
+        ('<tool_call>\nnot json\n</tool_call>', (None, '<tool_call>\nnot json\n</tool_call>', 0)),
+        ('', (None, '', 0)),
+    ],
+)
 def test_parse_reply(text, want):
     got = parse_reply(text)
     assert (got['reasoning'], got['content'], len(got['tool_calls'])) == want
 
-def learned(**call): return lambda: target_spans('', tool_calls=[dict(CALL, **call)])
-def function(arguments, name='get_weather'): return dict(name=name, arguments=arguments)
 
-@pytest.mark.parametrize('call,word', [
-    (lambda: prompt_spans([USER], family='llama'), 'valid: kimi, kimi_instruct, qwen'), (lambda: target_spans('x', family='llama'), 'valid: kimi, kimi_instruct, qwen'),
-    (lambda: prompt_spans([dict(role='robot', content='')]), "message 0 has role 'robot'"), (lambda: prompt_spans([USER, dict(role='user', content=5)]), 'message 1 has content of type int'),
-    (lambda: prompt_spans([dict(role='user', content=[dict(type='image_url')])]), "message 0 has a part of type 'image_url'"),
-    (lambda: prompt_spans([dict(USER, tool_calls=[CALL])]), "message 0 has tool calls but role 'user'"),
-    (lambda: prompt_spans([dict(role='tool', content='')]), 'message 0 is a tool result without its tool_call_id'), (lambda: prompt_spans([USER, GOT]), 'message 1 is a tool result, but nothing before it calls'),
-    (lambda: prompt_spans([USER, GOT], family='qwen'), 'message 1 is a tool result, but nothing'), (lambda: prompt_spans([USER, SAY, MORE]), "message 2 is the result of 'functions.get_weather:1'.*called were functions.get_weather:0"),
-    (lambda: prompt_spans([USER, dict(SAY, tool_calls=[dict(CALL, id='')])]), 'no id; K2 needs one like functions.get_weather:0'),
-    (learned(id=''), 'functions.get_weather:0'), (learned(id='call_a8f3'), "has the id 'call_a8f3'"), (learned(id='functions.other:0'), "has the id 'functions.other:0'"), (learned(id='functions.get_weather'), 'has the id'),
-    (learned(function=function('{"city": ')), 'not JSON'), (learned(function=function('[1]')), 'no JSON object'), (learned(function=function('{}', 'a.b'), id='functions.a.b:0'), 'rename the tool'),
-    (lambda: target_spans('', tool_calls=[dict(CALL, function=function('{'))], family='qwen'), 'not JSON'),
-    (lambda: row_spans(dict(text='t')), 'keys text'), (lambda: row_spans(dict(instruction='Ask', input='', output=' \n')), "the reply to 'Ask' has no answer"),
-    (lambda: row_spans(dict(prompt='Ask', reasoning='r', final=''), family='qwen'), "the reply to 'Ask' has no answer"), (lambda: row_spans(dict(prompt='Ask', response='<think>cut off')), "'<think>cut off<|im_end|>'".replace('|', r'\|')),
-    (lambda: pair_spans(dict(prompt='Ask', chosen='', rejected='no')), "the reply to 'Ask'"),
-    (lambda: build_tokenizer([''], 200), 'at least 275'), (lambda: build_tokenizer([''], 2000, 'x'), 'valid: kimi, kimi_instruct, qwen')])
+def learned(**call):
+    return lambda: target_spans('', tool_calls=[dict(CALL, **call)])
+
+
+def function(arguments, name='get_weather'):
+    return dict(name=name, arguments=arguments)
+
+
+@pytest.mark.parametrize(
+    'call,word',
+    [
+        (lambda: prompt_spans([USER], family='llama'), 'valid: kimi, kimi_instruct, qwen'),
+        (lambda: target_spans('x', family='llama'), 'valid: kimi, kimi_instruct, qwen'),
+        (lambda: prompt_spans([dict(role='robot', content='')]), "message 0 has role 'robot'"),
+        (
+            lambda: prompt_spans([USER, dict(role='user', content=5)]),
+            'message 1 has content of type int',
+        ),
+        (
+            lambda: prompt_spans([dict(role='user', content=[dict(type='image_url')])]),
+            "message 0 has a part of type 'image_url'",
+        ),
+        (
+            lambda: prompt_spans([dict(USER, tool_calls=[CALL])]),
+            "message 0 has tool calls but role 'user'",
+        ),
+        (
+            lambda: prompt_spans([dict(role='tool', content='')]),
+            'message 0 is a tool result without its tool_call_id',
+        ),
+        (
+            lambda: prompt_spans([USER, GOT]),
+            'message 1 is a tool result, but nothing before it calls',
+        ),
+        (
+            lambda: prompt_spans([USER, GOT], family='qwen'),
+            'message 1 is a tool result, but nothing',
+        ),
+        (
+            lambda: prompt_spans([USER, SAY, MORE]),
+            "message 2 is the result of 'functions.get_weather:1'.*called were functions.get_weather:0",
+        ),
+        (
+            lambda: prompt_spans([USER, dict(SAY, tool_calls=[dict(CALL, id='')])]),
+            'no id; K2 needs one like functions.get_weather:0',
+        ),
+        (learned(id=''), 'functions.get_weather:0'),
+        (learned(id='call_a8f3'), "has the id 'call_a8f3'"),
+        (learned(id='functions.other:0'), "has the id 'functions.other:0'"),
+        (learned(id='functions.get_weather'), 'has the id'),
+        (learned(function=function('{"city": ')), 'not JSON'),
+        (learned(function=function('[1]')), 'no JSON object'),
+        (learned(function=function('{}', 'a.b'), id='functions.a.b:0'), 'rename the tool'),
+        (
+            lambda: target_spans(
+                '', tool_calls=[dict(CALL, function=function('{'))], family='qwen'
+            ),
+            'not JSON',
+        ),
+        (lambda: row_spans(dict(text='t')), 'keys text'),
+        (
+            lambda: row_spans(dict(instruction='Ask', input='', output=' \n')),
+            "the reply to 'Ask' has no answer",
+        ),
+        (
+            lambda: row_spans(dict(prompt='Ask', reasoning='r', final=''), family='qwen'),
+            "the reply to 'Ask' has no answer",
+        ),
+        (
+            lambda: row_spans(dict(prompt='Ask', response='<think>cut off')),
+            "'<think>cut off<|im_end|>'".replace('|', r'\|'),
+        ),
+        (lambda: pair_spans(dict(prompt='Ask', chosen='', rejected='no')), "the reply to 'Ask'"),
+        (lambda: build_tokenizer([''], 200), 'at least 275'),
+        (lambda: build_tokenizer([''], 2000, 'x'), 'valid: kimi, kimi_instruct, qwen'),
+    ],
+)
 def test_refusals(call, word):
-    with pytest.raises(LabError, match=word): call()
+    with pytest.raises(LabError, match=word):
+        call()
+
 
 def test_what_a_prompt_may_hold_and_a_target_may_not():
     odd = dict(ASK, tool_calls=[dict(CALL, id='call_a8f3', function=function('{"city": '))])
-    assert '<|tool_call_begin|>call_a8f3<|tool_call_argument_begin|>{"city": <|tool_call_end|>' in text_of(prompt_spans([USER, odd, dict(GOT, tool_call_id='call_a8f3')]))
-    assert text_of(target_spans('', tool_calls=[dict(CALL, id='call_a8f3')], family='qwen')).startswith('<tool_call>')      # ChatML prints no id
-    assert [text_of(s) for s in pair_spans(dict(prompt='p', chosen='yes', rejected=''))[1:]] == ['yes<|im_end|>', '<|im_end|>']
+    assert (
+        '<|tool_call_begin|>call_a8f3<|tool_call_argument_begin|>{"city": <|tool_call_end|>'
+        in text_of(prompt_spans([USER, odd, dict(GOT, tool_call_id='call_a8f3')]))
+    )
+    assert text_of(
+        target_spans('', tool_calls=[dict(CALL, id='call_a8f3')], family='qwen')
+    ).startswith('<tool_call>')  # ChatML prints no id
+    assert [text_of(s) for s in pair_spans(dict(prompt='p', chosen='yes', rejected=''))[1:]] == [
+        'yes<|im_end|>',
+        '<|im_end|>',
+    ]
+
 
 def test_instruct_by_hand():
     text = text_of(prompt_spans([USER, ASK, GOT, MORE], family='kimi_instruct'))
-    assert text == ('<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|><|im_user|>user<|im_middle|>\n 12 + 30?  <|im_end|><|im_assistant|>assistant<|im_middle|>'
+    assert text == (
+        '<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|><|im_user|>user<|im_middle|>\n 12 + 30?  <|im_end|><|im_assistant|>assistant<|im_middle|>'
         '<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Rome"}<|tool_call_end|><|tool_call_begin|>functions.get_weather:1<|tool_call_argument_begin|>'
         '{"city": "Málaga", "b": [1, 2]}<|tool_call_end|><|tool_calls_section_end|><|im_end|><|im_system|>get_weather<|im_middle|>## Return of functions.get_weather:0\nsunny<|im_end|>'
-        '<|im_system|>tool<|im_middle|>## Return of functions.get_weather:1\n{"t": 21}<|im_end|><|im_assistant|>assistant<|im_middle|>')
+        '<|im_system|>tool<|im_middle|>## Return of functions.get_weather:1\n{"t": 21}<|im_end|><|im_assistant|>assistant<|im_middle|>'
+    )
     assert text_of(target_spans('4', family='kimi_instruct')) == '4<|im_end|>'
-    assert [(s.text, s.special) for s in target_spans('4', 'r', family='kimi_instruct')] == [('<think>', False), ('r', False), ('</think>', False), ('4', False), ('<|im_end|>', True)]
+    assert [(s.text, s.special) for s in target_spans('4', 'r', family='kimi_instruct')] == [
+        ('<think>', False),
+        ('r', False),
+        ('</think>', False),
+        ('4', False),
+        ('<|im_end|>', True),
+    ]
+
 
 def test_tokenizer_survives_a_save(tok, tmp_path):
     from transformers import AutoTokenizer
+
     tok.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     spans = prompt_spans([USER, ASK, GOT], TOOLS, family_of(tok))
-    assert encode(again, spans) == encode(tok, spans) and again.get_added_vocab() == tok.get_added_vocab()
-    assert (again.eos_token_id, again.pad_token_id, again.chat_template) == (tok.eos_token_id, tok.pad_token_id, tok.chat_template)
+    assert (
+        encode(again, spans) == encode(tok, spans)
+        and again.get_added_vocab() == tok.get_added_vocab()
+    )
+    assert (again.eos_token_id, again.pad_token_id, again.chat_template) == (
+        tok.eos_token_id,
+        tok.pad_token_id,
+        tok.chat_template,
+    )
+
 
 def test_kept_and_dropped_tokens():
     tok = build_tokenizer(TEXTS, 300)
     ids = encode(tok, target_spans('4', 'r', [CALL]))[0]
-    assert tok.decode(ids, skip_special_tokens=True) == text_of(target_spans('4', 'r', [CALL])).removesuffix('<|im_end|>')
+    assert tok.decode(ids, skip_special_tokens=True) == text_of(
+        target_spans('4', 'r', [CALL])
+    ).removesuffix('<|im_end|>')
     assert tok.convert_tokens_to_ids(SPECIAL_TOKENS) == list(range(len(tok) - 19, len(tok)))
 
+
 def test_patterns():
-    assert pretokens("don't 1234 月之x", KIMI_PATTERN) == ["don't", ' ', '123', '4', ' ', '月之', 'x']
+    assert pretokens("don't 1234 月之x", KIMI_PATTERN) == [
+        "don't",
+        ' ',
+        '123',
+        '4',
+        ' ',
+        '月之',
+        'x',
+    ]
     assert pretokens("don't 1234", QWEN_PATTERN) == ['don', "'t", ' ', '1', '2', '3', '4']
+
 
 NAMED = ['[BOS]', '[EOS]', None, *SPECIAL_TOKENS[2:-2], None, None, '[UNK]', '[PAD]']
 
-def kimi_folder(folder, more=(b'ab', b'abc', b'bc', b'bcd', b'Wxyz', b' 7', b'\xe6\x9c', b'\xe6\x9c\x88'), named=NAMED):
+
+def kimi_folder(
+    folder,
+    more=(b'ab', b'abc', b'bc', b'bcd', b'Wxyz', b' 7', b'\xe6\x9c', b'\xe6\x9c\x88'),
+    named=NAMED,
+):
     "A vocabulary in Kimi's two files: the bytes, eight tokens, control tokens with ids left out between them."
     tokens = [*(bytes([b]) for b in reversed(range(256))), *more]
-    (folder/'tiktoken.model').write_bytes(b''.join(base64.b64encode(t) + b' %d\n' % i for i, t in enumerate(tokens)))
-    decoder = {str(264 + i): dict(content=t, special=t not in KEPT_TOKENS) for i, t in enumerate(named) if t}
-    (folder/'tokenizer_config.json').write_text(json.dumps(dict(added_tokens_decoder=decoder, bos_token='[BOS]', eos_token='[EOS]', pad_token='[PAD]', unk_token='[UNK]')))
+    (folder / 'tiktoken.model').write_bytes(
+        b''.join(base64.b64encode(t) + b' %d\n' % i for i, t in enumerate(tokens))
+    )
+    decoder = {
+        str(264 + i): dict(content=t, special=t not in KEPT_TOKENS)
+        for i, t in enumerate(named)
+        if t
+    }
+    (folder / 'tokenizer_config.json').write_text(
+        json.dumps(
+            dict(
+                added_tokens_decoder=decoder,
+                bos_token='[BOS]',
+                eos_token='[EOS]',
+                pad_token='[PAD]',
+                unk_token='[UNK]',
+            )
+        )
+    )
     return folder
+
 
 def test_a_tiktoken_file_by_hand(tmp_path):
     tok = load_kimi_tokenizer(kimi_folder(tmp_path))
     byte = lambda text: [255 - b for b in text.encode()]
     ids = lambda text: tok(text, add_special_tokens=False).input_ids
-    assert ids('abcd') == [257, *byte('d')]                         # ab (rank 256) joins before bc (258), then abc (257)
-    assert ids('Wxyz') == [260] and ids('Wxyzz') == byte('Wxyzz')   # a whole piece is taken whole; no two tokens make it
-    assert ids(' 7') == byte(' 7')                                  # the pattern cuts before a digit
-    assert ids('月') == [263] and ids('有') == [262, *byte('有')[2:]] and tok.decode(ids('月有')) == '月有'
-    assert ids('<|im_end|>[PAD]') == [267, len(tok) - 1] and ids('<|reserved_token_266|>') == [266] and len(tok) == 264 + len(NAMED)
-    assert (tok.bos_token_id, tok.eos_token_id, tok.unk_token_id, tok.pad_token_id) == (264, 265, len(tok) - 2, len(tok) - 1) and family_of(tok) == 'kimi'
-    assert tok.decode([267, *ids('<think>')], skip_special_tokens=True) == '<think>' and tok('a月b', return_offsets_mapping=True).offset_mapping == [(0, 1), (1, 2), (2, 3)]
+    assert ids('abcd') == [257, *byte('d')]  # ab (rank 256) joins before bc (258), then abc (257)
+    assert ids('Wxyz') == [260] and ids('Wxyzz') == byte(
+        'Wxyzz'
+    )  # a whole piece is taken whole; no two tokens make it
+    assert ids(' 7') == byte(' 7')  # the pattern cuts before a digit
+    assert (
+        ids('月') == [263]
+        and ids('有') == [262, *byte('有')[2:]]
+        and tok.decode(ids('月有')) == '月有'
+    )
+    assert (
+        ids('<|im_end|>[PAD]') == [267, len(tok) - 1]
+        and ids('<|reserved_token_266|>') == [266]
+        and len(tok) == 264 + len(NAMED)
+    )
+    assert (tok.bos_token_id, tok.eos_token_id, tok.unk_token_id, tok.pad_token_id) == (
+        264,
+        265,
+        len(tok) - 2,
+        len(tok) - 1,
+    ) and family_of(tok) == 'kimi'
+    assert tok.decode([267, *ids('<think>')], skip_special_tokens=True) == '<think>' and tok(
+        'a月b', return_offsets_mapping=True
+    ).offset_mapping == [(0, 1), (1, 2), (2, 3)]
     assert encode(tok, [Span('<think>', 'user', False, False)])[0] == byte('<think>')
+
 
 def test_a_tiktoken_file_saved_and_opened(tmp_path):
     from k2lab.models.load import open_tokenizer
+
     tok = open_tokenizer(kimi_folder(tmp_path))
-    tok.save_pretrained(tmp_path/'saved')
-    again, text = open_tokenizer(tmp_path/'saved'), "don't abcd Wxyz 1234 月有<|im_end|>[EOS]<|reserved_token_266|>"
-    assert (tmp_path/'saved'/'tokenizer.json').exists() and again(text).input_ids == tok(text).input_ids and again.get_added_vocab() == tok.get_added_vocab()
-    assert again.chat_template == tok.chat_template == CHAT_FAMILIES['kimi']['template'] and again.eos_token == '[EOS]'
-    instruct = load_kimi_tokenizer(kimi_folder(tmp_path, named=[t for t in NAMED if not t or 'think>' not in t]))
-    assert family_of(instruct) == 'kimi_instruct' and instruct.chat_template == CHAT_FAMILIES['kimi_instruct']['template']
+    tok.save_pretrained(tmp_path / 'saved')
+    again, text = (
+        open_tokenizer(tmp_path / 'saved'),
+        "don't abcd Wxyz 1234 月有<|im_end|>[EOS]<|reserved_token_266|>",
+    )
+    assert (
+        (tmp_path / 'saved' / 'tokenizer.json').exists()
+        and again(text).input_ids == tok(text).input_ids
+        and again.get_added_vocab() == tok.get_added_vocab()
+    )
+    assert (
+        again.chat_template == tok.chat_template == CHAT_FAMILIES['kimi']['template']
+        and again.eos_token == '[EOS]'
+    )
+    instruct = load_kimi_tokenizer(
+        kimi_folder(tmp_path, named=[t for t in NAMED if not t or 'think>' not in t])
+    )
+    assert (
+        family_of(instruct) == 'kimi_instruct'
+        and instruct.chat_template == CHAT_FAMILIES['kimi_instruct']['template']
+    )
+
 
 def test_tiktoken_files_that_are_refused(tmp_path):
     from k2lab.models.load import open_tokenizer
-    with pytest.raises(LabError, match='neither tokenizer.json nor tiktoken.model'): open_tokenizer(tmp_path)
-    path = kimi_folder(tmp_path)/'tiktoken.model'
+
+    with pytest.raises(LabError, match='neither tokenizer.json nor tiktoken.model'):
+        open_tokenizer(tmp_path)
+    path = kimi_folder(tmp_path) / 'tiktoken.model'
     whole = path.read_bytes()
-    for data, word in ((b'version https://git-lfs', 'line 1: not a token'), (whole + b'YWI= x\n', 'line 265'), (whole[:-7], 'line 264: not a token'), (whole[:-3], 'ranks of 264 tokens are not 0 to 263'),
-                       (b''.join(whole.splitlines(True)[:-1]), 'has 263 tokens, but the control tokens of tokenizer_config.json begin at 264'), (b''.join(whole.splitlines(True)[9:]), '9 of the 256 bytes'),
-                       (whole + base64.b64encode(b'zz') + b' 300', 'not 0 to 264'), (whole.replace(base64.b64encode(b'Wxyz'), base64.b64encode(b'[EOS]')), r'\[EOS\] is also an ordinary token')):
+    for data, word in (
+        (b'version https://git-lfs', 'line 1: not a token'),
+        (whole + b'YWI= x\n', 'line 265'),
+        (whole[:-7], 'line 264: not a token'),
+        (whole[:-3], 'ranks of 264 tokens are not 0 to 263'),
+        (
+            b''.join(whole.splitlines(True)[:-1]),
+            'has 263 tokens, but the control tokens of tokenizer_config.json begin at 264',
+        ),
+        (b''.join(whole.splitlines(True)[9:]), '9 of the 256 bytes'),
+        (whole + base64.b64encode(b'zz') + b' 300', 'not 0 to 264'),
+        (
+            whole.replace(base64.b64encode(b'Wxyz'), base64.b64encode(b'[EOS]')),
+            r'\[EOS\] is also an ordinary token',
+        ),
+    ):
         path.write_bytes(data)
-        with pytest.raises(LabError, match=word): load_kimi_tokenizer(tmp_path)
-    (tmp_path/'tokenizer_config.json').unlink()
-    with pytest.raises(LabError, match='tokenizer_config.json missing'): open_tokenizer(tmp_path)
+        with pytest.raises(LabError, match=word):
+            load_kimi_tokenizer(tmp_path)
+    (tmp_path / 'tokenizer_config.json').unlink()
+    with pytest.raises(LabError, match='tokenizer_config.json missing'):
+        open_tokenizer(tmp_path)
+
 
 def test_a_hub_tokenizer_is_fetched_without_code(tmp_path, monkeypatch):
     from k2lab.models.load import open_tokenizer
-    wanted = []
-    monkeypatch.setattr('huggingface_hub.snapshot_download', lambda place, allow_patterns, **more: wanted.append((place, allow_patterns)) or str(kimi_folder(tmp_path)))
-    assert family_of(open_tokenizer('moonshotai/Kimi-K2-Thinking')) == 'kimi'
-    assert wanted[0][0] == 'moonshotai/Kimi-K2-Thinking' and 'tiktoken.model' in wanted[0][1] and not any(p.endswith('.py') or p == '*' for p in wanted[0][1])
-    def offline(*_, **__): raise FileNotFoundError('not in the cache')
-    monkeypatch.setattr('huggingface_hub.snapshot_download', offline)
-    with pytest.raises(LabError, match='moonshotai/Kimi-K2-Thinking: no such folder, and .*not in the cache'): open_tokenizer('moonshotai/Kimi-K2-Thinking')
 
-needs_kimi = pytest.mark.skipif(not KIMI_FILES.exists(), reason='the real Kimi tokenizer is not beside this checkout')
+    wanted = []
+    monkeypatch.setattr(
+        'huggingface_hub.snapshot_download',
+        lambda place, allow_patterns, **more: (
+            wanted.append((place, allow_patterns)) or str(kimi_folder(tmp_path))
+        ),
+    )
+    assert family_of(open_tokenizer('moonshotai/Kimi-K2-Thinking')) == 'kimi'
+    assert (
+        wanted[0][0] == 'moonshotai/Kimi-K2-Thinking'
+        and 'tiktoken.model' in wanted[0][1]
+        and not any(p.endswith('.py') or p == '*' for p in wanted[0][1])
+    )
+
+    def offline(*_, **__):
+        raise FileNotFoundError('not in the cache')
+
+    monkeypatch.setattr('huggingface_hub.snapshot_download', offline)
+    with pytest.raises(
+        LabError, match='moonshotai/Kimi-K2-Thinking: no such folder, and .*not in the cache'
+    ):
+        open_tokenizer('moonshotai/Kimi-K2-Thinking')
+
+
+needs_kimi = pytest.mark.skipif(
+    not KIMI_FILES.exists(), reason='the real Kimi tokenizer is not beside this checkout'
+)
+
 
 @needs_kimi
 def test_real_kimi_tokenizer(tmp_path):
     "Moonshot's own ids on all rows; those were made with special strings as plain text."
     from transformers import PreTrainedTokenizerFast
+
     tok = load_kimi_tokenizer(KIMI_FILES)
-    config = json.loads((KIMI_FILES/'tokenizer_config.json').read_text())
-    known = {v['content']: (int(k), v['special']) for k, v in config['added_tokens_decoder'].items()}
-    assert len(tok) == 163840 == json.loads((KIMI_FILES/'config.json').read_text())['text_config']['vocab_size']
-    assert {t.content: (i, t.special) for i, t in tok.added_tokens_decoder.items() if not t.content.startswith('<|reserved')} == known
-    assert list(known) == SPECIAL_TOKENS[:15] + ['<|media_begin|>', '<|media_content|>', '<|media_end|>', '<|media_pad|>'] + SPECIAL_TOKENS[15:]
-    assert {t for t, (_, special) in known.items() if not special} == {t for t in KEPT_TOKENS if t in SPECIAL_TOKENS}
-    assert all(getattr(tok, k) == config[k] for k in ('bos_token', 'eos_token', 'pad_token', 'unk_token'))
+    config = json.loads((KIMI_FILES / 'tokenizer_config.json').read_text())
+    known = {
+        v['content']: (int(k), v['special']) for k, v in config['added_tokens_decoder'].items()
+    }
+    assert (
+        len(tok)
+        == 163840
+        == json.loads((KIMI_FILES / 'config.json').read_text())['text_config']['vocab_size']
+    )
+    assert {
+        t.content: (i, t.special)
+        for i, t in tok.added_tokens_decoder.items()
+        if not t.content.startswith('<|reserved')
+    } == known
+    assert (
+        list(known)
+        == SPECIAL_TOKENS[:15]
+        + ['<|media_begin|>', '<|media_content|>', '<|media_end|>', '<|media_pad|>']
+        + SPECIAL_TOKENS[15:]
+    )
+    assert {t for t, (_, special) in known.items() if not special} == {
+        t for t in KEPT_TOKENS if t in SPECIAL_TOKENS
+    }
+    assert all(
+        getattr(tok, k) == config[k] for k in ('bos_token', 'eos_token', 'pad_token', 'unk_token')
+    )
     tok.save_pretrained(tmp_path)
-    rows = [json.loads(line) for line in (KIMI_FILES/'gold.jsonl').read_text().splitlines()]
+    rows = [json.loads(line) for line in (KIMI_FILES / 'gold.jsonl').read_text().splitlines()]
     special = [r for r in rows if any(t in r['text'] for t in known)]
     assert (len(rows), len(special)) == (260, 2)
     for each in (tok, PreTrainedTokenizerFast.from_pretrained(tmp_path)):
-        assert [plain_tokenizer(each).encode(r['text'], add_special_tokens=False).ids for r in rows] == [r['ids'] for r in rows]
-        assert [r for r in rows if each(r['text'], add_special_tokens=False).input_ids != r['ids']] == special
-        assert each("print('<|im_end|>')", add_special_tokens=False).input_ids == [2676, 1177, known['<|im_end|>'][0], 3432] and each.decode(rows[-1]['ids']) == rows[-1]['text']
+        assert [
+            plain_tokenizer(each).encode(r['text'], add_special_tokens=False).ids for r in rows
+        ] == [r['ids'] for r in rows]
+        assert [
+            r for r in rows if each(r['text'], add_special_tokens=False).input_ids != r['ids']
+        ] == special
+        assert (
+            each("print('<|im_end|>')", add_special_tokens=False).input_ids
+            == [2676, 1177, known['<|im_end|>'][0], 3432]
+            and each.decode(rows[-1]['ids']) == rows[-1]['text']
+        )
+
 
 # parity: the trainer, the template in the tokenizer, evaluation and the server read the same ids
 
-WORDS = ["It's", 'the graph', '12345', '3.14', '1_000', '月之暗面', 'こんにちは', '😀👩‍👩‍👧', 'naïve', 'n\u0303o', '\u0301', 'def f(x):\n\treturn x**2', '{"a": [1, 2]}', '<b>', '## Return of f', '\n\n', '  ', ' ', '\r\n',
-         "I'LL", 'Ω', 'שלום', 'مرحبا', '\u200b', '[1]', '|>', '<|', 'user', 'assistant', '<tool_response>']
+WORDS = [
+    "It's",
+    'the graph',
+    '12345',
+    '3.14',
+    '1_000',
+    '月之暗面',
+    'こんにちは',
+    '😀👩‍👩‍👧',
+    'naïve',
+    'n\u0303o',
+    '\u0301',
+    'def f(x):\n\treturn x**2',
+    '{"a": [1, 2]}',
+    '<b>',
+    '## Return of f',
+    '\n\n',
+    '  ',
+    ' ',
+    '\r\n',
+    "I'LL",
+    'Ω',
+    'שלום',
+    'مرحبا',
+    '\u200b',
+    '[1]',
+    '|>',
+    '<|',
+    'user',
+    'assistant',
+    '<tool_response>',
+]
+
 
 def words(rng, special=()) -> str:
     "Up to eight pieces of text, joined with or without spaces; sometimes none."
-    return rng.choice(['', ' ']).join(rng.choices(WORDS, k=rng.choice([0, 1, 1, 2, 3, 5, 8]))) + (rng.choice(special) if special and rng.random() < .5 else '') + rng.choice(['', '', ' ', '\n'])
+    return (
+        rng.choice(['', ' ']).join(rng.choices(WORDS, k=rng.choice([0, 1, 1, 2, 3, 5, 8])))
+        + (rng.choice(special) if special and rng.random() < 0.5 else '')
+        + rng.choice(['', '', ' ', '\n'])
+    )
+
 
 def content(rng, special):
     "Text, or a list of parts."
-    return words(rng, special) if rng.random() < .9 else [dict(type='text', text=words(rng, special)) for _ in range(rng.randrange(3))]
+    return (
+        words(rng, special)
+        if rng.random() < 0.9
+        else [dict(type='text', text=words(rng, special)) for _ in range(rng.randrange(3))]
+    )
+
 
 def tool_round(rng, number, special) -> list:
     "An assistant's call or two, and their results."
-    values = [{'city': words(rng, special)}, json.dumps({'q': words(rng, special), 'n': rng.randrange(99)}, ensure_ascii=rng.random() < .5), {}, '{}']
-    calls = [dict(id=f'functions.{name}:{number + i}', type='function', function=dict(name=name, arguments=rng.choice(values))) for i, name in enumerate(rng.choices(['get_weather', 'python'], k=rng.choice([1, 1, 2])))]
-    ask = dict(role='assistant', content=rng.choice([None, '', words(rng, special)]), tool_calls=calls, **({'reasoning_content': words(rng, special)} if rng.random() < .7 else {}))
-    return [ask, *(dict(role='tool', tool_call_id=c['id'], content=content(rng, special), **({'name': c['function']['name']} if rng.random() < .5 else {})) for c in calls)]
+    values = [
+        {'city': words(rng, special)},
+        json.dumps(
+            {'q': words(rng, special), 'n': rng.randrange(99)}, ensure_ascii=rng.random() < 0.5
+        ),
+        {},
+        '{}',
+    ]
+    calls = [
+        dict(
+            id=f'functions.{name}:{number + i}',
+            type='function',
+            function=dict(name=name, arguments=rng.choice(values)),
+        )
+        for i, name in enumerate(rng.choices(['get_weather', 'python'], k=rng.choice([1, 1, 2])))
+    ]
+    ask = dict(
+        role='assistant',
+        content=rng.choice([None, '', words(rng, special)]),
+        tool_calls=calls,
+        **({'reasoning_content': words(rng, special)} if rng.random() < 0.7 else {}),
+    )
+    return [
+        ask,
+        *(
+            dict(
+                role='tool',
+                tool_call_id=c['id'],
+                content=content(rng, special),
+                **({'name': c['function']['name']} if rng.random() < 0.5 else {}),
+            )
+            for c in calls
+        ),
+    ]
+
 
 def conversation(rng, special=()) -> tuple:
     "(messages, tools), ending with a user's turn or a tool's result; `special` strings are strewn into all text that is not the lab's own."
-    messages = [dict(role='system', content=words(rng, special))] if rng.random() < .5 else []
+    messages = [dict(role='system', content=words(rng, special))] if rng.random() < 0.5 else []
     for turn in range(rng.choice([1, 1, 2, 3])):
-        if turn: messages.append(dict(role='assistant', content=words(rng, special), **({'reasoning_content': words(rng, special)} if rng.random() < .7 else {})))
-        if turn and rng.random() < .1: messages.append(dict(role='system', content=words(rng, special)))
+        if turn:
+            messages.append(
+                dict(
+                    role='assistant',
+                    content=words(rng, special),
+                    **({'reasoning_content': words(rng, special)} if rng.random() < 0.7 else {}),
+                )
+            )
+        if turn and rng.random() < 0.1:
+            messages.append(dict(role='system', content=words(rng, special)))
         messages.append(dict(role='user', content=content(rng, special)))
-        for _ in range(rng.choice([0, 0, 1, 2])): messages += tool_round(rng, sum(len(m.get('tool_calls') or []) for m in messages), special)
-    return messages, rng.choice([None, TOOLS, [*TOOLS, dict(type='function', function=dict(name='python', parameters=dict(type='object', properties={})))]])
+        for _ in range(rng.choice([0, 0, 1, 2])):
+            messages += tool_round(
+                rng, sum(len(m.get('tool_calls') or []) for m in messages), special
+            )
+    return messages, rng.choice(
+        [
+            None,
+            TOOLS,
+            [
+                *TOOLS,
+                dict(
+                    type='function',
+                    function=dict(name='python', parameters=dict(type='object', properties={})),
+                ),
+            ],
+        ]
+    )
+
 
 def conversations(special=()) -> list:
     "500 conversations, the same each time."
     rng = random.Random(20)
     return [conversation(rng, special) for _ in range(500)]
 
+
 class NoModel:
     "What the server asks of a model before it computes anything."
-    config = type('Config', (), dict(max_position_embeddings=1 << 20))
-    def eval(self): return self
 
-@pytest.fixture(scope='module', params=['k2', 'qwen', 'kimi_instruct', pytest.param('real', marks=needs_kimi)])
+    config = type('Config', (), dict(max_position_embeddings=1 << 20))
+
+    def eval(self):
+        return self
+
+
+@pytest.fixture(
+    scope='module', params=['k2', 'qwen', 'kimi_instruct', pytest.param('real', marks=needs_kimi)]
+)
 def sides(request):
     "A tokenizer of a model that ships, of K2-Instruct's form or of the real K2, and a function that asks a server for ids."
     pytest.importorskip('torch')
     from fastapi.testclient import TestClient
-    from k2lab.serving import server
+
     from k2lab.models.load import open_tokenizer, shipped
-    tok = open_tokenizer(KIMI_FILES) if request.param == 'real' else build_tokenizer(TEXTS, 420, 'kimi_instruct') if request.param == 'kimi_instruct' else open_tokenizer(shipped(request.param))
-    client = TestClient(server.create_app(NoModel(), tok, 'tiny', 'secret'), headers={'authorization': 'Bearer secret'})
+    from k2lab.serving import server
+
+    tok = (
+        open_tokenizer(KIMI_FILES)
+        if request.param == 'real'
+        else build_tokenizer(TEXTS, 420, 'kimi_instruct')
+        if request.param == 'kimi_instruct'
+        else open_tokenizer(shipped(request.param))
+    )
+    client = TestClient(
+        server.create_app(NoModel(), tok, 'tiny', 'secret'),
+        headers={'authorization': 'Bearer secret'},
+    )
+
     def served(messages, tools=None):
-        answer = client.post('/tokenize', json=dict(messages=messages, tools=tools, add_generation_prompt=True)).json()
+        answer = client.post(
+            '/tokenize', json=dict(messages=messages, tools=tools, add_generation_prompt=True)
+        ).json()
         assert answer['count'] == len(answer['tokens']) and answer['max_model_len'] == 1 << 20
         return answer['tokens']
+
     return tok, served
+
 
 def test_conversations_are_the_same_ids_everywhere(sides):
     tok, served = sides
     talks = conversations()
-    assert sum(bool(t) for _, t in talks) > 250 and sum(any(m['role'] == 'tool' for m in ms) for ms, _ in talks) > 200 and sum(ms[-1]['role'] == 'tool' for ms, _ in talks) > 100
+    assert (
+        sum(bool(t) for _, t in talks) > 250
+        and sum(any(m['role'] == 'tool' for m in ms) for ms, _ in talks) > 200
+        and sum(ms[-1]['role'] == 'tool' for ms, _ in talks) > 100
+    )
     for messages, tools in talks:
         ids, mask = encode(tok, prompt_spans(messages, tools, family_of(tok)))
-        assert ids == tok.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False) and sum(mask) == 0
+        assert (
+            ids
+            == tok.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, return_dict=False
+            )
+            and sum(mask) == 0
+        )
         assert ids == served(messages, tools)
+
 
 def test_rows_are_the_same_ids_everywhere(sides):
     "The prompt of a training row, its evaluation and its request to a server; and what is trained, closed as a turn, is what the template makes of the answer."
-    from k2lab.training.metrics import prompts_of
     from k2lab.text.audit import Audit
     from k2lab.text.masks import encode_row
+    from k2lab.training.metrics import prompts_of
+
     (tok, served), rng = sides, random.Random(21)
     audit = Audit(tok)
     for _ in range(200):
-        system, row = rng.choice(['', 'Be brief.']), dict(prompt='Q ' + words(rng), response=words(rng) + ' A')
-        messages = [*([dict(role='system', content=system)] if system else []), dict(role='user', content=row['prompt'])]
+        system, row = (
+            rng.choice(['', 'Be brief.']),
+            dict(prompt='Q ' + words(rng), response=words(rng) + ' A'),
+        )
+        messages = [
+            *([dict(role='system', content=system)] if system else []),
+            dict(role='user', content=row['prompt']),
+        ]
         example = encode_row(tok, row, system)
         ids, mask = example['input_ids'], example['completion_mask']
-        prompt = ids[:mask.index(1)]
-        assert prompt == tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == prompts_of(tok, [row], system)[0] == served(messages)
+        prompt = ids[: mask.index(1)]
+        assert (
+            prompt
+            == tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            == prompts_of(tok, [row], system)[0]
+            == served(messages)
+        )
         said = row['response'] + '<|im_end|>'
-        assert tok.decode(ids[len(prompt):]) == (unicodedata.normalize('NFC', said) if family_of(tok) == 'qwen' else said)
+        assert tok.decode(ids[len(prompt) :]) == (
+            unicodedata.normalize('NFC', said) if family_of(tok) == 'qwen' else said
+        )
         assert audit.wrong(dict(input_ids=[ids], completion_mask=[mask])) is None
+
 
 def test_special_strings_of_users_are_the_one_difference(sides):
     "The template in a tokenizer lets a user forge control tokens. The lab reads the same text with the control tokens of its own headers only."
@@ -334,9 +865,20 @@ def test_special_strings_of_users_are_the_one_difference(sides):
     special = [t for t in controls if not t.startswith('<|reserved')]
     for messages, tools in conversations(special):
         spans = prompt_spans(messages, tools, family_of(tok))
-        ids, theirs = encode(tok, spans)[0], tok.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
+        ids, theirs = (
+            encode(tok, spans)[0],
+            tok.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, return_dict=False
+            ),
+        )
         own = [controls[s.text] for s in spans if s.special]
-        assert [i for i in ids if i in numbers] == own and ids == served(messages, tools) and tok.decode(ids) == tok.decode(theirs)
-        if len(own) == sum(i in numbers for i in theirs): assert ids == theirs
-        else: forged += 1
+        assert (
+            [i for i in ids if i in numbers] == own
+            and ids == served(messages, tools)
+            and tok.decode(ids) == tok.decode(theirs)
+        )
+        if len(own) == sum(i in numbers for i in theirs):
+            assert ids == theirs
+        else:
+            forged += 1
     assert forged > 300

@@ -1,14 +1,19 @@
 "Data: rows, corpus operators, questions, puzzles, grading and prepare_corpus, against values worked out by hand and against broken input."
-import dataclasses, gzip, json, math, random
+
+import dataclasses
+import gzip
+import json
+import math
+import random
 from collections import Counter
 
 import pytest
 
 from k2lab.corpus import operators
-from k2lab.tasks import stats, verify, puzzles, questions
-from k2lab.text import rows
 from k2lab.lab.config import LabError
 from k2lab.prepare_corpus import Config as PrepareConfig
+from k2lab.tasks import puzzles, questions, stats, verify
+from k2lab.text import rows
 
 TEXT = dict(text='Graphs have nodes and edges.', source='notes')
 SUM = dict(prompt='1+1?', reasoning='1+1=2', final='2')
@@ -16,253 +21,488 @@ SUM = dict(prompt='1+1?', reasoning='1+1=2', final='2')
 
 # rows -----------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz'])
 def test_rows_survive_a_round_trip_and_the_manifest_counts_them(tmp_path, name):
     many = [dict(TEXT, text=f'caf\u00e9 \u2028 {i}\nline', n=i) for i in range(7)]
-    manifest = rows.write_rows(tmp_path/name, iter(many), 'domain', licence='CC0-1.0', origin='here')
-    assert rows.read_rows(tmp_path/name, 'domain') == many
-    assert manifest['rows'] == 7 and manifest['bytes'] == (tmp_path/name).stat().st_size and manifest['licence'] == 'CC0-1.0'
+    manifest = rows.write_rows(
+        tmp_path / name, iter(many), 'domain', licence='CC0-1.0', origin='here'
+    )
+    assert rows.read_rows(tmp_path / name, 'domain') == many
+    assert (
+        manifest['rows'] == 7
+        and manifest['bytes'] == (tmp_path / name).stat().st_size
+        and manifest['licence'] == 'CC0-1.0'
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == [name, f'{name}.manifest.json']
-    again = rows.write_rows(tmp_path/'b'/name, many, 'domain')
+    again = rows.write_rows(tmp_path / 'b' / name, many, 'domain')
     assert again['sha256'] == manifest['sha256']
 
-BAD = [(b'[1]', 'must be an object, this is list'), (b'{"text": "a"', 'not JSON'), (b'{"text": "a"}', "no field 'source'"), (b'{"text": null, "source": "a"}', "'text' must be text, this is NoneType"),
-       (b'{"text": " ", "source": "a"}', "'text' is empty"), (b'{"text": "caf\xe9", "source": "a"}', 'not UTF-8'), (b'{"text": "\\ud800", "source": "a"}', 'half a character'),
-       (b'[' * 100_000, 'not JSON'), (b'\x00', 'not JSON')]
+
+BAD = [
+    (b'[1]', 'must be an object, this is list'),
+    (b'{"text": "a"', 'not JSON'),
+    (b'{"text": "a"}', "no field 'source'"),
+    (b'{"text": null, "source": "a"}', "'text' must be text, this is NoneType"),
+    (b'{"text": " ", "source": "a"}', "'text' is empty"),
+    (b'{"text": "caf\xe9", "source": "a"}', 'not UTF-8'),
+    (b'{"text": "\\ud800", "source": "a"}', 'half a character'),
+    (b'[' * 100_000, 'not JSON'),
+    (b'\x00', 'not JSON'),
+]
+
 
 @pytest.mark.parametrize('line,reason', BAD)
 def test_a_malformed_row_is_named_by_file_line_and_reason(tmp_path, line, reason):
     good = json.dumps(TEXT).encode()
-    (tmp_path/'a.jsonl').write_bytes(b'\n'.join([good, line, good]))
-    with pytest.raises(LabError) as e: rows.read_rows(tmp_path/'a.jsonl', 'domain')
+    (tmp_path / 'a.jsonl').write_bytes(b'\n'.join([good, line, good]))
+    with pytest.raises(LabError) as e:
+        rows.read_rows(tmp_path / 'a.jsonl', 'domain')
     assert str(e.value).startswith(f'{tmp_path}/a.jsonl:2: ') and reason in str(e.value)
-    assert len(rows.read_rows(tmp_path/'a.jsonl', 'domain', allow_bad=1)) == 2     # one bad line costs one row
+    assert (
+        len(rows.read_rows(tmp_path / 'a.jsonl', 'domain', allow_bad=1)) == 2
+    )  # one bad line costs one row
+
 
 def test_every_cut_of_a_published_file_is_noticed(tmp_path):
-    path = tmp_path/'a.jsonl'
+    path = tmp_path / 'a.jsonl'
     rows.write_rows(path, [dict(SUM, n=i) for i in range(20)], 'reasoning_sft')
     whole = path.read_bytes()
     lines = whole.splitlines(True)
     swapped = b''.join([lines[1], lines[0], *lines[2:]])
     for broken in (b''.join(lines[:5]), whole[:-1], whole + lines[0], swapped, b''):
         path.write_bytes(broken)
-        with pytest.raises(LabError, match='manifest'): rows.read_rows(path, 'reasoning_sft')
+        with pytest.raises(LabError, match='manifest'):
+            rows.read_rows(path, 'reasoning_sft')
+
 
 def test_a_file_cut_at_200_offsets_never_loads_less_in_silence(tmp_path):
-    path = tmp_path/'a.jsonl'
+    path = tmp_path / 'a.jsonl'
     rows.write_rows(path, [dict(SUM, n=i) for i in range(100)], 'reasoning_sft')
     whole, rng = path.read_bytes(), random.Random(0)
-    borders = [i + 1 for i, byte in enumerate(whole[:-1]) if byte == 10]      # where a cut file still parses
+    borders = [
+        i + 1 for i, byte in enumerate(whole[:-1]) if byte == 10
+    ]  # where a cut file still parses
     noticed = 0
     for at in rng.sample(borders, 60) + rng.sample(range(len(whole)), 140):
         path.write_bytes(whole[:at])
-        try: rows.read_rows(path, 'reasoning_sft')
-        except LabError: noticed += 1
+        try:
+            rows.read_rows(path, 'reasoning_sft')
+        except LabError:
+            noticed += 1
     assert noticed == 200
 
+
 def test_row_count_of_the_manifest_is_checked(tmp_path):
-    path = tmp_path/'a.jsonl'
+    path = tmp_path / 'a.jsonl'
     manifest = rows.write_rows(path, [SUM], 'reasoning_sft')
-    (tmp_path/'a.jsonl.manifest.json').write_text(json.dumps({**manifest, 'rows': 2}))
-    with pytest.raises(LabError, match='1 rows, its manifest says 2'): rows.read_rows(path)
-    (tmp_path/'a.jsonl.manifest.json').write_text('{')
-    with pytest.raises(LabError, match='manifest.json: not JSON'): rows.read_rows(path)
+    (tmp_path / 'a.jsonl.manifest.json').write_text(json.dumps({**manifest, 'rows': 2}))
+    with pytest.raises(LabError, match='1 rows, its manifest says 2'):
+        rows.read_rows(path)
+    (tmp_path / 'a.jsonl.manifest.json').write_text('{')
+    with pytest.raises(LabError, match='manifest.json: not JSON'):
+        rows.read_rows(path)
+
 
 def test_empty_missing_and_truncated_files(tmp_path):
-    (tmp_path/'a.jsonl').write_bytes(b'\n  \n')
-    with pytest.raises(LabError, match='a.jsonl: no rows'): rows.read_rows(tmp_path/'a.jsonl')
-    with pytest.raises(LabError, match='no such file'): rows.read_rows(tmp_path/'b.jsonl')
-    with pytest.raises(LabError, match='no such file'): rows.read_rows('memory://nowhere/b.jsonl')
-    (tmp_path/'c.jsonl.gz').write_bytes(gzip.compress(json.dumps(SUM).encode() * 50)[:-12])
-    with pytest.raises(LabError, match='cut or damaged'): rows.read_rows(tmp_path/'c.jsonl.gz')
+    (tmp_path / 'a.jsonl').write_bytes(b'\n  \n')
+    with pytest.raises(LabError, match='a.jsonl: no rows'):
+        rows.read_rows(tmp_path / 'a.jsonl')
+    with pytest.raises(LabError, match='no such file'):
+        rows.read_rows(tmp_path / 'b.jsonl')
+    with pytest.raises(LabError, match='no such file'):
+        rows.read_rows('memory://nowhere/b.jsonl')
+    (tmp_path / 'c.jsonl.gz').write_bytes(gzip.compress(json.dumps(SUM).encode() * 50)[:-12])
+    with pytest.raises(LabError, match='cut or damaged'):
+        rows.read_rows(tmp_path / 'c.jsonl.gz')
+
 
 def test_windows_files_and_a_byte_order_mark_are_read(tmp_path):
-    (tmp_path/'a.jsonl').write_bytes(b'\xef\xbb\xbf' + json.dumps(TEXT).encode() + b'\r\n' + json.dumps(TEXT).encode())
-    assert rows.read_rows(tmp_path/'a.jsonl', 'domain') == [TEXT, TEXT]
+    (tmp_path / 'a.jsonl').write_bytes(
+        b'\xef\xbb\xbf' + json.dumps(TEXT).encode() + b'\r\n' + json.dumps(TEXT).encode()
+    )
+    assert rows.read_rows(tmp_path / 'a.jsonl', 'domain') == [TEXT, TEXT]
+
 
 def test_a_bad_row_leaves_the_old_file_alone(tmp_path):
-    rows.write_rows(tmp_path/'a.jsonl', [SUM], 'reasoning_sft')
-    with pytest.raises(LabError, match='row 2 not written'): rows.write_rows(tmp_path/'a.jsonl', [SUM, {}], 'reasoning_sft')
-    assert rows.read_rows(tmp_path/'a.jsonl') == [SUM]
-    with pytest.raises(LabError, match="did you mean 'domain_sft'"): rows.write_rows(tmp_path/'b.jsonl', [SUM], 'domain_stf')
+    rows.write_rows(tmp_path / 'a.jsonl', [SUM], 'reasoning_sft')
+    with pytest.raises(LabError, match='row 2 not written'):
+        rows.write_rows(tmp_path / 'a.jsonl', [SUM, {}], 'reasoning_sft')
+    assert rows.read_rows(tmp_path / 'a.jsonl') == [SUM]
+    with pytest.raises(LabError, match="did you mean 'domain_sft'"):
+        rows.write_rows(tmp_path / 'b.jsonl', [SUM], 'domain_stf')
 
 
 # corpus ---------------------------------------------------------------------------------------------------------------
 
+
 def test_the_held_out_side_never_changes():
-    assert [k for k in 'abcdefghijklmnopqrst' if operators.held_out(k, 15)] == HELD      # the base models were made with this hash
+    assert [
+        k for k in 'abcdefghijklmnopqrst' if operators.held_out(k, 15)
+    ] == HELD  # the base models were made with this hash
     keys = [f'k{i}' for i in range(5000)]
     small, large = ({k for k in keys if operators.held_out(k, p)} for p in (5, 15))
-    assert small < large and .04 < len(small)/5000 < .06 and .13 < len(large)/5000 < .17
-    assert not any(operators.held_out(k, 0) for k in keys) and all(operators.held_out(k, 100) for k in keys)
+    assert small < large and 0.04 < len(small) / 5000 < 0.06 and 0.13 < len(large) / 5000 < 0.17
+    assert not any(operators.held_out(k, 0) for k in keys) and all(
+        operators.held_out(k, 100) for k in keys
+    )
 
-HELD = list('bdfim')   # the first eight hex digits of their SHA-256 (3e23e816, 18ac3e73, 252f10c8, de7d1b72, 62c66a7a), modulo 10,000: 566, 1363, 1480, 978, 554
+
+HELD = list(
+    'bdfim'
+)  # the first eight hex digits of their SHA-256 (3e23e816, 18ac3e73, 252f10c8, de7d1b72, 62c66a7a), modulo 10,000: 566, 1363, 1480, 978, 554
+
 
 def test_normal_text():
     assert operators.normal('a\t \r\n\r\n\n\n  b\x0c\x00\ufeff ') == 'a\n\n  b'
     assert operators.normal('e\u0301') == '\u00e9' and operators.normal('\r') == ''
-    for text in ('a \x00\nb', ' \n\n\x1f\n x', '\ud800a'): assert operators.normal(operators.normal(text)) == operators.normal(text)
+    for text in ('a \x00\nb', ' \n\n\x1f\n x', '\ud800a'):
+        assert operators.normal(operators.normal(text)) == operators.normal(text)
+
 
 def test_copies_and_the_law_of_conservation():
-    kept, counts = operators.exact_dedup([dict(text=t) for t in ('A b', 'a\nB', 'c', 'C ', 'd')], against=[dict(text='D')])
-    assert [r['text'] for r in kept] == ['A b', 'c'] and counts == dict(step='exact dedup', rows_in=5, rows_out=2, removed={'copy': 3})
+    kept, counts = operators.exact_dedup(
+        [dict(text=t) for t in ('A b', 'a\nB', 'c', 'C ', 'd')], against=[dict(text='D')]
+    )
+    assert [r['text'] for r in kept] == ['A b', 'c'] and counts == dict(
+        step='exact dedup', rows_in=5, rows_out=2, removed={'copy': 3}
+    )
     assert operators.conserved([counts]) == ''
     assert 'exact dedup: 5 in, 1 out, 3 removed' in operators.conserved([dict(counts, rows_out=1)])
-    assert 'gave 2' in operators.conserved([counts, dict(step='next', rows_in=3, rows_out=3, removed={})])
+    assert 'gave 2' in operators.conserved(
+        [counts, dict(step='next', rows_in=3, rows_out=3, removed={})]
+    )
 
-def words(start, n): return ' '.join(f'w{i}' for i in range(start, start + n))
+
+def words(start, n):
+    return ' '.join(f'w{i}' for i in range(start, start + n))
+
 
 def test_decontamination_by_hand():
-    judged = words(0, 22)     # 10 runs of 13 words
+    judged = words(0, 22)  # 10 runs of 13 words
     gone = lambda text, **kw: not operators.decontaminate([dict(text=text)], [judged], **kw)[0]
-    assert gone(judged.upper()) and gone(f'x {words(0, 14)} y')     # 2 of 10 runs is a fifth
-    assert not gone(words(0, 13)) and gone(words(0, 13), share=.1) and not gone(words(0, 12), share=.01)
+    assert gone(judged.upper()) and gone(f'x {words(0, 14)} y')  # 2 of 10 runs is a fifth
+    assert (
+        not gone(words(0, 13))
+        and gone(words(0, 13), share=0.1)
+        and not gone(words(0, 12), share=0.01)
+    )
     assert gone(words(4, 18) + ', and so on') and not gone('nothing of it')
+
 
 def test_decontamination_spares_boilerplate_and_finds_short_questions():
     many = [dict(text=words(0, 13) + f' page {i}') for i in range(11)]
-    assert len(operators.decontaminate(many, [words(0, 13)])[0]) == 11 and not operators.decontaminate(many[:10], [words(0, 13)])[0]
+    assert (
+        len(operators.decontaminate(many, [words(0, 13)])[0]) == 11
+        and not operators.decontaminate(many[:10], [words(0, 13)])[0]
+    )
     short = 'what is the default of weight'
-    assert not operators.decontaminate([dict(text=f'Q: {short}?')], [short])[0] and operators.decontaminate([dict(text='a tree')], ['a tree'])[0]
+    assert (
+        not operators.decontaminate([dict(text=f'Q: {short}?')], [short])[0]
+        and operators.decontaminate([dict(text='a tree')], ['a tree'])[0]
+    )
+
 
 def test_decontamination_leaves_nothing_that_it_would_remove_again():
     rng = random.Random(0)
-    pages = [dict(text=' '.join(words(rng.randrange(40), rng.randint(10, 30)) for _ in range(2))) for _ in range(80)]
+    pages = [
+        dict(text=' '.join(words(rng.randrange(40), rng.randint(10, 30)) for _ in range(2)))
+        for _ in range(80)
+    ]
     judged = [words(i, 20) for i in range(0, 60, 7)]
     kept, counts = operators.decontaminate(pages, judged, common=4)
-    assert 0 < len(kept) < 80 and operators.decontaminate(kept, judged, common=4)[0] == kept and operators.conserved([counts]) == ''
+    assert (
+        0 < len(kept) < 80
+        and operators.decontaminate(kept, judged, common=4)[0] == kept
+        and operators.conserved([counts]) == ''
+    )
 
-@pytest.mark.parametrize('weights,n,want', [(dict(a=1, b=1), 5, [2, 3]), (dict(a=7, b=2, c=1), 10, [1, 2, 7]), (dict(a=.3, b=.7), 0, [0, 0]), (dict(a=1, b=0), 3, [0, 3])])
+
+@pytest.mark.parametrize(
+    'weights,n,want',
+    [
+        (dict(a=1, b=1), 5, [2, 3]),
+        (dict(a=7, b=2, c=1), 10, [1, 2, 7]),
+        (dict(a=0.3, b=0.7), 0, [0, 0]),
+        (dict(a=1, b=0), 3, [0, 3]),
+    ],
+)
 def test_mixture_shares(weights, n, want):
     assert sorted(operators.whole_shares(weights, n).values()) == want and sum(want) == n
+
 
 def test_mixture_is_seeded_and_uses_no_row_twice():
     pools = {name: [dict(text=f'{name}{i}') for i in range(30)] for name in 'ab'}
     mix = lambda seed: [r['text'] for r in operators.mix_rows(pools, dict(a=3, b=1), 40, seed)[0]]
-    assert mix(0) == mix(0) != mix(1) and len(set(mix(0))) == 40 and Counter(t[0] for t in mix(0)) == dict(a=30, b=10)
+    assert (
+        mix(0) == mix(0) != mix(1)
+        and len(set(mix(0))) == 40
+        and Counter(t[0] for t in mix(0)) == dict(a=30, b=10)
+    )
+
 
 def test_data_card_counts_bytes_of_utf8():
-    card = operators.data_card('x', [dict(text='\u00e9', source='s', licence='L'), dict(prompt='ab', reasoning='', final='c', n=1)])
-    assert card['bytes'] == 5 and card['sources'] == {'s': dict(documents=1, bytes=2, licence='L'), 'unknown': dict(documents=1, bytes=3, licence='unknown')}
+    card = operators.data_card(
+        'x',
+        [
+            dict(text='\u00e9', source='s', licence='L'),
+            dict(prompt='ab', reasoning='', final='c', n=1),
+        ],
+    )
+    assert card['bytes'] == 5 and card['sources'] == {
+        's': dict(documents=1, bytes=2, licence='L'),
+        'unknown': dict(documents=1, bytes=3, licence='unknown'),
+    }
 
 
 # puzzles and grading --------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize('family', puzzles.PUZZLE_FAMILIES)
 def test_there_are_enough_puzzles_and_all_are_right(family):
     judged = puzzles.make_puzzles(600, 10_000_000, (family,))
     train = puzzles.make_puzzles(20_000, 0, (family,), avoid={r['id'] for r in judged})
-    assert len({r['prompt'] for r in train}) == 20_000 and not puzzles.prompts_overlap(train, judged)
+    assert len({r['prompt'] for r in train}) == 20_000 and not puzzles.prompts_overlap(
+        train, judged
+    )
     for row in judged + train[:400]:
         assert verify.verify(row, f"<think>{row['reasoning']}</think>{row['final']}<|im_end|>")
         true, stated = verify.steps_right(row['reasoning'])
         assert true == stated and (stated > 0) == (family in ('chain', 'compare'))
-    assert stats.majority_baseline(train)['all'] < .25 and stats.copy_baseline(judged)['all'] < .25
+    assert (
+        stats.majority_baseline(train)['all'] < 0.25 and stats.copy_baseline(judged)['all'] < 0.25
+    )
+
 
 @pytest.mark.parametrize('family', puzzles.PUZZLE_FAMILIES)
 def test_both_styles_solve_the_same_problem(family):
     short, long = (puzzles.make_puzzles(300, 3, (family,), style=style) for style in puzzles.STYLES)
     for a, b in zip(short, long):
         assert (a['prompt'], a['final'], a['id']) == (b['prompt'], b['final'], b['id'])
-        assert len(b['reasoning']) >= 1.8*len(a['reasoning']) and b['reasoning'].count(a['reasoning']) == 2
+        assert (
+            len(b['reasoning']) >= 1.8 * len(a['reasoning'])
+            and b['reasoning'].count(a['reasoning']) == 2
+        )
+
 
 def test_chain_stays_between_0_and_99():
     for row in puzzles.make_puzzles(2000, 1, ('chain',), style='short'):
         steps = row['reasoning'].splitlines()
-        assert 2 <= len(steps) <= 4 and all(0 <= int(step.split('=')[1].split('|')[0]) <= 99 for step in steps)
+        assert 2 <= len(steps) <= 4 and all(
+            0 <= int(step.split('=')[1].split('|')[0]) <= 99 for step in steps
+        )
+
 
 def test_neighbouring_seeds_are_strangers():
     a, b = (puzzles.make_puzzles(2000, seed) for seed in (0, 1))
-    shared = [key for key in puzzles.prompts_overlap(a, b) if ': ' in key and key.split(': ')[0] in puzzles.PUZZLE_FAMILIES]
+    shared = [
+        key
+        for key in puzzles.prompts_overlap(a, b)
+        if ': ' in key and key.split(': ')[0] in puzzles.PUZZLE_FAMILIES
+    ]
     assert len(shared) < 20 and [r['id'] for r in a[4:]] != [r['id'] for r in b[:-4]]
 
-def test_puzzles_refuse_what_they_cannot_do(monkeypatch):
-    with pytest.raises(LabError, match="unknown puzzle family 'sorting'.*valid are: chain, count, sort, compare"): puzzles.make_puzzles(1, 0, ('sorting',))
-    monkeypatch.setitem(puzzles.MAKERS, 'chain', lambda rng: puzzles.Item('1?', ['1'], '1', '1'))
-    with pytest.raises(LabError, match='no new chain item'): puzzles.make_puzzles(2, 0, ('chain',))
 
-@pytest.mark.parametrize('expression,want', [('7', 7), ('10-3-4', 3), ('2*3*4', 24), ('1+2*3', 7), ('5*2-3*3+1', 2), ('12 + 3', 15)])
-def test_value_by_hand(expression, want): assert verify.value(expression) == want
+def test_puzzles_refuse_what_they_cannot_do(monkeypatch):
+    with pytest.raises(
+        LabError, match="unknown puzzle family 'sorting'.*valid are: chain, count, sort, compare"
+    ):
+        puzzles.make_puzzles(1, 0, ('sorting',))
+    monkeypatch.setitem(puzzles.MAKERS, 'chain', lambda rng: puzzles.Item('1?', ['1'], '1', '1'))
+    with pytest.raises(LabError, match='no new chain item'):
+        puzzles.make_puzzles(2, 0, ('chain',))
+
+
+@pytest.mark.parametrize(
+    'expression,want',
+    [('7', 7), ('10-3-4', 3), ('2*3*4', 24), ('1+2*3', 7), ('5*2-3*3+1', 2), ('12 + 3', 15)],
+)
+def test_value_by_hand(expression, want):
+    assert verify.value(expression) == want
+
 
 @pytest.mark.parametrize('bad', ['', '1+', '-1', '2**9', '1/2', 'a', '1+2;3', '(1)'])
 def test_value_takes_nothing_else(bad):
-    with pytest.raises(LabError): verify.value(bad)
+    with pytest.raises(LabError):
+        verify.value(bad)
 
-@pytest.mark.parametrize('prompt,family,want', [
-    ('Compute 52+7-3.', 'chain', '56'), ('How many b in: b, ab, b?', 'count', '2'), ('Count node in: edge, edge.', 'count', '0'),
-    ('Sort from small to large: 47,12.', 'sort', '12,47'), ('Give the larger value: 3*4 or 10+1.', 'compare', '12')])
+
+@pytest.mark.parametrize(
+    'prompt,family,want',
+    [
+        ('Compute 52+7-3.', 'chain', '56'),
+        ('How many b in: b, ab, b?', 'count', '2'),
+        ('Count node in: edge, edge.', 'count', '0'),
+        ('Sort from small to large: 47,12.', 'sort', '12,47'),
+        ('Give the larger value: 3*4 or 10+1.', 'compare', '12'),
+    ],
+)
 def test_truth_comes_from_the_question(prompt, family, want):
     assert verify.truth(dict(prompt=prompt, family=family, answer='a wrong one')) == want
 
-@pytest.mark.parametrize('text,want', [('<think>a</think> 5 <|im_end|>junk', '5'), ('<think>5', None), ('5', '5'), ('<think>a</think>', None), ('', None), ('<think>a</think>4</think>5', '4</think>5')])
-def test_strict_reading(text, want): assert verify.extract(text) == want
+
+@pytest.mark.parametrize(
+    'text,want',
+    [
+        ('<think>a</think> 5 <|im_end|>junk', '5'),
+        ('<think>5', None),
+        ('5', '5'),
+        ('<think>a</think>', None),
+        ('', None),
+        ('<think>a</think>4</think>5', '4</think>5'),
+    ],
+)
+def test_strict_reading(text, want):
+    assert verify.extract(text) == want
+
 
 def test_strict_and_lenient():
     row = dict(instruction='q', input='', output="'km'", family='default')
-    assert verify.verify(row, "'km'.") and not verify.verify(row, 'km') and not verify.verify(row, "It is 'km'.") and verify.verify(row, "The default is 'km'.", lenient=True)
+    assert (
+        verify.verify(row, "'km'.")
+        and not verify.verify(row, 'km')
+        and not verify.verify(row, "It is 'km'.")
+        and verify.verify(row, "The default is 'km'.", lenient=True)
+    )
     row = dict(prompt='Compute 2+3.', family='chain', final='5')
-    assert not verify.verify(row, '<think>2+3=5') and verify.verify(row, '<think>2+3=5', lenient=True) and not verify.verify(row, '15', lenient=True)
+    assert (
+        not verify.verify(row, '<think>2+3=5')
+        and verify.verify(row, '<think>2+3=5', lenient=True)
+        and not verify.verify(row, '15', lenient=True)
+    )
+
 
 def test_wilson_against_the_formula():
     # k = 5, n = 10, z = 1.96: (.5 + .19208 +- 1.96 sqrt(.025 + .009604)) / 1.38416
     low, high = stats.wilson(5, 10)
-    assert math.isclose(low, (.69208 - 1.96*math.sqrt(.034604))/1.38416, abs_tol=1e-6) and math.isclose(low + high, 1)
+    assert math.isclose(
+        low, (0.69208 - 1.96 * math.sqrt(0.034604)) / 1.38416, abs_tol=1e-6
+    ) and math.isclose(low + high, 1)
     assert stats.wilson(0, 0) == (0, 1) and stats.wilson(10, 10)[1] == 1
+
 
 def test_paired_tests():
     assert stats.paired_difference([1, 2, 3], [2, 3, 4]) == (1, 1, 1)
-    assert stats.paired_difference([0]*50, [0, 1]*25, seed=1) == stats.paired_difference([0]*50, [0, 1]*25, seed=1)
-    with pytest.raises(LabError, match='the same items twice'): stats.paired_difference([1], [1, 2])
-    assert stats.mcnemar([0, 0, 1, 1], [0, 0, 1, 1]) == 1 and math.isclose(stats.mcnemar([0]*9 + [1], [1]*9 + [0]), 22/1024)
+    assert stats.paired_difference([0] * 50, [0, 1] * 25, seed=1) == stats.paired_difference(
+        [0] * 50, [0, 1] * 25, seed=1
+    )
+    with pytest.raises(LabError, match='the same items twice'):
+        stats.paired_difference([1], [1, 2])
+    assert stats.mcnemar([0, 0, 1, 1], [0, 0, 1, 1]) == 1 and math.isclose(
+        stats.mcnemar([0] * 9 + [1], [1] * 9 + [0]), 22 / 1024
+    )
+
 
 def test_score_by_family():
-    rows = [dict(prompt='Compute 1+1.', family='chain', final='2'), dict(prompt='Sort ascending: 20,10.', family='sort', final='10,20')]
+    rows = [
+        dict(prompt='Compute 1+1.', family='chain', final='2'),
+        dict(prompt='Sort ascending: 20,10.', family='sort', final='10,20'),
+    ]
     got = stats.score(rows, ['2', '20,10'])
-    assert list(got) == ['all', 'chain', 'sort'] and [got[f]['k'] for f in got] == [1, 1, 0] and got['all']['accuracy'] == .5
-    with pytest.raises(LabError, match='2 rows but 1 replies'): stats.score(rows, ['2'])
+    assert (
+        list(got) == ['all', 'chain', 'sort']
+        and [got[f]['k'] for f in got] == [1, 1, 0]
+        and got['all']['accuracy'] == 0.5
+    )
+    with pytest.raises(LabError, match='2 rows but 1 replies'):
+        stats.score(rows, ['2'])
 
 
 # questions ------------------------------------------------------------------------------------------------------------
 
+
 @dataclasses.dataclass(frozen=True)
 class F:
-    name: str; params: tuple; summary: str = 'Do the thing well.'; source: str = 'lib'; module: str = 'lib'
+    name: str
+    params: tuple
+    summary: str = 'Do the thing well.'
+    source: str = 'lib'
+    module: str = 'lib'
     key = property(lambda self: f'lib.{self.name}')
-    signature = property(lambda self: f"{self.name}({', '.join(n if d is None else f'{n}={d}' for n, d in self.params)})")
+    signature = property(
+        lambda self: (
+            f"{self.name}({', '.join(n if d is None else f'{n}={d}' for n, d in self.params)})"
+        )
+    )
 
-LIB = [F(f'f{i}', (('a', None), *((f'p{j}', str(i + j)) for j in range(i % 7))), f'Compute part {i} of it.') for i in range(200)]
+
+LIB = [
+    F(
+        f'f{i}',
+        (('a', None), *((f'p{j}', str(i + j)) for j in range(i % 7))),
+        f'Compute part {i} of it.',
+    )
+    for i in range(200)
+]
+
 
 def test_questions_by_hand():
     f = F('walk', (('G', None), ('start', None), ('n', '3'), ('key', "'x'")))
-    ask = lambda family: [(asked, answer, fact) for _, asked, _, answer, fact in questions.ASK[family]([f], None)]
+    ask = lambda family: [
+        (asked, answer, fact) for _, asked, _, answer, fact in questions.ASK[family]([f], None)
+    ]
     assert ask('default') == [('n', 'n=3', '3'), ('key', "key='x'", "'x'")]
-    assert ask('after') == [('G', 'G, start', 'start'), ('start', 'start, n', 'n'), ('n', 'n=3, key', 'key')]
+    assert ask('after') == [
+        ('G', 'G, start', 'start'),
+        ('start', 'start, n', 'n'),
+        ('n', 'n=3, key', 'key'),
+    ]
     assert ask('arity') == [('walk', 'G, start, n, key: 4', 4)]
+
 
 def test_questions_are_unique_right_and_hard_to_guess():
     made = questions.make_questions(LIB, 1500, 0)
-    assert len({(r['instruction'], r['input']) for r in made}) == 1500 and made == questions.make_questions(list(reversed(LIB)), 1500, 0)
-    assert max(stats.majority_baseline(made).values()) <= .25 and set(Counter(r['family'] for r in made)) == set(questions.QUESTION_FAMILIES)
+    assert len(
+        {(r['instruction'], r['input']) for r in made}
+    ) == 1500 and made == questions.make_questions(list(reversed(LIB)), 1500, 0)
+    assert max(stats.majority_baseline(made).values()) <= 0.25 and set(
+        Counter(r['family'] for r in made)
+    ) == set(questions.QUESTION_FAMILIES)
     signatures = {f.signature: f for f in LIB}
     for r in made:
-        if r['family'] == 'arity': assert (r['output'], r['fact']) == (', '.join(p for p, _ in signatures[r['input']].params) + f": {r['fact']}", str(len(signatures[r['input']].params)))
-        elif r['family'] == 'summary': assert [l for l in r['input'].splitlines() if l.split(': ')[1] in r['instruction']] == [r['output']] and r['output'].startswith(r['fact'] + ': ')
-        elif r['family'] == 'describe': assert r['output'] in r['input'].splitlines() and r['output'].split(':')[0] in r['instruction'] and r['output'].endswith(f": {r['fact']}")
-        else: assert r['output'] in r['input'] and r['output'].endswith(r['fact'])
+        if r['family'] == 'arity':
+            assert (r['output'], r['fact']) == (
+                ', '.join(p for p, _ in signatures[r['input']].params) + f": {r['fact']}",
+                str(len(signatures[r['input']].params)),
+            )
+        elif r['family'] == 'summary':
+            assert [l for l in r['input'].splitlines() if l.split(': ')[1] in r['instruction']] == [
+                r['output']
+            ] and r['output'].startswith(r['fact'] + ': ')
+        elif r['family'] == 'describe':
+            assert (
+                r['output'] in r['input'].splitlines()
+                and r['output'].split(':')[0] in r['instruction']
+                and r['output'].endswith(f": {r['fact']}")
+            )
+        else:
+            assert r['output'] in r['input'] and r['output'].endswith(r['fact'])
+
 
 def test_questions_avoid_and_refuse():
     judged = questions.make_questions(LIB, 100, 1)
     avoid = {(r['instruction'], r['input']) for r in judged}
-    assert not avoid & {(r['instruction'], r['input']) for r in questions.make_questions(LIB, 1000, 0, avoid=avoid)}
-    with pytest.raises(LabError, match='0 functions give 0 questions'): questions.make_questions([], 5, 0)
-    with pytest.raises(LabError, match="unknown question family 'count'"): questions.make_questions(LIB, 5, 0, families=('count',))
+    assert not avoid & {
+        (r['instruction'], r['input']) for r in questions.make_questions(LIB, 1000, 0, avoid=avoid)
+    }
+    with pytest.raises(LabError, match='0 functions give 0 questions'):
+        questions.make_questions([], 5, 0)
+    with pytest.raises(LabError, match="unknown question family 'count'"):
+        questions.make_questions(LIB, 5, 0, families=('count',))
+
 
 def test_twins_of_held_out_functions_are_not_trained_on():
     held = [F('area', ()), F('size', (), 'Give the size.')]
-    assert [f.name for f in questions.unlike([F('area', (), 'x'), F('extent', (), 'give the SIZE. '), F('walk', (), 'Walk.')], held)] == ['walk']
+    assert [
+        f.name
+        for f in questions.unlike(
+            [F('area', (), 'x'), F('extent', (), 'give the SIZE. '), F('walk', (), 'Walk.')], held
+        )
+    ] == ['walk']
 
 
 # the stage ------------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def prepared(tmp_path, monkeypatch):
@@ -270,82 +510,177 @@ def prepared(tmp_path, monkeypatch):
     from k2lab import prepare_corpus
     from k2lab.lab.job import start
     from k2lab.lab.launch import launch
-    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path/'runs'))
+
+    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
+
     def run(**changes):
         job = start('prepare_corpus', 'smoke', None, changes)
         launch(prepare_corpus.work, job)
         return job.finish()
+
     return run
 
-def prompts(job, name): return {verify.prompt_of(r) for r in rows.read_rows(job.folder/f'{name}.jsonl')}
+
+def prompts(job, name):
+    return {verify.prompt_of(r) for r in rows.read_rows(job.folder / f'{name}.jsonl')}
+
 
 def test_domain_mode_leaves_six_files_that_do_not_meet(prepared):
     job = prepared()
-    assert set(job.record['saves']) == {'domain', 'domain_heldout', 'general', 'general_heldout', 'domain_sft', 'domain_questions'}
-    assert all(c['ok'] for c in job.record['checks']) and len(prompts(job, 'domain_questions')) == 40
+    assert set(job.record['saves']) == {
+        'domain',
+        'domain_heldout',
+        'general',
+        'general_heldout',
+        'domain_sft',
+        'domain_questions',
+    }
+    assert (
+        all(c['ok'] for c in job.record['checks']) and len(prompts(job, 'domain_questions')) == 40
+    )
     assert not prompts(job, 'domain_sft') & prompts(job, 'domain_questions')
-    keys = lambda name: {r['key'] for r in rows.read_rows(job.folder/f'{name}.jsonl', 'domain')}
-    assert not keys('domain') & keys('domain_heldout') and all(operators.held_out(k, 15) for k in keys('domain_heldout')) and not any(operators.held_out(k, 15) for k in keys('domain'))
-    asked = {r['id'].split(': ')[1].split('/')[0] for r in rows.read_rows(job.folder/'domain_questions.jsonl', 'domain_sft')}
+    keys = lambda name: {r['key'] for r in rows.read_rows(job.folder / f'{name}.jsonl', 'domain')}
+    assert (
+        not keys('domain') & keys('domain_heldout')
+        and all(operators.held_out(k, 15) for k in keys('domain_heldout'))
+        and not any(operators.held_out(k, 15) for k in keys('domain'))
+    )
+    asked = {
+        r['id'].split(': ')[1].split('/')[0]
+        for r in rows.read_rows(job.folder / 'domain_questions.jsonl', 'domain_sft')
+    }
     assert all(operators.held_out(k, 15) for k in asked)
-    card = json.loads((job.folder/'card.json').read_text())
-    assert [c['name'] for c in card['corpora']] == list(job.record['saves']) and all(c['licence'] != 'unknown' and c['origin'] for c in card['corpora'])
+    card = json.loads((job.folder / 'card.json').read_text())
+    assert [c['name'] for c in card['corpora']] == list(job.record['saves']) and all(
+        c['licence'] != 'unknown' and c['origin'] for c in card['corpora']
+    )
+
 
 def test_reasoning_mode_leaves_four_files_that_do_not_meet(prepared):
     job = prepared(mode='reasoning')
-    assert set(job.record['saves']) == {'reasoning', 'reasoning_sft', 'reasoning_prompts', 'reasoning_eval'}
+    assert set(job.record['saves']) == {
+        'reasoning',
+        'reasoning_sft',
+        'reasoning_prompts',
+        'reasoning_eval',
+    }
     sets = [prompts(job, name) for name in ('reasoning_sft', 'reasoning_prompts', 'reasoning_eval')]
     assert [len(s) for s in sets] == [80, 24, 40] and len(set.union(*sets)) == 144
-    assert rows.read_rows(job.folder/'reasoning.jsonl', 'reasoning')[0]['source'] == 'puzzles/chain'
+    assert (
+        rows.read_rows(job.folder / 'reasoning.jsonl', 'reasoning')[0]['source'] == 'puzzles/chain'
+    )
+
 
 def test_the_same_seed_gives_the_same_bytes(prepared):
-    shas = [prepared(mode='reasoning', seed=seed).record['saves']['reasoning_sft']['sha256'] for seed in (0, 0, 1)]
+    shas = [
+        prepared(mode='reasoning', seed=seed).record['saves']['reasoning_sft']['sha256']
+        for seed in (0, 0, 1)
+    ]
     assert shas[0] == shas[1] != shas[2]
 
+
 def test_rows_of_your_own_join_and_a_copied_test_question_does_not(prepared, tmp_path):
-    judged = rows.read_rows(prepared(mode='reasoning').folder/'reasoning_eval.jsonl')
-    mine = [dict(prompt=f'My problem {i}?', reasoning='so', final=str(i)) for i in range(20)] + [dict(judged[0], final='stolen')]
-    (tmp_path/'mine.jsonl').write_text('\n'.join(map(json.dumps, mine)))
-    job = prepared(mode='reasoning', own_rows=[str(tmp_path/'mine.jsonl')])
+    judged = rows.read_rows(prepared(mode='reasoning').folder / 'reasoning_eval.jsonl')
+    mine = [dict(prompt=f'My problem {i}?', reasoning='so', final=str(i)) for i in range(20)] + [
+        dict(judged[0], final='stolen')
+    ]
+    (tmp_path / 'mine.jsonl').write_text('\n'.join(map(json.dumps, mine)))
+    job = prepared(mode='reasoning', own_rows=[str(tmp_path / 'mine.jsonl')])
     train, test = prompts(job, 'reasoning_sft'), prompts(job, 'reasoning_eval')
     own = {r['prompt'] for r in mine[:20]}
     assert own <= train | test and own & train and own & test and not train & test
 
+
 MISSING = dict(package='no_such_package')
 
-@pytest.mark.parametrize('changes,message', [
-    (dict(sources=[]), 'no documents in an empty list of sources'), *((dict(key), "'no_such_package' is not installed") for key in (dict(sources=[MISSING]), dict(general_sources=[MISSING]), dict(question_sources=[MISSING]))),
-    (dict(refine=dict(least=10**6)), 'no document of networkx 3.6.1 passes'), (dict(refine=dict(lest=5)), "did you mean 'least'"), (dict(refine=dict(near=2)), 'a Jaccard similarity'), (dict(held_percent=100), 'leave 0 to train on'), (dict(own_rows=['nowhere.jsonl']), 'nowhere.jsonl: no such file'),
-    (dict(mode='reasoning', families=['sums']), "unknown puzzle family 'sums'"), (dict(mode='resoning'), 'mode must be'), (dict(puzles=3), "did you mean 'puzzles'")])
+
+@pytest.mark.parametrize(
+    'changes,message',
+    [
+        (dict(sources=[]), 'no documents in an empty list of sources'),
+        *(
+            (dict(key), "'no_such_package' is not installed")
+            for key in (
+                dict(sources=[MISSING]),
+                dict(general_sources=[MISSING]),
+                dict(question_sources=[MISSING]),
+            )
+        ),
+        (dict(refine=dict(least=10**6)), 'no document of networkx 3.6.1 passes'),
+        (dict(refine=dict(lest=5)), "did you mean 'least'"),
+        (dict(refine=dict(near=2)), 'a Jaccard similarity'),
+        (dict(heldout_percent=100), 'leave 0 to train on'),
+        (dict(own_rows=['nowhere.jsonl']), 'nowhere.jsonl: no such file'),
+        (dict(mode='reasoning', families=['sums']), "unknown puzzle family 'sums'"),
+        (dict(mode='resoning'), 'mode must be'),
+        (dict(puzles=3), "did you mean 'puzzles'"),
+    ],
+)
 def test_bad_input_is_one_clear_line(prepared, changes, message):
-    with pytest.raises(LabError) as e: prepared(**changes)
+    with pytest.raises(LabError) as e:
+        prepared(**changes)
     assert message in str(e.value) and '\n' not in str(e.value)
 
+
 def test_an_empty_or_broken_file_source_is_refused(prepared, tmp_path):
-    (tmp_path/'empty.jsonl').write_text('')
-    (tmp_path/'bad.jsonl').write_text('{"text": "a"}\n{"text": 1}\n')
-    for limit, file, message in ((5, 'empty', 'no documents in .*empty.jsonl'), (None, 'empty', 'no rows in .*empty.jsonl'), (5, 'bad', "bad.jsonl:2: 'text' must be text"),
-                                 (None, 'bad', "1 of 2 rows are bad .*bad.jsonl, line 2: 'text' must be text")):
-        with pytest.raises(LabError, match=message): prepared(limit=limit, sources=[dict(files=str(tmp_path/f'{file}.jsonl'))])
+    (tmp_path / 'empty.jsonl').write_text('')
+    (tmp_path / 'bad.jsonl').write_text('{"text": "a"}\n{"text": 1}\n')
+    for limit, file, message in (
+        (5, 'empty', 'no documents in .*empty.jsonl'),
+        (None, 'empty', 'no rows in .*empty.jsonl'),
+        (5, 'bad', "bad.jsonl:2: 'text' must be text"),
+        (None, 'bad', "1 of 2 rows are bad .*bad.jsonl, line 2: 'text' must be text"),
+    ):
+        with pytest.raises(LabError, match=message):
+            prepared(limit=limit, sources=[dict(files=str(tmp_path / f'{file}.jsonl'))])
+
 
 def test_files_without_functions_ask_for_rows_of_your_own(prepared, tmp_path):
-    for i in range(40): (tmp_path/f'note{i}.md').write_text(f'# Note {i}\n' + ' '.join(f'w{i}x{j}' for j in range(40)))
+    for i in range(40):
+        (tmp_path / f'note{i}.md').write_text(
+            f'# Note {i}\n' + ' '.join(f'w{i}x{j}' for j in range(40))
+        )
     source = [dict(files=f'{tmp_path}/*.md', licence='CC0-1.0')]
-    with pytest.raises(LabError, match='domain questions need a package'): prepared(sources=source)
+    with pytest.raises(LabError, match='domain questions need a package'):
+        prepared(sources=source)
     mine = [dict(instruction=f'What is note {i}?', input='', output=f'Note {i}') for i in range(60)]
-    (tmp_path/'mine.jsonl').write_text('\n'.join(map(json.dumps, mine)))
-    job = prepared(sources=source, own_rows=[str(tmp_path/'mine.jsonl')])
+    (tmp_path / 'mine.jsonl').write_text('\n'.join(map(json.dumps, mine)))
+    job = prepared(sources=source, own_rows=[str(tmp_path / 'mine.jsonl')])
     assert len(prompts(job, 'domain_sft')) + len(prompts(job, 'domain_questions')) == 60
 
 
 def test_text_alone_needs_no_questions(prepared, tmp_path):
-    (tmp_path/'notes.jsonl').write_text(''.join(json.dumps(dict(text=f'# Note {i} ' + ' '.join(f'w{i}x{j}' for j in range(40)), key=f'note{i}')) + '\n' for i in range(40)))
-    job = prepared(sources=[dict(files=f'{tmp_path}/notes.jsonl', licence='CC0-1.0')], questions=0, general_sources=[], limit=None, heldout_rows=40)
-    assert set(job.record['saves']) == {'domain', 'domain_heldout'} and all(c['ok'] for c in job.record['checks'])
-    keys = [{r['key'] for r in rows.read_rows(job.folder/f'{name}.jsonl', 'domain')} for name in ('domain', 'domain_heldout')]
-    assert keys[1] == {f'note{i}' for i in range(40) if operators.held_out(f'note{i}', 15)} and keys[0] | keys[1] == {f'note{i}' for i in range(40)} and not keys[0] & keys[1]
+    (tmp_path / 'notes.jsonl').write_text(
+        ''.join(
+            json.dumps(
+                dict(text=f'# Note {i} ' + ' '.join(f'w{i}x{j}' for j in range(40)), key=f'note{i}')
+            )
+            + '\n'
+            for i in range(40)
+        )
+    )
+    job = prepared(
+        sources=[dict(files=f'{tmp_path}/notes.jsonl', licence='CC0-1.0')],
+        questions=0,
+        general_sources=[],
+        limit=None,
+        heldout_rows=40,
+    )
+    assert set(job.record['saves']) == {'domain', 'domain_heldout'} and all(
+        c['ok'] for c in job.record['checks']
+    )
+    keys = [
+        {r['key'] for r in rows.read_rows(job.folder / f'{name}.jsonl', 'domain')}
+        for name in ('domain', 'domain_heldout')
+    ]
+    assert (
+        keys[1] == {f'note{i}' for i in range(40) if operators.held_out(f'note{i}', 15)}
+        and keys[0] | keys[1] == {f'note{i}' for i in range(40)}
+        and not keys[0] & keys[1]
+    )
 
 
 @pytest.mark.parametrize('mode', ['domain', 'reasoning'])
 def test_an_unknown_family_is_refused_in_either_mode(mode):
-    with pytest.raises(LabError, match="'chian' .did you mean 'chain'"): PrepareConfig(mode=mode, families=['chian'])
+    with pytest.raises(LabError, match="'chian' .did you mean 'chain'"):
+        PrepareConfig(mode=mode, families=['chian'])

@@ -1,9 +1,17 @@
 """Several training processes: ZeRO-2, ZeRO-3, FSDP2 and plain data parallelism, two CPU ranks each with gloo, on the small K2-shaped mixture.
 Each trains, saves whole tensors that one process opens, has the loss curve of one process with the same global batch, and goes on after a kill as if there had been none. `make test` does ZeRO-3 and FSDP2; `make test-faults` all of it."""
-import os, shutil, signal, subprocess, sys, time
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-import psutil, pytest, yaml
+import psutil
+import pytest
+import yaml
 
 torch = pytest.importorskip('torch')
 from k2lab.lab.files import read_lines
@@ -11,7 +19,17 @@ from k2lab.lab.records import read_run
 from k2lab.models.load import open_model
 
 ROOT = Path(__file__).parent.parent
-TOLD = ['--scale', 'smoke', 'measures=[domain_bits_per_byte]', 'mix={domain_sft: 60, domain: 4}', 'trainer.max_steps=12', 'trainer.num_train_epochs=9', 'trainer.save_steps=4', 'trainer.logging_steps=1', 'trainer.learning_rate=3e-3']
+TOLD = [
+    '--scale',
+    'smoke',
+    'measures=[domain_bits_per_byte]',
+    'mix={domain_sft: 60, domain: 4}',
+    'trainer.max_steps=12',
+    'trainer.num_train_epochs=9',
+    'trainer.save_steps=4',
+    'trainer.logging_steps=1',
+    'trainer.learning_rate=3e-3',
+]
 LORA = 'load={lora_rank: 4, adapt: [attention, shared, dense, routed]}'
 # accelerate runs FSDP as plain data parallelism on a CPU, without a word; relabelled like this it is real (for tests only)
 SHIM = '''
@@ -30,39 +48,60 @@ if os.environ.get('ACCELERATE_USE_FSDP'):
 def home(tmp_path_factory):
     "Launch files as shipped, but for two CPU processes in full precision."
     folder = tmp_path_factory.mktemp('lab')
-    shutil.copytree(ROOT/'configs', folder/'configs')
-    for path in (folder/'configs'/'accelerate').glob('*.yaml'):
+    shutil.copytree(ROOT / 'configs', folder / 'configs')
+    for path in (folder / 'configs' / 'accelerate').glob('*.yaml'):
         told = yaml.safe_load(path.read_text())
         told |= dict(mixed_precision='no', num_processes=2, use_cpu=True)
-        if told['distributed_type'] == 'DEEPSPEED': told.pop('mixed_precision')
-        if 'fsdp_config' in told: told['fsdp_config']['fsdp_cpu_ram_efficient_loading'] = False      # copies to a device, and there is none
+        if told['distributed_type'] == 'DEEPSPEED':
+            told.pop('mixed_precision')
+        if 'fsdp_config' in told:
+            told['fsdp_config']['fsdp_cpu_ram_efficient_loading'] = (
+                False  # copies to a device, and there is none
+            )
         path.write_text(yaml.safe_dump(told))
-    (folder/'shim').mkdir()
-    (folder/'shim'/'sitecustomize.py').write_text(SHIM)
+    (folder / 'shim').mkdir()
+    (folder / 'shim' / 'sitecustomize.py').write_text(SHIM)
     return folder
 
 
-def command(home:Path, *words) -> subprocess.Popen:
+def command(home: Path, *words) -> subprocess.Popen:
     "A started `k2lab` command, one thread a process."
-    env = dict(os.environ, K2LAB_LAB_RUNS_PATH=str(home/'runs'), K2LAB_LAB_CONFIGS_PATH=str(home/'configs'), OMP_NUM_THREADS='1', PYTHONPATH=f"{home/'shim'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    return subprocess.Popen([sys.executable, '-m', 'k2lab', *words], env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    env = dict(
+        os.environ,
+        K2LAB_LAB_RUNS_PATH=str(home / 'runs'),
+        K2LAB_LAB_CONFIGS_PATH=str(home / 'configs'),
+        OMP_NUM_THREADS='1',
+        PYTHONPATH=f"{home / 'shim'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    )
+    return subprocess.Popen(
+        [sys.executable, '-m', 'k2lab', *words],
+        env=env,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
-def run_of(home:Path, campaign:str, *words) -> Path:
+def run_of(home: Path, campaign: str, *words) -> Path:
     "A finished run's folder."
     command(home, 'train_sft_domain', '--campaign', campaign, *TOLD, *words).wait(400)
-    return next((home/'runs'/campaign).iterdir())
+    return next((home / 'runs' / campaign).iterdir())
 
 
-def curve(folder:Path) -> list: return [r['loss'] for r in read_lines(folder/'metrics.jsonl') if 'loss' in r]
+def curve(folder: Path) -> list:
+    return [r['loss'] for r in read_lines(folder / 'metrics.jsonl') if 'loss' in r]
 
 
-def tensors(folder:Path) -> dict: return open_model(folder/'k2_domain_instruct').state_dict()
+def tensors(folder: Path) -> dict:
+    return open_model(folder / 'k2_domain_instruct').state_dict()
 
 
-def told(folder:Path) -> dict:
+def told(folder: Path) -> dict:
     record = read_run(folder)
-    assert record['status'] == 'complete', record['reason'] + (folder/'log.txt').read_text()[-3000:]
+    assert record['status'] == 'complete', (
+        record['reason'] + (folder / 'log.txt').read_text()[-3000:]
+    )
     return record
 
 
@@ -70,9 +109,14 @@ def told(folder:Path) -> dict:
 def alone(home):
     "The same training in one process: batches of 4 instead of two times 2."
     made = {}
+
     def get(*words):
-        if words not in made: made[words] = run_of(home, f'alone{len(made)}', 'trainer.per_device_train_batch_size=4', *words)
+        if words not in made:
+            made[words] = run_of(
+                home, f'alone{len(made)}', 'trainer.per_device_train_batch_size=4', *words
+            )
         return made[words]
+
     return get
 
 
@@ -83,42 +127,86 @@ FULL = os.environ.get('K2LAB_FAULTS') == 'full'
 @pytest.mark.parametrize('way', WAYS if FULL else ['zero3', 'fsdp2'])
 def test_two_processes_train_what_one_trains(way, home, alone):
     name = way.split()[0]
-    if 'zero' in name: pytest.importorskip('deepspeed', reason='ZeRO needs deepspeed: pip install "k2lab[deepspeed]"')
-    one, two = alone(*WAYS[way]), run_of(home, way.replace(' ', '-'), 'processes=2', f'accelerate={name}', 'trainer.per_device_train_batch_size=2', *WAYS[way])
+    if 'zero' in name:
+        pytest.importorskip(
+            'deepspeed', reason='ZeRO needs deepspeed: pip install "k2lab[deepspeed]"'
+        )
+    one, two = (
+        alone(*WAYS[way]),
+        run_of(
+            home,
+            way.replace(' ', '-'),
+            'processes=2',
+            f'accelerate={name}',
+            'trainer.per_device_train_batch_size=2',
+            *WAYS[way],
+        ),
+    )
     a, b = told(one)['training']['train'], told(two)['training']['train']
     assert len(curve(two)) == 12 and curve(two) == pytest.approx(curve(one), rel=2e-5)
-    assert {k: a[k] for k in ('rows', 'tokens', 'trained_tokens', 'ends_of_turn', 'steps')} == {k: b[k] for k in ('rows', 'tokens', 'trained_tokens', 'ends_of_turn', 'steps')}
+    assert {k: a[k] for k in ('rows', 'tokens', 'trained_tokens', 'ends_of_turn', 'steps')} == {
+        k: b[k] for k in ('rows', 'tokens', 'trained_tokens', 'ends_of_turn', 'steps')
+    }
     assert a['trained_parameters'] == b['trained_parameters']
     export = read_run(two)['export']
-    assert ('tensors' in export) == (way in ('zero3', 'fsdp2')) and not export.get('differing')      # else the weights were not split, and the test is one of plain data parallelism
-    start, end, got = open_model(home/'runs'/'.smoke'/'k2').state_dict(), tensors(one), tensors(two)
-    moved = sum(float((end[n] - start[n]).norm()**2) for n in end)**.5
-    apart = sum(float((end[n] - got[n]).norm()**2) for n in end)**.5
-    print(f'\n{way}: two processes end {apart/moved:.1e} of the way away from where one does; losses differ by at most {max(abs(x/y - 1) for x, y in zip(curve(one), curve(two))):.1e}')
-    assert apart < .01*moved
+    assert ('tensors' in export) == (way in ('zero3', 'fsdp2')) and not export.get(
+        'differing'
+    )  # else the weights were not split, and the test is one of plain data parallelism
+    start, end, got = (
+        open_model(home / 'runs' / '.smoke' / 'k2').state_dict(),
+        tensors(one),
+        tensors(two),
+    )
+    moved = sum(float((end[n] - start[n]).norm() ** 2) for n in end) ** 0.5
+    apart = sum(float((end[n] - got[n]).norm() ** 2) for n in end) ** 0.5
+    print(
+        f'\n{way}: two processes end {apart / moved:.1e} of the way away from where one does; losses differ by at most {max(abs(x / y - 1) for x, y in zip(curve(one), curve(two))):.1e}'
+    )
+    assert apart < 0.01 * moved
 
 
-def killed(home:Path, campaign:str, *words) -> Path:
+def killed(home: Path, campaign: str, *words) -> Path:
     "A run one of whose two training processes was killed after its first checkpoint."
     proc = command(home, 'train_sft_domain', '--campaign', campaign, *TOLD, *words)
     end = time.monotonic() + 200
-    while time.monotonic() < end and not list((home/'runs'/campaign).glob('*/trainer/train/checkpoint-4/MANIFEST.json')): time.sleep(.02)
-    workers = [c for c in psutil.Process(proc.pid).children(recursive=True) if 'k2lab work' in ' '.join(c.cmdline()) and 'accelerate' not in ' '.join(c.cmdline())]
+    while time.monotonic() < end and not list(
+        (home / 'runs' / campaign).glob('*/trainer/train/checkpoint-4/MANIFEST.json')
+    ):
+        time.sleep(0.02)
+    workers = [
+        c
+        for c in psutil.Process(proc.pid).children(recursive=True)
+        if 'k2lab work' in ' '.join(c.cmdline()) and 'accelerate' not in ' '.join(c.cmdline())
+    ]
     os.kill(workers[-1].pid, signal.SIGKILL)
     proc.wait(60)
-    return next((home/'runs'/campaign).iterdir())
+    return next((home / 'runs' / campaign).iterdir())
 
 
 @pytest.mark.parametrize('way', WAYS if FULL else ['zero3'])
 def test_two_killed_processes_go_on(way, home):
     name = way.split()[0]
-    if 'zero' in name: pytest.importorskip('deepspeed', reason='ZeRO needs deepspeed: pip install "k2lab[deepspeed]"')
-    words = ['processes=2', f'accelerate={name}', 'trainer.per_device_train_batch_size=2', *WAYS[way]]
-    whole = next((home/'runs'/way.replace(' ', '-')).iterdir(), None) if (home/'runs'/way.replace(' ', '-')).exists() else run_of(home, way.replace(' ', '-'), *words)
+    if 'zero' in name:
+        pytest.importorskip(
+            'deepspeed', reason='ZeRO needs deepspeed: pip install "k2lab[deepspeed]"'
+        )
+    words = [
+        'processes=2',
+        f'accelerate={name}',
+        'trainer.per_device_train_batch_size=2',
+        *WAYS[way],
+    ]
+    whole = (
+        next((home / 'runs' / way.replace(' ', '-')).iterdir(), None)
+        if (home / 'runs' / way.replace(' ', '-')).exists()
+        else run_of(home, way.replace(' ', '-'), *words)
+    )
     folder = killed(home, 'killed-' + way.replace(' ', '-'), *words)
     assert read_run(folder)['status'] == 'failed'
     assert command(home, 'resume', str(folder)).wait(200) == 0
     record, want = told(folder), told(whole)
-    assert record['training']['train']['stream_sha256'] == want['training']['train']['stream_sha256']
+    assert (
+        record['training']['train']['stream_sha256'] == want['training']['train']['stream_sha256']
+    )
     assert curve(folder) == curve(whole)
     assert all(torch.equal(t, tensors(whole)[n]) for n, t in tensors(folder).items())

@@ -1,29 +1,55 @@
 """Whatever engine encodes, the ids are the tokenizer's own."""
-import random, sys, unicodedata
 
-import numpy as np, pyarrow as pa, pytest
+import random
+import sys
+import unicodedata
 
-from k2lab.text import encoder
-from k2lab.text.encoder import ENGINES, NASTY, Encoder, count_tokens, encoder, encode_stream
+import numpy as np
+import pyarrow as pa
+import pytest
+
 from k2lab.models.load import open_tokenizer, shipped
-from k2lab.text.tokenizer import plain_tokenizer
+from k2lab.text import encoder
+from k2lab.text.encoder import ENGINES, NASTY, Encoder, count_tokens, encode_stream, encoder
 from k2lab.text.masks import concatenate
+from k2lab.text.tokenizer import plain_tokenizer
 
 TOKS = {kind: open_tokenizer(shipped(kind)) for kind in ('k2', 'qwen')}
 
 
-def wild(seed:int, n:int) -> list:
+def wild(seed: int, n: int) -> list:
     "n texts of code points of all planes, of scripts, marks, digits and white space."
     rng = random.Random(seed)
-    pools = [range(32, 127), range(0xa0, 0x250), range(0x300, 0x370), range(0x4e00, 0x9fff), range(0xe01, 0xe5c), range(0x1f300, 0x1faff), range(0x3041, 0x30ff), range(0x600, 0x6ff), [9, 10, 13, 32, 0x3000, 0x2028], range(48, 58), range(0x110000)]
+    pools = [
+        range(32, 127),
+        range(0xA0, 0x250),
+        range(0x300, 0x370),
+        range(0x4E00, 0x9FFF),
+        range(0xE01, 0xE5C),
+        range(0x1F300, 0x1FAFF),
+        range(0x3041, 0x30FF),
+        range(0x600, 0x6FF),
+        [9, 10, 13, 32, 0x3000, 0x2028],
+        range(48, 58),
+        range(0x110000),
+    ]
     draw = lambda: chr(rng.choice(rng.choice(pools)))
-    return [''.join(c for c in (draw() for _ in range(rng.randrange(80))) if unicodedata.category(c) != 'Cs') for _ in range(n)]
+    return [
+        ''.join(
+            c for c in (draw() for _ in range(rng.randrange(80))) if unicodedata.category(c) != 'Cs'
+        )
+        for _ in range(n)
+    ]
 
 
-def own(tok, texts:list) -> list: return [one.ids for one in plain_tokenizer(tok).encode_batch_fast(texts, add_special_tokens=False)]
+def own(tok, texts: list) -> list:
+    return [
+        one.ids for one in plain_tokenizer(tok).encode_batch_fast(texts, add_special_tokens=False)
+    ]
 
 
-def parts(found) -> list: return [found[0][a:b].tolist() for a, b in zip(found[1], found[1][1:])]
+def parts(found) -> list:
+    return [found[0][a:b].tolist() for a, b in zip(found[1], found[1][1:])]
 
 
 @pytest.mark.parametrize('kind', TOKS)
@@ -31,10 +57,13 @@ def parts(found) -> list: return [found[0][a:b].tolist() for a, b in zip(found[1
 def test_an_engine_gives_the_tokenizers_ids(kind, name):
     pytest.importorskip(name, reason=f'{name} is not installed')
     if (kind, name) == ('qwen', 'tiktoken'):
-        with pytest.raises(ValueError, match='no normaliser'): ENGINES[name](plain_tokenizer(TOKS[kind]))
+        with pytest.raises(ValueError, match='no normaliser'):
+            ENGINES[name](plain_tokenizer(TOKS[kind]))
         return
     work, texts = ENGINES[name](plain_tokenizer(TOKS[kind])), NASTY + wild(0, 3000)
-    wrong = [text for text, a, b in zip(texts, parts(work(texts)), own(TOKS[kind], texts)) if a != b]
+    wrong = [
+        text for text, a, b in zip(texts, parts(work(texts)), own(TOKS[kind], texts)) if a != b
+    ]
     assert not wrong, (len(wrong), wrong[0])
 
 
@@ -46,9 +75,11 @@ def test_control_tokens_in_a_document_are_plain_text():
 def test_an_engine_that_is_wrong_once_is_not_used_and_this_is_said(monkeypatch):
     tok = TOKS['k2']
     for trip in (NASTY[8], 'an ordinary page with one odd word'):
+
         def lying(engine):
             honest = encoder.by_tokenizers(engine)
             return lambda texts: honest([text + '!' if text == trip else text for text in texts])
+
         monkeypatch.setattr(encoder, 'ENGINES', dict(lying=lying))
         texts = ['one', 'an ordinary page with one odd word', 'two']
         with pytest.warns(UserWarning, match='lying is not used: it gives other token ids for'):
@@ -63,12 +94,14 @@ def test_the_first_thousand_texts_are_compared_and_no_more(monkeypatch):
     one = Encoder(TOKS['k2'])
     own_way = one.own
     one.own = lambda texts: compared.append(len(texts)) or own_way(texts)
-    for _ in range(4): one([f'page {i}' for i in range(420)])
+    for _ in range(4):
+        one([f'page {i}' for i in range(420)])
     assert one.name == 'same' and sum(compared) == 1000 and max(compared) == 50
 
 
 def test_without_fast_engines_the_tokenizer_does_it(monkeypatch):
-    for name in ENGINES: monkeypatch.setitem(sys.modules, name, None)
+    for name in ENGINES:
+        monkeypatch.setitem(sys.modules, name, None)
     one = Encoder(TOKS['k2'])
     assert one.name == 'tokenizers' and parts(one(NASTY)) == own(TOKS['k2'], NASTY)
 
@@ -78,12 +111,16 @@ def test_a_stream_has_an_end_after_each_document():
     by_hand = [i for ids in own(tok, texts) for i in [*ids, tok.eos_token_id]]
     assert encode_stream(tok, texts, tok.eos_token_id).tolist() == by_hand
     rows = concatenate(tok, texts, 3)
-    assert [i for row in rows for i in row['input_ids']] == by_hand and all(len(row['input_ids']) == 3 for row in rows[:-1])
+    assert [i for row in rows for i in row['input_ids']] == by_hand and all(
+        len(row['input_ids']) == 3 for row in rows[:-1]
+    )
 
 
 def test_tokens_are_counted_in_a_column():
     table = pa.table(dict(text=pa.chunked_array([['a graph', ''], ['edge']])))
-    assert count_tokens(table, TOKS['k2'])['tokens'].to_pylist() == [len(ids) for ids in own(TOKS['k2'], ['a graph', '', 'edge'])]
+    assert count_tokens(table, TOKS['k2'])['tokens'].to_pylist() == [
+        len(ids) for ids in own(TOKS['k2'], ['a graph', '', 'edge'])
+    ]
 
 
 def test_no_text_is_no_token():

@@ -1,19 +1,29 @@
 """kill -9 at seeded moments of a run: never a false `complete`, never an unreadable record, nothing left alive, and a resume that ends where the uninterrupted run does.
 
 `make test` does the quick part; `make test-faults` all of it (K2LAB_FAULTS=full)."""
-import json, multiprocessing, os, random, resource, signal, subprocess, sys, time
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil, pytest
+import psutil
+import pytest
 
-from k2lab.lab.reproduce import inputs, differences, reproduce, results, with_env
 from k2lab.lab.checkpoint import MANIFEST
 from k2lab.lab.config import LabError
-from k2lab.lab.files import read_lines, check_published
+from k2lab.lab.files import check_published, read_lines
 from k2lab.lab.job import prepare, start
 from k2lab.lab.records import read_run
+from k2lab.lab.reproduce import differences, inputs, reproduce, results, with_env
 from k2lab.lab.runner import execute
 
 FULL = os.environ.get('K2LAB_FAULTS') == 'full'
@@ -56,41 +66,66 @@ def train(job):
     job.check('counted', True)
 work = train
 '''
-CELLS = ["job = start('{stage}', scale, run, changes)", 'launch(train, job)', 'job.curve()', 'job.metrics()', 'job.finish(); import time; time.sleep(.2)']
+CELLS = [
+    "job = start('{stage}', scale, run, changes)",
+    'launch(train, job)',
+    'job.curve()',
+    'job.metrics()',
+    'job.finish(); import time; time.sleep(.2)',
+]
 
 
-def start_run(words:list, tag:str='') -> subprocess.Popen:
+def start_run(words: list, tag: str = '') -> subprocess.Popen:
     "A started `k2lab words`, silent; whatever it starts carries `tag` in its environment."
-    return subprocess.Popen([sys.executable, '-m', 'k2lab', *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-                            env={**os.environ, 'K2LAB_FAULT_TAG': tag, 'OMP_NUM_THREADS': '1'})
+    return subprocess.Popen(
+        [sys.executable, '-m', 'k2lab', *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, 'K2LAB_FAULT_TAG': tag, 'OMP_NUM_THREADS': '1'},
+    )
 
 
-def carrying(tag:str) -> list:
+def carrying(tag: str) -> list:
     "Living processes with this tag."
     found = []
     for p in psutil.process_iter():
         try:
-            if p.status() != psutil.STATUS_ZOMBIE and p.environ().get('K2LAB_FAULT_TAG') == tag: found.append(p)
-        except psutil.Error: pass
+            if p.status() != psutil.STATUS_ZOMBIE and p.environ().get('K2LAB_FAULT_TAG') == tag:
+                found.append(p)
+        except psutil.Error:
+            pass
     return found
 
 
-def reached(folder:Path, phase:str) -> bool:
+def reached(folder: Path, phase: str) -> bool:
     "Whether a run is at (or past) a phase, as its folder shows."
-    if not (folder/'run.json').exists(): return False
+    if not (folder / 'run.json').exists():
+        return False
     record = read_run(folder)
-    if phase == 'start': return True
-    if phase == 'data': return record['status'] != 'prepared'
-    if phase == 'step': return (folder/'metrics.jsonl').exists() and b'"step"' in (folder/'metrics.jsonl').read_bytes()
-    if phase == 'save': return any(not (p/MANIFEST).exists() for p in folder.glob('trainer/train/checkpoint-*')) or bool(record.get('training'))
-    if phase == 'evaluate': return bool(record['metrics'])
-    if phase == 'write': return bool(list(folder.glob('.k2_*.part'))) or bool(record['saves'])
+    if phase == 'start':
+        return True
+    if phase == 'data':
+        return record['status'] != 'prepared'
+    if phase == 'step':
+        return (folder / 'metrics.jsonl').exists() and b'"step"' in (
+            folder / 'metrics.jsonl'
+        ).read_bytes()
+    if phase == 'save':
+        return any(
+            not (p / MANIFEST).exists() for p in folder.glob('trainer/train/checkpoint-*')
+        ) or bool(record.get('training'))
+    if phase == 'evaluate':
+        return bool(record['metrics'])
+    if phase == 'write':
+        return bool(list(folder.glob('.k2_*.part'))) or bool(record['saves'])
     return bool(record.get('closed'))
 
 
-def victim_of(proc, folder:Path, victim:str):
+def victim_of(proc, folder: Path, victim: str):
     "The pid to kill: the runner, its kernel, or one of the kernel's training processes (the kernel itself where it trains)."
-    if victim == 'runner': return proc.pid
+    if victim == 'runner':
+        return proc.pid
     children = psutil.Process(proc.pid).children(recursive=True)
     said = {c: ' '.join(c.cmdline()) for c in children}
     kernels = [c for c in children if 'ipykernel' in said[c]]
@@ -99,56 +134,80 @@ def victim_of(proc, folder:Path, victim:str):
     return chosen[0].pid if chosen else None
 
 
-def kill_once(runs:Path, words:list, phase:str, victim:str, delay:float) -> dict:
+def kill_once(runs: Path, words: list, phase: str, victim: str, delay: float) -> dict:
     "Start a run in the campaign folder `runs`, kill the victim some time into a phase, look at what is left, resume; `{what was found: number}`."
     tag = f'{runs}'
     proc = start_run([*words, '--campaign', runs.name], tag)
     folder, pid, end = None, None, time.monotonic() + 90
     while proc.poll() is None and pid is None and time.monotonic() < end:
         folder = next(iter(runs.glob('*-*-*.*')), None) if runs.exists() else None
-        try: pid = victim_of(proc, folder, victim) if folder and reached(folder, phase) else None
-        except psutil.Error: pid = None
-        if pid is None: time.sleep(.002)
+        try:
+            pid = victim_of(proc, folder, victim) if folder and reached(folder, phase) else None
+        except psutil.Error:
+            pid = None
+        if pid is None:
+            time.sleep(0.002)
     time.sleep(delay)
-    try: os.kill(pid, signal.SIGKILL) if pid else None
-    except ProcessLookupError: pid = None
+    try:
+        os.kill(pid, signal.SIGKILL) if pid else None
+    except ProcessLookupError:
+        pid = None
     struck = time.monotonic()
     proc.wait(30)
     noticed = time.monotonic() - struck if pid and victim != 'runner' else 0
     gone = struck + 10
-    while (left := carrying(tag)) and time.monotonic() < max(gone, struck + noticed + .2): time.sleep(.05)
+    while (left := carrying(tag)) and time.monotonic() < max(gone, struck + noticed + 0.2):
+        time.sleep(0.05)
     return dict(killed=int(pid is not None), left=len(left), noticed=noticed, **after(folder))
 
 
-def after(folder:Path) -> dict:
+def after(folder: Path) -> dict:
     "The record after a kill and after the resume."
-    try: status = read_run(folder)['status']
-    except Exception: return dict(unreadable=1, status='unreadable')
-    if status == 'complete': return dict(unreadable=0, status=status, result=results(read_run(folder)), resumed=0)
+    try:
+        status = read_run(folder)['status']
+    except Exception:
+        return dict(unreadable=1, status='unreadable')
+    if status == 'complete':
+        return dict(unreadable=0, status=status, result=results(read_run(folder)), resumed=0)
     code = start_run(['resume', str(folder)]).wait(120)
     record = read_run(folder)
-    if code: print(f"\n{folder}: {status}; its resume ended with code {code}: {record['status']}, {record['reason']}")
-    return dict(unreadable=0, status=status, result=results(record) if record['status'] == 'complete' else None, resumed=int(code == 0))
+    if code:
+        print(
+            f"\n{folder}: {status}; its resume ended with code {code}: {record['status']}, {record['reason']}"
+        )
+    return dict(
+        unreadable=0,
+        status=status,
+        result=results(record) if record['status'] == 'complete' else None,
+        resumed=int(code == 0),
+    )
 
 
-def points(n:int, seed:int) -> list:
+def points(n: int, seed: int) -> list:
     "n `(phase, victim, seconds into the phase)`, every phase and victim about equally often."
     rng = random.Random(seed)
     every = [(p, v) for p in PHASES for v in VICTIMS]
     rng.shuffle(every)
-    return [(*every[i % len(every)], rng.uniform(0, .06)) for i in range(n)]
+    return [(*every[i % len(every)], rng.uniform(0, 0.06)) for i in range(n)]
 
 
-def kill_many(home:Path, words:list, n:int, seed:int) -> list:
+def kill_many(home: Path, words: list, n: int, seed: int) -> list:
     "What `n` kills at seeded points found, two runs at a time."
-    with ThreadPoolExecutor(2) as pool: return list(pool.map(lambda ip: kill_once(home/f'k{ip[0]}', words, *ip[1]), enumerate(points(n, seed))))
+    with ThreadPoolExecutor(2) as pool:
+        return list(
+            pool.map(
+                lambda ip: kill_once(home / f'k{ip[0]}', words, *ip[1]), enumerate(points(n, seed))
+            )
+        )
 
 
-def verdict(found:list, want:dict) -> Counter:
+def verdict(found: list, want: dict) -> Counter:
     "What the kills came to."
     count = Counter(kills=len(found))
     for f in found:
-        count['landed'] += f['killed']; count['left alive'] += f['left']; count['unreadable'] += f['unreadable']
+        count['landed'] += f['killed']
+        count['left alive'] += f['left']
+        count['unreadable'] += f['unreadable']
         count['false complete'] += f['status'] == 'complete' and f['result'] != want
         count['resumed'] += f.get('resumed', 0)
         count['same result'] += f.get('result') == want
@@ -156,45 +215,62 @@ def verdict(found:list, want:dict) -> Counter:
     return count
 
 
-def check(found:list, want:dict, name:str):
+def check(found: list, want: dict, name: str):
     "The promise, and the counts in sight."
     count = verdict(found, want)
     slowest = max(f['noticed'] for f in found)
-    print(f'\n{name}: ' + ', '.join(f'{v} {k}' for k, v in count.items()) + f'; a dead kernel or trainer was noticed within {slowest:.1f} s')
+    print(
+        f'\n{name}: '
+        + ', '.join(f'{v} {k}' for k, v in count.items())
+        + f'; a dead kernel or trainer was noticed within {slowest:.1f} s'
+    )
     assert slowest < 10
     assert (count['false complete'], count['unreadable'], count['left alive']) == (0, 0, 0)
     assert count['same result'] == count['kills']
-    assert count['landed'] >= .9*count['kills']
+    assert count['landed'] >= 0.9 * count['kills']
 
 
 @pytest.mark.parametrize('processes, kills', [(1, 150 if FULL else 24), (2, 14 if FULL else 3)])
 def test_killed_runs_of_a_small_stage(lab, processes, kills):
     lab.stage(20, 'train_toy', 'saves: k2_toy\n', cells=CELLS, module=STAGE)
-    lab.write('configs/accelerate/cpu.yaml', (Path(__file__).parent.parent/'configs/accelerate/cpu.yaml').read_text())
+    lab.write(
+        'configs/accelerate/cpu.yaml',
+        (Path(__file__).parent.parent / 'configs/accelerate/cpu.yaml').read_text(),
+    )
     words = ['train_toy', f'processes={processes}']
     assert start_run([*words, '--campaign', 'whole']).wait(120) == 0
-    want = results(read_run(next((lab.runs/'whole').iterdir())))
+    want = results(read_run(next((lab.runs / 'whole').iterdir())))
     check(kill_many(lab.runs, words, kills, processes), want, f'{processes} process(es)')
 
 
 def test_killed_runs_of_real_training(tmp_path, monkeypatch):
     monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path))
-    words = ['train_sft_domain', '--scale', 'smoke', 'trainer.save_steps=2', 'trainer.max_steps=8', 'trainer.num_train_epochs=4']
+    words = [
+        'train_sft_domain',
+        '--scale',
+        'smoke',
+        'trainer.save_steps=2',
+        'trainer.max_steps=8',
+        'trainer.num_train_epochs=4',
+    ]
     assert start_run([*words, '--campaign', 'whole']).wait(180) == 0
-    want = results(read_run(next((tmp_path/'whole').iterdir())))
+    want = results(read_run(next((tmp_path / 'whole').iterdir())))
     check(kill_many(tmp_path, words, 36 if FULL else 3, 7), want, 'real training')
 
 
 # ---- two runs, one folder ----------------------------------------------------------------------------------------------------
 
-def race(folders:list, barrier, won):
+
+def race(folders: list, barrier, won):
     "Try to start each prepared folder the moment the other process does; count the wins."
     for i, folder in enumerate(folders):
         barrier.wait()
-        try: job = start('train_toy', run=folder)
-        except LabError: continue
+        try:
+            job = start('train_toy', run=folder)
+        except LabError:
+            continue
         won[i] += 1
-        kept = job      # and with it the lock, until the next round
+        kept = job  # and with it the lock, until the next round
 
 
 def test_of_two_processes_one_gets_the_folder(lab):
@@ -203,24 +279,31 @@ def test_of_two_processes_one_gets_the_folder(lab):
     fork = multiprocessing.get_context('fork')
     barrier, won = fork.Barrier(2), fork.Array('i', n)
     both = [fork.Process(target=race, args=(folders, barrier, won)) for _ in range(2)]
-    for p in both: p.start()
-    for p in both: p.join(120)
+    for p in both:
+        p.start()
+    for p in both:
+        p.join(120)
     print(f'\nraces: {n}, one winner in {sum(w == 1 for w in won)}')
-    assert list(won) == [1]*n
+    assert list(won) == [1] * n
 
 
 # ---- the disk is full --------------------------------------------------------------------------------------------------------
 
-WRITER = STAGE.replace('STAGE', '').replace("    job.measure('value'", """    for kib in (80, 120, 180, 260, 360, 480, 600):
+WRITER = STAGE.replace('STAGE', '').replace(
+    "    job.measure('value'",
+    """    for kib in (80, 120, 180, 260, 360, 480, 600):
         with job.publishing(f'part_{kib}', '.txt') as path: path.write_text('x'*kib*1024)
-    job.measure('value'""")
+    job.measure('value'""",
+)
 
 
-def parses(folder:Path) -> bool:
+def parses(folder: Path) -> bool:
     "Whether every JSON file of a run folder can be read."
     for p in folder.rglob('*'):
-        if p.suffix in ('.json', '.ipynb'): json.loads(p.read_text())
-        if p.suffix == '.jsonl': read_lines(p)
+        if p.suffix in ('.json', '.ipynb'):
+            json.loads(p.read_text())
+        if p.suffix == '.jsonl':
+            read_lines(p)
     return True
 
 
@@ -229,61 +312,130 @@ def test_a_full_disk_loses_nothing_that_was_published(lab):
     rng, n = random.Random(3), 20 if FULL else 4
     good = 0
     for i, limit in enumerate(rng.sample(range(70, 600), n)):
-        cap = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit*1024, limit*1024))
-        code = subprocess.run([sys.executable, '-m', 'k2lab', 'train_toy', '--campaign', f'd{i}'], capture_output=True, preexec_fn=cap, timeout=90).returncode
-        folder = next((lab.runs/f'd{i}').iterdir())
+        cap = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit * 1024, limit * 1024))
+        code = subprocess.run(
+            [sys.executable, '-m', 'k2lab', 'train_toy', '--campaign', f'd{i}'],
+            capture_output=True,
+            preexec_fn=cap,
+            timeout=90,
+        ).returncode
+        folder = next((lab.runs / f'd{i}').iterdir())
         record = read_run(folder)
         kept = [name for name in record['saves'] if not check_published(folder, name, deep=True)]
-        good += (code, record['status'], record['reason'].startswith('disk full')) == (1, 'failed', True) and kept == list(record['saves']) and parses(folder)
+        good += (
+            (code, record['status'], record['reason'].startswith('disk full'))
+            == (1, 'failed', True)
+            and kept == list(record['saves'])
+            and parses(folder)
+        )
     print(f'\nfull disks: {n}, nothing lost and said so: {good}')
     assert good == n
 
 
 # ---- secrets -----------------------------------------------------------------------------------------------------------------
 
-LEAK = STAGE.replace('    time.sleep(.1)\n    place', """    import os
+LEAK = STAGE.replace(
+    '    time.sleep(.1)\n    place',
+    """    import os
     print(os.environ['HF_TOKEN'], 'and', 'sk-' + 'q'*24); os.write(1, os.environ['OPENAI_API_KEY'].encode())
     job.sample(when='before', prompt='say it', text=os.environ['WANDB_API_KEY']); job.log(note=os.environ['MY_SECRET'])
-    place""", 1)
+    place""",
+    1,
+)
 
 
 def test_twelve_planted_secrets_reach_no_file(lab, monkeypatch):
-    named = dict(HF_TOKEN='planted-token-one', OPENAI_API_KEY='planted-key-two', WANDB_API_KEY='planted-key-three', MY_SECRET='planted-secret-four', DB_PASSWORD='planted-word-five')
-    for k, v in named.items(): monkeypatch.setenv(k, v)
-    looks = ['hf_' + 'a'*24, 'ghp_' + 'b'*30, 'AKIA' + 'C'*16]
-    lab.stage(20, 'train_toy', 'saves: k2_toy\n', cells=[*CELLS, "raise ValueError('bad key " + looks[0] + "')"],
-              module=LEAK.replace("    accelerate: str = 'cpu'", "    api_key: str = ''   # a secret\n    trainer: dict = field(default_factory=dict)   # TRL's\n    accelerate: str = 'cpu'"))
-    lab.write('configs/env.yaml', 'models: {zero: ./zero.txt}\nendpoint: {api_key: planted-key-six, base_url: "http://me:planted-word-seven@127.0.0.1/v1"}\n')
-    changes = {'api_key': 'planted-key-eight', 'trainer.hub_token': 'planted-token-nine', 'trainer.note': looks[1], 'trainer.other': looks[2]}
+    named = dict(
+        HF_TOKEN='planted-token-one',
+        OPENAI_API_KEY='planted-key-two',
+        WANDB_API_KEY='planted-key-three',
+        MY_SECRET='planted-secret-four',
+        DB_PASSWORD='planted-word-five',
+    )
+    for k, v in named.items():
+        monkeypatch.setenv(k, v)
+    looks = ['hf_' + 'a' * 24, 'ghp_' + 'b' * 30, 'AKIA' + 'C' * 16]
+    lab.stage(
+        20,
+        'train_toy',
+        'saves: k2_toy\n',
+        cells=[*CELLS, "raise ValueError('bad key " + looks[0] + "')"],
+        module=LEAK.replace(
+            "    accelerate: str = 'cpu'",
+            "    api_key: str = ''   # a secret\n    trainer: dict = field(default_factory=dict)   # TRL's\n    accelerate: str = 'cpu'",
+        ),
+    )
+    lab.write(
+        'configs/env.yaml',
+        'models: {zero: ./zero.txt}\nendpoint: {api_key: planted-key-six, base_url: "http://me:planted-word-seven@127.0.0.1/v1"}\n',
+    )
+    changes = {
+        'api_key': 'planted-key-eight',
+        'trainer.hub_token': 'planted-token-nine',
+        'trainer.note': looks[1],
+        'trainer.other': looks[2],
+    }
     folder = execute('train_toy', changes=changes)
-    planted = [*named.values(), 'planted-key-six', 'planted-word-seven', 'planted-key-eight', 'planted-token-nine', *looks]
+    planted = [
+        *named.values(),
+        'planted-key-six',
+        'planted-word-seven',
+        'planted-key-eight',
+        'planted-token-nine',
+        *looks,
+    ]
     assert len(planted) == 12 and read_run(folder)['reason'].startswith('ValueError')
-    found = [(p.name, s) for p in folder.rglob('*') if p.is_file() for s in [*planted, 'sk-' + 'q'*24] if s in p.read_text(errors='replace')]
+    found = [
+        (p.name, s)
+        for p in folder.rglob('*')
+        if p.is_file()
+        for s in [*planted, 'sk-' + 'q' * 24]
+        if s in p.read_text(errors='replace')
+    ]
     assert found == []
-    assert '***' in (folder/'log.txt').read_text()
+    assert '***' in (folder / 'log.txt').read_text()
 
 
 # ---- done again --------------------------------------------------------------------------------------------------------------
 
-CHANGES = [('parameter', f'steps={n}') for n in (4, 5, 7, 8, 9)] + [('parameter', 'env'), ('parameter', 'saves')] + [('seed', n) for n in (1, 2, 3, 4)] \
-    + [('data', text) for text in ('1', '2', '5', '77', '-3', '12 ')] + [('code', n) for n in (1, 2, 3, 4, 5)] + [('package version', p) for p in ('torch', 'trl', 'numpy', 'python')] \
+CHANGES = (
+    [('parameter', f'steps={n}') for n in (4, 5, 7, 8, 9)]
+    + [('parameter', 'env'), ('parameter', 'saves')]
+    + [('seed', n) for n in (1, 2, 3, 4)]
+    + [('data', text) for text in ('1', '2', '5', '77', '-3', '12 ')]
+    + [('code', n) for n in (1, 2, 3, 4, 5)]
+    + [('package version', p) for p in ('torch', 'trl', 'numpy', 'python')]
     + [('hardware', k) for k in ('cpu', 'cores', 'memory_gib', 'system')]
+)
 
 
-def alter(lab, monkeypatch, kind:str, what):
+def alter(lab, monkeypatch, kind: str, what):
     "Change one input of the toy stage, for real where a test can."
     import k2lab.lab.reproduce as again
-    if kind == 'data': lab.write('zero.txt', what)
-    if kind == 'code': lab.write('toylab/train_toy.py', STAGE.replace('value*31', f'value*{31 + what}'))
-    if kind == 'package version': now = {**again.versions(), what: '9.9'}; monkeypatch.setattr(again, 'versions', lambda: now)
-    if kind == 'hardware': there = {**again.hardware(), what: 'other'}; monkeypatch.setattr(again, 'hardware', lambda: there)
+
+    if kind == 'data':
+        lab.write('zero.txt', what)
+    if kind == 'code':
+        lab.write('toylab/train_toy.py', STAGE.replace('value*31', f'value*{31 + what}'))
+    if kind == 'package version':
+        now = {**again.versions(), what: '9.9'}
+        monkeypatch.setattr(again, 'versions', lambda: now)
+    if kind == 'hardware':
+        there = {**again.hardware(), what: 'other'}
+        monkeypatch.setattr(again, 'hardware', lambda: there)
 
 
-def first_difference(lab, monkeypatch, kind:str, what, original:Path) -> str:
+def first_difference(lab, monkeypatch, kind: str, what, original: Path) -> str:
     "The kind of the first input that differs, when a run is done again (or, for what it was told, done beside it)."
-    told = {'parameter': {'env': {}, 'saves': {'saves': 'k2_other'}}.get(what, dict([str(what).split('=')]) if '=' in str(what) else {}), 'seed': {'seed': str(what)}}
+    told = {
+        'parameter': {'env': {}, 'saves': {'saves': 'k2_other'}}.get(
+            what, dict([str(what).split('=')]) if '=' in str(what) else {}
+        ),
+        'seed': {'seed': str(what)},
+    }
     if kind in told:
-        if what == 'env': lab.write('configs/env.yaml', 'models: {zero: ./zero.txt}\nsystem: You are another.\n')
+        if what == 'env':
+            lab.write('configs/env.yaml', 'models: {zero: ./zero.txt}\nsystem: You are another.\n')
         other = execute('train_toy', campaign='beside', changes=told[kind])
         found = differences(inputs(with_env(original)), inputs(with_env(other)))
     else:
@@ -294,21 +446,45 @@ def first_difference(lab, monkeypatch, kind:str, what, original:Path) -> str:
 
 def test_the_first_input_that_differs_is_named(lab, monkeypatch):
     lab.stage(20, 'train_toy', 'saves: k2_toy\n', cells=CELLS, module=STAGE)
-    env = (lab.root/'configs/env.yaml').read_text()
+    env = (lab.root / 'configs/env.yaml').read_text()
     original = execute('train_toy', campaign='first')
-    rng, right, chosen = random.Random(5), 0, CHANGES if FULL else random.Random(5).sample(CHANGES, 5)
+    rng, right, chosen = (
+        random.Random(5),
+        0,
+        CHANGES if FULL else random.Random(5).sample(CHANGES, 5),
+    )
     for kind, what in chosen:
-        with monkeypatch.context() as patch: right += first_difference(lab, patch, kind, what, original) == kind
-        lab.write('zero.txt', '0'); lab.write('toylab/train_toy.py', STAGE); lab.write('configs/env.yaml', env)
+        with monkeypatch.context() as patch:
+            right += first_difference(lab, patch, kind, what, original) == kind
+        lab.write('zero.txt', '0')
+        lab.write('toylab/train_toy.py', STAGE)
+        lab.write('configs/env.yaml', env)
     print(f'\nseeded differences: {len(chosen)}, named right {right}')
     assert right >= len(chosen) - (1 if FULL else 0)
 
 
-REPEATED = [('train_continual_pretrain', []), ('train_sft_domain', []), ('train_sft_reasoning', []), ('distill_to_student', []), ('prepare_corpus', ['mode=domain']), ('prepare_corpus', ['mode=reasoning']),
-            ('train_sft_domain', ['seed=1']), ('train_sft_reasoning', ['seed=1']), ('distill_to_student', ['seed=1']), ('train_sft_domain', ['trainer.num_train_epochs=2']),
-            ('sample_teacher', ['mode=preferences']), ('sample_teacher', ['mode=distill']), ('run_dpo_reasoning', []), ('evaluate', []),
-            ('train_sft_domain', ['trainer.gradient_accumulation_steps=2']), ('train_sft_domain', ['load={lora_rank: 4, adapt: [attention, shared]}']),
-            ('run_dpo_reasoning', ['seed=1']), ('train_continual_pretrain', ['seed=1']), ('prepare_corpus', ['seed=1']), ('distill_to_student', ['trainer.max_steps=6'])]
+REPEATED = [
+    ('train_continual_pretrain', []),
+    ('train_sft_domain', []),
+    ('train_sft_reasoning', []),
+    ('distill_to_student', []),
+    ('prepare_corpus', ['mode=domain']),
+    ('prepare_corpus', ['mode=reasoning']),
+    ('train_sft_domain', ['seed=1']),
+    ('train_sft_reasoning', ['seed=1']),
+    ('distill_to_student', ['seed=1']),
+    ('train_sft_domain', ['trainer.num_train_epochs=2']),
+    ('sample_teacher', ['mode=preferences']),
+    ('sample_teacher', ['mode=distill']),
+    ('run_dpo_reasoning', []),
+    ('evaluate', []),
+    ('train_sft_domain', ['trainer.gradient_accumulation_steps=2']),
+    ('train_sft_domain', ['load={lora_rank: 4, adapt: [attention, shared]}']),
+    ('run_dpo_reasoning', ['seed=1']),
+    ('train_continual_pretrain', ['seed=1']),
+    ('prepare_corpus', ['seed=1']),
+    ('distill_to_student', ['trainer.max_steps=6']),
+]
 
 
 def test_recorded_runs_come_out_the_same_again(tmp_path, monkeypatch):
@@ -320,6 +496,7 @@ def test_recorded_runs_come_out_the_same_again(tmp_path, monkeypatch):
         assert record['status'] == 'complete', (stage, words, record['reason'])
         new, results_, inputs_ = reproduce(folder)
         same += not results_ and not inputs_ and read_run(new)['status'] == 'complete'
-        if results_ or inputs_: print(stage, words, results_[:2], inputs_[:2])
+        if results_ or inputs_:
+            print(stage, words, results_[:2], inputs_[:2])
     print(f'\ndone again: {len(chosen)}, bit-identical {same}')
     assert same == len(chosen)

@@ -1,12 +1,28 @@
 """Runs on a Slurm cluster: what is asked of the scheduler, and a cluster on this machine's loopback that runs, requeues and spreads them for real."""
-import os, shutil, socket, subprocess, sys, time
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from k2lab.lab.config import LabError
 from k2lab.lab.records import read_run, runs
-from k2lab.lab.slurm import Cluster, across_nodes, cluster, job_of, sbatch_parameters, state, submit, submit_stage, waiting
+from k2lab.lab.slurm import (
+    Cluster,
+    across_nodes,
+    cluster,
+    job_of,
+    sbatch_parameters,
+    state,
+    submit,
+    submit_stage,
+    waiting,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = '''
@@ -79,26 +95,34 @@ train = work
 
 def absent() -> str:
     "Why no cluster can be started here, or an empty string."
-    lacking = [name for name in ('munged', 'slurmctld', 'slurmd', 'sbatch') if not shutil.which(name, path=os.environ['PATH'] + ':/usr/sbin')]
-    if lacking: return f"no {', '.join(lacking)} here (Debian: apt-get install slurm-wlm munge)"
+    lacking = [
+        name
+        for name in ('munged', 'slurmctld', 'slurmd', 'sbatch')
+        if not shutil.which(name, path=os.environ['PATH'] + ':/usr/sbin')
+    ]
+    if lacking:
+        return f"no {', '.join(lacking)} here (Debian: apt-get install slurm-wlm munge)"
     return '' if os.geteuid() == 0 else 'slurmd needs root'
 
 
-def wait_for(found, seconds:float=40):
+def wait_for(found, seconds: float = 40):
     "The first true value of `found()`."
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if value := found(): return value
-        time.sleep(.2)
+        if value := found():
+            return value
+        time.sleep(0.2)
     raise AssertionError('nothing came')
 
 
-def free_ports(n:int) -> list:
+def free_ports(n: int) -> list:
     "`n` ports that nobody listens on."
     socks = [socket.socket() for _ in range(n)]
-    for s in socks: s.bind(('127.0.0.1', 0))
+    for s in socks:
+        s.bind(('127.0.0.1', 0))
     ports = [s.getsockname()[1] for s in socks]
-    for s in socks: s.close()
+    for s in socks:
+        s.close()
     return ports
 
 
@@ -109,73 +133,113 @@ def said(*command) -> str:
 
 def k2lab(*words, **env) -> subprocess.CompletedProcess:
     "What `k2lab words` did."
-    return subprocess.run([sys.executable, '-m', 'k2lab', *words], capture_output=True, text=True, env={**os.environ, **env}, timeout=60)
+    return subprocess.run(
+        [sys.executable, '-m', 'k2lab', *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+        timeout=60,
+    )
 
 
 @pytest.fixture(scope='module')
 def slurm(tmp_path_factory):
     "A Slurm cluster of two nodes that are this machine, on ports of its own; all of it is gone afterwards."
-    if why := absent(): pytest.skip(why)
+    if why := absent():
+        pytest.skip(why)
     home, host = tmp_path_factory.mktemp('slurm'), socket.gethostname().partition('.')[0]
-    for name in ('state', f'spool-{host}', 'spool-localhost'): (home/name).mkdir()
-    (home/'munge.key').write_bytes(os.urandom(1024)); (home/'munge.key').chmod(0o400)
-    (home/'slurm.conf').write_text(CONF.format(home=home, host=host, ports=free_ports(3)))
-    files = [f'--{what}={home}/munge.{what.partition("-")[0]}' for what in ('key-file', 'socket', 'pid-file', 'log-file', 'seed-file')]
-    daemons = [['munged', '--foreground', '--force', *files], ['slurmctld', '-D', '-i', '-f', f'{home}/slurm.conf'],
-               *(['slurmd', '-D', '-f', f'{home}/slurm.conf', '-N', node] for node in (host, 'localhost'))]
-    with pytest.MonkeyPatch.context() as patch, open(home/'log', 'w') as log:
+    for name in ('state', f'spool-{host}', 'spool-localhost'):
+        (home / name).mkdir()
+    (home / 'munge.key').write_bytes(os.urandom(1024))
+    (home / 'munge.key').chmod(0o400)
+    (home / 'slurm.conf').write_text(CONF.format(home=home, host=host, ports=free_ports(3)))
+    files = [
+        f'--{what}={home}/munge.{what.partition("-")[0]}'
+        for what in ('key-file', 'socket', 'pid-file', 'log-file', 'seed-file')
+    ]
+    daemons = [
+        ['munged', '--foreground', '--force', *files],
+        ['slurmctld', '-D', '-i', '-f', f'{home}/slurm.conf'],
+        *(['slurmd', '-D', '-f', f'{home}/slurm.conf', '-N', node] for node in (host, 'localhost')),
+    ]
+    with pytest.MonkeyPatch.context() as patch, open(home / 'log', 'w') as log:
         patch.setenv('PATH', os.environ['PATH'] + ':/usr/sbin')
         patch.setenv('SLURM_CONF', f'{home}/slurm.conf')
         procs = []
         try:
             for command in daemons:
                 procs.append(subprocess.Popen(command, stdout=log, stderr=log))
-                if command[0] == 'munged': wait_for((home/'munge.socket').exists, 10)
-            try: wait_for(lambda: said('sinfo', '-h', '-o', '%t', '-p', 'both') == 'idle', 20)
-            except AssertionError: pytest.fail(f"the cluster did not come up:\n{(home/'log').read_text()[-3000:]}")
+                if command[0] == 'munged':
+                    wait_for((home / 'munge.socket').exists, 10)
+            try:
+                wait_for(lambda: said('sinfo', '-h', '-o', '%t', '-p', 'both') == 'idle', 20)
+            except AssertionError:
+                pytest.fail(f"the cluster did not come up:\n{(home / 'log').read_text()[-3000:]}")
             yield home
         finally:
             said('scancel', '--user=root')
-            for _ in range(100):      # the processes of a job end before the daemons that could end them
-                if not said('squeue', '-h'): break
-                time.sleep(.2)
-            for proc in reversed(procs): proc.terminate(); proc.wait(20)
+            for _ in range(
+                100
+            ):  # the processes of a job end before the daemons that could end them
+                if not said('squeue', '-h'):
+                    break
+                time.sleep(0.2)
+            for proc in reversed(procs):
+                proc.terminate()
+                proc.wait(20)
 
 
 @pytest.fixture
 def asked(lab):
     "A function that writes configs/slurm.yaml for the toy lab."
-    def write(text:str=''): lab.write('configs/slurm.yaml', f'cpus_per_task: 1\nmem_gb: 0.5\nhours: 0.1\n{text}')
+
+    def write(text: str = ''):
+        lab.write('configs/slurm.yaml', f'cpus_per_task: 1\nmem_gb: 0.5\nhours: 0.1\n{text}')
+
     write()
     return write
 
 
-def ended(job:str, folder:Path) -> dict:
+def ended(job: str, folder: Path) -> dict:
     "The record of a run once Slurm is done with its job."
     wait_for(lambda: not state(job), 60)
     return read_run(folder)
 
 
-def log(folder:Path) -> str: return '\n'.join(p.read_text() for p in [*folder.glob('slurm/*.out'), *folder.glob('log.txt')])
+def log(folder: Path) -> str:
+    return '\n'.join(p.read_text() for p in [*folder.glob('slurm/*.out'), *folder.glob('log.txt')])
 
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('text, line', [
-    ('partitoin: gpu', "slurm.yaml:4: unknown key 'partitoin' (did you mean 'partition'?); valid: partition, account, nodes, gpus_per_node, cpus_per_task"),
-    ('nodes: many', "slurm.yaml:4: nodes must be int, not 'many'"),
-    ('nodes: 2', 'processes: 1 cannot be spread over nodes: 2 (configs/slurm.yaml); take a multiple of 2'),
-])
+
+@pytest.mark.parametrize(
+    'text, line',
+    [
+        (
+            'partitoin: gpu',
+            "slurm.yaml:4: unknown key 'partitoin' (did you mean 'partition'?); valid: partition, account, nodes, gpus_per_node, cpus_per_task",
+        ),
+        ('nodes: many', "slurm.yaml:4: nodes must be int, not 'many'"),
+        (
+            'nodes: 2',
+            'processes: 1 cannot be spread over nodes: 2 (configs/slurm.yaml); take a multiple of 2',
+        ),
+    ],
+)
 def test_a_mistake_is_one_line_and_leaves_no_folder(lab, asked, monkeypatch, text, line):
     monkeypatch.setattr('shutil.which', lambda name: name)
     asked(text)
-    with pytest.raises(LabError) as e: submit_stage('train_toy')
+    with pytest.raises(LabError) as e:
+        submit_stage('train_toy')
     assert line in str(e.value) and '\n' not in str(e.value) and not lab.runs.exists()
 
 
 def test_the_command_line_tells_a_mistake_in_one_line(lab, asked):
-    for words, line in ((['--on', 'slrum'], "--on: unknown place 'slrum' (did you mean 'slurm'?); valid: slurm"),
-                        (['--on', 'slurm'], 'no sbatch on this machine: submit from a login node of the cluster')):
+    for words, line in (
+        (['--on', 'slrum'], "--on: unknown place 'slrum' (did you mean 'slurm'?); valid: slurm"),
+        (['--on', 'slurm'], 'no sbatch on this machine: submit from a login node of the cluster'),
+    ):
         done = k2lab('train_toy', *words, PATH='/nowhere')
         assert (done.returncode, done.stderr) == (2, f'k2lab: {line}\n') and not lab.runs.exists()
 
@@ -187,26 +251,83 @@ def test_the_labs_own_file_is_valid(monkeypatch):
 
 
 def test_what_submitit_is_told(lab):
-    told = sbatch_parameters(Cluster(partition='gpu', nodes=2, gpus_per_node=8, mem_gb=0, hours=1.5, extra={'qos': 'low', 'signal': 'B:USR2@300'}), 'train_toy')
-    assert told == {'job_name': 'train_toy', 'partition': 'gpu', 'account': None, 'nodes': 2, 'ntasks_per_node': 1, 'gpus_per_node': 8, 'cpus_per_task': 4,
-                    'mem': '0M', 'time': 90, 'setup': None, 'stderr_to_stdout': True, 'use_srun': False,
-                    'additional_parameters': {'signal': 'B:USR2@300', 'requeue': True, 'chdir': str(lab.root), 'qos': 'low'}}
+    told = sbatch_parameters(
+        Cluster(
+            partition='gpu',
+            nodes=2,
+            gpus_per_node=8,
+            mem_gb=0,
+            hours=1.5,
+            extra={'qos': 'low', 'signal': 'B:USR2@300'},
+        ),
+        'train_toy',
+    )
+    assert told == {
+        'job_name': 'train_toy',
+        'partition': 'gpu',
+        'account': None,
+        'nodes': 2,
+        'ntasks_per_node': 1,
+        'gpus_per_node': 8,
+        'cpus_per_task': 4,
+        'mem': '0M',
+        'time': 90,
+        'setup': None,
+        'stderr_to_stdout': True,
+        'use_srun': False,
+        'additional_parameters': {
+            'signal': 'B:USR2@300',
+            'requeue': True,
+            'chdir': str(lab.root),
+            'qos': 'low',
+        },
+    }
 
 
 def test_one_node_is_left_alone_and_several_get_srun():
-    command = ['python', '-m', 'accelerate.commands.launch', '--config_file', 'a b.yaml', '--num_processes', '16', '-m', 'k2lab', 'work', 'runs/c/1']
-    assert across_nodes(command, {}) == across_nodes(command, {'SLURM_JOB_NUM_NODES': '1'}) == command
-    job = {'SLURM_JOB_NUM_NODES': '2', 'SLURM_JOB_ID': '10012', 'SLURMD_NODENAME': 'n1', 'SLURM_CPUS_PER_TASK': '32'}
+    command = [
+        'python',
+        '-m',
+        'accelerate.commands.launch',
+        '--config_file',
+        'a b.yaml',
+        '--num_processes',
+        '16',
+        '-m',
+        'k2lab',
+        'work',
+        'runs/c/1',
+    ]
+    assert (
+        across_nodes(command, {}) == across_nodes(command, {'SLURM_JOB_NUM_NODES': '1'}) == command
+    )
+    job = {
+        'SLURM_JOB_NUM_NODES': '2',
+        'SLURM_JOB_ID': '10012',
+        'SLURMD_NODENAME': 'n1',
+        'SLURM_CPUS_PER_TASK': '32',
+    }
     assert across_nodes(command, job) == [
-        'srun', '--nodes=2', '--ntasks=2', '--ntasks-per-node=1', '--cpus-per-task=32', '--kill-on-bad-exit=1', 'sh', '-c',
+        'srun',
+        '--nodes=2',
+        '--ntasks=2',
+        '--ntasks-per-node=1',
+        '--cpus-per-task=32',
+        '--kill-on-bad-exit=1',
+        'sh',
+        '-c',
         'exec python -m accelerate.commands.launch --machine_rank $SLURM_NODEID --num_machines 2 --main_process_ip n1 --main_process_port 20012 '
-        "--config_file 'a b.yaml' --num_processes 16 -m k2lab work runs/c/1"]
-    with pytest.raises(LabError, match='processes: 16 cannot be spread over nodes: 3'): across_nodes(command, job | {'SLURM_JOB_NUM_NODES': '3'})
+        "--config_file 'a b.yaml' --num_processes 16 -m k2lab work runs/c/1",
+    ]
+    with pytest.raises(LabError, match='processes: 16 cannot be spread over nodes: 3'):
+        across_nodes(command, job | {'SLURM_JOB_NUM_NODES': '3'})
     del job['SLURMD_NODENAME']
-    with pytest.raises(LabError, match='of 2 nodes, and this is none of them'): across_nodes(command, job)
+    with pytest.raises(LabError, match='of 2 nodes, and this is none of them'):
+        across_nodes(command, job)
 
 
 # ---- on a cluster ----------------------------------------------------------------------------------------------------------
+
 
 def test_a_run_waits_completes_and_keeps_no_secret(slurm, lab, asked, monkeypatch):
     monkeypatch.setenv('HF_TOKEN', 'hf_environmentsecret0000')
@@ -214,48 +335,72 @@ def test_a_run_waits_completes_and_keeps_no_secret(slurm, lab, asked, monkeypatc
     done = k2lab('train_toy', '--on', 'slurm', '--campaign', 'c', 'api_key=plain-text-key')
     folder = Path(runs('c')[0]['folder'])
     first = job_of(folder)
-    assert done.returncode == 0 and f'c/{folder.name}: Slurm job {first}\n' in done.stdout, done.stderr
+    assert done.returncode == 0 and f'c/{folder.name}: Slurm job {first}\n' in done.stdout, (
+        done.stderr
+    )
     assert f'Slurm job {first} is pending' in k2lab('runs', 'c').stdout
     subprocess.run(['scancel', first], check=True)
     wait_for(lambda: not state(first), 20)
     assert 'prepared: Slurm does not have it any more' in k2lab('runs', 'c').stdout
     asked('setup: [export FROM_SETUP=1]')
     done = k2lab('resume', folder.name, '--on', 'slurm')
-    assert done.returncode == 0 and job_of(folder) != first and done.stdout.endswith(f'Slurm job {job_of(folder)}\n'), done.stderr
+    assert (
+        done.returncode == 0
+        and job_of(folder) != first
+        and done.stdout.endswith(f'Slurm job {job_of(folder)}\n')
+    ), done.stderr
     record = ended(job_of(folder), folder)
     assert (record['status'], record['metrics'][0]['after']) == ('complete', 2), log(folder)
-    assert record['slurm']['hours'] == .1 and record['slurm']['setup'] == ['export FROM_SETUP=1'] and not waiting(folder)
+    assert (
+        record['slurm']['hours'] == 0.1
+        and record['slurm']['setup'] == ['export FROM_SETUP=1']
+        and not waiting(folder)
+    )
     assert {p.suffix for p in folder.glob('slurm/*')} == {'.sh', '.pkl', '.out'}
-    assert not [p for p in folder.rglob('*') if p.is_file() and (b'environmentsecret' in p.read_bytes() or b'plain-text-key' in p.read_bytes())]
-    with pytest.raises(LabError, match='complete; nothing to submit'): submit(folder)
+    assert not [
+        p
+        for p in folder.rglob('*')
+        if p.is_file()
+        and (b'environmentsecret' in p.read_bytes() or b'plain-text-key' in p.read_bytes())
+    ]
+    with pytest.raises(LabError, match='complete; nothing to submit'):
+        submit(folder)
 
 
 @pytest.mark.parametrize('how', ['scontrol requeue', 'scancel --signal=USR2 --batch'])
 def test_a_requeued_job_goes_on_in_its_folder(slurm, lab, asked, how):
     lab.stage(20, 'train_toy', module=ONCE)
     folder, job = submit_stage('train_toy', campaign='c')
-    wait_for((folder/'starts').exists)
-    with pytest.raises(LabError, match=f'Slurm job {job} is running already'): submit(folder)
+    wait_for((folder / 'starts').exists)
+    with pytest.raises(LabError, match=f'Slurm job {job} is running already'):
+        submit(folder)
     subprocess.run([*how.split(), job], check=True)
     wait_for(lambda: state(job) == 'pending', 20)
     assert read_run(folder)['status'] == 'interrupted', log(folder)
     record = ended(job, folder)
     assert (record['status'], record['metrics'][0]['after']) == ('complete', 2), log(folder)
-    assert [Path(r['folder']) for r in runs('c')] == [folder] and (folder/'starts').read_text().split() == [job, job]
+    assert [Path(r['folder']) for r in runs('c')] == [folder] and (
+        folder / 'starts'
+    ).read_text().split() == [job, job]
 
 
 def test_what_sbatch_refuses_is_one_line_and_leaves_no_folder(slurm, lab, asked, capfd):
     asked('partition: nowhere')
-    with pytest.raises(LabError) as e: submit_stage('train_toy', campaign='c')
-    assert 'slurm.yaml: invalid partition specified: nowhere; Batch job submission failed' in str(e.value) and '\n' not in str(e.value)
+    with pytest.raises(LabError) as e:
+        submit_stage('train_toy', campaign='c')
+    assert 'slurm.yaml: invalid partition specified: nowhere; Batch job submission failed' in str(
+        e.value
+    ) and '\n' not in str(e.value)
     assert not runs('c') and capfd.readouterr().err == ''
 
 
 def test_processes_on_two_nodes_work_on_one_run(slurm, lab, asked):
     asked('partition: both\nnodes: 2')
     lab.stage(20, 'train_toy', module=GLOO)
-    lab.write('configs/accelerate/cpu.yaml', (ROOT/'configs/accelerate/cpu.yaml').read_text())
+    lab.write('configs/accelerate/cpu.yaml', (ROOT / 'configs/accelerate/cpu.yaml').read_text())
     folder, job = submit_stage('train_toy', campaign='c')
     record = ended(job, folder)
     assert record['status'] == 'complete', log(folder)
-    assert [(m['after'], m['note'].split()) for m in record['metrics']] == [(11, sorted([socket.gethostname().partition('.')[0], 'localhost']))]
+    assert [(m['after'], m['note'].split()) for m in record['metrics']] == [
+        (11, sorted([socket.gethostname().partition('.')[0], 'localhost']))
+    ]

@@ -11,8 +11,11 @@ __all__ = ['LICENCE', 'BLUE', 'PALE', 'RED', 'UNITS', 'SOURCE_HEADER', 'HUB_LICE
            'write_card_pages']
 
 # %% ../../nbs/corpus/09_card.ipynb #4265c7fe
-import html, io, json
+import html
+import io
+import json
 from pathlib import Path
+
 from .operators import conserved, data_card
 from ..lab.config import LabError
 from ..lab.display import Html, Picture, Table
@@ -20,24 +23,44 @@ from ..lab.files import as_json, write_text
 from ..text.rows import FORMATS, write_rows
 
 # %% ../../nbs/corpus/09_card.ipynb #17a7ffdd
-LICENCE = 'Apache-2.0'   # of what the lab makes itself
+LICENCE = 'Apache-2.0'  # of what the lab makes itself
+
 
 def publish_rows(job, name: str, rows: list, format: str, origin: str, steps: list = ()) -> dict:
     "Publishes rows as `<name>.jsonl` with its manifest and returns the data card"
     default = LICENCE if origin.startswith('k2lab.') else 'unknown'
     licence = ' AND '.join(sorted({row.get('licence', default) for row in rows}))
-    with job.publishing(name, '.jsonl') as path: manifest = write_rows(path, rows, format, licence, origin)
-    if steps: job.check(f'{name}: rows in = rows out + removed', not conserved(steps), conserved(steps))
-    return dict(data_card(name, rows, steps), format=format, licence=licence, origin=origin, sha256=manifest['sha256'], file=f'{name}.jsonl')
+    with job.publishing(name, '.jsonl') as path:
+        manifest = write_rows(path, rows, format, licence, origin)
+    if steps:
+        job.check(f'{name}: rows in = rows out + removed', not conserved(steps), conserved(steps))
+    return dict(
+        data_card(name, rows, steps),
+        format=format,
+        licence=licence,
+        origin=origin,
+        sha256=manifest['sha256'],
+        file=f'{name}.jsonl',
+    )
 
 # %% ../../nbs/corpus/09_card.ipynb #91495ea8
 def read_card(job) -> dict:
     "The card that a run left"
-    return json.loads((job.folder/'card.json').read_text(encoding='utf-8'))
+    return json.loads((job.folder / 'card.json').read_text(encoding='utf-8'))
+
 
 def card_table(card: dict):
     "The corpora of a card: rows, kilobytes, licence, removed"
-    lines = [(c['name'], c['documents'], round(c['bytes']/1000), c['licence'], ', '.join(f'{n} {why}' for why, n in c['removed'].items())) for c in card['corpora']]
+    lines = [
+        (
+            c['name'],
+            c['documents'],
+            round(c['bytes'] / 1000),
+            c['licence'],
+            ', '.join(f'{n} {why}' for why, n in c['removed'].items()),
+        )
+        for c in card['corpora']
+    ]
     return Table(['corpus', 'rows', 'kB', 'licence', 'removed on the way'], lines)
 
 # %% ../../nbs/corpus/09_card.ipynb #9fd9addf
@@ -45,82 +68,144 @@ def picture(text: str, size: tuple, draw, **grid):
     "What `draw(axes)` puts on one or several axes, as a `Picture` that `text` describes"
     import matplotlib
     from matplotlib.figure import Figure
-    with matplotlib.rc_context({'svg.hashsalt': 'k2lab', 'svg.fonttype': 'none', 'font.size': 8.5, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.titlesize': 9}):
+
+    with matplotlib.rc_context(
+        {
+            'svg.hashsalt': 'k2lab',
+            'svg.fonttype': 'none',
+            'font.size': 8.5,
+            'axes.spines.top': False,
+            'axes.spines.right': False,
+            'axes.titlesize': 9,
+        }
+    ):
         fig, out = Figure(figsize=size, layout='constrained'), io.StringIO()
         draw(fig.subplots(**grid))
         fig.savefig(out, format='svg', metadata={'Date': None})
-    return Picture(out.getvalue()[out.getvalue().index('<svg'):], text)
+    return Picture(out.getvalue()[out.getvalue().index('<svg') :], text)
+
 
 BLUE, PALE, RED = '#3b6ea8', '#b0b7c3', '#b3440a'
+
 
 def plain_label(text: str) -> str:
     "A label in which matplotlib finds no formula"
     return text.replace('$', r'\$')
 
+
 def bars(ax, names: list, values: list, title: str = '', room: int = 0):
     "Horizontal bars from the top down, each with its number, as high as in a chart of `room` bars"
     drawn = ax.barh(list(map(plain_label, names[::-1])), values[::-1], color=BLUE)
-    ax.set_ylim(len(names) - max(room, len(names)) - .6, len(names) - .4)
+    ax.set_ylim(len(names) - max(room, len(names)) - 0.6, len(names) - 0.4)
     ax.bar_label(drawn, labels=[f'{value:,.0f}' for value in values[::-1]], padding=2, fontsize=7.5)
     ax.set_title(plain_label(title), loc='left')
-    ax.margins(x=.28)
+    ax.margins(x=0.28)
     ax.xaxis.set_visible(False)
     ax.spines['bottom'].set_visible(False)
 
 # %% ../../nbs/corpus/09_card.ipynb #9d32e1ea
 def card_chart(card: dict):
     "The corpora of a card as bars of kilobytes; what a model is only measured on is grey"
-    names, sizes = [c['name'] for c in card['corpora']], [c['bytes']/1000 for c in card['corpora']]
+    names, sizes = (
+        [c['name'] for c in card['corpora']],
+        [c['bytes'] / 1000 for c in card['corpora']],
+    )
+
     def draw(ax):
         bars(ax, names, sizes, 'kB')
-        for bar, name in zip(ax.patches, names[::-1]): bar.set_color(PALE if name.endswith(('heldout', 'questions', 'eval')) else BLUE)
-    return picture(', '.join(f'{n} {s:,.0f} kB' for n, s in zip(names, sizes)), (5.2, .5 + .3*len(names)), draw)
+        for bar, name in zip(ax.patches, names[::-1]):
+            bar.set_color(PALE if name.endswith(('heldout', 'questions', 'eval')) else BLUE)
+
+    return picture(
+        ', '.join(f'{n} {s:,.0f} kB' for n, s in zip(names, sizes)),
+        (5.2, 0.5 + 0.3 * len(names)),
+        draw,
+    )
 
 # %% ../../nbs/corpus/09_card.ipynb #3325b72a
 UNITS = dict(rows='documents', bytes='kB', tokens='thousand tokens')
 
+
 def left_after(steps: list, unit: str) -> list:
     "What was there and what each step left of it; where a step does not know the unit yet, what the first one that does began with"
     first = next(step[f'{unit}_in'] for step in steps if f'{unit}_in' in step)
-    return [n/(1 if unit == 'rows' else 1000) for n in (first, *(step.get(f'{unit}_out', first) for step in steps))]
+    return [
+        n / (1 if unit == 'rows' else 1000)
+        for n in (first, *(step.get(f'{unit}_out', first) for step in steps))
+    ]
+
 
 def funnel_chart(entry: dict):
     "What is left after each step that removes something, in all units that are known; None without such steps"
     steps = [step for step in entry.get('steps', []) if step['removed']]
-    if not steps: return None
+    if not steps:
+        return None
     units = [unit for unit in UNITS if any(f'{unit}_in' in step for step in steps)]
     names = ['all', *(step['step'] for step in steps)]
     values = {unit: left_after(steps, unit) for unit in units}
+
     def draw(axes):
-        for ax, unit in zip(axes[0], units): bars(ax, names, values[unit], UNITS[unit])
+        for ax, unit in zip(axes[0], units):
+            bars(ax, names, values[unit], UNITS[unit])
+
     text = ' -> '.join(f'{name} {n:,.0f}' for name, n in zip(names, values['rows']))
-    return picture(f"{entry['name']}: {text}", (2.6*len(units) + .6, .5 + .24*len(names)), draw, nrows=1, ncols=len(units), sharey=True, squeeze=False)
+    return picture(
+        f"{entry['name']}: {text}",
+        (2.6 * len(units) + 0.6, 0.5 + 0.24 * len(names)),
+        draw,
+        nrows=1,
+        ncols=len(units),
+        sharey=True,
+        squeeze=False,
+    )
 
 # %% ../../nbs/corpus/09_card.ipynb #ebb5eeba
 def histogram_charts(entry: dict):
     "The signals of a corpus as histograms with their cut lines; None where there are none"
     told = {name: one for name, one in entry.get('histograms', {}).items() if any(one['counts'])}
-    if not told: return None
+    if not told:
+        return None
     across = min(4, len(told))
-    down = -(-len(told)//across)
+    down = -(-len(told) // across)
+
     def draw(axes):
-        for ax in axes.flat[len(told):]: ax.set_visible(False)
-        for ax, (name, one) in zip(axes.flat, told.items()): histogram_on(ax, name, **one)
-    outside = ', '.join(f'{name} cut at {" and ".join(f"{cut:g}" for cut in one["cuts"] if cut is not None)}' for name, one in told.items() if any(cut is not None for cut in one['cuts']))
-    return picture(f"{entry['name']}: histograms of {', '.join(told)}; {outside}", (2.3*across, 1.35*down), draw, nrows=down, ncols=across, squeeze=False)
+        for ax in axes.flat[len(told) :]:
+            ax.set_visible(False)
+        for ax, (name, one) in zip(axes.flat, told.items()):
+            histogram_on(ax, name, **one)
+
+    outside = ', '.join(
+        f'{name} cut at {" and ".join(f"{cut:g}" for cut in one["cuts"] if cut is not None)}'
+        for name, one in told.items()
+        if any(cut is not None for cut in one['cuts'])
+    )
+    return picture(
+        f"{entry['name']}: histograms of {', '.join(told)}; {outside}",
+        (2.3 * across, 1.35 * down),
+        draw,
+        nrows=down,
+        ncols=across,
+        squeeze=False,
+    )
+
 
 def histogram_on(ax, name: str, edges: list, counts: list, cuts: list):
     "One histogram, as wide as its values and its cuts; signals over orders of magnitude on a logarithmic axis"
-    filled, real = [i for i, n in enumerate(counts) if n], [cut for cut in cuts if cut is not None and edges[0] < cut < edges[-1]]
+    filled, real = (
+        [i for i, n in enumerate(counts) if n],
+        [cut for cut in cuts if cut is not None and edges[0] < cut < edges[-1]],
+    )
     wide = len(edges) > 30 and edges[-1] > 1000
     reach = [] if wide else [next(i for i, edge in enumerate(edges) if edge >= cut) for cut in real]
     low, high = min([*filled, *reach]), max([filled[-1] + 1, *reach])
-    shown = [max(edge, .5) if wide else edge for edge in edges[low:high + 1]]
+    shown = [max(edge, 0.5) if wide else edge for edge in edges[low : high + 1]]
     ax.stairs(counts[low:high], shown, fill=True, color=PALE)
     ax.set_title(name.replace('_', ' '), loc='left')
-    if wide: ax.set_xscale('log')
+    if wide:
+        ax.set_xscale('log')
     for cut in real:
-        if shown[0] <= cut <= shown[-1]: ax.axvline(cut, color=RED, ls='--', lw=1)
+        if shown[0] <= cut <= shown[-1]:
+            ax.axvline(cut, color=RED, ls='--', lw=1)
     ax.tick_params(labelsize=7)
     ax.yaxis.set_visible(False)
     ax.spines['left'].set_visible(False)
@@ -130,175 +215,481 @@ def counts_of(entry: dict) -> dict:
     "{title: {name: number}} of what steps counted beside rows: clusters by size, private parts by kind, documents that quoted evaluation sets"
     out = {}
     for step in entry.get('steps', []):
-        if step.get('clusters'): out[f"{step['step']}: clusters by size"] = sizes_joined(step['clusters'])
-        if step.get('redacted'): out['private parts replaced'] = step['redacted']
-        if step.get('contaminated'): out['documents that quote'] = step['contaminated']
+        if step.get('clusters'):
+            out[f"{step['step']}: clusters by size"] = sizes_joined(step['clusters'])
+        if step.get('redacted'):
+            out['private parts replaced'] = step['redacted']
+        if step.get('contaminated'):
+            out['documents that quote'] = step['contaminated']
     return out
+
 
 def sizes_joined(clusters: dict, most: int = 6) -> dict:
     "Clusters by size, the large ones together"
     sizes = sorted(map(int, clusters))
     few = {f'{size} documents': clusters[str(size)] for size in sizes[:most]}
-    return few | ({f'{sizes[most]} to {sizes[-1]}': sum(clusters[str(size)] for size in sizes[most:])} if len(sizes) > most else {})
+    return few | (
+        {f'{sizes[most]} to {sizes[-1]}': sum(clusters[str(size)] for size in sizes[most:])}
+        if len(sizes) > most
+        else {}
+    )
+
 
 def count_charts(entry: dict):
     "What steps counted beside rows, as bars; None where they counted nothing"
     told = counts_of(entry)
-    if not told: return None
+    if not told:
+        return None
     room, across = max(map(len, told.values())), min(3, len(told))
-    down = -(-len(told)//across)
+    down = -(-len(told) // across)
+
     def draw(axes):
-        for ax in axes.flat[len(told):]: ax.set_visible(False)
-        for ax, (title, numbers) in zip(axes.flat, told.items()): bars(ax, list(numbers), list(numbers.values()), title, room)
-    text = '; '.join(f'{title}: {", ".join(f"{name} {n:,}" for name, n in numbers.items())}' for title, numbers in told.items())
-    return picture(f"{entry['name']}: {text}", (2.8*across, down*(.5 + .24*room)), draw, nrows=down, ncols=across, squeeze=False)
+        for ax in axes.flat[len(told) :]:
+            ax.set_visible(False)
+        for ax, (title, numbers) in zip(axes.flat, told.items()):
+            bars(ax, list(numbers), list(numbers.values()), title, room)
+
+    text = '; '.join(
+        f'{title}: {", ".join(f"{name} {n:,}" for name, n in numbers.items())}'
+        for title, numbers in told.items()
+    )
+    return picture(
+        f"{entry['name']}: {text}",
+        (2.8 * across, down * (0.5 + 0.24 * room)),
+        draw,
+        nrows=down,
+        ncols=across,
+        squeeze=False,
+    )
 
 # %% ../../nbs/corpus/09_card.ipynb #c19d201c
 def mixture_chart(entry: dict):
     "The share of each source asked for and got, in all units that are known; None for one source"
     sources = entry.get('sources', {})
-    if len(sources) < 2: return None
-    units = [unit for unit in ('documents', 'bytes', 'tokens') if all(unit in source for source in sources.values())]
-    share = lambda unit: [source[unit]/max(1, sum(s[unit] for s in sources.values())) for source in sources.values()]
+    if len(sources) < 2:
+        return None
+    units = [
+        unit
+        for unit in ('documents', 'bytes', 'tokens')
+        if all(unit in source for source in sources.values())
+    ]
+    share = lambda unit: [
+        source[unit] / max(1, sum(s[unit] for s in sources.values())) for source in sources.values()
+    ]
+
     def draw(ax):
-        names, styles = list(sources)[::-1], zip(units, 'osD', (0, .18, -.18))
-        for unit, mark, shift in styles: ax.plot(share(unit)[::-1], [i + shift for i in range(len(names))], mark, label=unit, ms=4.5, mfc='none', color=BLUE)
-        asked = [(source['asked'], i) for i, source in enumerate(list(sources.values())[::-1]) if 'asked' in source]
-        if asked: ax.plot(*zip(*asked), '|', ms=13, mew=2, color=RED, label='asked for')
-        ax.set(yticks=range(len(names)), yticklabels=list(map(plain_label, names)), xlim=(0, 1.05*max(max(share(unit)) for unit in units)), xlabel='share')
-        ax.grid(axis='x', alpha=.3)
-        ax.legend(frameon=False, fontsize=7.5, ncols=4, loc='lower center', bbox_to_anchor=(.4, 1))
+        names, styles = list(sources)[::-1], zip(units, 'osD', (0, 0.18, -0.18))
+        for unit, mark, shift in styles:
+            ax.plot(
+                share(unit)[::-1],
+                [i + shift for i in range(len(names))],
+                mark,
+                label=unit,
+                ms=4.5,
+                mfc='none',
+                color=BLUE,
+            )
+        asked = [
+            (source['asked'], i)
+            for i, source in enumerate(list(sources.values())[::-1])
+            if 'asked' in source
+        ]
+        if asked:
+            ax.plot(*zip(*asked), '|', ms=13, mew=2, color=RED, label='asked for')
+        ax.set(
+            yticks=range(len(names)),
+            yticklabels=list(map(plain_label, names)),
+            xlim=(0, 1.05 * max(max(share(unit)) for unit in units)),
+            xlabel='share',
+        )
+        ax.grid(axis='x', alpha=0.3)
+        ax.legend(frameon=False, fontsize=7.5, ncols=4, loc='lower center', bbox_to_anchor=(0.4, 1))
+
     text = ', '.join(f"{name} {part:.1%}" for name, part in zip(sources, share('documents')))
-    return picture(f"{entry['name']}: {text} of the documents", (5.4, .9 + .3*len(sources)), draw)
+    return picture(
+        f"{entry['name']}: {text} of the documents", (5.4, 0.9 + 0.3 * len(sources)), draw
+    )
 
 # %% ../../nbs/corpus/09_card.ipynb #151235de
 def element(name: str, *inside, **attributes) -> Html:
     "An HTML element; text inside is escaped"
     told = ''.join(f' {key}="{html.escape(str(value))}"' for key, value in attributes.items())
-    return Html(f'<{name}{told}>' + ''.join(part if isinstance(part, Html) else html.escape(str(part)) for part in inside) + f'</{name}>')
+    return Html(
+        f'<{name}{told}>'
+        + ''.join(part if isinstance(part, Html) else html.escape(str(part)) for part in inside)
+        + f'</{name}>'
+    )
+
 
 def rows_table(header: list, rows: list) -> Html:
     "A table of text cells"
-    line = lambda tag, cells: element('tr', *(element(tag, cell, style='text-align:left;vertical-align:top') for cell in cells))
-    return element('table', element('thead', line('th', header)), element('tbody', *(line('td', row) for row in rows)))
+    line = lambda tag, cells: element(
+        'tr', *(element(tag, cell, style='text-align:left;vertical-align:top') for cell in cells)
+    )
+    return element(
+        'table',
+        element('thead', line('th', header)),
+        element('tbody', *(line('td', row) for row in rows)),
+    )
+
 
 def source_rows(entry: dict) -> list:
     "[source, documents, kB, tokens, licence, epochs] of each source"
-    return [[name, f"{s['documents']:,}", f"{s['bytes']/1000:,.0f}", f"{s['tokens']:,}" if 'tokens' in s else '-', s['licence'], s.get('epochs', 1)] for name, s in entry.get('sources', {}).items()]
+    return [
+        [
+            name,
+            f"{s['documents']:,}",
+            f"{s['bytes'] / 1000:,.0f}",
+            f"{s['tokens']:,}" if 'tokens' in s else '-',
+            s['licence'],
+            s.get('epochs', 1),
+        ]
+        for name, s in entry.get('sources', {}).items()
+    ]
+
 
 SOURCE_HEADER = ['source', 'documents', 'kB', 'tokens', 'licence', 'epochs']
 
+
 def entry_report(entry: dict) -> Html:
     "A corpus: its pictures, its sources, documents kept and removed"
-    drawn = [one for one in (draw(entry) for draw in (funnel_chart, count_charts, mixture_chart, histogram_charts)) if one]
-    figures = [element('figure', Html(one.svg), role='img', **{'aria-label': one.text}, style='margin:.6em 0') for one in drawn]
-    examples = [[why, text] for why, texts in entry.get('samples', {}).items() for text in texts[:3]]
+    drawn = [
+        one
+        for one in (
+            draw(entry) for draw in (funnel_chart, count_charts, mixture_chart, histogram_charts)
+        )
+        if one
+    ]
+    figures = [
+        element(
+            'figure', Html(one.svg), role='img', **{'aria-label': one.text}, style='margin:.6em 0'
+        )
+        for one in drawn
+    ]
+    examples = [
+        [why, text] for why, texts in entry.get('samples', {}).items() for text in texts[:3]
+    ]
     parts = [rows_table(SOURCE_HEADER, source_rows(entry))] if entry.get('sources') else []
-    if examples: parts.append(element('details', element('summary', f'{len(examples)} documents, kept and removed'), rows_table(['why', 'begins'], examples)))
-    return element('section', element('h4', f"{entry['name']}: {entry['documents']:,} documents, {entry['bytes']/1000:,.0f} kB"), *figures, *parts)
+    if examples:
+        parts.append(
+            element(
+                'details',
+                element('summary', f'{len(examples)} documents, kept and removed'),
+                rows_table(['why', 'begins'], examples),
+            )
+        )
+    return element(
+        'section',
+        element(
+            'h4',
+            f"{entry['name']}: {entry['documents']:,} documents, {entry['bytes'] / 1000:,.0f} kB",
+        ),
+        *figures,
+        *parts,
+    )
+
 
 def card_report(card: dict) -> Html:
     "All corpora of a card that steps were taken for"
     return Html(''.join(entry_report(entry) for entry in card['corpora'] if entry.get('steps')))
 
 # %% ../../nbs/corpus/09_card.ipynb #b771fd68
-HUB_LICENCES = {'apache-2.0', 'mit', 'bsd', 'bsd-2-clause', 'bsd-3-clause', 'cc0-1.0', 'cc-by-4.0', 'cc-by-sa-4.0', 'cc-by-nc-4.0', 'cc-by-3.0', 'cc-by-sa-3.0', 'gpl-2.0', 'gpl-3.0', 'lgpl-3.0', 'mpl-2.0', 'odc-by', 'odbl', 'pddl', 'unlicense', 'isc', 'wtfpl'}
-SIZES = [(10**3, 'n<1K'), (10**4, '1K<n<10K'), (10**5, '10K<n<100K'), (10**6, '100K<n<1M'), (10**7, '1M<n<10M'), (10**8, '10M<n<100M'), (10**9, '100M<n<1B'), (10**10, '1B<n<10B'), (10**11, '10B<n<100B'), (10**12, '100B<n<1T')]
+HUB_LICENCES = {
+    'apache-2.0',
+    'mit',
+    'bsd',
+    'bsd-2-clause',
+    'bsd-3-clause',
+    'cc0-1.0',
+    'cc-by-4.0',
+    'cc-by-sa-4.0',
+    'cc-by-nc-4.0',
+    'cc-by-3.0',
+    'cc-by-sa-3.0',
+    'gpl-2.0',
+    'gpl-3.0',
+    'lgpl-3.0',
+    'mpl-2.0',
+    'odc-by',
+    'odbl',
+    'pddl',
+    'unlicense',
+    'isc',
+    'wtfpl',
+}
+SIZES = [
+    (10**3, 'n<1K'),
+    (10**4, '1K<n<10K'),
+    (10**5, '10K<n<100K'),
+    (10**6, '100K<n<1M'),
+    (10**7, '1M<n<10M'),
+    (10**8, '10M<n<100M'),
+    (10**9, '100M<n<1B'),
+    (10**10, '1B<n<10B'),
+    (10**11, '10B<n<100B'),
+    (10**12, '100B<n<1T'),
+]
+
 
 def hub_licence(names: list) -> dict:
     "The hub's `license`, and `license_name` where it has none for these"
     parts = sorted({part for name in names for part in name.split(' AND ')})
     known = [part.lower() for part in parts if part.lower() in HUB_LICENCES]
-    if len(known) < len(parts): return dict(license='other', license_name=' AND '.join(parts))
+    if len(known) < len(parts):
+        return dict(license='other', license_name=' AND '.join(parts))
     return dict(license=known[0] if len(known) == 1 else known)
+
 
 def fields_of(entry: dict) -> tuple:
     "The fields of a corpus' rows"
     return FORMATS[entry['format']]
 
+
 def front_matter(card: dict, name: str) -> dict:
     "The lines that the hub reads, as a dictionary"
     corpora, n = card['corpora'], sum(entry['documents'] for entry in card['corpora'])
     asks = any(entry['format'] not in ('domain', 'general', 'reasoning') for entry in corpora)
-    info = [dict(config_name=e['name'], features=[dict(name=f, dtype='string') for f in fields_of(e)], splits=[dict(name='train', num_bytes=e['bytes'], num_examples=e['documents'])]) for e in corpora]
-    return dict(pretty_name=name, **hub_licence([entry['licence'] for entry in corpora]), size_categories=[next((label for most, label in SIZES if n < most), 'n>1T')],
-                task_categories=['text-generation', *(['question-answering'] if asks else [])], tags=['k2lab', 'croissant'],
-                configs=[dict(config_name=e['name'], data_files=e['file']) for e in corpora], dataset_info=info)
+    info = [
+        dict(
+            config_name=e['name'],
+            features=[dict(name=f, dtype='string') for f in fields_of(e)],
+            splits=[dict(name='train', num_bytes=e['bytes'], num_examples=e['documents'])],
+        )
+        for e in corpora
+    ]
+    return dict(
+        pretty_name=name,
+        **hub_licence([entry['licence'] for entry in corpora]),
+        size_categories=[next((label for most, label in SIZES if n < most), 'n>1T')],
+        task_categories=['text-generation', *(['question-answering'] if asks else [])],
+        tags=['k2lab', 'croissant'],
+        configs=[dict(config_name=e['name'], data_files=e['file']) for e in corpora],
+        dataset_info=info,
+    )
 
 # %% ../../nbs/corpus/09_card.ipynb #9a161d63
 def cell(value) -> str:
     "Text as a cell of a markdown table"
-    return html.escape(' '.join(str(value).split()), quote=False).replace('|', '\\|').replace('`', '&#96;')
+    return (
+        html.escape(' '.join(str(value).split()), quote=False)
+        .replace('|', '\\|')
+        .replace('`', '&#96;')
+    )
+
 
 def markdown_table(header: list, rows: list) -> str:
     "A table in markdown"
     line = lambda cells: f"| {' | '.join(map(cell, cells))} |"
-    return '\n'.join([line(header), line(['---']*len(header)), *map(line, rows)])
+    return '\n'.join([line(header), line(['---'] * len(header)), *map(line, rows)])
+
 
 def entry_text(entry: dict) -> str:
     "A corpus in markdown: sources, steps, examples"
     tokens = f", {entry['tokens']:,} tokens" if 'tokens' in entry else ''
-    parts = [f"## {entry['name']}", f"{entry['documents']:,} documents, {entry['bytes']:,} bytes{tokens}. Licence: {entry['licence']}. From: {cell(entry['origin'])}."]
-    if entry.get('sources'): parts.append(markdown_table(SOURCE_HEADER, source_rows(entry)))
-    steps = [[s['step'], s['rows_in'], s['rows_out'], ', '.join(f'{n} {why}' for why, n in s['removed'].items())] for s in entry.get('steps', [])]
-    if steps: parts.append(markdown_table(['step', 'documents in', 'out', 'removed'], steps))
-    counts = [[title, ', '.join(f'{name} {n:,}' for name, n in numbers.items())] for title, numbers in counts_of(entry).items()]
-    if counts: parts.append(markdown_table(['counted', ''], counts))
-    examples = [[why, text] for why, texts in entry.get('samples', {}).items() for text in texts[:2]]
-    if examples: parts.append(markdown_table(['example', 'begins'], examples))
+    parts = [
+        f"## {entry['name']}",
+        f"{entry['documents']:,} documents, {entry['bytes']:,} bytes{tokens}. Licence: {entry['licence']}. From: {cell(entry['origin'])}.",
+    ]
+    if entry.get('sources'):
+        parts.append(markdown_table(SOURCE_HEADER, source_rows(entry)))
+    steps = [
+        [
+            s['step'],
+            s['rows_in'],
+            s['rows_out'],
+            ', '.join(f'{n} {why}' for why, n in s['removed'].items()),
+        ]
+        for s in entry.get('steps', [])
+    ]
+    if steps:
+        parts.append(markdown_table(['step', 'documents in', 'out', 'removed'], steps))
+    counts = [
+        [title, ', '.join(f'{name} {n:,}' for name, n in numbers.items())]
+        for title, numbers in counts_of(entry).items()
+    ]
+    if counts:
+        parts.append(markdown_table(['counted', ''], counts))
+    examples = [
+        [why, text] for why, texts in entry.get('samples', {}).items() for text in texts[:2]
+    ]
+    if examples:
+        parts.append(markdown_table(['example', 'begins'], examples))
     return '\n\n'.join(parts)
+
 
 def readme(card: dict, name: str, record: dict = {}) -> str:
     "A README with the hub's front matter; `record` is the run's, for code version, seed and campaign"
     import yaml
+
     code = record.get('code', {})
-    made = ', '.join(f'{what} {value}' for what, value in (('stage', record.get('stage')), ('seed', record.get('seed')), ('commit', code.get('commit'))) if value is not None)
+    made = ', '.join(
+        f'{what} {value}'
+        for what, value in (
+            ('stage', record.get('stage')),
+            ('seed', record.get('seed')),
+            ('commit', code.get('commit')),
+        )
+        if value is not None
+    )
     head = yaml.safe_dump(front_matter(card, name), sort_keys=False, allow_unicode=True)
-    return '\n\n'.join([f'---\n{head}---', f'# {name}', f"Prepared by K2 Lab{f' ({made})' if made else ''}. Each file has a manifest with its SHA-256 beside it; `card.json` has every number on this page.", *map(entry_text, card['corpora'])]) + '\n'
+    return (
+        '\n\n'.join(
+            [
+                f'---\n{head}---',
+                f'# {name}',
+                f"Prepared by K2 Lab{f' ({made})' if made else ''}. Each file has a manifest with its SHA-256 beside it; `card.json` has every number on this page.",
+                *map(entry_text, card['corpora']),
+            ]
+        )
+        + '\n'
+    )
 
 # %% ../../nbs/corpus/09_card.ipynb #2ba53a1d
-CONTEXT = {'@language': 'en', '@vocab': 'https://schema.org/', 'arrayShape': 'cr:arrayShape', 'citeAs': 'cr:citeAs', 'column': 'cr:column', 'conformsTo': 'dct:conformsTo', 'containedIn': 'cr:containedIn', 'cr': 'http://mlcommons.org/croissant/',
-           'rai': 'http://mlcommons.org/croissant/RAI/', 'data': {'@id': 'cr:data', '@type': '@json'}, 'dataType': {'@id': 'cr:dataType', '@type': '@vocab'}, 'dct': 'http://purl.org/dc/terms/', 'description': {'@container': '@language'},
-           'equivalentProperty': 'cr:equivalentProperty', 'examples': {'@id': 'cr:examples', '@type': '@json'}, 'extract': 'cr:extract', 'field': 'cr:field', 'fileProperty': 'cr:fileProperty', 'fileObject': 'cr:fileObject', 'fileSet': 'cr:fileSet',
-           'format': 'cr:format', 'includes': 'cr:includes', 'isArray': 'cr:isArray', 'isLiveDataset': 'cr:isLiveDataset', 'jsonPath': 'cr:jsonPath', 'key': 'cr:key', 'md5': 'cr:md5', 'name': {'@container': '@language'}, 'parentField': 'cr:parentField',
-           'path': 'cr:path', 'recordSet': 'cr:recordSet', 'references': 'cr:references', 'regex': 'cr:regex', 'repeated': 'cr:repeated', 'replace': 'cr:replace', 'samplingRate': 'cr:samplingRate', 'sc': 'https://schema.org/',
-           'separator': 'cr:separator', 'source': 'cr:source', 'subField': 'cr:subField', 'transform': 'cr:transform'}   # of the specification
+CONTEXT = {
+    '@language': 'en',
+    '@vocab': 'https://schema.org/',
+    'arrayShape': 'cr:arrayShape',
+    'citeAs': 'cr:citeAs',
+    'column': 'cr:column',
+    'conformsTo': 'dct:conformsTo',
+    'containedIn': 'cr:containedIn',
+    'cr': 'http://mlcommons.org/croissant/',
+    'rai': 'http://mlcommons.org/croissant/RAI/',
+    'data': {'@id': 'cr:data', '@type': '@json'},
+    'dataType': {'@id': 'cr:dataType', '@type': '@vocab'},
+    'dct': 'http://purl.org/dc/terms/',
+    'description': {'@container': '@language'},
+    'equivalentProperty': 'cr:equivalentProperty',
+    'examples': {'@id': 'cr:examples', '@type': '@json'},
+    'extract': 'cr:extract',
+    'field': 'cr:field',
+    'fileProperty': 'cr:fileProperty',
+    'fileObject': 'cr:fileObject',
+    'fileSet': 'cr:fileSet',
+    'format': 'cr:format',
+    'includes': 'cr:includes',
+    'isArray': 'cr:isArray',
+    'isLiveDataset': 'cr:isLiveDataset',
+    'jsonPath': 'cr:jsonPath',
+    'key': 'cr:key',
+    'md5': 'cr:md5',
+    'name': {'@container': '@language'},
+    'parentField': 'cr:parentField',
+    'path': 'cr:path',
+    'recordSet': 'cr:recordSet',
+    'references': 'cr:references',
+    'regex': 'cr:regex',
+    'repeated': 'cr:repeated',
+    'replace': 'cr:replace',
+    'samplingRate': 'cr:samplingRate',
+    'sc': 'https://schema.org/',
+    'separator': 'cr:separator',
+    'source': 'cr:source',
+    'subField': 'cr:subField',
+    'transform': 'cr:transform',
+}  # of the specification
+
 
 def file_object(entry: dict, size: int) -> dict:
     "A file in Croissant; `size` in bytes"
-    return {'@type': 'cr:FileObject', '@id': entry['file'], 'name': entry['file'], 'contentUrl': entry['file'], 'encodingFormat': 'application/jsonlines', 'contentSize': f'{size} B', 'sha256': entry['sha256']}
+    return {
+        '@type': 'cr:FileObject',
+        '@id': entry['file'],
+        'name': entry['file'],
+        'contentUrl': entry['file'],
+        'encodingFormat': 'application/jsonlines',
+        'contentSize': f'{size} B',
+        'sha256': entry['sha256'],
+    }
+
 
 def record_set(entry: dict) -> dict:
     "The rows of a file in Croissant"
-    field = lambda name: {'@type': 'cr:Field', '@id': f"{entry['name']}/{name}", 'name': name, 'dataType': 'sc:Text', 'source': {'fileObject': {'@id': entry['file']}, 'extract': {'column': name}}}
-    return {'@type': 'cr:RecordSet', '@id': entry['name'], 'name': entry['name'], 'description': f"{entry['documents']} rows from {entry['origin']}", 'field': list(map(field, fields_of(entry)))}
+    field = lambda name: {
+        '@type': 'cr:Field',
+        '@id': f"{entry['name']}/{name}",
+        'name': name,
+        'dataType': 'sc:Text',
+        'source': {'fileObject': {'@id': entry['file']}, 'extract': {'column': name}},
+    }
+    return {
+        '@type': 'cr:RecordSet',
+        '@id': entry['name'],
+        'name': entry['name'],
+        'description': f"{entry['documents']} rows from {entry['origin']}",
+        'field': list(map(field, fields_of(entry))),
+    }
 
 # %% ../../nbs/corpus/09_card.ipynb #5013927c
 def protocol(card: dict) -> list:
     "What was done to each corpus, in sentences"
-    told = lambda step: f"{step['step']} ({', '.join(f'{n} {why}' for why, n in step['removed'].items()) or 'nothing removed'})"
-    return [f"{entry['name']}: {'; '.join(map(told, entry['steps']))}" for entry in card['corpora'] if entry.get('steps')]
+    told = lambda step: (
+        f"{step['step']} ({', '.join(f'{n} {why}' for why, n in step['removed'].items()) or 'nothing removed'})"
+    )
+    return [
+        f"{entry['name']}: {'; '.join(map(told, entry['steps']))}"
+        for entry in card['corpora']
+        if entry.get('steps')
+    ]
+
 
 def croissant(card: dict, name: str, sizes: dict, made: str = '') -> dict:
     "The card in Croissant 1.1 with its responsible-AI terms; `sizes` {file: bytes}, `made` the day, 2026-11-25"
     corpora = card['corpora']
-    kinds = sorted({kind for entry in corpora for step in entry.get('steps', []) for kind in step.get('redacted', {})})
-    terms = {'rai:dataCollection': '; '.join(f"{entry['name']}: {entry['origin']}" for entry in corpora), 'rai:dataPreprocessingProtocol': protocol(card),
-             'rai:personalSensitiveInformation': [f'replaced by placeholders before publishing: {", ".join(kinds)}'] if kinds else []}
-    return {'@context': CONTEXT, '@type': 'sc:Dataset', 'name': name, 'description': f"{', '.join(entry['name'] for entry in corpora)}: corpora for post-training, prepared by K2 Lab.",
-            'conformsTo': ['http://mlcommons.org/croissant/1.1', 'http://mlcommons.org/croissant/RAI/1.0'], 'license': ' AND '.join(sorted({part for entry in corpora for part in entry['licence'].split(' AND ')})), 'url': 'README.md', 'version': '1.0.0',
-            **({'datePublished': made} if made else {}), **{key: value for key, value in terms.items() if value},
-            'distribution': [file_object(entry, sizes[entry['file']]) for entry in corpora], 'recordSet': list(map(record_set, corpora))}
+    kinds = sorted(
+        {
+            kind
+            for entry in corpora
+            for step in entry.get('steps', [])
+            for kind in step.get('redacted', {})
+        }
+    )
+    terms = {
+        'rai:dataCollection': '; '.join(f"{entry['name']}: {entry['origin']}" for entry in corpora),
+        'rai:dataPreprocessingProtocol': protocol(card),
+        'rai:personalSensitiveInformation': [
+            f'replaced by placeholders before publishing: {", ".join(kinds)}'
+        ]
+        if kinds
+        else [],
+    }
+    return {
+        '@context': CONTEXT,
+        '@type': 'sc:Dataset',
+        'name': name,
+        'description': f"{', '.join(entry['name'] for entry in corpora)}: corpora for post-training, prepared by K2 Lab.",
+        'conformsTo': [
+            'http://mlcommons.org/croissant/1.1',
+            'http://mlcommons.org/croissant/RAI/1.0',
+        ],
+        'license': ' AND '.join(
+            sorted({part for entry in corpora for part in entry['licence'].split(' AND ')})
+        ),
+        'url': 'README.md',
+        'version': '1.0.0',
+        **({'datePublished': made} if made else {}),
+        **{key: value for key, value in terms.items() if value},
+        'distribution': [file_object(entry, sizes[entry['file']]) for entry in corpora],
+        'recordSet': list(map(record_set, corpora)),
+    }
 
 # %% ../../nbs/corpus/09_card.ipynb #06347b49
 def write_card_pages(folder):
     "Writes README.md and croissant.json beside card.json. LabError when a file of the card is not there"
     folder = Path(folder)
-    card, path = json.loads((folder/'card.json').read_text(encoding='utf-8')), folder/'run.json'
+    card, path = json.loads((folder / 'card.json').read_text(encoding='utf-8')), folder / 'run.json'
     record = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-    missing = [entry['file'] for entry in card['corpora'] if not (folder/entry['file']).is_file()]
-    if missing: raise LabError(f'{folder}: {", ".join(missing)} is not there, but card.json tells of it')
-    sizes = {entry['file']: (folder/entry['file']).stat().st_size for entry in card['corpora']}
-    name = f"{card.get('mode', 'a')} corpus of {record['campaign']}" if record.get('campaign') else f"{card.get('mode', 'a')} corpus"
-    write_text(folder/'README.md', readme(card, name, record))
-    write_text(folder/'croissant.json', as_json(croissant(card, name, sizes, str(record.get('started', ''))[:10]), indent=1) + '\n')
+    missing = [entry['file'] for entry in card['corpora'] if not (folder / entry['file']).is_file()]
+    if missing:
+        raise LabError(f'{folder}: {", ".join(missing)} is not there, but card.json tells of it')
+    sizes = {entry['file']: (folder / entry['file']).stat().st_size for entry in card['corpora']}
+    name = (
+        f"{card.get('mode', 'a')} corpus of {record['campaign']}"
+        if record.get('campaign')
+        else f"{card.get('mode', 'a')} corpus"
+    )
+    write_text(folder / 'README.md', readme(card, name, record))
+    write_text(
+        folder / 'croissant.json',
+        as_json(croissant(card, name, sizes, str(record.get('started', ''))[:10]), indent=1) + '\n',
+    )

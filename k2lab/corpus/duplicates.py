@@ -11,51 +11,77 @@ __all__ = ['BANDS', 'ROWS', 'REACH', 'digest16', 'fingerprints', 'kept_rows', 'c
 import hashlib
 from collections import Counter, defaultdict
 from functools import cache
-from ..lab.config import LabError
+
+from k2lab.corpus.kernels import (
+    band_keys,
+    distinct_grams,
+    folded,
+    gram_hashes,
+    jaccards,
+    known_grams,
+    packed,
+    sieve,
+    text_batches,
+    united,
+    word_hashes,
+)
 from .operators import clear_of, sorted_out
-from .kernels import band_keys, text_batches, distinct_grams, folded, gram_hashes, jaccards, known_grams, packed, sieve, united, word_hashes
+from ..lab.config import LabError
 
 # %% ../../nbs/corpus/05_duplicates.ipynb #c5616806
 @cache
 def digest16():
     "A function from bytes to 16 bytes: xxh3, or SHA-256 where xxhash is missing"
-    try: from xxhash import xxh3_128_digest
-    except ImportError: return lambda data: hashlib.sha256(data).digest()[:16]
+    try:
+        from xxhash import xxh3_128_digest
+    except ImportError:
+        return lambda data: hashlib.sha256(data).digest()[:16]
     return xxh3_128_digest
+
 
 def fingerprints(table, field: str = 'text'):
     "Yields 16 bytes for each row, the same for texts that differ only in case and white space. LabError for a missing text"
     digest = digest16()
-    for data, ends in text_batches(table[field]): yield from map(digest, folded(data, ends))
+    for data, ends in text_batches(table[field]):
+        yield from map(digest, folded(data, ends))
 
 # %% ../../nbs/corpus/05_duplicates.ipynb #b927ba6e
 def kept_rows(step: str, table, stays, reason: str, **more) -> tuple:
     "(the rows of a table for which `stays` is true, counts with whatever else is to be told)"
     import numpy as np
+
     return sorted_out(step, table, np.where(stays, -1, 0), [reason], **more)
+
 
 def cluster_sizes(sizes) -> dict:
     "{'2': clusters of two, '3': ...}, from the sizes of all clusters; single rows are left out"
     return {str(size): n for size, n in sorted(Counter(sizes).items()) if size > 1}
 
+
 def drop_copies(table, field: str = 'text') -> tuple:
     "(rows without later copies, counts with the number of clusters of each size); fingerprints in a column `mark` are taken as they are"
     seen, stays = Counter(), []
-    for mark in table['mark'].to_pylist() if 'mark' in table.column_names else fingerprints(table, field):
+    for mark in (
+        table['mark'].to_pylist() if 'mark' in table.column_names else fingerprints(table, field)
+    ):
         stays.append(mark not in seen)
         seen[mark] += 1
     return kept_rows('exact dedup', table, stays, 'copy', clusters=cluster_sizes(seen.values()))
 
 # %% ../../nbs/corpus/05_duplicates.ipynb #d85353df
-BANDS, ROWS = 14, 8   # keys of a text, least hashes in a key
+BANDS, ROWS = 14, 8  # keys of a text, least hashes in a key
+
 
 def run_batches(column, n: int):
     "Yields (hashes, ends) of the runs of n words of a column's texts, in batches"
-    for data, ends in text_batches(column): yield gram_hashes(*word_hashes(data, ends), n)
+    for data, ends in text_batches(column):
+        yield gram_hashes(*word_hashes(data, ends), n)
+
 
 def sketch(column, n: int = 5) -> tuple:
     "(numbers of the rows with n words or more, their keys as uint64 (rows, 14)): all that finding near-copies needs to know of most texts"
     import numpy as np
+
     first, rows, keys = 0, [np.empty(0, np.int64)], [np.empty((0, BANDS), np.uint64)]
     for hashes, ends in run_batches(column, n):
         full = np.flatnonzero(np.diff(ends))
@@ -68,6 +94,7 @@ def sketch(column, n: int = 5) -> tuple:
 def buckets(rows, keys) -> tuple:
     "(rows, ends): the rows that share a key, bucket after bucket, band after band"
     import numpy as np
+
     members, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for band in keys.T:
         order = np.argsort(band, kind='stable')
@@ -79,29 +106,37 @@ def buckets(rows, keys) -> tuple:
     return np.concatenate(members), np.insert(np.cumsum(np.concatenate(sizes)), 0, 0)
 
 # %% ../../nbs/corpus/05_duplicates.ipynb #86baeee0
-REACH = 64   # rows of a bucket that a row is compared with
+REACH = 64  # rows of a bucket that a row is compared with
+
 
 def run_sets(column, n: int) -> tuple:
     "(hashes, ends): the runs of n words of each text as a sorted set"
     import numpy as np
+
     parts = [distinct_grams(*part) for part in run_batches(column, n)]
     shifts = np.cumsum([0] + [len(hashes) for hashes, _ in parts])
-    return np.concatenate([hashes for hashes, _ in parts]), np.concatenate([[0]] + [ends[1:] + shift for (_, ends), shift in zip(parts, shifts)])
+    return np.concatenate([hashes for hashes, _ in parts]), np.concatenate(
+        [[0]] + [ends[1:] + shift for (_, ends), shift in zip(parts, shifts)]
+    )
+
 
 def alike(sets, left, right, least: float):
     "Whether the Jaccard similarity of each pair left[i], right[i] is at least `least`; without sets, all are"
     import numpy as np
+
     return jaccards(*sets, left, right) >= least if sets else np.ones(len(left), bool)
 
 # %% ../../nbs/corpus/05_duplicates.ipynb #2061d8e1
 def components(members, ends, sets, least: float, n: int):
     "For each of n members the lowest one that it is connected with, by pairs of a bucket that are alike"
     import numpy as np
+
     parent, bucket = np.arange(n), np.repeat(np.arange(len(ends) - 1), np.diff(ends))
     for apart in range(1, REACH + 1):
         near = np.flatnonzero(bucket[apart:] == bucket[:-apart])
         left, right = members[near], members[near + apart]
-        if not len(near): break
+        if not len(near):
+            break
         new = parent[left] != parent[right]
         left, right = np.unique(np.stack((left[new], right[new])), axis=1)
         good = alike(sets, left, right, least)
@@ -112,6 +147,7 @@ def components(members, ends, sets, least: float, n: int):
 def stars(component, sizes, sets, least: float):
     "For each member the one that stays for it, which is itself for those that stay: the longest of a component first"
     import numpy as np
+
     owner, left = np.empty(len(component), np.int64), np.lexsort((-sizes, component))
     while len(left):
         first = np.insert(np.diff(component[left]) != 0, 0, True)
@@ -122,13 +158,17 @@ def stars(component, sizes, sets, least: float):
     return owner
 
 # %% ../../nbs/corpus/05_duplicates.ipynb #488bd619
-def near_owners(column, n: int = 5, least: float = .7, sketched: tuple = None):
+def near_owners(column, n: int = 5, least: float = 0.7, sketched: tuple = None):
     "For each row the row that stays for it, itself if it stays; `least` 0 joins all that share a key without looking; `sketched`: `sketch` of the rows to look at"
-    import numpy as np, pyarrow as pa, pyarrow.compute as pc
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     column = column.cast(pa.large_string())
     members, ends = buckets(*sketched or sketch(column, n))
     owner, rows = np.arange(len(column)), np.unique(members)
-    if not len(rows): return owner
+    if not len(rows):
+        return owner
     texts = column.take(pa.array(rows))
     sets = run_sets(texts, n) if least else None
     component = components(np.searchsorted(rows, members), ends, sets, least, len(rows))
@@ -140,42 +180,79 @@ def near_owners(column, n: int = 5, least: float = .7, sketched: tuple = None):
 def check_clusters(sizes, column, n: int, alarm: float, floor: int):
     "LabError when a cluster holds more than the share `alarm` of n rows, if n is at least `floor`; `sizes` counts the rows of each cluster by the row that stays"
     row = int(sizes.argmax()) if n else 0
-    if n < floor or sizes[row] <= alarm*n: return
+    if n < floor or sizes[row] <= alarm * n:
+        return
     begins = ' '.join(column[row].as_py()[:200].split())[:80]
-    raise LabError(f'near dedup: the cluster of row {row} ({begins!r}...) holds {sizes[row]} of {n} rows, more than {alarm:.1%}: remove such pages or their boilerplate first, or allow it with alarm={sizes[row]/n + .001:.3f}')
+    raise LabError(
+        f'near dedup: the cluster of row {row} ({begins!r}...) holds {sizes[row]} of {n} rows, more than {alarm:.1%}: remove such pages or their boilerplate first, or allow it with alarm={sizes[row] / n + 0.001:.3f}'
+    )
+
 
 def rows_of(table, field: str, column) -> tuple:
     "(column of texts, numbers of the table's rows in it): a table without texts says in its column `row` which ones of `column` it means"
     import numpy as np
-    return (table[field], np.arange(len(table))) if column is None else (column, table['row'].to_numpy())
+
+    return (
+        (table[field], np.arange(len(table)))
+        if column is None
+        else (column, table['row'].to_numpy())
+    )
+
 
 def known_sketch(table):
     "`sketch` from a table's columns `row` and `bands`, None where it has none"
-    if 'bands' not in table.column_names: return None
+    if 'bands' not in table.column_names:
+        return None
     bands = table['bands'].combine_chunks()
-    return table['row'].to_numpy()[bands.is_valid().to_numpy(zero_copy_only=False)], bands.flatten().to_numpy().reshape(-1, BANDS)
+    return table['row'].to_numpy()[
+        bands.is_valid().to_numpy(zero_copy_only=False)
+    ], bands.flatten().to_numpy().reshape(-1, BANDS)
 
-def drop_near(table, field: str = 'text', n: int = 5, least: float = .7, alarm: float = .01, floor: int = 5000, column=None) -> tuple:
+
+def drop_near(
+    table,
+    field: str = 'text',
+    n: int = 5,
+    least: float = 0.7,
+    alarm: float = 0.01,
+    floor: int = 5000,
+    column=None,
+) -> tuple:
     "(rows without those that are like a longer one that stays, counts with the number of clusters of each size). Alike: Jaccard of their runs of n words at least `least`. LabError when a cluster is too large"
     import numpy as np
+
     column, rows = rows_of(table, field, column)
     owner = near_owners(column, n, least, known_sketch(table))[rows]
     sizes = np.bincount(owner, minlength=len(column))
     check_clusters(sizes, column, len(table), alarm, floor)
-    return kept_rows('near dedup', table, owner == rows, 'near copy', clusters=cluster_sizes(sizes.tolist()))
+    return kept_rows(
+        'near dedup', table, owner == rows, 'near copy', clusters=cluster_sizes(sizes.tolist())
+    )
 
 # %% ../../nbs/corpus/05_duplicates.ipynb #81e7380f
 def run_index(texts: list, n: int = 13, least: int = 5) -> tuple:
     "(sorted hashes of the runs of the texts, {place: numbers of the texts it is in}, runs of each text, lengths of runs); a text of `least` to n words is one run"
     import numpy as np
-    found = [np.empty(0, np.uint64)]*len(texts)
+
+    found = [np.empty(0, np.uint64)] * len(texts)
     hashes, ends = word_hashes(*packed(texts))
     lengths = np.minimum(np.diff(ends), n)
-    for i in np.flatnonzero(lengths >= least): found[i] = np.unique(gram_hashes(hashes[ends[i]:ends[i+1]], np.array([0, ends[i+1] - ends[i]]), int(lengths[i]))[0])
+    for i in np.flatnonzero(lengths >= least):
+        found[i] = np.unique(
+            gram_hashes(
+                hashes[ends[i] : ends[i + 1]], np.array([0, ends[i + 1] - ends[i]]), int(lengths[i])
+            )[0]
+        )
     index, owners = np.unique(np.concatenate(found or [np.empty(0, np.uint64)])), defaultdict(set)
     for i, runs in enumerate(found):
-        for place in np.searchsorted(index, runs).tolist(): owners[place].add(i)
-    return index, owners, [len(runs) for runs in found], sorted(set(lengths[lengths >= least].tolist()))
+        for place in np.searchsorted(index, runs).tolist():
+            owners[place].add(i)
+    return (
+        index,
+        owners,
+        [len(runs) for runs in found],
+        sorted(set(lengths[lengths >= least].tolist())),
+    )
 
 # %% ../../nbs/corpus/05_duplicates.ipynb #6d9b1d51
 def found_runs(column, index, lengths: list) -> dict:
@@ -185,7 +262,8 @@ def found_runs(column, index, lengths: list) -> dict:
         words = word_hashes(data, ends)
         for n in lengths:
             rows, places = known_grams(*gram_hashes(*words, n), index, bits)
-            for row, place in zip((rows + first).tolist(), places.tolist()): found[row].add(place)
+            for row, place in zip((rows + first).tolist(), places.tolist()):
+                found[row].add(place)
         first += len(ends) - 1
     return found
 
@@ -193,9 +271,18 @@ def found_runs(column, index, lengths: list) -> dict:
 def most_covered(shared: set, owners: dict, sizes: list) -> tuple:
     "(share, number of the text) for the evaluation text of which the shared runs are the largest share"
     hits = Counter(i for run in shared for i in owners[run])
-    return max((k/sizes[i], -i) for i, k in hits.items())
+    return max((k / sizes[i], -i) for i, k in hits.items())
 
-def drop_contaminated(table, texts, n: int = 13, common: int = 10, share: float = .2, field: str = 'text', column=None) -> tuple:
+
+def drop_contaminated(
+    table,
+    texts,
+    n: int = 13,
+    common: int = 10,
+    share: float = 0.2,
+    field: str = 'text',
+    column=None,
+) -> tuple:
     "(rows that cover less than `share` of every evaluation text in rare runs of n words, counts); texts: a list, or {evaluation: list}; decisions of `corpus.decontaminate`"
     named = texts if isinstance(texts, dict) else {'evaluation': texts}
     names = [name for name, part in named.items() for _ in part]
@@ -203,7 +290,15 @@ def drop_contaminated(table, texts, n: int = 13, common: int = 10, share: float 
     column, numbers = rows_of(table, field, column)
     found = found_runs(column, index, lengths)
     rows = sorted(found.keys() & set(numbers.tolist()))
-    gone = set(rows) - {rows[i] for i in clear_of([found[row] for row in rows], owners, sizes, common, share)}
+    gone = set(rows) - {
+        rows[i] for i in clear_of([found[row] for row in rows], owners, sizes, common, share)
+    }
     covered = [most_covered(found[row], owners, sizes) for row in sorted(gone)]
-    return kept_rows('decontaminate', table, [row not in gone for row in numbers.tolist()], f'shares runs of {n} words with evaluation',
-                     contaminated=dict(Counter(names[-i] for _, i in covered)), covered=dict(sorted(Counter(f'{int(10*part)/10}' for part, _ in covered).items())))
+    return kept_rows(
+        'decontaminate',
+        table,
+        [row not in gone for row in numbers.tolist()],
+        f'shares runs of {n} words with evaluation',
+        contaminated=dict(Counter(names[-i] for _, i in covered)),
+        covered=dict(sorted(Counter(f'{int(10 * part) / 10}' for part, _ in covered).items())),
+    )

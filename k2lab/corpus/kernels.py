@@ -2,75 +2,91 @@
 
 Texts come as Arrow keeps them: `data`, the bytes of all texts, and `ends`, n+1 offsets into it. Results come in the same shape. All hashes are unsigned 64-bit integers
 whose sums and products wrap around (in numba only unsigned ones may). Kernels are the functions with an underscore; they are compiled at first use, and nothing heavy is imported before."""
+
 import re, warnings
 from functools import cache
 
 from k2lab.lab.config import LabError
 
-UNSPACED = '\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff'      # Thai, Lao, Burmese, Khmer, Kana, Han
+UNSPACED = '\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff'  # Thai, Lao, Burmese, Khmer, Kana, Han
 WORD = re.compile(rf'(?=\w)[{UNSPACED}]|[^\W{UNSPACED}]+')
-CODE_POINTS = 0x40000                             # no letter lies above
-SEED, PRIME = 0xcbf29ce484222325, 0x100000001b3      # FNV-1a's
-BASE, STIR = 0x9e3779b97f4a7c15, 0xbf58476d1ce4e5b9  # odd
-WRAP, U = 2**64, None                               # U becomes numpy.uint64 when the first kernel is compiled
+CODE_POINTS = 0x40000  # no letter lies above
+SEED, PRIME = 0xCBF29CE484222325, 0x100000001B3  # FNV-1a's
+BASE, STIR = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9  # odd
+WRAP, U = 2**64, None  # U becomes numpy.uint64 when the first kernel is compiled
 
 
-def gram_words(text:str) -> list:
+def gram_words(text: str) -> list:
     "The words of a text in lower case, without punctuation. Each character of a script that is written without spaces is a word of its own, so that runs of words are runs of characters there."
-    return WORD.findall(text.replace('\u0130', 'i').lower().replace('\u03c2', '\u03c3'))      # the two letters whose lower case is not one letter, always the same
+    return WORD.findall(
+        text.replace('\u0130', 'i').lower().replace('\u03c2', '\u03c3')
+    )  # the two letters whose lower case is not one letter, always the same
 
 
-def stirred(x:int) -> int:
+def stirred(x: int) -> int:
     "x with all 64 bits depending on all bits, one to one."
-    x = (x ^ x >> 29)*STIR % WRAP
+    x = (x ^ x >> 29) * STIR % WRAP
     return x ^ x >> 32
 
 
-def word_hash(word:str) -> int:
+def word_hash(word: str) -> int:
     "64 bits for a word: FNV-1a over its code points, stirred."
     h = SEED
-    for letter in word: h = (h ^ ord(letter))*PRIME % WRAP
+    for letter in word:
+        h = (h ^ ord(letter)) * PRIME % WRAP
     return stirred(h)
 
 
-def gram_hash(hashes:list) -> int:
+def gram_hash(hashes: list) -> int:
     "64 bits for a run of words: a polynomial of their hashes, stirred with its length."
-    return stirred((sum(h*pow(BASE, i, WRAP) for i, h in enumerate(reversed(hashes))) + len(hashes)) % WRAP)
+    return stirred(
+        (sum(h * pow(BASE, i, WRAP) for i, h in enumerate(reversed(hashes))) + len(hashes)) % WRAP
+    )
 
 
-def run_hashes(hashes:list, n:int) -> list:
+def run_hashes(hashes: list, n: int) -> list:
     "Hashes of all runs of n words; a shorter text has none."
-    return [gram_hash(hashes[i:i+n]) for i in range(len(hashes) - n + 1)]
+    return [gram_hash(hashes[i : i + n]) for i in range(len(hashes) - n + 1)]
 
 
 def jaccard(a, b) -> float:
     "Shared part of two sets; 0 for two empty ones."
     a, b = set(a), set(b)
-    return len(a & b)/len(a | b) if a or b else 0.
+    return len(a & b) / len(a | b) if a or b else 0.0
 
 
 # ---- machinery ----------------------------------------------------------------------------------------------------------------
 
+
 @cache
 def numba():
     "The compiler, or None where it is not installed; then it says, once, that plain Python does the work."
-    try: import numba
-    except ImportError: return warnings.warn('numba is not installed: plain Python does the work of k2lab.corpus.kernels, about a hundred times as slowly; pip install numba')
+    try:
+        import numba
+    except ImportError:
+        return warnings.warn(
+            'numba is not installed: plain Python does the work of k2lab.corpus.kernels, about a hundred times as slowly; pip install numba'
+        )
     return numba
 
 
 @cache
-def machine(kernel, small:str=''):
+def machine(kernel, small: str = ''):
     "A kernel as machine code, kept on disk for later processes; variables named in `small` have 32 bits. None without numba."
     global U
-    if not numba(): return None
+    if not numba():
+        return None
     from numpy import uint64 as U
-    return numba().njit(cache=True, nogil=True, locals={name: numba().uint32 for name in small.split()})(kernel)
+
+    return numba().njit(
+        cache=True, nogil=True, locals={name: numba().uint32 for name in small.split()}
+    )(kernel)
 
 
-def ragged(lists:list) -> tuple:
+def ragged(lists: list) -> tuple:
     "(all numbers, ends) of lists of numbers."
     import numpy as np
+
     ends = np.zeros(len(lists) + 1, np.int64)
     np.cumsum([len(x) for x in lists], out=ends[1:])
     return np.array([x for one in lists for x in one], np.uint64), ends
@@ -82,30 +98,36 @@ def each(data, ends) -> list:
     return [cut(data[a:b]) for a, b in zip(ends, ends[1:])]
 
 
-BATCH_BYTES = 1 << 24                                # bytes of text in a batch, about
+BATCH_BYTES = 1 << 24  # bytes of text in a batch, about
 
 
-def text_batches(column, room:int=BATCH_BYTES):
+def text_batches(column, room: int = BATCH_BYTES):
     "Yields an Arrow column of texts as `(data, ends)`, without copying it, of about `room` bytes each or one text. LabError for a missing text."
     import numpy as np, pyarrow as pa
+
     first = 0
     for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
-        if chunk.null_count: raise LabError(f'row {first + chunk.is_null().index(True).as_py()} has no text: drop or fill it first')
+        if chunk.null_count:
+            raise LabError(
+                f'row {first + chunk.is_null().index(True).as_py()} has no text: drop or fill it first'
+            )
         first += len(chunk)
-        if not len(chunk): continue
+        if not len(chunk):
+            continue
         chunk = chunk.cast(pa.large_string())
         _, ends, data = chunk.buffers()
-        ends = np.frombuffer(ends, np.int64)[chunk.offset:chunk.offset+len(chunk)+1]
+        ends = np.frombuffer(ends, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
         data, at = np.frombuffer(data or b'', np.uint8), 0
         while at < len(chunk):
             stop = max(at + 1, int(np.searchsorted(ends, ends[at] + room, 'right')) - 1)
-            yield data, ends[at:stop+1]
+            yield data, ends[at : stop + 1]
             at = stop
 
 
-def packed(texts:list) -> tuple:
+def packed(texts: list) -> tuple:
     "(data, ends) of texts."
     import numpy as np
+
     parts = [text.encode('utf-8', 'replace') for text in texts]
     return np.frombuffer(b''.join(parts), np.uint8), np.cumsum([0] + [len(part) for part in parts])
 
@@ -114,18 +136,33 @@ def packed(texts:list) -> tuple:
 def word_classes():
     "What each code point does in `words`, as int32: 0 separates, c > 0 continues a word as c, c < 0 is the word -c."
     import numpy as np
-    one = {c: gram_words(chr(c)) for c in range(CODE_POINTS) if not 0xd800 <= c < 0xe000}
+
+    one = {c: gram_words(chr(c)) for c in range(CODE_POINTS) if not 0xD800 <= c < 0xE000}
     alone = re.compile(f'[{UNSPACED}]')
-    return np.array([0 if not one.get(c) else -ord(one[c][0]) if alone.match(one[c][0]) else ord(one[c][0]) for c in range(CODE_POINTS)], np.int32)
+    return np.array(
+        [
+            0 if not one.get(c) else -ord(one[c][0]) if alone.match(one[c][0]) else ord(one[c][0])
+            for c in range(CODE_POINTS)
+        ],
+        np.int32,
+    )
 
 
 # ---- spelling -----------------------------------------------------------------------------------------------------------------
 
+
 def _tidied(data, ends, out, out_ends, plain):
     w = 0
     for d in range(len(ends) - 1):
-        first, keep, last, lines, after_cr, ascii = w, w, w, 0, False, True      # keep: after what ends no line in spaces; last: after the last visible byte
-        for i in range(ends[d], ends[d+1]):
+        first, keep, last, lines, after_cr, ascii = (
+            w,
+            w,
+            w,
+            0,
+            False,
+            True,
+        )  # keep: after what ends no line in spaces; last: after the last visible byte
+        for i in range(ends[d], ends[d + 1]):
             c = data[i]
             if c == 10 or c == 13:
                 if c == 10 and after_cr:
@@ -147,75 +184,104 @@ def _tidied(data, ends, out, out_ends, plain):
                 w += 1
                 keep = last = w
         w = last
-        out_ends[d+1], plain[d] = w, ascii
+        out_ends[d + 1], plain[d] = w, ascii
 
 
 def tidied(data, ends):
     "(data, ends, which texts are ASCII) of texts in the spelling of `k2lab.corpus.operators.normal`, as far as it is a matter of ASCII characters: line ends, control characters, spaces, blank lines. None without numba."
     import numpy as np
-    if not machine(_tidied): return None
-    out, out_ends, plain = np.empty(int(ends[-1] - ends[0]), np.uint8), np.zeros(len(ends), np.int64), np.empty(len(ends) - 1, np.bool_)
+
+    if not machine(_tidied):
+        return None
+    out, out_ends, plain = (
+        np.empty(int(ends[-1] - ends[0]), np.uint8),
+        np.zeros(len(ends), np.int64),
+        np.empty(len(ends) - 1, np.bool_),
+    )
     machine(_tidied)(data, ends, out, out_ends, plain)
-    return out[:out_ends[-1]], out_ends, plain
+    return out[: out_ends[-1]], out_ends, plain
 
 
 def _folded(data, ends, out, out_ends, plain):
     w = 0
     for d in range(len(ends) - 1):
         first, gap, ascii = w, False, True
-        for i in range(ends[d], ends[d+1]):
+        for i in range(ends[d], ends[d + 1]):
             c = data[i]
-            if c == 32 or 9 <= c <= 13 or 28 <= c <= 31: gap = True
+            if c == 32 or 9 <= c <= 13 or 28 <= c <= 31:
+                gap = True
             else:
                 if gap and w > first:
                     out[w] = 32
                     w += 1
                 out[w] = c + 32 if 65 <= c <= 90 else c
                 gap, ascii, w = False, ascii and c < 128, w + 1
-        out_ends[d+1], plain[d] = w, ascii
+        out_ends[d + 1], plain[d] = w, ascii
 
 
 def folded(data, ends) -> list:
     "Each text in lower case with one space for any white space, as bytes: `' '.join(text.lower().split())`."
     import numpy as np
-    plainly = lambda text: ' '.join(text.decode('utf-8', 'surrogatepass').lower().split()).encode('utf-8', 'surrogatepass')
-    if not machine(_folded): return [plainly(text) for text in each(data, ends)]
-    out, until, plain = np.empty(int(ends[-1] - ends[0]), np.uint8), np.zeros(len(ends), np.int64), np.empty(len(ends) - 1, np.bool_)
+
+    plainly = lambda text: ' '.join(text.decode('utf-8', 'surrogatepass').lower().split()).encode(
+        'utf-8', 'surrogatepass'
+    )
+    if not machine(_folded):
+        return [plainly(text) for text in each(data, ends)]
+    out, until, plain = (
+        np.empty(int(ends[-1] - ends[0]), np.uint8),
+        np.zeros(len(ends), np.int64),
+        np.empty(len(ends) - 1, np.bool_),
+    )
     machine(_folded)(data, ends, out, until, plain)
-    whole, raw = out[:until[-1]].tobytes(), memoryview(data)
-    return [whole[until[i]:until[i+1]] if plain[i] else plainly(bytes(raw[ends[i]:ends[i+1]])) for i in range(len(plain))]
+    whole, raw = out[: until[-1]].tobytes(), memoryview(data)
+    return [
+        whole[until[i] : until[i + 1]] if plain[i] else plainly(bytes(raw[ends[i] : ends[i + 1]]))
+        for i in range(len(plain))
+    ]
 
 
 # ---- words and runs of words --------------------------------------------------------------------------------------------------
 
+
 def _word_hashes(data, ends, table, out, out_ends):
     k = 0
     for d in range(len(out_ends) - 1):
-        text, i, h, inside = data[ends[d]:ends[d+1]], 0, U(SEED), False
+        text, i, h, inside = data[ends[d] : ends[d + 1]], 0, U(SEED), False
         while i < len(text):
             c, width = int(text[i]), 1
-            if c < 0x80 and table[c] > 0:                       # nearly every byte of most texts
-                h, inside, i = ((h if inside else U(SEED)) ^ U(table[c]))*U(PRIME), True, i + 1
+            if c < 0x80 and table[c] > 0:  # nearly every byte of most texts
+                h, inside, i = ((h if inside else U(SEED)) ^ U(table[c])) * U(PRIME), True, i + 1
                 continue
-            if c >= 0xc2:                                       # ill-formed bytes separate, as U+FFFD would
-                width = 2 if c < 0xe0 else 3 if c < 0xf0 else 4
-                good = i + width <= len(text) and c < 0xf5
-                c = c & (0xff >> (width + 1))
+            if c >= 0xC2:  # ill-formed bytes separate, as U+FFFD would
+                width = 2 if c < 0xE0 else 3 if c < 0xF0 else 4
+                good = i + width <= len(text) and c < 0xF5
+                c = c & (0xFF >> (width + 1))
                 for j in range(i + 1, min(i + width, len(text))):
-                    good = good and text[j] & 0xc0 == 0x80
-                    c = c << 6 | (text[j] & 0x3f)
-                if not good or (width == 3 and (c < 0x800 or 0xd800 <= c < 0xe000)) or (width == 4 and (c < 0x10000 or c > 0x10ffff)): c, width = 0, 1
-            elif c >= 0x80: c = 0
+                    good = good and text[j] & 0xC0 == 0x80
+                    c = c << 6 | (text[j] & 0x3F)
+                if (
+                    not good
+                    or (width == 3 and (c < 0x800 or 0xD800 <= c < 0xE000))
+                    or (width == 4 and (c < 0x10000 or c > 0x10FFFF))
+                ):
+                    c, width = 0, 1
+            elif c >= 0x80:
+                c = 0
             c = int(table[c]) if c < len(table) else 0
             i += width
-            if inside and c <= 0: out[k], k = h, k + 1
-            if c != 0: h = ((h if inside and c > 0 else U(SEED)) ^ U(abs(c)))*U(PRIME)
-            if c < 0: out[k], k = h, k + 1
+            if inside and c <= 0:
+                out[k], k = h, k + 1
+            if c != 0:
+                h = ((h if inside and c > 0 else U(SEED)) ^ U(abs(c))) * U(PRIME)
+            if c < 0:
+                out[k], k = h, k + 1
             inside = c > 0
-        if inside: out[k], k = h, k + 1
-        out_ends[d+1] = k
+        if inside:
+            out[k], k = h, k + 1
+        out_ends[d + 1] = k
     for j in range(k):
-        h = (out[j] ^ out[j] >> U(29))*U(STIR)
+        h = (out[j] ^ out[j] >> U(29)) * U(STIR)
         out[j] = h ^ h >> U(32)
     return k
 
@@ -223,119 +289,153 @@ def _word_hashes(data, ends, table, out, out_ends):
 def word_hashes(data, ends) -> tuple:
     "(hashes, ends) of the words of texts: `word_hash` of `words`; ill-formed UTF-8 separates words."
     import numpy as np
-    if not machine(_word_hashes): return ragged([[word_hash(w) for w in gram_words(text.decode('utf-8', 'replace'))] for text in each(data, ends)])
-    out, out_ends = np.empty((int(ends[-1] - ends[0]) + len(ends))//2 + 1, np.uint64), np.zeros(len(ends), np.int64)
-    return out[:machine(_word_hashes)(data, ends, word_classes(), out, out_ends)], out_ends
+
+    if not machine(_word_hashes):
+        return ragged(
+            [
+                [word_hash(w) for w in gram_words(text.decode('utf-8', 'replace'))]
+                for text in each(data, ends)
+            ]
+        )
+    out, out_ends = (
+        np.empty((int(ends[-1] - ends[0]) + len(ends)) // 2 + 1, np.uint64),
+        np.zeros(len(ends), np.int64),
+    )
+    return out[: machine(_word_hashes)(data, ends, word_classes(), out, out_ends)], out_ends
 
 
 def _gram_hashes(words, ends, n, top, out, out_ends):
     k = 0
     for d in range(len(ends) - 1):
-        text, g = words[ends[d]:ends[d+1]], U(0)
+        text, g = words[ends[d] : ends[d + 1]], U(0)
         for i in range(len(text)):
-            g = g*U(BASE) + text[i]
-            if i >= n: g -= text[i-n]*top
+            g = g * U(BASE) + text[i]
+            if i >= n:
+                g -= text[i - n] * top
             if i >= n - 1:
                 h = g + U(n)
-                h = (h ^ h >> U(29))*U(STIR)
+                h = (h ^ h >> U(29)) * U(STIR)
                 out[k] = h ^ h >> U(32)
                 k += 1
-        out_ends[d+1] = k
+        out_ends[d + 1] = k
     return k
 
 
-def gram_hashes(hashes, ends, n:int) -> tuple:
+def gram_hashes(hashes, ends, n: int) -> tuple:
     "(hashes, ends) of the runs of n words of texts: `grams` of each text's word hashes."
     import numpy as np
-    if not machine(_gram_hashes): return ragged([run_hashes(text, n) for text in each(hashes, ends)])
+
+    if not machine(_gram_hashes):
+        return ragged([run_hashes(text, n) for text in each(hashes, ends)])
     out, out_ends = np.empty(len(hashes), np.uint64), np.zeros(len(ends), np.int64)
-    return out[:machine(_gram_hashes)(hashes, ends, n, np.uint64(pow(BASE, n, WRAP)), out, out_ends)], out_ends
+    return out[
+        : machine(_gram_hashes)(hashes, ends, n, np.uint64(pow(BASE, n, WRAP)), out, out_ends)
+    ], out_ends
 
 
 # ---- MinHash ------------------------------------------------------------------------------------------------------------------
 
-def factors(k:int) -> list:
+
+def factors(k: int) -> list:
     "k pairs (odd factor, summand) of 32 bits: the hash functions of MinHash, always the same."
-    drawn = [stirred(i*BASE % WRAP) >> 32 for i in range(1, 2*k + 1)]
+    drawn = [stirred(i * BASE % WRAP) >> 32 for i in range(1, 2 * k + 1)]
     return [(a | 1, b) for a, b in zip(drawn[::2], drawn[1::2])]
 
 
-def least(hashes:list, k:int) -> list:
+def least(hashes: list, k: int) -> list:
     "For each of k functions x -> a*x + b modulo 2**32, the least value over the low halves of the hashes."
-    return [min((a*x + b) % 2**32 for x in hashes) for a, b in factors(k)]
+    return [min((a * x + b) % 2**32 for x in hashes) for a, b in factors(k)]
 
 
-def bands_of(signature:list, rows:int) -> list:
+def bands_of(signature: list, rows: int) -> list:
     "A signature as one 64-bit key for every `rows` values in turn."
-    return [gram_hash(signature[i:i+rows]) for i in range(0, len(signature), rows)]
+    return [gram_hash(signature[i : i + rows]) for i in range(0, len(signature), rows)]
 
 
 def _band_keys(grams, ends, a, b, seen, rows, keys):
     for d in range(len(ends) - 1):
-        text = grams[ends[d]:ends[d+1]]
-        for p in range(len(seen)): seen[p] = 0xffffffff
-        for i in range(0, len(text), 2):                        # two at a time halve the reading and writing of `seen`
+        text = grams[ends[d] : ends[d + 1]]
+        for p in range(len(seen)):
+            seen[p] = 0xFFFFFFFF
+        for i in range(0, len(text), 2):  # two at a time halve the reading and writing of `seen`
             x, y = text[i], text[min(i + 1, len(text) - 1)]
             for p in range(len(seen)):
-                v = a[p]*x + b[p]
-                w = a[p]*y + b[p]
+                v = a[p] * x + b[p]
+                w = a[p] * y + b[p]
                 m = min(v, w)
                 seen[p] = min(seen[p], m)
         for j in range(keys.shape[1]):
             g = U(0)
-            for p in range(rows): g = g*U(BASE) + U(seen[j*rows + p])
+            for p in range(rows):
+                g = g * U(BASE) + U(seen[j * rows + p])
             g += U(rows)
-            g = (g ^ g >> U(29))*U(STIR)
+            g = (g ^ g >> U(29)) * U(STIR)
             keys[d, j] = g ^ g >> U(32)
 
 
-def band_keys(grams, ends, bands:int=14, rows:int=8):
+def band_keys(grams, ends, bands: int = 14, rows: int = 8):
     "Keys (texts, bands) of texts that are not empty, by their runs of words: `bands_of` the `least`. Texts of Jaccard similarity s share a key of a band with probability s**rows."
     import numpy as np
-    if not machine(_band_keys): return np.array([bands_of(least(text, bands*rows), rows) for text in each(grams, ends)], np.uint64).reshape(-1, bands)
-    a, b = np.array(factors(bands*rows), np.uint32).T.copy()
+
+    if not machine(_band_keys):
+        return np.array(
+            [bands_of(least(text, bands * rows), rows) for text in each(grams, ends)], np.uint64
+        ).reshape(-1, bands)
+    a, b = np.array(factors(bands * rows), np.uint32).T.copy()
     keys = np.empty((len(ends) - 1, bands), np.uint64)
-    machine(_band_keys, 'x y v w m')(grams.astype(np.uint32), ends, a, b, np.empty_like(a), rows, keys)
+    machine(_band_keys, 'x y v w m')(
+        grams.astype(np.uint32), ends, a, b, np.empty_like(a), rows, keys
+    )
     return keys
 
 
 # ---- sets of runs -------------------------------------------------------------------------------------------------------------
 
+
 def _distinct(grams, ends, out_ends):
     k = 0
     for d in range(len(ends) - 1):
-        text = grams[ends[d]:ends[d+1]]
+        text = grams[ends[d] : ends[d + 1]]
         text.sort()
         for i in range(len(text)):
-            if i == 0 or text[i] != text[i-1]:
+            if i == 0 or text[i] != text[i - 1]:
                 grams[k] = text[i]
                 k += 1
-        out_ends[d+1] = k
+        out_ends[d + 1] = k
     return k
 
 
 def distinct_grams(grams, ends) -> tuple:
     "(hashes, ends): each text's runs as a sorted set. The array that is passed is used up."
     import numpy as np
-    if not machine(_distinct): return ragged([sorted(set(text)) for text in each(grams, ends)])
+
+    if not machine(_distinct):
+        return ragged([sorted(set(text)) for text in each(grams, ends)])
     out_ends = np.zeros(len(ends), np.int64)
-    return grams[:machine(_distinct)(grams, ends, out_ends)], out_ends
+    return grams[: machine(_distinct)(grams, ends, out_ends)], out_ends
 
 
 def _jaccards(sets, ends, left, right, out):
     for q in range(len(left)):
-        a, b = sets[ends[left[q]]:ends[left[q]+1]], sets[ends[right[q]]:ends[right[q]+1]]
+        a, b = sets[ends[left[q]] : ends[left[q] + 1]], sets[ends[right[q]] : ends[right[q] + 1]]
         i, j, both = 0, 0, 0
         while i < len(a) and j < len(b):
             both += a[i] == b[j]
             i, j = i + (a[i] <= b[j]), j + (b[j] <= a[i])
-        out[q] = both/max(len(a) + len(b) - both, 1)
+        out[q] = both / max(len(a) + len(b) - both, 1)
 
 
 def jaccards(sets, ends, left, right):
     "The Jaccard similarity of the sets (sorted, as `distinct` gives them) of each pair of texts left[i], right[i]."
     import numpy as np
-    if not machine(_jaccards): return np.array([jaccard(sets[ends[i]:ends[i+1]].tolist(), sets[ends[j]:ends[j+1]].tolist()) for i, j in zip(left, right)])
+
+    if not machine(_jaccards):
+        return np.array(
+            [
+                jaccard(sets[ends[i] : ends[i + 1]].tolist(), sets[ends[j] : ends[j + 1]].tolist())
+                for i, j in zip(left, right)
+            ]
+        )
     out = np.empty(len(left))
     machine(_jaccards)(sets, ends, left, right, out)
     return out
@@ -344,16 +444,20 @@ def jaccards(sets, ends, left, right):
 def _unite(left, right, parent):
     for q in range(len(left)):
         a, b = left[q], right[q]
-        while parent[a] != a: a = parent[a]
-        while parent[b] != b: b = parent[b]
+        while parent[a] != a:
+            a = parent[a]
+        while parent[b] != b:
+            b = parent[b]
         parent[max(a, b)] = min(a, b)
         parent[left[q]] = parent[right[q]] = min(a, b)
-    for i in range(len(parent)): parent[i] = parent[parent[i]]
+    for i in range(len(parent)):
+        parent[i] = parent[parent[i]]
 
 
 def united(parent, left, right):
     "The components after left[i] and right[i] are joined: for each member the lowest of its component, as `parent` holds it before."
-    if not machine(_unite): return plain_united(parent, left, right)
+    if not machine(_unite):
+        return plain_united(parent, left, right)
     parent = parent.copy()
     machine(_unite)(left, right, parent)
     return parent
@@ -370,12 +474,13 @@ def plain_united(parent, left, right):
 
 # ---- finding known runs -------------------------------------------------------------------------------------------------------
 
-SLOTS = 22                                    # bits of the filter's address: half a megabyte, which stays in the cache
+SLOTS = 22  # bits of the filter's address: half a megabyte, which stays in the cache
 
 
 def sieve(index):
     "A bit for each value of the upper bits of a hash: 1 where the index (sorted hashes) has one."
     import numpy as np
+
     marks = np.zeros(1 << SLOTS, bool)
     marks[index >> np.uint64(64 - SLOTS)] = True
     return np.packbits(marks, bitorder='little')
@@ -384,14 +489,17 @@ def sieve(index):
 def _known_grams(grams, ends, bits, index, rows, places):
     k = 0
     for d in range(len(ends) - 1):
-        for x in grams[ends[d]:ends[d+1]]:
+        for x in grams[ends[d] : ends[d + 1]]:
             slot = int(x >> U(64 - SLOTS))
-            if bits[slot >> 3] >> (slot & 7) & 1 == 0: continue
+            if bits[slot >> 3] >> (slot & 7) & 1 == 0:
+                continue
             low, high = 0, len(index)
             while low < high:
                 middle = (low + high) >> 1
-                if index[middle] < x: low = middle + 1
-                else: high = middle
+                if index[middle] < x:
+                    low = middle + 1
+                else:
+                    high = middle
             if low < len(index) and index[low] == x:
                 rows[k], places[k] = d, low
                 k += 1
@@ -401,9 +509,12 @@ def _known_grams(grams, ends, bits, index, rows, places):
 def known_grams(grams, ends, index, bits) -> tuple:
     "(numbers of texts, places in the index) of the runs that are in an index of sorted hashes, which has the sieve `bits`."
     import numpy as np
+
     if not machine(_known_grams):
         place = {x: i for i, x in enumerate(index.tolist())}
-        found = [(d, place[x]) for d, text in enumerate(each(grams, ends)) for x in text if x in place]
+        found = [
+            (d, place[x]) for d, text in enumerate(each(grams, ends)) for x in text if x in place
+        ]
         return tuple(np.array(found, np.int64).reshape(-1, 2).T)
     rows, places = np.empty(len(grams), np.int64), np.empty(len(grams), np.int64)
     k = machine(_known_grams)(grams, ends, bits, index, rows, places)

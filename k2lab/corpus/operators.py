@@ -9,54 +9,94 @@ __all__ = ['SHOWN', 'CONTROL', 'held_out', 'counted', 'sizes', 'sorted_out', 'no
            'data_card', 'funnel']
 
 # %% ../../nbs/corpus/04_operators.ipynb #e76a1555
-import hashlib, random, unicodedata
+import hashlib
+import random
+import unicodedata
 from collections import Counter, defaultdict
+
+from .kernels import gram_words as words_in, text_batches, tidied
 from ..lab.config import LabError
-from .kernels import text_batches, tidied, gram_words as words_in
 
 # %% ../../nbs/corpus/04_operators.ipynb #7b7606a6
 def held_out(key: str, percent: float) -> bool:
     "Whether a document is held out: by the hash of its key, for about `percent` of all keys, always the same ones"
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], 'big') % 10_000 < percent*100
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], 'big') % 10_000 < percent * 100
 
 # %% ../../nbs/corpus/04_operators.ipynb #0374f780
 def counted(step: str, rows: list, kept: list, removed: dict = None) -> dict:
     "The counts of one step; the number removed is in `removed` by reason"
-    return dict(step=step, rows_in=len(rows), rows_out=len(kept), removed={k: v for k, v in (removed or {}).items() if v})
+    return dict(
+        step=step,
+        rows_in=len(rows),
+        rows_out=len(kept),
+        removed={k: v for k, v in (removed or {}).items() if v},
+    )
 
 # %% ../../nbs/corpus/04_operators.ipynb #2281057a
 def sizes(table) -> dict:
     "{unit: numbers of each row} of a table: columns `bytes` and `tokens`; bytes are counted where there is a `text` instead"
     import pyarrow.compute as pc
-    found = {unit: table[unit].to_numpy() for unit in ('bytes', 'tokens') if unit in table.column_names}
-    if 'bytes' not in found and 'text' in table.column_names: found['bytes'] = pc.fill_null(pc.binary_length(table['text']), 0).to_numpy()
+
+    found = {
+        unit: table[unit].to_numpy() for unit in ('bytes', 'tokens') if unit in table.column_names
+    }
+    if 'bytes' not in found and 'text' in table.column_names:
+        found['bytes'] = pc.fill_null(pc.binary_length(table['text']), 0).to_numpy()
     return found
 
-SHOWN = 2   # rows of each reason that are named by their `place`, where the table has one
+
+SHOWN = 2  # rows of each reason that are named by their `place`, where the table has one
+
 
 def sorted_out(step: str, table, why, reasons: list, before=None, **more) -> tuple:
     "(the rows for which `why` is negative, counts: rows, bytes and tokens in, out and removed by reason); `before`: the table as it was, if the step changed texts"
-    import numpy as np, pyarrow as pa
+    import numpy as np
+    import pyarrow as pa
+
     why = np.asarray(why)
     kept = table if (why < 0).all() else table.filter(pa.array(why < 0, pa.bool_()))
-    counts = counted(step, table, kept, {reason: int((why == i).sum()) for i, reason in enumerate(reasons)})
+    counts = counted(
+        step, table, kept, {reason: int((why == i).sum()) for i, reason in enumerate(reasons)}
+    )
     for unit, values in sizes(table).items():
         came = sizes(before if before is not None else table).get(unit, values)
-        counts |= {f'{unit}_in': int(came.sum()), f'{unit}_out': int(values[why < 0].sum()), f'removed_{unit}': {reason: int(came[why == i].sum()) for i, reason in enumerate(reasons) if (why == i).any()}}
-    if 'place' in table.column_names: counts['shown'] = {reason: table['place'].take(np.flatnonzero(why == i)[:SHOWN]).to_pylist() for i, reason in enumerate(reasons) if (why == i).any()}
+        counts |= {
+            f'{unit}_in': int(came.sum()),
+            f'{unit}_out': int(values[why < 0].sum()),
+            f'removed_{unit}': {
+                reason: int(came[why == i].sum())
+                for i, reason in enumerate(reasons)
+                if (why == i).any()
+            },
+        }
+    if 'place' in table.column_names:
+        counts['shown'] = {
+            reason: table['place'].take(np.flatnonzero(why == i)[:SHOWN]).to_pylist()
+            for i, reason in enumerate(reasons)
+            if (why == i).any()
+        }
     return kept, counts | more
 
 # %% ../../nbs/corpus/04_operators.ipynb #fec03d4d
-CONTROL = bytes({*range(32), 127} - {*b'\t\n\r'})   # bytes that UTF-8 uses for nothing else
+CONTROL = bytes({*range(32), 127} - {*b'\t\n\r'})  # bytes that UTF-8 uses for nothing else
+
 
 def normal(text: str) -> str:
     "A text in one spelling: NFC, LF line ends, no control characters, byte order marks or lone surrogates, no spaces at line ends, at most one blank line"
     data = text.encode('utf-8', 'ignore').translate(None, CONTROL)
-    if b'\r' in data: data = data.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
-    text = data.decode() if data.isascii() else unicodedata.normalize('NFC', data.replace(b'\xef\xbb\xbf', b'').decode())
-    if ' \n' in text or '\t\n' in text: text = '\n'.join(line.rstrip(' \t') for line in text.split('\n'))
-    while '\n\n\n' in text: text = text.replace('\n\n\n', '\n\n')
+    if b'\r' in data:
+        data = data.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
+    text = (
+        data.decode()
+        if data.isascii()
+        else unicodedata.normalize('NFC', data.replace(b'\xef\xbb\xbf', b'').decode())
+    )
+    if ' \n' in text or '\t\n' in text:
+        text = '\n'.join(line.rstrip(' \t') for line in text.split('\n'))
+    while '\n\n\n' in text:
+        text = text.replace('\n\n\n', '\n\n')
     return text.strip()
+
 
 def normalise(rows: list) -> tuple:
     "(rows with `text` in one spelling, counts); a row with no text left is removed as 'empty'"
@@ -66,30 +106,52 @@ def normalise(rows: list) -> tuple:
 # %% ../../nbs/corpus/04_operators.ipynb #96f8764d
 def finish_normal(text: str, old: str) -> str:
     "`normal(old)` for a text of which the kernel has done its part"
-    if '\ufeff' in text: return normal(old)
-    return (text if unicodedata.is_normalized('NFC', text) else unicodedata.normalize('NFC', text)).strip()
+    if '\ufeff' in text:
+        return normal(old)
+    return (
+        text if unicodedata.is_normalized('NFC', text) else unicodedata.normalize('NFC', text)
+    ).strip()
+
 
 def normal_column(column):
     "An Arrow column of texts in one spelling"
-    import pyarrow as pa, pyarrow.compute as pc
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     parts, first = [], 0
     for data, ends in text_batches(column):
         done, olds = tidied(data, ends), column.slice(first, len(ends) - 1)
         first += len(ends) - 1
-        if not done: parts.append(pa.array(list(map(normal, olds.to_pylist())), pa.large_string())); continue
+        if not done:
+            parts.append(pa.array(list(map(normal, olds.to_pylist())), pa.large_string()))
+            continue
         bytes_, until, ascii = done
         new = pa.LargeStringArray.from_buffers(len(olds), pa.py_buffer(until), pa.py_buffer(bytes_))
         other = pa.array(~ascii)
-        redone = list(map(finish_normal, new.filter(other).to_pylist(), olds.filter(other).to_pylist()))
-        parts.append(pc.replace_with_mask(new, other, pa.array(redone, pa.large_string())) if redone else new)
+        redone = list(
+            map(finish_normal, new.filter(other).to_pylist(), olds.filter(other).to_pylist())
+        )
+        parts.append(
+            pc.replace_with_mask(new, other, pa.array(redone, pa.large_string())) if redone else new
+        )
     return pa.chunked_array(parts, pa.large_string()).cast(column.type)
+
 
 def normalise_table(table, field: str = 'text') -> tuple:
     "(the table with texts in one spelling, counts with the number of texts changed); a row with no text left is removed as 'empty'. Decisions of `normalise`"
-    import numpy as np, pyarrow.compute as pc
+    import numpy as np
+    import pyarrow.compute as pc
+
     new = normal_column(table[field])
     after = table.set_column(table.column_names.index(field), table.schema.field(field), new)
-    return sorted_out('normalise', after, np.where(pc.binary_length(new).to_numpy() > 0, -1, 0), ['empty'], before=table, changed=pc.sum(pc.not_equal(new, table[field])).as_py() or 0)
+    return sorted_out(
+        'normalise',
+        after,
+        np.where(pc.binary_length(new).to_numpy() > 0, -1, 0),
+        ['empty'],
+        before=table,
+        changed=pc.sum(pc.not_equal(new, table[field])).as_py() or 0,
+    )
 
 # %% ../../nbs/corpus/04_operators.ipynb #0864044e
 def drop_short(rows: list, least: int = 80) -> tuple:
@@ -102,19 +164,22 @@ def fingerprint(text: str) -> bytes:
     "16 bytes that are the same for texts that differ only in case and white space"
     return hashlib.sha256(' '.join(text.lower().split()).encode()).digest()[:16]
 
+
 def exact_dedup(rows: list, field: str = 'text', against: list = ()) -> tuple:
     "(rows without later copies, nor copies of rows in `against`; counts)"
     seen, kept = {fingerprint(row[field]) for row in against}, []
     for row in rows:
         mark = fingerprint(row[field])
-        if mark not in seen: kept.append(row)
+        if mark not in seen:
+            kept.append(row)
         seen.add(mark)
     return kept, counted('exact dedup', rows, kept, {'copy': len(rows) - len(kept)})
 
 # %% ../../nbs/corpus/04_operators.ipynb #eaa78b6f
 def word_grams(words: list, n: int) -> set:
     "All runs of n words"
-    return {tuple(words[i:i+n]) for i in range(len(words) - n + 1)}
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+
 
 def gram_index(texts: list, n: int = 13, least: int = 5) -> tuple:
     "({run of words: numbers of the texts it is in}, number of runs of each text); a text of `least` to n words is one run"
@@ -122,7 +187,8 @@ def gram_index(texts: list, n: int = 13, least: int = 5) -> tuple:
     for i, text in enumerate(texts):
         words = words_in(text)
         found = word_grams(words, min(n, len(words))) if len(words) >= least else set()
-        for gram in found: owners[gram].add(i)
+        for gram in found:
+            owners[gram].add(i)
         sizes.append(len(found))
     return owners, sizes
 
@@ -131,12 +197,16 @@ def found_grams(rows: list, owners: dict) -> list:
     "For each row, the runs of the index that occur in its text"
     lengths = {len(gram) for gram in owners}
     texts = [words_in(row['text']) for row in rows]
-    return [{gram for n in lengths for gram in word_grams(words, n) if gram in owners} for words in texts]
+    return [
+        {gram for n in lengths for gram in word_grams(words, n) if gram in owners}
+        for words in texts
+    ]
+
 
 def covers(shared: set, owners: dict, sizes: list, share: float) -> bool:
     "Whether the shared runs make up at least `share` of any one evaluation text"
     hits = Counter(i for gram in shared for i in owners[gram])
-    return any(k >= share*sizes[i] for i, k in hits.items())
+    return any(k >= share * sizes[i] for i, k in hits.items())
 
 # %% ../../nbs/corpus/04_operators.ipynb #c89dcf8c
 def clear_of(found: list, owners: dict, sizes: list, common: int, share: float) -> list:
@@ -145,43 +215,69 @@ def clear_of(found: list, owners: dict, sizes: list, common: int, share: float) 
     while before != len(left):
         before = len(left)
         spread = Counter(gram for i in left for gram in found[i])
-        left = [i for i in left if not covers({g for g in found[i] if spread[g] <= common}, owners, sizes, share)]
+        left = [
+            i
+            for i in left
+            if not covers({g for g in found[i] if spread[g] <= common}, owners, sizes, share)
+        ]
     return left
 
-def decontaminate(rows: list, texts: list, n: int = 13, common: int = 10, share: float = 0.2) -> tuple:
+
+def decontaminate(
+    rows: list, texts: list, n: int = 13, common: int = 10, share: float = 0.2
+) -> tuple:
     "(rows that cover less than `share` of every evaluation text in rare runs of n words, counts); rare: in at most `common` of the rows returned"
     owners, sizes = gram_index(texts, n)
     kept = [rows[i] for i in clear_of(found_grams(rows, owners), owners, sizes, common, share)]
-    return kept, counted('decontaminate', rows, kept, {f'shares runs of {n} words with evaluation': len(rows) - len(kept)})
+    return kept, counted(
+        'decontaminate',
+        rows,
+        kept,
+        {f'shares runs of {n} words with evaluation': len(rows) - len(kept)},
+    )
 
 # %% ../../nbs/corpus/04_operators.ipynb #f2c298b6
 def whole_shares(weights: dict, n: int) -> dict:
     "{name: whole number} in proportion to the weights, summing to n (largest remainder)"
     total = sum(weights.values())
-    exact = {name: n*weight/total for name, weight in weights.items()}
+    exact = {name: n * weight / total for name, weight in weights.items()}
     whole = {name: int(x) for name, x in exact.items()}
-    rest = sorted(exact, key=lambda name: whole[name] - exact[name])[:n - sum(whole.values())]
+    rest = sorted(exact, key=lambda name: whole[name] - exact[name])[: n - sum(whole.values())]
     return {name: whole[name] + (name in rest) for name in whole}
+
 
 def mix_rows(pools: dict, weights: dict, n: int, seed: int = 0, epochs: int = 1) -> tuple:
     "(n rows from the pools {name: rows} by weight, shuffled, none more than `epochs` times; counts). LabError when a pool is too small"
     want = whole_shares(weights, n)
     for name, k in want.items():
-        if k > epochs*len(pools[name]): raise LabError(f'mixture: {name} has {len(pools[name])} rows, its share is {k}: lower its weight or the total, or let rows come up in more than {epochs} epoch{"s" if epochs > 1 else ""}')
+        if k > epochs * len(pools[name]):
+            raise LabError(
+                f'mixture: {name} has {len(pools[name])} rows, its share is {k}: lower its weight or the total, or let rows come up in more than {epochs} epoch{"s" if epochs > 1 else ""}'
+            )
     rng = random.Random(f'mixture {seed}')
-    rows = [row for name, k in sorted(want.items()) if k for row in pools[name]*(k // len(pools[name])) + rng.sample(pools[name], k % len(pools[name]))]
+    rows = [
+        row
+        for name, k in sorted(want.items())
+        if k
+        for row in pools[name] * (k // len(pools[name]))
+        + rng.sample(pools[name], k % len(pools[name]))
+    ]
     rng.shuffle(rows)
     everything = [row for pool in pools.values() for row in pool]
     again = sum(max(0, k - len(pools[name])) for name, k in want.items())
-    return rows, counted('mix', everything, rows, {'not drawn': len(everything) - len(rows) + again}) | (dict(repeated=again) if again else {})
+    return rows, counted(
+        'mix', everything, rows, {'not drawn': len(everything) - len(rows) + again}
+    ) | (dict(repeated=again) if again else {})
 
 # %% ../../nbs/corpus/04_operators.ipynb #a18e6df0
 def conserved(steps: list) -> str:
     "What breaks the law `rows in + repeated = rows out + removed` in a chain of counts, or ''"
     for i, step in enumerate(steps):
         gone = sum(step['removed'].values())
-        if step['rows_in'] + step.get('repeated', 0) != step['rows_out'] + gone: return f'{step["step"]}: {step["rows_in"]} in, {step["rows_out"]} out, {gone} removed'
-        if i and steps[i-1]['rows_out'] != step['rows_in']: return f'{step["step"]}: {step["rows_in"]} in, but {steps[i-1]["step"]} gave {steps[i-1]["rows_out"]}'
+        if step['rows_in'] + step.get('repeated', 0) != step['rows_out'] + gone:
+            return f'{step["step"]}: {step["rows_in"]} in, {step["rows_out"]} out, {gone} removed'
+        if i and steps[i - 1]['rows_out'] != step['rows_in']:
+            return f'{step["step"]}: {step["rows_in"]} in, but {steps[i - 1]["step"]} gave {steps[i - 1]["rows_out"]}'
     return ''
 
 # %% ../../nbs/corpus/04_operators.ipynb #0c6c5afd
@@ -190,17 +286,37 @@ def text_bytes(row: dict) -> int:
     fields = ('text', 'instruction', 'input', 'output', 'prompt', 'reasoning', 'final')
     return sum(len(row[field].encode()) for field in fields if isinstance(row.get(field), str))
 
+
 def data_card(name: str, rows: list, steps: list = ()) -> dict:
     "{name, documents, bytes, sources: {source: {documents, bytes, licence}}, steps, removed: {reason: n}} of a corpus"
     sources, removed = {}, Counter()
     for row in rows:
-        entry = sources.setdefault(row.get('source', 'unknown'), dict(documents=0, bytes=0, licence=row.get('licence', 'unknown')))
+        entry = sources.setdefault(
+            row.get('source', 'unknown'),
+            dict(documents=0, bytes=0, licence=row.get('licence', 'unknown')),
+        )
         entry['documents'] += 1
         entry['bytes'] += text_bytes(row)
-    for step in steps: removed.update(step['removed'])
-    return dict(name=name, documents=len(rows), bytes=sum(s['bytes'] for s in sources.values()), sources=sources, steps=list(steps), removed=dict(removed))
+    for step in steps:
+        removed.update(step['removed'])
+    return dict(
+        name=name,
+        documents=len(rows),
+        bytes=sum(s['bytes'] for s in sources.values()),
+        sources=sources,
+        steps=list(steps),
+        removed=dict(removed),
+    )
 
 # %% ../../nbs/corpus/04_operators.ipynb #cd745141
 def funnel(steps: list) -> list:
     "The steps as table rows: step, rows in, rows out, removed and why"
-    return [(s['step'], s['rows_in'], s['rows_out'], ', '.join(f'{n} {why}' for why, n in s['removed'].items())) for s in steps]
+    return [
+        (
+            s['step'],
+            s['rows_in'],
+            s['rows_out'],
+            ', '.join(f'{n} {why}' for why, n in s['removed'].items()),
+        )
+        for s in steps
+    ]

@@ -16,134 +16,237 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from ..lab.config import LabError, one_of
+
+from k2lab.corpus.duplicates import (
+    BANDS,
+    drop_contaminated,
+    drop_copies,
+    drop_near,
+    fingerprints,
+    sketch,
+)
 from .operators import SHOWN, fingerprint, mix_rows, normalise_table, sizes, sorted_out
-from .duplicates import BANDS, drop_contaminated, drop_copies, drop_near, fingerprints, sketch
-from ..text.encoder import count_tokens
 from .privacy import private, redact, redact_names, redacted
-from .quality import c4_lines, drop_by_signals, drop_languages, drop_lengths, drop_licences, keep_signals, rules_of
-from ..text.rows import write_whole, publish_manifest, publishing
-from .writers import Lines
+from k2lab.corpus.quality import (
+    c4_lines,
+    drop_by_signals,
+    drop_languages,
+    drop_lengths,
+    drop_licences,
+    keep_signals,
+    rules_of,
+)
 from .sources import documents
-from ..text.tokenizer import tokenizer_in
 from .units import Plan, added, plan_units, run_units, shard_files
+from .writers import Lines
+from ..lab.config import LabError, one_of
+from ..text.encoder import count_tokens
+from ..text.rows import publish_manifest, publishing, write_whole
+from ..text.tokenizer import tokenizer_in
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #2c6bdf5a
 @dataclass(frozen=True)
 class Refining:
     "What is done to documents, in this order; a step that is null or false is left out."
-    licences: list | None = None          # licences that are allowed, as the documents spell them
-    least: int = 80                       # characters a document must have
-    most: int = 10_000_000                # characters it may have
-    c4_lines: bool = False                # keep only lines that look like sentences (C4)
-    quality: str | dict | None = 'domain' # rules: domain, gopher, fineweb or {signal: [least, most]}
-    signals: bool = False                 # keep the numbers that the rules look at as columns
-    languages: list | None = None         # ISO 639 codes, [en, de]
-    sure: float = .65                     # probability that a language must have
-    private: bool = True                  # put <EMAIL> and so on in the place of private data
-    names: bool = False                   # <PERSON> and <LOCATION> too, by presidio, if it is installed: slow
-    tokenizer: str = ''                   # folder of a model: its tokens are counted, too
-    near: float | None = .7               # how like a longer document one may be: Jaccard of their runs of 5 words
-    alarm: float = .01                    # largest share of all documents that may be one cluster of near copies
+
+    licences: list | None = None  # licences that are allowed, as the documents spell them
+    least: int = 80  # characters a document must have
+    most: int = 10_000_000  # characters it may have
+    c4_lines: bool = False  # keep only lines that look like sentences (C4)
+    # rules: domain, gopher, fineweb or {signal: [least, most]}
+    quality: str | dict | None = 'domain'
+    signals: bool = False  # keep the numbers that the rules look at as columns
+    languages: list | None = None  # ISO 639 codes, [en, de]
+    sure: float = 0.65  # probability that a language must have
+    private: bool = True  # put <EMAIL> and so on in the place of private data
+    # <PERSON> and <LOCATION> too, by presidio, if it is installed: slow
+    names: bool = False
+    tokenizer: str = ''  # folder of a model: its tokens are counted, too
+    # how like a longer document one may be: Jaccard of their runs of 5 words
+    near: float | None = 0.7
+    # largest share of all documents that may be one cluster of near copies
+    alarm: float = 0.01
 
     def __post_init__(self):
-        if self.quality: rules_of(self.quality)
-        if self.near is not None and not 0 < self.near <= 1: raise LabError(f'refine: near is {self.near}; a Jaccard similarity above 0 and up to 1, or null')
-        if isinstance(self.languages, str) or isinstance(self.licences, str): raise LabError('refine: languages and licences are lists, [en]')
+        if self.quality:
+            rules_of(self.quality)
+        if self.near is not None and not 0 < self.near <= 1:
+            raise LabError(
+                f'refine: near is {self.near}; a Jaccard similarity above 0 and up to 1, or null'
+            )
+        if isinstance(self.languages, str) or isinstance(self.licences, str):
+            raise LabError('refine: languages and licences are lists, [en]')
+
 
 def refining(told: dict) -> Refining:
     "`Refining` from a block of a stage file; LabError for an unknown key"
-    for key in told: one_of('key', key, Refining.__dataclass_fields__, 'refine')
+    for key in told:
+        one_of('key', key, Refining.__dataclass_fields__, 'refine')
     return Refining(**told)
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #403f02dd
-WIDE = {'words', 'characters', 'tokens'}     # signals that range over orders of magnitude
+WIDE = {'words', 'characters', 'tokens'}  # signals that range over orders of magnitude
+
 
 def edges_of(signal: str) -> list:
     "The borders of a histogram's bins"
-    if signal in WIDE: return [0, *(round(10**(k/4)) for k in range(2, 33))]
-    if signal == 'mean_word_length': return [k/2 for k in range(41)]
-    return [*range(10)] if signal == 'stop_words' else [k/20 for k in range(21)]
+    if signal in WIDE:
+        return [0, *(round(10 ** (k / 4)) for k in range(2, 33))]
+    if signal == 'mean_word_length':
+        return [k / 2 for k in range(41)]
+    return [*range(10)] if signal == 'stop_words' else [k / 20 for k in range(21)]
+
 
 def histogram(signal: str, values) -> list:
     "Numbers of the values in each bin; what lies beyond the last border is in the last bin, what is not a number in none"
     import numpy as np
+
     edges = np.array(edges_of(signal), float)
     inside = np.clip(values[~np.isnan(values)], edges[0], edges[-1])
     return np.histogram(inside, edges)[0].tolist()
 
+
 def histograms(table) -> dict:
     "{signal: counts} of a table's lengths and of its columns `signal_...`"
     import pyarrow.compute as pc
+
     told = dict(characters=pc.utf8_length(table['text']).to_numpy().astype(float))
-    if 'tokens' in table.column_names: told['tokens'] = table['tokens'].to_numpy().astype(float)
-    told |= {name.removeprefix('signal_'): table[name].to_numpy() for name in table.column_names if name.startswith('signal_')}
+    if 'tokens' in table.column_names:
+        told['tokens'] = table['tokens'].to_numpy().astype(float)
+    told |= {
+        name.removeprefix('signal_'): table[name].to_numpy()
+        for name in table.column_names
+        if name.startswith('signal_')
+    }
     return {name: histogram(name, values) for name, values in told.items()}
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #ec84e34c
-LENGTH = 300   # characters of a document that is shown
+LENGTH = 300  # characters of a document that is shown
+
 
 def shortened(text: str) -> str:
     "The beginning of a text with private data replaced"
-    data = text.encode('utf-8', 'replace')             # all of it: half a key is not known for one
+    data = text.encode('utf-8', 'replace')  # all of it: half a key is not known for one
     return redacted(data, private(data)).decode('utf-8', 'replace')[:LENGTH]
+
 
 def stepped(step, table, texts) -> tuple:
     "(table, counts) of a step, with some of the documents that it removed: {reason: {fingerprint: beginning of the text}}; `texts` are those of all places"
     after, counts = step(table)
     places = counts.pop('shown', {})
-    beginnings = {reason: [shortened(texts[place].as_py() or '') for place in some] for reason, some in places.items()}
-    return after, counts | (dict(samples={reason: {fingerprint(text).hex(): text for text in some} for reason, some in beginnings.items()}) if places else {})
+    beginnings = {
+        reason: [shortened(texts[place].as_py() or '') for place in some]
+        for reason, some in places.items()
+    }
+    return after, counts | (
+        dict(
+            samples={
+                reason: {fingerprint(text).hex(): text for text in some}
+                for reason, some in beginnings.items()
+            }
+        )
+        if places
+        else {}
+    )
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #7b1412c6
-tokenizer_at = cache(tokenizer_in)   # opened once in a process
+tokenizer_at = cache(tokenizer_in)  # opened once in a process
+
 
 def counted_tokens(table, tokenizer: str) -> tuple:
     "(the table with the number of tokens of each text in a column `tokens`, counts)"
-    return sorted_out('tokens', count_tokens(table, tokenizer_at(tokenizer)), [-1]*len(table), [], before=table)
+    return sorted_out(
+        'tokens', count_tokens(table, tokenizer_at(tokenizer)), [-1] * len(table), [], before=table
+    )
+
 
 def redacted_table(table, redact, tokenizer: str) -> tuple:
     "The table and counts of a step that changes texts; those that it changed have their tokens counted again"
     import pyarrow.compute as pc
+
     after, counts = redact(table)
-    if not tokenizer or not counts['changed']: return after, counts
+    if not tokenizer or not counts['changed']:
+        return after, counts
     other = pc.not_equal(table['text'], after['text']).combine_chunks()
-    again = count_tokens(after.select(['text']).filter(other), tokenizer_at(tokenizer))['tokens'].combine_chunks()
-    after = after.set_column(after.column_names.index('tokens'), 'tokens', pc.replace_with_mask(after['tokens'].combine_chunks(), other, again))
-    return sorted_out(counts['step'], after, [-1]*len(after), [], before=table, redacted=counts['redacted'], changed=counts['changed'])
+    again = count_tokens(after.select(['text']).filter(other), tokenizer_at(tokenizer))[
+        'tokens'
+    ].combine_chunks()
+    after = after.set_column(
+        after.column_names.index('tokens'),
+        'tokens',
+        pc.replace_with_mask(after['tokens'].combine_chunks(), other, again),
+    )
+    return sorted_out(
+        counts['step'],
+        after,
+        [-1] * len(after),
+        [],
+        before=table,
+        redacted=counts['redacted'],
+        changed=counts['changed'],
+    )
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #ba757e5c
 def begun(table):
     "The table with a `place` for each row"
-    import numpy as np, pyarrow as pa
+    import numpy as np
+    import pyarrow as pa
+
     return table.append_column('place', pa.array(np.arange(len(table))))
+
 
 def drop_poor_counted(table, rules, keep: bool) -> tuple:
     "`drop_poor`, with histograms of the signals; their columns stay if `keep`"
     table, _ = keep_signals(table)
     seen = histograms(table)
     table, counts = drop_by_signals(table, rules)
-    return table if keep else table.drop_columns([name for name in table.column_names if name.startswith('signal_')]), counts | dict(histograms=seen)
+    return table if keep else table.drop_columns(
+        [name for name in table.column_names if name.startswith('signal_')]
+    ), counts | dict(histograms=seen)
+
 
 def local_steps(told: Refining) -> list:
     "The operators that look at one document at a time, in order"
     count = told.tokenizer and partial(counted_tokens, tokenizer=told.tokenizer)
-    steps = [told.licences and partial(drop_licences, allowed=told.licences), normalise_table, told.c4_lines and c4_lines, count, partial(drop_lengths, least=told.least, most=told.most),
-             told.quality and partial(drop_poor_counted, rules=told.quality, keep=told.signals), told.languages and partial(drop_languages, wanted=told.languages, least=told.sure),
-             *(partial(redacted_table, redact=one, tokenizer=told.tokenizer) for one, asked in ((redact, told.private), (redact_names, told.names)) if asked)]
+    steps = [
+        told.licences and partial(drop_licences, allowed=told.licences),
+        normalise_table,
+        told.c4_lines and c4_lines,
+        count,
+        partial(drop_lengths, least=told.least, most=told.most),
+        told.quality and partial(drop_poor_counted, rules=told.quality, keep=told.signals),
+        told.languages and partial(drop_languages, wanted=told.languages, least=told.sure),
+        *(
+            partial(redacted_table, redact=one, tokenizer=told.tokenizer)
+            for one, asked in ((redact, told.private), (redact_names, told.names))
+            if asked
+        ),
+    ]
     return [step for step in steps if step]
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #1e4feb9c
 def with_keys(table):
     "The table with what later questions need: a key, a fingerprint of each text, and its keys of near-duplicates, null where a text is too short for them"
-    import numpy as np, pyarrow as pa
+    import numpy as np
+    import pyarrow as pa
+
     rows, bands = sketch(table['text'])
     values, short = np.zeros((len(table), BANDS), np.uint64), np.ones(len(table), bool)
     values[rows], short[rows] = bands, False
-    near, marks = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), BANDS, mask=pa.array(short)), list(fingerprints(table))
+    near, marks = (
+        pa.FixedSizeListArray.from_arrays(
+            pa.array(values.reshape(-1)), BANDS, mask=pa.array(short)
+        ),
+        list(fingerprints(table)),
+    )
     keys = [key or f'text:{mark.hex()}' for key, mark in zip(table['key'].to_pylist(), marks)]
     table = table.set_column(table.column_names.index('key'), 'key', pa.array(keys, pa.string()))
-    return table.append_column('mark', pa.array(marks, pa.binary(16))).append_column('bands', near).drop_columns(['place'])
+    return (
+        table.append_column('mark', pa.array(marks, pa.binary(16)))
+        .append_column('bands', near)
+        .drop_columns(['place'])
+    )
+
 
 def refined(table, **told) -> tuple:
     "The operator of a unit: (documents that pass, counts of each step)"
@@ -158,131 +261,237 @@ def source_files(spec: dict, folder: Path, limit: int = None) -> tuple:
     "(patterns of files, what rows that lack it are given) of a source; documents that are no files yet, and the first `limit` ones, are written to `folder`"
     if 'files' in spec and limit is None:
         told = {key: value for key, value in spec.items() if key in ('files', 'licence', 'weight')}
-        if told != spec: documents(spec)                             # says what is wrong
+        if told != spec:
+            documents(spec)  # says what is wrong
         return spec['files'], dict(licence=spec.get('licence', 'unknown'))
-    path = folder/'documents.jsonl'
+    path = folder / 'documents.jsonl'
     rows = islice(documents({key: value for key, value in spec.items() if key != 'weight'}), limit)
-    if not path.exists(): write_whole(path, b''.join(json.dumps(row, ensure_ascii=False).encode() + b'\n' for row in rows))
-    if not path.stat().st_size: raise LabError(f'no documents in {spec}')
+    if not path.exists():
+        write_whole(
+            path, b''.join(json.dumps(row, ensure_ascii=False).encode() + b'\n' for row in rows)
+        )
+    if not path.stat().st_size:
+        raise LabError(f'no documents in {spec}')
     return str(path), dict(licence='unknown')
 
-def refine_source(spec: dict, told: Refining, folder, limit: int = None, format: str = 'domain', **how) -> dict:
+
+def refine_source(
+    spec: dict, told: Refining, folder, limit: int = None, format: str = 'domain', **how
+) -> dict:
     "Works on all units of a source and returns the index of its folder; `how` goes to `run_units`"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files, fill = source_files(spec, folder, limit)
     plan = Plan('k2lab.corpus.pipeline:refined', asdict(told), format, ('key', 'licence'), '.arrow')
-    return run_units(plan_units(files, **fill), plan, folder/'units', **how)
+    return run_units(plan_units(files, **fill), plan, folder / 'units', **how)
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #86bc6da6
 INDEX_COLUMNS = ('key', 'source', 'licence', 'tokens', 'mark', 'bands')
 
+
 def mapped(paths: list):
     "The tables of Arrow files, mapped into memory, as one"
     import pyarrow as pa
-    return pa.concat_tables([pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in paths], promote_options='default')
+
+    return pa.concat_tables(
+        [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in paths],
+        promote_options='default',
+    )
+
 
 def index_of(table, specs: list):
     "The index of a table of documents: `row`, `spec` (the number of the source), `bytes` and those columns of `INDEX` that there are"
-    import numpy as np, pyarrow as pa
+    import numpy as np
+    import pyarrow as pa
+
     out = table.select([name for name in INDEX_COLUMNS if name in table.column_names])
-    for name, values in (('row', np.arange(len(table))), ('spec', np.repeat(np.arange(len(specs)), specs)), ('bytes', sizes(table)['bytes'])): out = out.append_column(name, pa.array(values, pa.int64()))
+    for name, values in (
+        ('row', np.arange(len(table))),
+        ('spec', np.repeat(np.arange(len(specs)), specs)),
+        ('bytes', sizes(table)['bytes']),
+    ):
+        out = out.append_column(name, pa.array(values, pa.int64()))
     return out.combine_chunks()
+
 
 @dataclass
 class Refined:
     "Documents that passed one by one: `texts` is mapped from disk, `index` has a row for each, `steps` the counts so far, `names` the sources."
+
     texts: object
     index: object
     steps: list
     names: list
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #7a2801c4
-def refine(specs: list, names: list, told: Refining, folder, limit: int = None, log=lambda **kv: None, **how) -> Refined:
+def refine(
+    specs: list,
+    names: list,
+    told: Refining,
+    folder,
+    limit: int = None,
+    log=lambda **kv: None,
+    **how,
+) -> Refined:
     "Works on all sources. LabError when one cannot be read, or has too many bad rows"
-    folders, found = [Path(folder)/f'{i:02}' for i in range(len(specs))], []
+    folders, found = [Path(folder) / f'{i:02}' for i in range(len(specs))], []
     for i, (spec, place) in enumerate(zip(specs, folders)):
         say = lambda phase, **kv: log(phase=f'{names[i]}: {phase}', **kv)
         log(phase=f'reading {names[i]}')
         found.append(refine_source(spec, told, place, limit, log=say, **how))
-    texts = mapped([path for place in folders for path in shard_files(place/'units')]) if any(index['rows'] for index in found) else None
-    if texts is None: raise LabError(f'no document of {", ".join(names)} passes: {json.dumps(gone_of(found))}')
-    return Refined(texts, index_of(texts, [index['rows'] for index in found]), [read_step(found), *all_steps(found)], list(names))
+    texts = (
+        mapped([path for place in folders for path in shard_files(place / 'units')])
+        if any(index['rows'] for index in found)
+        else None
+    )
+    if texts is None:
+        raise LabError(f'no document of {", ".join(names)} passes: {json.dumps(gone_of(found))}')
+    return Refined(
+        texts,
+        index_of(texts, [index['rows'] for index in found]),
+        [read_step(found), *all_steps(found)],
+        list(names),
+    )
+
 
 def read_step(found: list) -> dict:
     "The counts of reading: rows, and those that were no rows"
     rows, bad = (sum(index[key] for index in found) for key in ('read', 'rejected'))
-    return dict(step='read', rows_in=rows, rows_out=rows - bad, removed={'bad row': bad} if bad else {})
+    return dict(
+        step='read', rows_in=rows, rows_out=rows - bad, removed={'bad row': bad} if bad else {}
+    )
+
 
 def all_steps(found: list) -> list:
     "The counts of each step over all sources"
     steps = None
-    for index in found: steps = added(steps, index['counts']) if index['counts'] else steps
+    for index in found:
+        steps = added(steps, index['counts']) if index['counts'] else steps
     return steps
+
 
 def gone_of(found: list) -> dict:
     "{reason: documents} that steps of several sources removed"
     out = Counter()
-    for step in (step for index in found for step in index['counts'] or ()): out.update(step['removed'])
+    for step in (step for index in found for step in index['counts'] or ()):
+        out.update(step['removed'])
     return dict(out)
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #27d42597
 def shown(made, before, step) -> tuple:
     "(index, counts) of a step that looks at all documents, with some of those that it removed"
-    import numpy as np, pyarrow as pa
+    import numpy as np
+    import pyarrow as pa
+
     after, counts = step(before)
-    if not counts['removed']: return after, counts
+    if not counts['removed']:
+        return after, counts
     gone = before.filter(pa.array(~np.isin(before['row'].to_numpy(), after['row'].to_numpy())))
-    few = gone.take(pa.array(sorted(range(len(gone)), key=gone['mark'].to_pylist().__getitem__)[:SHOWN]))
-    reason, = counts['removed']
-    return after, counts | dict(samples={reason: {mark.hex(): shortened(text) for mark, text in zip(few['mark'].to_pylist(), texts_of(made, few))}})
+    few = gone.take(
+        pa.array(sorted(range(len(gone)), key=gone['mark'].to_pylist().__getitem__)[:SHOWN])
+    )
+    (reason,) = counts['removed']
+    return after, counts | dict(
+        samples={
+            reason: {
+                mark.hex(): shortened(text)
+                for mark, text in zip(few['mark'].to_pylist(), texts_of(made, few))
+            }
+        }
+    )
+
 
 def unique(made: Refined, told: Refining) -> tuple:
     "(index without copies and near copies, counts)"
     index, copies = shown(made, made.index, drop_copies)
-    if told.near is None: return index, [copies]
-    index, near = shown(made, index, partial(drop_near, least=told.near, alarm=told.alarm, column=made.texts['text']))
+    if told.near is None:
+        return index, [copies]
+    index, near = shown(
+        made,
+        index,
+        partial(drop_near, least=told.near, alarm=told.alarm, column=made.texts['text']),
+    )
     return index, [copies, near]
 
-def without_contaminated(made: Refined, index, exams: dict) -> tuple:
+
+def without_contaminated(made: Refined, index, eval_sets: dict) -> tuple:
     "(index of the documents that do not quote evaluation texts {name: list}, counts)"
-    return shown(made, index, partial(drop_contaminated, texts=exams, column=made.texts['text']))
+    return shown(
+        made, index, partial(drop_contaminated, texts=eval_sets, column=made.texts['text'])
+    )
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #a7a4fddd
 def texts_of(made: Refined, index) -> list:
     "The texts of the documents of an index"
     return made.texts['text'].take(index['row']).to_pylist()
 
-SLICE = 2048   # documents taken from disk at once
+
+SLICE = 2048  # documents taken from disk at once
+
 
 def tables_of(made: Refined, index):
     "Yields the documents of an index as tables, in its order, without what only the index needs"
-    import numpy as np, pyarrow as pa
-    rows, texts = index['row'].to_numpy(), made.texts.drop_columns([name for name in ('mark', 'bands', 'tokens') if name in made.texts.column_names])
-    if (np.diff(rows) <= 0).any(): yield from (texts.take(pa.array(rows[start:start + SLICE])) for start in range(0, len(rows), SLICE))
-    else: yield from (batch for batch in in_order(texts, rows) if len(batch))
+    import numpy as np
+    import pyarrow as pa
+
+    rows, texts = (
+        index['row'].to_numpy(),
+        made.texts.drop_columns(
+            [name for name in ('mark', 'bands', 'tokens') if name in made.texts.column_names]
+        ),
+    )
+    if (np.diff(rows) <= 0).any():
+        yield from (
+            texts.take(pa.array(rows[start : start + SLICE]))
+            for start in range(0, len(rows), SLICE)
+        )
+    else:
+        yield from (batch for batch in in_order(texts, rows) if len(batch))
+
 
 def in_order(texts, rows):
     "Yields the rows, which ascend, batch by batch as the texts lie on disk"
-    import numpy as np, pyarrow as pa
+    import numpy as np
+    import pyarrow as pa
+
     stays, start = np.zeros(len(texts), bool), 0
     stays[rows] = True
     for batch in texts.to_batches():
-        yield pa.table(batch.filter(pa.array(stays[start:start + len(batch)])))
+        yield pa.table(batch.filter(pa.array(stays[start : start + len(batch)])))
         start += len(batch)
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #258f563d
 def mix(made: Refined, index, weights: list, n: int, seed: int = 0, epochs: int = 1) -> tuple:
     "(index of n documents in a random order, by weight of their sources, None: by their number; counts, {source: share asked for and times that a document comes up at most})"
-    import numpy as np, pyarrow as pa
-    pools = {name: np.flatnonzero(index['spec'].to_numpy() == i).tolist() for i, name in enumerate(made.names)}
-    asked = {name: len(pools[name]) if weight is None else weight for name, weight in zip(made.names, weights)}
+    import numpy as np
+    import pyarrow as pa
+
+    pools = {
+        name: np.flatnonzero(index['spec'].to_numpy() == i).tolist()
+        for i, name in enumerate(made.names)
+    }
+    asked = {
+        name: len(pools[name]) if weight is None else weight
+        for name, weight in zip(made.names, weights)
+    }
     drawn, counts = mix_rows(pools, asked, n, seed, epochs)
     mixed = index.take(pa.array(drawn, pa.int64()))
     for unit, values in sizes(index).items():
         kept = int(values[np.unique(drawn).astype(int)].sum())
-        counts |= {f'{unit}_in': int(values.sum()), f'{unit}_out': int(sizes(mixed)[unit].sum()), f'removed_{unit}': {'not drawn': int(values.sum()) - kept} if counts['removed'] else {}}
-    return mixed, counts, {name: dict(asked=weight/sum(asked.values()), epochs=times(drawn, pools[name])) for name, weight in asked.items()}
+        counts |= {
+            f'{unit}_in': int(values.sum()),
+            f'{unit}_out': int(sizes(mixed)[unit].sum()),
+            f'removed_{unit}': {'not drawn': int(values.sum()) - kept} if counts['removed'] else {},
+        }
+    return (
+        mixed,
+        counts,
+        {
+            name: dict(asked=weight / sum(asked.values()), epochs=times(drawn, pools[name]))
+            for name, weight in asked.items()
+        },
+    )
+
 
 def times(drawn: list, pool: list) -> int:
     "How often a row of the pool was drawn at most"
@@ -296,39 +505,99 @@ def publish_texts(job, name: str, made: Refined, index, format: str, origin: str
     with job.publishing(name, '.jsonl') as path:
         with publishing(path) as part:
             out = Lines(part, made.texts.schema)
-            for table in tables_of(made, index): out.write(table)
+            for table in tables_of(made, index):
+                out.write(table)
             out.close()
-        publish_manifest(path, format, len(index), part.bytes, part.hash.hexdigest(), licence, origin)
-    return dict(format=format, licence=licence, origin=origin, sha256=part.hash.hexdigest(), file=f'{name}.jsonl')
+        publish_manifest(
+            path, format, len(index), part.bytes, part.hash.hexdigest(), licence, origin
+        )
+    return dict(
+        format=format,
+        licence=licence,
+        origin=origin,
+        sha256=part.hash.hexdigest(),
+        file=f'{name}.jsonl',
+    )
+
 
 def lowest_hashed(index, n: int):
     "At most n documents of an index, always the same ones: those with the lowest hash of their key"
     import pyarrow as pa
+
     keys = index['key'].to_pylist()
-    return index.take(pa.array(sorted(range(len(keys)), key=lambda i: fingerprint(keys[i]))[:n], pa.int64()))
+    return index.take(
+        pa.array(sorted(range(len(keys)), key=lambda i: fingerprint(keys[i]))[:n], pa.int64())
+    )
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #67fd0313
 def cuts_of(told: Refining) -> dict:
     "{signal: (least, most)} of what the rules keep"
-    return dict(characters=(told.least, told.most)) | (dict(rules_of(told.quality)) if told.quality else {})
+    return dict(characters=(told.least, told.most)) | (
+        dict(rules_of(told.quality)) if told.quality else {}
+    )
+
 
 def seen(steps: list, told: Refining) -> tuple:
     "(steps without pictures, {signal: histogram with its cuts}, {reason: beginnings of some documents removed})"
     drawn, samples = {}, {}
     for step in steps:
-        drawn |= {signal: dict(edges=edges_of(signal), counts=counts, cuts=list(cuts_of(told).get(signal, (None, None)))) for signal, counts in step.get('histograms', {}).items()}
-        for reason, texts in step.get('samples', {}).items(): samples.setdefault(reason, {}).update(texts)
-    return ([{key: value for key, value in step.items() if key not in ('histograms', 'samples')} for step in steps], drawn,
-            {reason: [texts[mark] for mark in sorted(texts)][:5] for reason, texts in samples.items()})
+        drawn |= {
+            signal: dict(
+                edges=edges_of(signal),
+                counts=counts,
+                cuts=list(cuts_of(told).get(signal, (None, None))),
+            )
+            for signal, counts in step.get('histograms', {}).items()
+        }
+        for reason, texts in step.get('samples', {}).items():
+            samples.setdefault(reason, {}).update(texts)
+    return (
+        [
+            {key: value for key, value in step.items() if key not in ('histograms', 'samples')}
+            for step in steps
+        ],
+        drawn,
+        {reason: [texts[mark] for mark in sorted(texts)][:5] for reason, texts in samples.items()},
+    )
 
-def texts_card(name: str, made: Refined, index, steps: list = (), told: Refining = Refining(), mixed: dict = {}) -> dict:
+
+def texts_card(
+    name: str, made: Refined, index, steps: list = (), told: Refining = Refining(), mixed: dict = {}
+) -> dict:
     "The card of the documents of an index"
     import numpy as np
-    spec, amounts, licences = index['spec'].to_numpy(), sizes(index), np.array(index['licence'].to_pylist(), object)
-    sources = {name: dict(documents=int((spec == i).sum()), **{unit: int(values[spec == i].sum()) for unit, values in amounts.items()}, licence=' AND '.join(sorted(set(licences[spec == i]))), **mixed.get(name, {}))
-               for i, name in enumerate(made.names) if (spec == i).any()}
+
+    spec, amounts, licences = (
+        index['spec'].to_numpy(),
+        sizes(index),
+        np.array(index['licence'].to_pylist(), object),
+    )
+    sources = {
+        name: dict(
+            documents=int((spec == i).sum()),
+            **{unit: int(values[spec == i].sum()) for unit, values in amounts.items()},
+            licence=' AND '.join(sorted(set(licences[spec == i]))),
+            **mixed.get(name, {}),
+        )
+        for i, name in enumerate(made.names)
+        if (spec == i).any()
+    }
     told_steps, drawn, samples = seen(steps, told)
     removed = Counter()
-    for step in steps: removed.update(step['removed'])
-    kept = dict(kept=[shortened(text) for text in texts_of(made, lowest_hashed(index, 20))]) if steps else {}
-    return dict(name=name, documents=len(index), **{unit: int(values.sum()) for unit, values in amounts.items()}, sources=sources, steps=told_steps, removed=dict(removed), histograms=drawn, samples=kept | samples)
+    for step in steps:
+        removed.update(step['removed'])
+    kept = (
+        dict(kept=[shortened(text) for text in texts_of(made, lowest_hashed(index, 20))])
+        if steps
+        else {}
+    )
+    return dict(
+        name=name,
+        documents=len(index),
+        **{unit: int(values.sum()) for unit, values in amounts.items()},
+        sources=sources,
+        steps=told_steps,
+        removed=dict(removed),
+        histograms=drawn,
+        samples=kept | samples,
+    )

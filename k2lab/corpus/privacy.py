@@ -11,22 +11,44 @@ __all__ = ['LATIN', 'MAIL', 'COUNTRY', 'MORE', 'ABROAD', 'HOME', 'CALLED', 'SSN'
            'analyzer', 'names_in', 'redact_names']
 
 # %% ../../nbs/corpus/06_privacy.ipynb #fa6f76e7
-import re, warnings
+import re
+import warnings
 from collections import Counter
 from functools import cache
 from ipaddress import ip_address
 from math import log2
-from ..lab.config import LabError
+
 from .operators import sorted_out
+from ..lab.config import LabError
 
 # %% ../../nbs/corpus/06_privacy.ipynb #748dd6cd
-LATIN = rb'(?:[A-Za-z0-9_+&\'-]|[\xc3-\xc5][\x80-\xbf])'      # what a name in a mail address is made of; Latin letters with accents have two bytes
-MAIL = rb'(?:[A-Za-z0-9_]|[\xc3-\xc5][\x80-\xbf])' + LATIN + rb'*(?:\.' + LATIN + rb'+)*@(?:(?:[A-Za-z0-9]|[\xc3-\xc5][\x80-\xbf])(?:[A-Za-z0-9-]|[\xc3-\xc5][\x80-\xbf])*\.)+(?:xn--[a-z0-9]{2,20}|[a-z]{2,24}|[A-Z]{2,24})\b'
+LATIN = rb'(?:[A-Za-z0-9_+&\'-]|[\xc3-\xc5][\x80-\xbf])'  # what a name in a mail address is made of; Latin letters with accents have two bytes
+MAIL = (
+    rb'(?:[A-Za-z0-9_]|[\xc3-\xc5][\x80-\xbf])'
+    + LATIN
+    + rb'*(?:\.'
+    + LATIN
+    + rb'+)*@(?:(?:[A-Za-z0-9]|[\xc3-\xc5][\x80-\xbf])(?:[A-Za-z0-9-]|[\xc3-\xc5][\x80-\xbf])*\.)+(?:xn--[a-z0-9]{2,20}|[a-z]{2,24}|[A-Z]{2,24})\b'
+)
 COUNTRY = rb'(?:1|7|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]|21[12368]|29[01789]|96[0-8]|97[0-79]|99[2-68]|(?:2[2-6]|3[578]|42|5[09]|6[789]|8[0578])\d)'
-MORE = rb'(?:(?: ?x ?| ?ext\.? ?)\d{1,6})?\b'      # an extension
-ABROAD = rb'(?:\+' + COUNTRY + rb'[ .-]?|\b00' + COUNTRY + rb'[ -])(?:\(0\)[ .-]?)?\(?\d{1,5}\)?(?:[ ./-]?\d{2,8}){1,6}' + MORE
-HOME = rb'(?:\b(?:1[ .-])?(?:[2-9]\d\d-[2-9]\d\d-\d{4}|[2-9]\d\d\.[2-9]\d\d\.\d{4})|\([2-9]\d\d\) ?[2-9]\d\d[ .-]\d{4})' + MORE
-CALLED = rb'(?i:\b(?:tele)?(?:phone|fax|fon)|\btel|\bt\xc3\xa9l|\bmobile|\bwhatsapp)(?i: ?(?:number|no|nr))?\.?:? {0,2}([+(]?\d[\d ()./-]{5,18}\d' + MORE + rb')'
+MORE = rb'(?:(?: ?x ?| ?ext\.? ?)\d{1,6})?\b'  # an extension
+ABROAD = (
+    rb'(?:\+'
+    + COUNTRY
+    + rb'[ .-]?|\b00'
+    + COUNTRY
+    + rb'[ -])(?:\(0\)[ .-]?)?\(?\d{1,5}\)?(?:[ ./-]?\d{2,8}){1,6}'
+    + MORE
+)
+HOME = (
+    rb'(?:\b(?:1[ .-])?(?:[2-9]\d\d-[2-9]\d\d-\d{4}|[2-9]\d\d\.[2-9]\d\d\.\d{4})|\([2-9]\d\d\) ?[2-9]\d\d[ .-]\d{4})'
+    + MORE
+)
+CALLED = (
+    rb'(?i:\b(?:tele)?(?:phone|fax|fon)|\btel|\bt\xc3\xa9l|\bmobile|\bwhatsapp)(?i: ?(?:number|no|nr))?\.?:? {0,2}([+(]?\d[\d ()./-]{5,18}\d'
+    + MORE
+    + rb')'
+)
 SSN = rb'\b\d{3}-\d\d-\d{4}\b'
 NAMED_SSN = rb'(?i:\b(?:ssn|social security(?: (?:number|no\.?))?))(?: is)?:? {0,2}(\d{3}[ -]?\d\d[ -]?\d{4})\b'
 
@@ -35,139 +57,288 @@ IBAN = rb'\b[A-Z]{2}\d\d ?[A-Z0-9]{4}(?: ?[A-Z0-9]{4}){1,6}(?: ?[A-Z0-9]{1,4})?\
 CARD = rb'\b(?:\d{4}[ -]?\d{4}[ -]?\d{4}(?:[ -]?\d{1,4}){1,2}|3\d{3}[ -]?\d{6}[ -]?\d{4,5})\b'
 IPV4 = rb'\b\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}\b'
 HEX = rb'[0-9A-Fa-f]{1,4}'
-IPV6 = rb'\b[23][0-9A-Fa-f]{3}(?:(?::' + HEX + rb'){7}\b|(?::' + HEX + rb'){1,6}::(?:' + HEX + rb'(?::' + HEX + rb'){0,4}\b)?)'      # addresses in use begin with 2 or 3
+IPV6 = (
+    rb'\b[23][0-9A-Fa-f]{3}(?:(?::'
+    + HEX
+    + rb'){7}\b|(?::'
+    + HEX
+    + rb'){1,6}::(?:'
+    + HEX
+    + rb'(?::'
+    + HEX
+    + rb'){0,4}\b)?)'
+)  # addresses in use begin with 2 or 3
 
 # %% ../../nbs/corpus/06_privacy.ipynb #1f6679e2
-BREAK = rb'(?:[ \t\r\n"\'+,]|\\[nr])*'      # what may stand between the lines of a key, also in a string of source code
+BREAK = rb'(?:[ \t\r\n"\'+,]|\\[nr])*'  # what may stand between the lines of a key, also in a string of source code
 EDGE = rb' (?:[A-Z0-9]{1,9} ){0,2}PRIVATE KEY(?: BLOCK)?-----'
-KEY_BLOCK = (rb'-----BEGIN' + EDGE + rb'(?:' + BREAK + rb'(?:Proc-Type|DEK-Info|Version|Comment|Charset):[^\r\n\\]*)*(?:' + BREAK + rb'[A-Za-z0-9/=+]{16,})+'
-             + BREAK + rb'[A-Za-z0-9/=+]{0,15}(?:' + BREAK + rb'-----END' + EDGE + rb')?')
+KEY_BLOCK = (
+    rb'-----BEGIN'
+    + EDGE
+    + rb'(?:'
+    + BREAK
+    + rb'(?:Proc-Type|DEK-Info|Version|Comment|Charset):[^\r\n\\]*)*(?:'
+    + BREAK
+    + rb'[A-Za-z0-9/=+]{16,})+'
+    + BREAK
+    + rb'[A-Za-z0-9/=+]{0,15}(?:'
+    + BREAK
+    + rb'-----END'
+    + EDGE
+    + rb')?'
+)
 JWT = rb'\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}'
-TOKEN = (rb'\b(?:(?:AKIA|ASIA)[A-Z2-7]{16}|gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{60,90}|glpat-[\w-]{20,40}|hf_[A-Za-z0-9]{30,40}|sk-[\w-]{20,200}|AIza[\w-]{35}|ya29\.[\w-]{20,200}'
-         rb'|xox[abeoprs]-[A-Za-z0-9-]{20,200}|[rs]k_live_[A-Za-z0-9]{16,100}|npm_[A-Za-z0-9]{36}|pypi-AgE[\w-]{50,250})\b')
+TOKEN = (
+    rb'\b(?:(?:AKIA|ASIA)[A-Z2-7]{16}|gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{60,90}|glpat-[\w-]{20,40}|hf_[A-Za-z0-9]{30,40}|sk-[\w-]{20,200}|AIza[\w-]{35}|ya29\.[\w-]{20,200}'
+    rb'|xox[abeoprs]-[A-Za-z0-9-]{20,200}|[rs]k_live_[A-Za-z0-9]{16,100}|npm_[A-Za-z0-9]{36}|pypi-AgE[\w-]{50,250})\b'
+)
 NAMED_TOKEN = rb'(?i:(?:api|access|secret|auth|account|private|client|shared)_?(?:key|token|secret)|password|passwd)["\']? ?[:=] ?["\']?([\w+/-]{20,200}={0,2})'
 LOGIN = rb'\b[A-Za-z][A-Za-z0-9+.-]{1,20}://([^\s/:@"\'<>`()\[\]{}$]{1,64}:[^\s/@"\'<>`()\[\]{}$]{1,128})@[\w\[]'
 
 # %% ../../nbs/corpus/06_privacy.ipynb #965ff603
-ISSUERS = re.compile(rb'4\d{15}|4\d{18}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}|6(?:011|4[4-9]\d|5\d\d)\d{12}|3(?:0[0-5]|[68]\d)\d{11}|35(?:2[89]|[3-8]\d)\d{12}|62\d{14,17}')
-LENGTHS = dict(re.findall(rb'([A-Z]{2})(\d\d)', b"""AD24AE23AL28AT20AZ28BA20BE16BG22BH22BR29BY28CH21CR22CY28CZ24DE22DK18DO28EE20EG29ES24FI18FO18FR27GB22GE22GI23GL18GR27GT28
+ISSUERS = re.compile(
+    rb'4\d{15}|4\d{18}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}|6(?:011|4[4-9]\d|5\d\d)\d{12}|3(?:0[0-5]|[68]\d)\d{11}|35(?:2[89]|[3-8]\d)\d{12}|62\d{14,17}'
+)
+LENGTHS = dict(
+    re.findall(
+        rb'([A-Z]{2})(\d\d)',
+        b"""AD24AE23AL28AT20AZ28BA20BE16BG22BH22BR29BY28CH21CR22CY28CZ24DE22DK18DO28EE20EG29ES24FI18FO18FR27GB22GE22GI23GL18GR27GT28
     HR21HU28IE22IL23IQ23IS26IT27JO30KW30KZ20LB28LC32LI21LT20LU20LV21LY25MC27MD24ME22MK19MR27MT31MU30NL18NO15PK24PL28PS29PT25QA29RO24RS22SA24SC31SE24SI19SK24SM27ST25SV28TL23
-    TN24TR26UA29VA22VG24XK20"""))
+    TN24TR26UA29VA22VG24XK20""",
+    )
+)
+
 
 def luhn(digits: bytes) -> bool:
     "Whether the last digit is the check digit of the others (ISO/IEC 7812)"
-    return sum(sum(divmod((1 + i % 2)*(d - 48), 10)) for i, d in enumerate(reversed(digits))) % 10 == 0
+    return (
+        sum(sum(divmod((1 + i % 2) * (d - 48), 10)) for i, d in enumerate(reversed(digits))) % 10
+        == 0
+    )
+
 
 def mod97(iban: bytes) -> bool:
     "Whether the check digits of an IBAN without spaces hold (ISO 13616)"
     return int(''.join(str(int(chr(c), 36)) for c in iban[4:] + iban[:4])) % 97 == 1
 
 # %% ../../nbs/corpus/06_privacy.ipynb #4e0f844a
-VERSION = re.compile(rb'(?i:\b(?:v|ver|versions?|releases?|released|rev|revision|build|builds|firmware|driver|kernel|section|sect?|chapter|appendix|figure|table|oid|rfc|since|changed in|added in|new in)\W{0,3}|[=<>~!^]=\s?|[a-z]/|\xc2\xa7 ?)$')
-SERIAL = re.compile(rb'(?i:\b(?:isbn|issn|ean|doi|arxiv|orcid|sha-?\d*|md5|hash|digest|checksum|crc|commit|serial|id|uuid|guid|order|invoice|tracking|ticket|case|sku|part|model|article|catalog)(?: ?(?:number|num|no|nr|code))?\W{0,4})$')
+VERSION = re.compile(
+    rb'(?i:\b(?:v|ver|versions?|releases?|released|rev|revision|build|builds|firmware|driver|kernel|section|sect?|chapter|appendix|figure|table|oid|rfc|since|changed in|added in|new in)\W{0,3}|[=<>~!^]=\s?|[a-z]/|\xc2\xa7 ?)$'
+)
+SERIAL = re.compile(
+    rb'(?i:\b(?:isbn|issn|ean|doi|arxiv|orcid|sha-?\d*|md5|hash|digest|checksum|crc|commit|serial|id|uuid|guid|order|invoice|tracking|ticket|case|sku|part|model|article|catalog)(?: ?(?:number|num|no|nr|code))?\W{0,4})$'
+)
+
 
 def is_part(text: bytes, start: int, end: int) -> bool:
     "Whether a number is a piece of something longer, by the characters beside it"
-    return text[max(start - 1, 0):start] in (b'.', b'-', b'_') or bool(re.match(rb'[-_.]?\w|[-_]', text[end:end+2]))
+    return text[max(start - 1, 0) : start] in (b'.', b'-', b'_') or bool(
+        re.match(rb'[-_.]?\w|[-_]', text[end : end + 2])
+    )
+
 
 def told_by(words, text: bytes, start: int):
     "What a pattern of words finds right before a place"
-    return words.search(text[max(start - 24, 0):start])
+    return words.search(text[max(start - 24, 0) : start])
 
 # %% ../../nbs/corpus/06_privacy.ipynb #195399e7
 def card(text: bytes, start: int, end: int) -> int:
     "The end of a payment card number"
     digits = re.sub(rb'\D', b'', text[start:end])
-    return bool(ISSUERS.fullmatch(digits) and luhn(digits) and not is_part(text, start, end) and not told_by(SERIAL, text, start))*end
+    return (
+        bool(
+            ISSUERS.fullmatch(digits)
+            and luhn(digits)
+            and not is_part(text, start, end)
+            and not told_by(SERIAL, text, start)
+        )
+        * end
+    )
+
 
 def iban(text: bytes, start: int, end: int) -> int:
     "The end of an IBAN; what follows it in the same way of writing is left"
-    length, packed = int(LENGTHS.get(text[start:start+2], 0)), text[start:end].replace(b' ', b'')
-    if not length or len(packed) < length or not mod97(packed[:length]): return 0
+    length, packed = (
+        int(LENGTHS.get(text[start : start + 2], 0)),
+        text[start:end].replace(b' ', b''),
+    )
+    if not length or len(packed) < length or not mod97(packed[:length]):
+        return 0
     inside = [i for i in range(start, end) if text[i] != 32]
-    return 0 if text[inside[length-1]+1:inside[length-1]+2].isalnum() else inside[length-1] + 1
+    return (
+        0
+        if text[inside[length - 1] + 1 : inside[length - 1] + 2].isalnum()
+        else inside[length - 1] + 1
+    )
+
 
 def ssn(text: bytes, start: int, end: int) -> int:
     "The end of a US social security number (no area 000, 666, 900 to 999, no zeros alone)"
     digits = re.sub(rb'\D', b'', text[start:end])
-    given = digits[:3] not in (b'000', b'666') and digits < b'9' and digits[3:5] != b'00' and digits[5:] != b'0000'
-    return (given and not is_part(text, start, end) and not told_by(SERIAL, text, start))*end
+    given = (
+        digits[:3] not in (b'000', b'666')
+        and digits < b'9'
+        and digits[3:5] != b'00'
+        and digits[5:] != b'0000'
+    )
+    return (given and not is_part(text, start, end) and not told_by(SERIAL, text, start)) * end
+
 
 def phone(text: bytes, start: int, end: int) -> int:
     "The end of a telephone number of 7 to 15 digits (E.164); a sum like a+4915112345678 or a decimal number is none"
-    said, ahead = text[start:end], text[max(start - 1, 0):start]
+    said, ahead = text[start:end], text[max(start - 1, 0) : start]
     digits = len(re.sub(rb'(?s:x.*|ext.*)|\D', b'', said))
-    number = said[:1] in b'+(0' and re.match(rb'[\w)\]+/]', ahead) or re.fullmatch(rb'\+\d+\.\d+', said)
-    return (7 <= digits <= 15 and not number and not is_part(text, start, end) and not told_by(SERIAL, text, start))*end
+    number = (
+        said[:1] in b'+(0' and re.match(rb'[\w)\]+/]', ahead) or re.fullmatch(rb'\+\d+\.\d+', said)
+    )
+    return (
+        7 <= digits <= 15
+        and not number
+        and not is_part(text, start, end)
+        and not told_by(SERIAL, text, start)
+    ) * end
 
 # %% ../../nbs/corpus/06_privacy.ipynb #97a2e959
-EVERYONES = {b'8.8.8.8', b'8.8.4.4', b'1.1.1.1', b'1.0.0.1', b'9.9.9.9', b'1.2.3.4', b'4.3.2.1', b'5.6.7.8'}
+EVERYONES = {
+    b'8.8.8.8',
+    b'8.8.4.4',
+    b'1.1.1.1',
+    b'1.0.0.1',
+    b'9.9.9.9',
+    b'1.2.3.4',
+    b'4.3.2.1',
+    b'5.6.7.8',
+}
+
 
 def address(text: bytes, start: int, end: int) -> int:
     "The end of an internet address that is in use for one machine or network"
-    try: known = ip_address(text[start:end].decode())
-    except ValueError: return 0
-    if not known.is_global or known.is_multicast or text[start:end] in EVERYONES: return 0
-    return (not is_part(text, start, end) or known.version == 6 and not text[end:end+1].isalnum())*end and (not told_by(VERSION, text, start))*end
+    try:
+        known = ip_address(text[start:end].decode())
+    except ValueError:
+        return 0
+    if not known.is_global or known.is_multicast or text[start:end] in EVERYONES:
+        return 0
+    return (
+        not is_part(text, start, end) or known.version == 6 and not text[end : end + 1].isalnum()
+    ) * end and (not told_by(VERSION, text, start)) * end
 
 # %% ../../nbs/corpus/06_privacy.ipynb #9f20b7e0
-NOBODYS = re.compile(rb'(?i:(?:^|[@.])(?:example|test|invalid|localhost|local|localdomain|internal|domain|yourdomain|mydomain|yourcompany|foo|bar|foobar|baz|xyz|abc)(?:\.[a-z]{2,3}){0,2}$)')
-FILES = re.compile(rb'\.(?:png|jpe?g|gif|svg|webp|ico|pdf|css|js|mjs|ts|py|pyc|rb|go|rs|java|cpp|hpp|html?|xml|json|ya?ml|toml|txt|md|rst|sh|so|dll|exe|zip|gz|tar|whl|service|real|imag|flat|mean|sum|dot|dtype|shape|copy|conj|transpose)$')
+NOBODYS = re.compile(
+    rb'(?i:(?:^|[@.])(?:example|test|invalid|localhost|local|localdomain|internal|domain|yourdomain|mydomain|yourcompany|foo|bar|foobar|baz|xyz|abc)(?:\.[a-z]{2,3}){0,2}$)'
+)
+FILES = re.compile(
+    rb'\.(?:png|jpe?g|gif|svg|webp|ico|pdf|css|js|mjs|ts|py|pyc|rb|go|rs|java|cpp|hpp|html?|xml|json|ya?ml|toml|txt|md|rst|sh|so|dll|exe|zip|gz|tar|whl|service|real|imag|flat|mean|sum|dot|dtype|shape|copy|conj|transpose)$'
+)
+
 
 def mail(text: bytes, start: int, end: int) -> int:
     "The end of a mail address of someone; reserved domains (RFC 2606), file names, remote repositories and products of matrices are not"
     name, _, domain = text[start:end].partition(b'@')
-    code = name == b'git' or text[end:end+1] in (b'(', b'[') or re.search(rb'(?:[%$\\{]|//)$', text[max(start - 2, 0):start])
+    code = (
+        name == b'git'
+        or text[end : end + 1] in (b'(', b'[')
+        or re.search(rb'(?:[%$\\{]|//)$', text[max(start - 2, 0) : start])
+    )
     return 0 if code or NOBODYS.search(domain) or FILES.search(domain) else end
 
 # %% ../../nbs/corpus/06_privacy.ipynb #ff12a181
-PLACEHOLDER = re.compile(rb'(?i:example|your|xxx|placeholder|dummy|sample|changeme|redacted|insert|12345678|abcdefgh|\.\.\.|\*\*\*)')
+PLACEHOLDER = re.compile(
+    rb'(?i:example|your|xxx|placeholder|dummy|sample|changeme|redacted|insert|12345678|abcdefgh|\.\.\.|\*\*\*)'
+)
+
 
 def bits(data: bytes) -> float:
     "Bits of each character of a string, by how often it has which (Shannon)"
-    return -sum(n/len(data)*log2(n/len(data)) for n in Counter(data).values())
+    return -sum(n / len(data) * log2(n / len(data)) for n in Counter(data).values())
+
 
 def token(text: bytes, start: int, end: int, least: float = 3.2) -> int:
     "The end of a key that was drawn at random: digits and letters, many bits, no word that marks an example"
     key = text[start:end]
-    return bool(re.search(rb'\d', key) and re.search(rb'[A-Za-z]', key) and bits(key) >= least and not PLACEHOLDER.search(key))*end
+    return (
+        bool(
+            re.search(rb'\d', key)
+            and re.search(rb'[A-Za-z]', key)
+            and bits(key) >= least
+            and not PLACEHOLDER.search(key)
+        )
+        * end
+    )
+
 
 def named_token(text: bytes, start: int, end: int) -> int:
     "The same for one that only its name gives away: letters of both cases and digits, or 32 hexadecimal digits and more"
     key = text[start:end]
-    mixed = re.search(rb'[A-Z]', key) and re.search(rb'[a-z]', key) and len(re.findall(rb'\d', key)) >= 2
+    mixed = (
+        re.search(rb'[A-Z]', key)
+        and re.search(rb'[a-z]', key)
+        and len(re.findall(rb'\d', key)) >= 2
+    )
     return bool(mixed or re.fullmatch(rb'[0-9a-f]{32,}', key)) and token(text, start, end, 3.4)
 
 # %% ../../nbs/corpus/06_privacy.ipynb #d9bbc05a
 def login(text: bytes, start: int, end: int) -> int:
     "The end of a name and password in a URL, unless it is the placeholder of a manual"
     name, _, password = text[start:end].lower().partition(b':')
-    plain = password in (b'pass', b'passwd', b'password', b'pwd', b'secret', b'pw', b'tiger', b'test', b'token', name) or re.match(rb'[%<{$]|\*|\.\.', password)
+    plain = password in (
+        b'pass',
+        b'passwd',
+        b'password',
+        b'pwd',
+        b'secret',
+        b'pw',
+        b'tiger',
+        b'test',
+        b'token',
+        name,
+    ) or re.match(rb'[%<{$]|\*|\.\.', password)
     return 0 if plain or PLACEHOLDER.search(password) else end
+
 
 def no_check(text: bytes, start: int, end: int) -> int:
     "The end of a candidate that needs no check"
     return end
 
 # %% ../../nbs/corpus/06_privacy.ipynb #dc624c6f
-PRIVATE_KINDS = [('PRIVATE_KEY', KEY_BLOCK, no_check), ('TOKEN', JWT, no_check), ('TOKEN', TOKEN, token), ('TOKEN', NAMED_TOKEN, named_token), ('CREDENTIALS', LOGIN, login), ('EMAIL', MAIL, mail), ('IBAN', IBAN, iban), ('CARD', CARD, card),
-         ('SSN', SSN, ssn), ('SSN', NAMED_SSN, ssn), ('IP', IPV4, address), ('IP', IPV6, address), ('PHONE', ABROAD, phone), ('PHONE', HOME, phone), ('PHONE', CALLED, phone)]
+PRIVATE_KINDS = [
+    ('PRIVATE_KEY', KEY_BLOCK, no_check),
+    ('TOKEN', JWT, no_check),
+    ('TOKEN', TOKEN, token),
+    ('TOKEN', NAMED_TOKEN, named_token),
+    ('CREDENTIALS', LOGIN, login),
+    ('EMAIL', MAIL, mail),
+    ('IBAN', IBAN, iban),
+    ('CARD', CARD, card),
+    ('SSN', SSN, ssn),
+    ('SSN', NAMED_SSN, ssn),
+    ('IP', IPV4, address),
+    ('IP', IPV6, address),
+    ('PHONE', ABROAD, phone),
+    ('PHONE', HOME, phone),
+    ('PHONE', CALLED, phone),
+]
 
 # %% ../../nbs/corpus/06_privacy.ipynb #f2b08359
 @cache
 def engine() -> tuple:
     "(a function from bytes to the numbers of the kinds that may be in them, the compiled patterns): by re2 or, where it is missing, by `re`"
     patterns = [pattern for _, pattern, _ in PRIVATE_KINDS]
-    try: import re2
+    try:
+        import re2
     except ImportError:
-        warnings.warn('google-re2 is not installed: Python looks for private parts itself, about forty times as slowly; pip install google-re2')
+        warnings.warn(
+            'google-re2 is not installed: Python looks for private parts itself, about forty times as slowly; pip install google-re2'
+        )
         return lambda text: range(len(PRIVATE_KINDS)), [re.compile(pattern) for pattern in patterns]
     told = re2.Options()
     told.encoding, told.max_mem = re2.Options.Encoding.LATIN1, 1 << 27
     gate = re2.Set.SearchSet(told)
-    for pattern in patterns: gate.Add(pattern)
+    for pattern in patterns:
+        gate.Add(pattern)
     gate.Compile()
     return gate.Match, [re2.compile(pattern, told) for pattern in patterns]
+
 
 def private_candidates(text: bytes, which) -> list:
     "(place in the list of kinds, start, end) of what the checks let pass"
@@ -183,8 +354,10 @@ def private(text: bytes) -> list:
     "(start, end, kind) of all private parts of a text, in bytes and in order; no two overlap"
     which, out = engine()[0](text), []
     for i, start, end in sorted(private_candidates(text, which)) if which else ():
-        if all(end <= a or b <= start for a, b, _ in out): out.append((start, end, PRIVATE_KINDS[i][0]))
+        if all(end <= a or b <= start for a, b, _ in out):
+            out.append((start, end, PRIVATE_KINDS[i][0]))
     return sorted(out)
+
 
 def redacted(text: bytes, parts: list) -> bytes:
     "A text with `<KIND>` in the place of each part"
@@ -198,46 +371,81 @@ def redacted(text: bytes, parts: list) -> bytes:
 def redact(table, field: str = 'text') -> tuple:
     "(the table with private parts of a column replaced by `<KIND>`, counts with the number of parts by kind and of rows changed)"
     import pyarrow as pa
+
     found, chunks, changed = Counter(), [], 0
     for part in table[field].chunks:
         texts = part.cast(pa.large_binary()).to_pylist()
         parts = {i: spans for i, text in enumerate(texts) if text and (spans := private(text))}
         found.update(kind for spans in parts.values() for _, _, kind in spans)
-        for i, spans in parts.items(): texts[i] = redacted(texts[i], spans)
-        chunks.append(pa.array(texts, pa.large_binary()).cast(pa.large_string()).cast(part.type) if parts else part)
+        for i, spans in parts.items():
+            texts[i] = redacted(texts[i], spans)
+        chunks.append(
+            pa.array(texts, pa.large_binary()).cast(pa.large_string()).cast(part.type)
+            if parts
+            else part
+        )
         changed += len(parts)
     column = pa.chunked_array(chunks, table[field].type)
     after = table.set_column(table.column_names.index(field), table.schema.field(field), column)
-    return sorted_out('redact', after, [-1]*len(after), [], before=table, redacted=dict(found), changed=changed)
+    return sorted_out(
+        'redact', after, [-1] * len(after), [], before=table, redacted=dict(found), changed=changed
+    )
 
 # %% ../../nbs/corpus/06_privacy.ipynb #c8508937
-SPACY = 'en_core_web_lg'   # presidio's own default
+SPACY = 'en_core_web_lg'  # presidio's own default
+
 
 @cache
 def analyzer():
     "presidio's engine. LabError when it or its model is not installed; nothing is downloaded"
     from importlib.util import find_spec
+
     missing = [name for name in ('presidio_analyzer', SPACY) if not find_spec(name)]
-    if missing: raise LabError(f'names are found by presidio, and {" and ".join(missing)} is not installed: pip install presidio-analyzer; python -m spacy download {SPACY}')
+    if missing:
+        raise LabError(
+            f'names are found by presidio, and {" and ".join(missing)} is not installed: pip install presidio-analyzer; python -m spacy download {SPACY}'
+        )
     from presidio_analyzer import AnalyzerEngine
+
     return AnalyzerEngine()
 
-def names_in(text: str, least: float = .5) -> list:
+
+def names_in(text: str, least: float = 0.5) -> list:
     "(start, end, kind) in characters of the persons and places in a text that presidio gives at least that score; of two that overlap the likelier"
-    found, out = analyzer().analyze(text=text, language='en', entities=['PERSON', 'LOCATION'], score_threshold=least), []
+    found, out = (
+        analyzer().analyze(
+            text=text, language='en', entities=['PERSON', 'LOCATION'], score_threshold=least
+        ),
+        [],
+    )
     for one in sorted(found, key=lambda one: (-one.score, one.start)):
-        if all(one.end <= a or b <= one.start for a, b, _ in out): out.append((one.start, one.end, one.entity_type))
+        if all(one.end <= a or b <= one.start for a, b, _ in out):
+            out.append((one.start, one.end, one.entity_type))
     return sorted(out)
 
 # %% ../../nbs/corpus/06_privacy.ipynb #bd6524f3
 def redact_names(table, field: str = 'text') -> tuple:
     "(the table with names of persons and places replaced by `<PERSON>` and `<LOCATION>`, counts)"
     import pyarrow as pa
+
     found, texts, changed = Counter(), table[field].to_pylist(), 0
     for i, text in enumerate(texts):
         spans = names_in(text or '')
         found.update(kind for *_, kind in spans)
-        for start, end, kind in reversed(spans): text = f'{text[:start]}<{kind}>{text[end:]}'
+        for start, end, kind in reversed(spans):
+            text = f'{text[:start]}<{kind}>{text[end:]}'
         texts[i], changed = text, changed + bool(spans)
-    after = table.set_column(table.column_names.index(field), table.schema.field(field), pa.array(texts, table.schema.field(field).type))
-    return sorted_out('redact names', after, [-1]*len(after), [], before=table, redacted=dict(found), changed=changed)
+    after = table.set_column(
+        table.column_names.index(field),
+        table.schema.field(field),
+        pa.array(texts, table.schema.field(field).type),
+    )
+    return sorted_out(
+        'redact names',
+        after,
+        [-1] * len(after),
+        [],
+        before=table,
+        redacted=dict(found),
+        changed=changed,
+    )

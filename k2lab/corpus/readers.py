@@ -8,58 +8,97 @@ __all__ = ['FILE_KINDS', 'CHANGE_MARKS', 'PIECE', 'BLOCK', 'BATCH', 'LINE', 'LFS
            'html_text', 'plain_text', 'page_text', 'Reader', 'unfolded', 'as_table']
 
 # %% ../../nbs/corpus/00_readers.ipynb #53d98013
-import csv, glob, html.parser, json, os, re
+import csv
+import glob
+import html.parser
+import json
+import os
+import re
 from pathlib import Path
+
 from fastcore.basics import patch
+
 from ..lab.config import LabError, one_of
-from ..text.rows import FORMATS, SURROGATE, Damaged, fault, parse_line, read_manifest, unpacked, unpacker
+from k2lab.text.rows import (
+    FORMATS,
+    SURROGATE,
+    Damaged,
+    fault,
+    parse_line,
+    read_manifest,
+    unpacked,
+    unpacker,
+)
 
 # %% ../../nbs/corpus/00_readers.ipynb #2103c949
 FILE_KINDS = ('.jsonl', '.parquet', '.csv', '.txt', '.md', '.rst', '.html', '.htm')
 
+
 def kind_of(path) -> str:
     "The kind of a file by its name, packed (.gz, .zst) or not; LabError when it is none of `KINDS`"
     kind = Path(re.sub(r'\.(gz|zst)$', '', str(path))).suffix.lower()
-    if kind not in FILE_KINDS: raise LabError(f'source file {path}: kind {kind!r} is not one of {", ".join(FILE_KINDS)}')
+    if kind not in FILE_KINDS:
+        raise LabError(f'source file {path}: kind {kind!r} is not one of {", ".join(FILE_KINDS)}')
     return kind
+
 
 def find_files(pattern: str) -> list:
     "The files of a path, a glob or an fsspec URL (which may hold a *), sorted; LabError when nothing matches"
     if '://' in pattern:
         import fsspec
+
         fs, inner = fsspec.core.url_to_fs(pattern)
-        found = [fs.unstrip_protocol(path) for path in (fs.glob(inner) if '*' in inner else [inner])]
-    elif os.path.isfile(pattern): found = [pattern]
-    else: found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+        found = [
+            fs.unstrip_protocol(path) for path in (fs.glob(inner) if '*' in inner else [inner])
+        ]
+    elif os.path.isfile(pattern):
+        found = [pattern]
+    else:
+        found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
     found = sorted(path for path in found if not path.endswith('.manifest.json'))
-    if not found: raise LabError(f'source files {pattern!r}: nothing matches')
+    if not found:
+        raise LabError(f'source files {pattern!r}: nothing matches')
     return found
 
 # %% ../../nbs/corpus/00_readers.ipynb #64f4c8ef
 class Unread(LabError):
     "A file that could not be read this time; nothing says that it is broken."
 
+
 CHANGE_MARKS = ('ETag', 'etag', 'mtime', 'LastModified', 'last_modified', 'created')
+
 
 def stamp(path: str) -> tuple:
     "(bytes, a text that changes when the file does: its time, or the etag of a remote one); `Unread` when it is gone"
     try:
-        if '://' not in path: return os.stat(path).st_size, str(os.stat(path).st_mtime_ns)
+        if '://' not in path:
+            return os.stat(path).st_size, str(os.stat(path).st_mtime_ns)
         import fsspec
+
         fs, inner = fsspec.core.url_to_fs(path)
         fs.invalidate_cache()
         info = fs.info(inner)
-    except OSError as error: raise Unread(f'{path}: cannot be read ({error.strerror or type(error).__name__})') from None
+    except OSError as error:
+        raise Unread(f'{path}: cannot be read ({error.strerror or type(error).__name__})') from None
     return info['size'], str(next((info[mark] for mark in CHANGE_MARKS if info.get(mark)), ''))
+
 
 def open_raw(path: str):
     "A local file or an fsspec URL, open for reading bytes"
-    if '://' not in path: return open(path, 'rb', buffering=0)
+    if '://' not in path:
+        return open(path, 'rb', buffering=0)
     import fsspec
+
     return fsspec.open(path, 'rb').open()
 
 # %% ../../nbs/corpus/00_readers.ipynb #f7f3196c
-PIECE, BLOCK, BATCH, LINE = 256 << 10, 128 << 10, 4 << 20, 64 << 20   # bytes read at once, written at once, of a table, of the longest line
+PIECE, BLOCK, BATCH, LINE = (
+    256 << 10,
+    128 << 10,
+    4 << 20,
+    64 << 20,
+)  # bytes read at once, written at once, of a table, of the longest line
+
 
 def split_lines(pieces, most: int = LINE):
     "(bytes with its end, line) of each line; the line is None when it is longer than `most` bytes"
@@ -67,105 +106,178 @@ def split_lines(pieces, most: int = LINE):
     for piece in pieces:
         head, *lines = piece.split(b'\n')
         size += len(head)
-        if size > most: held = []
-        else: held.append(head)
-        if not lines: continue
+        if size > most:
+            held = []
+        else:
+            held.append(head)
+        if not lines:
+            continue
         yield size + 1, b''.join(held) if size <= most else None
         last = lines.pop()
-        for line in lines: yield len(line) + 1, line
+        for line in lines:
+            yield len(line) + 1, line
         held, size = [last], len(last)
-    if size: yield size, b''.join(held) if size <= most else None
+    if size:
+        yield size, b''.join(held) if size <= most else None
 
 # %% ../../nbs/corpus/00_readers.ipynb #cde2a7e2
 def codec() -> tuple:
     "(loads, dumps) between bytes and values: orjson's where it is installed, else the standard library's; ValueError for half characters"
-    try: import orjson
-    except ImportError: return loads_exactly, dumps_exactly
+    try:
+        import orjson
+    except ImportError:
+        return loads_exactly, dumps_exactly
     return orjson.loads, orjson.dumps
+
 
 def dumps_exactly(value) -> bytes:
     "A value as JSON, whole numbers of any size and NaN included, and what JSON has no word for (dates) as text"
     return json.dumps(value, ensure_ascii=False, separators=(',', ':'), default=str).encode()
 
+
 def loads_exactly(line: bytes):
     "The value of a line of JSON; ValueError when it is not UTF-8, not JSON or holds half a character"
     value = json.loads(line.decode())
-    if b'\\u' in line: dumps_exactly(value)
+    if b'\\u' in line:
+        dumps_exactly(value)
     return value
+
 
 def second_opinion(line: bytes) -> tuple:
     "(row, '') of a line that the fast parser refuses without need, else (None, what is wrong with it)"
     row, reason = parse_line(line)
-    try: dumps_exactly(row)
-    except UnicodeEncodeError: return None, 'holds half a character (a lone surrogate)'
+    try:
+        dumps_exactly(row)
+    except UnicodeEncodeError:
+        return None, 'holds half a character (a lone surrogate)'
     return row, reason
 
 # %% ../../nbs/corpus/00_readers.ipynb #56433342
 class _Text(html.parser.HTMLParser):
     "Collects what a browser would show."
-    def __init__(self): super().__init__(); self.out, self.hidden = [], 0
-    def handle_starttag(self, tag, attrs): self.hidden += tag in ('script', 'style')
-    def handle_endtag(self, tag): self.hidden -= tag in ('script', 'style'); self.out.append('\n' if tag in ('p', 'div', 'li', 'tr', 'pre') or tag[0] == 'h' else '')
-    def handle_data(self, data): self.out.append('' if self.hidden else data)
+
+    def __init__(self):
+        super().__init__()
+        self.out, self.hidden = [], 0
+
+    def handle_starttag(self, tag, attrs):
+        self.hidden += tag in ('script', 'style')
+
+    def handle_endtag(self, tag):
+        self.hidden -= tag in ('script', 'style')
+        self.out.append('\n' if tag in ('p', 'div', 'li', 'tr', 'pre') or tag[0] == 'h' else '')
+
+    def handle_data(self, data):
+        self.out.append('' if self.hidden else data)
+
 
 def html_text(page: str) -> str:
     "The visible text of an html page."
-    parser = _Text(); parser.feed(page)
+    parser = _Text()
+    parser.feed(page)
     return re.sub(r'\n\s*\n+', '\n\n', ''.join(parser.out)).strip()
 
 # %% ../../nbs/corpus/00_readers.ipynb #0e47f017
 def plain_text(data: bytes) -> str:
     "The text of a file in UTF-8, or in UTF-16 if it says so in its first two bytes; UnicodeDecodeError when it is neither"
-    return data.decode('utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig').replace('\r\n', '\n')
+    return data.decode('utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig').replace(
+        '\r\n', '\n'
+    )
+
 
 def page_text(data: bytes) -> str:
     "The main content of an html page where resiliparse is installed and finds one, else all its visible text"
-    try: from resiliparse.extract.html2text import extract_plain_text
-    except ImportError: return html_text(plain_text(data))
+    try:
+        from resiliparse.extract.html2text import extract_plain_text
+    except ImportError:
+        return html_text(plain_text(data))
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding
+
     page = bytes_to_str(data, detect_encoding(data, from_html_meta=True))
-    return extract_plain_text(page, main_content=True, alt_texts=False) or extract_plain_text(page, alt_texts=False)
+    return extract_plain_text(page, main_content=True, alt_texts=False) or extract_plain_text(
+        page, alt_texts=False
+    )
 
 # %% ../../nbs/corpus/00_readers.ipynb #ec513375
 LFS = b'version https://git-lfs.github.com/spec/'
-ROUNDED = re.compile(rb'\d[eE][+-]?\d')   # how orjson writes whole numbers that it could not keep
+ROUNDED = re.compile(rb'\d[eE][+-]?\d')  # how orjson writes whole numbers that it could not keep
+
 
 class Reader:
     "The rows of a file, or of the lines that begin in its bytes [start, stop). `on_bad` is called with {file, offset, line, bytes, reason}; without it a bad row is a LabError"
-    def __init__(self, path, format: str = 'domain', columns=(), fill: dict = None, start: int = 0, stop: int = None, on_bad=None):
+
+    def __init__(
+        self,
+        path,
+        format: str = 'domain',
+        columns=(),
+        fill: dict = None,
+        start: int = 0,
+        stop: int = None,
+        on_bad=None,
+    ):
         self.path, self.kind, self.format = str(path), kind_of(path), format
         self.names = FORMATS[one_of('row format', format, FORMATS)]
         self.columns, self.start, self.stop, self.on_bad = tuple(columns), start, stop, on_bad
-        self.fill = {'source': self.path.split('/')[-1], **(fill or {})} if 'source' in self.names else fill or {}
-        self.rows, self.bad, self.partial, self.span, self.line, self.exact = 0, 0, '', (start, start), None, False
+        self.fill = (
+            {'source': self.path.split('/')[-1], **(fill or {})}
+            if 'source' in self.names
+            else fill or {}
+        )
+        self.rows, self.bad, self.partial, self.span, self.line, self.exact = (
+            0,
+            0,
+            '',
+            (start, start),
+            None,
+            False,
+        )
 
     def reject(self, line: int, offset: int, size: int, reason: str):
         "Counts a bad row and hands it on"
         self.bad += 1
-        if self.partial: reason = f'cut off: {reason}'
-        if not self.on_bad: raise LabError(f'{self.path}:{f"byte {offset}" if self.start else line}: {reason}')
-        self.on_bad(dict(file=self.path, offset=offset, line=None if self.start else line, bytes=size, reason=reason))
+        if self.partial:
+            reason = f'cut off: {reason}'
+        if not self.on_bad:
+            raise LabError(f'{self.path}:{f"byte {offset}" if self.start else line}: {reason}')
+        self.on_bad(
+            dict(
+                file=self.path,
+                offset=offset,
+                line=None if self.start else line,
+                bytes=size,
+                reason=reason,
+            )
+        )
 
 # %% ../../nbs/corpus/00_readers.ipynb #443ab254
 @patch
 def _raw(self: Reader, file):
     "The bytes of the open file in pieces, small ones if it is packed, for a piece can unfold to a thousand times its size"
-    size = PIECE if unpacker(self.path) is None else PIECE//16
+    size = PIECE if unpacker(self.path) is None else PIECE // 16
     piece = file.read(size)
-    if not self.start and piece.startswith(LFS): self.partial, piece = f'{self.path}: a Git LFS pointer, not the file itself (git lfs pull)', b''
+    if not self.start and piece.startswith(LFS):
+        self.partial, piece = (
+            f'{self.path}: a Git LFS pointer, not the file itself (git lfs pull)',
+            b'',
+        )
     while piece:
         yield piece
         piece = file.read(size)
+
 
 @patch
 def _pieces(self: Reader):
     "The bytes of the file from just before `start` on, unpacked; a damaged file ends early"
     try:
         with open_raw(self.path) as file:
-            if self.start: file.seek(self.start - 1)
+            if self.start:
+                file.seek(self.start - 1)
             yield from unpacked(self._raw(file), self.path)
-    except Damaged as error: self.partial = str(error)
-    except OSError as error: raise Unread(f'{self.path}: cannot be read ({error.strerror or error})') from None
+    except Damaged as error:
+        self.partial = str(error)
+    except OSError as error:
+        raise Unread(f'{self.path}: cannot be read ({error.strerror or error})') from None
 
 # %% ../../nbs/corpus/00_readers.ipynb #ec6775db
 @patch
@@ -176,12 +288,16 @@ def _lines(self: Reader):
     for size, line in split_lines(self._pieces()):
         if at >= self.start:
             number += 1
-            if line is None: self.reject(number, at, size, f'a line of {size:,} bytes; at most {LINE:,}')
-            else: yield number, at, line.removeprefix(b'\xef\xbb\xbf') if at == 0 else line
+            if line is None:
+                self.reject(number, at, size, f'a line of {size:,} bytes; at most {LINE:,}')
+            else:
+                yield number, at, line.removeprefix(b'\xef\xbb\xbf') if at == 0 else line
         at += size
-        if begin is None: begin = at
+        if begin is None:
+            begin = at
         self.span = (begin, at)
-        if self.stop is not None and at >= self.stop: break
+        if self.stop is not None and at >= self.stop:
+            break
 
 # %% ../../nbs/corpus/00_readers.ipynb #f4ff2a0c
 @patch
@@ -190,13 +306,18 @@ def _jsonl(self: Reader):
     loads, _ = codec()
     for number, at, line in self._lines():
         self.line, self.exact = line, False
-        try: row = loads(line)
+        try:
+            row = loads(line)
         except ValueError:
-            if not line.strip(): continue
+            if not line.strip():
+                continue
             row, reason = second_opinion(line)
             self.exact = True
-            if reason: self.reject(number, at, len(line), reason); continue
+            if reason:
+                self.reject(number, at, len(line), reason)
+                continue
         yield number, at, row
+
 
 @patch
 def _document(self: Reader):
@@ -204,35 +325,61 @@ def _document(self: Reader):
     data = bytearray()
     for piece in self._pieces():
         data += piece
-        if len(data) > LINE: return self.reject(1, 0, len(data), f'a document of more than {LINE:,} bytes')
-    if not data or self.partial: return
-    try: yield 1, 0, dict(text=page_text(bytes(data)) if self.kind.startswith('.htm') else plain_text(bytes(data)))
-    except UnicodeDecodeError as error: self.reject(1, 0, len(data), f'not UTF-8: byte {error.start + 1} is 0x{data[error.start]:02x}')
+        if len(data) > LINE:
+            return self.reject(1, 0, len(data), f'a document of more than {LINE:,} bytes')
+    if not data or self.partial:
+        return
+    try:
+        yield (
+            1,
+            0,
+            dict(
+                text=page_text(bytes(data))
+                if self.kind.startswith('.htm')
+                else plain_text(bytes(data))
+            ),
+        )
+    except UnicodeDecodeError as error:
+        self.reject(
+            1, 0, len(data), f'not UTF-8: byte {error.start + 1} is 0x{data[error.start]:02x}'
+        )
 
 # %% ../../nbs/corpus/00_readers.ipynb #ed21fc00
 @patch
 def _csv(self: Reader):
     "(line, offset, row) of each row of a CSV file with a header"
     first, seen = None, (1, 0)
+
     def text():
         nonlocal first, seen
         for number, at, line in self._lines():
             first, seen = first or (number, at), (number, at)
             yield line.decode('utf-8', 'surrogateescape') + '\n'
+
     csv.field_size_limit(LINE)
     rows, header = csv.reader(text(), strict=True), None
     while True:
         first = None
-        try: values = next(rows, None)
+        try:
+            values = next(rows, None)
         except csv.Error as error:
-            if 'end of data' in str(error): self.partial = f'{self.path}: the quote in line {first[0]} is never closed'
-            self.reject(*(first or seen), 0, f'not CSV: {error}'); continue
-        if values is None: return
-        if header is None: header = values; continue
-        if not values: continue
-        if len(values) != len(header): self.reject(*first, 0, f'{len(values)} fields, the header has {len(header)}')
-        elif SURROGATE.search(''.join(values)): self.reject(*first, 0, 'not UTF-8')
-        else: yield *first, dict(zip(header, values))
+            if 'end of data' in str(error):
+                self.partial = f'{self.path}: the quote in line {first[0]} is never closed'
+            self.reject(*(first or seen), 0, f'not CSV: {error}')
+            continue
+        if values is None:
+            return
+        if header is None:
+            header = values
+            continue
+        if not values:
+            continue
+        if len(values) != len(header):
+            self.reject(*first, 0, f'{len(values)} fields, the header has {len(header)}')
+        elif SURROGATE.search(''.join(values)):
+            self.reject(*first, 0, 'not UTF-8')
+        else:
+            yield *first, dict(zip(header, values))
 
 # %% ../../nbs/corpus/00_readers.ipynb #e55a611a
 def unfolded(row: dict) -> dict:
@@ -244,51 +391,77 @@ def unfolded(row: dict) -> dict:
 @patch
 def _parquet(self: Reader):
     "(number, number, row) of each row of a parquet file, read in batches of about 4 MB"
-    import pyarrow as pa, pyarrow.parquet as pq
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     number = 0
     try:
         with open_raw(self.path) as raw:
-            if raw.read(len(LFS)) == LFS: raise pa.ArrowInvalid('a Git LFS pointer, not the file itself: git lfs pull')
+            if raw.read(len(LFS)) == LFS:
+                raise pa.ArrowInvalid('a Git LFS pointer, not the file itself: git lfs pull')
             file = pq.ParquetFile(raw)
-            size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+            size = sum(
+                file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)
+            )
             ours = b'k2lab' in (file.schema_arrow.metadata or {})
-            for batch in file.iter_batches(max(1, min(4096, BATCH*file.metadata.num_rows//max(size, 1))), use_threads=False):
+            for batch in file.iter_batches(
+                max(1, min(4096, BATCH * file.metadata.num_rows // max(size, 1))), use_threads=False
+            ):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, number, unfolded(row) if ours else row
     except (pa.ArrowException, OSError) as error:
-        if '://' in self.path or isinstance(error, FileNotFoundError): raise Unread(f'{self.path}: cannot be read ({error})') from None
+        if '://' in self.path or isinstance(error, FileNotFoundError):
+            raise Unread(f'{self.path}: cannot be read ({error})') from None
         self.partial = f'{self.path}: not a whole parquet file ({str(error).splitlines()[0]})'
 
 # %% ../../nbs/corpus/00_readers.ipynb #e375d2b1
-WAYS = {'.jsonl': Reader._jsonl, '.csv': Reader._csv, '.parquet': Reader._parquet}   # other kinds are one document each
+WAYS = {
+    '.jsonl': Reader._jsonl,
+    '.csv': Reader._csv,
+    '.parquet': Reader._parquet,
+}  # other kinds are one document each
+
 
 @patch
 def records(self: Reader):
     "(number, row) of each row whose fields are text (an empty one is for operators to remove), numbered by line; missing fields that have a `fill` are filled. `Unread` when the file changes meanwhile"
-    before, manifest = stamp(self.path), read_manifest(self.path) if '://' not in self.path else None
+    before, manifest = (
+        stamp(self.path),
+        read_manifest(self.path) if '://' not in self.path else None,
+    )
     names, fill = self.names, [*self.fill.items()]
     for number, at, row in WAYS.get(self.kind, Reader._document)(self):
         good = row.__class__ is dict
         if good:
             for name, value in fill:
-                if row.get(name) is None: row[name] = value
+                if row.get(name) is None:
+                    row[name] = value
             for name in names:
-                if row.get(name).__class__ is not str: good = False
+                if row.get(name).__class__ is not str:
+                    good = False
         if good:
             self.rows += 1
             yield number, row
-        else: self.reject(number, at, 0 if self.line is None else len(self.line), fault(row, self.format))
-    if stamp(self.path) != before: raise Unread(f'{self.path}: changed while it was read')
-    if manifest: self.compare(before[0], manifest)
+        else:
+            self.reject(
+                number, at, 0 if self.line is None else len(self.line), fault(row, self.format)
+            )
+    if stamp(self.path) != before:
+        raise Unread(f'{self.path}: changed while it was read')
+    if manifest:
+        self.compare(before[0], manifest)
 
 # %% ../../nbs/corpus/00_readers.ipynb #7d0d8f72
 @patch
 def compare(self: Reader, size: int, manifest: dict):
     "Says in `partial` when the file is not the one of its manifest, by size or, if all of it was read, by rows"
     rows = self.rows + self.bad
-    if size != manifest['bytes']: self.partial = f"{self.path}: {size} bytes, its manifest says {manifest['bytes']}: the file was cut or changed"
-    elif not self.start and self.stop is None and rows != manifest['rows']: self.partial = f"{self.path}: {rows} rows, its manifest says {manifest['rows']}"
+    if size != manifest['bytes']:
+        self.partial = f"{self.path}: {size} bytes, its manifest says {manifest['bytes']}: the file was cut or changed"
+    elif not self.start and self.stop is None and rows != manifest['rows']:
+        self.partial = f"{self.path}: {rows} rows, its manifest says {manifest['rows']}"
+
 
 @patch
 def tables(self: Reader):
@@ -300,25 +473,33 @@ def tables(self: Reader):
             value = row.pop(name)
             values[name].append(value)
             size += len(value)
-        for name in self.columns: values[name].append(row.pop(name) if isinstance(row.get(name), str) else None)
+        for name in self.columns:
+            values[name].append(row.pop(name) if isinstance(row.get(name), str) else None)
         values['extra'].append(self.rest(row, dumps) if row else None)
         if size >= BATCH:
             yield as_table(values)
             values, size = {name: [] for name in values}, 0
-    if values['extra']: yield as_table(values)
+    if values['extra']:
+        yield as_table(values)
 
 # %% ../../nbs/corpus/00_readers.ipynb #8ca52b4a
 @patch
 def rest(self: Reader, row: dict, dumps) -> str:
     "What is left of a row as JSON text; read again by the standard library where the fast one would change a number"
-    if self.line is None: return dumps_exactly(row).decode()
+    if self.line is None:
+        return dumps_exactly(row).decode()
     left = b'' if self.exact else dumps(row)
     if self.exact or ROUNDED.search(left):
         whole = json.loads(self.line)
-        left = dumps_exactly({name: whole[name] for name in row if name in whole} | {name: row[name] for name in row if name not in whole})
+        left = dumps_exactly(
+            {name: whole[name] for name in row if name in whole}
+            | {name: row[name] for name in row if name not in whole}
+        )
     return left.decode()
+
 
 def as_table(values: dict):
     "Columns of text as a `pyarrow.Table`"
     import pyarrow as pa
+
     return pa.table({name: pa.array(column, pa.string()) for name, column in values.items()})

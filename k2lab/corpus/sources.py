@@ -7,22 +7,30 @@ __all__ = ['Function', 'signature_parameters', 'summary_of', 'package_folder', '
            'manual_page', 'licence_of', 'python_documents', 'file_documents', 'documents']
 
 # %% ../../nbs/corpus/03_sources.ipynb #cb47fce5
-import ast, importlib.metadata, importlib.util, re, sysconfig
+import ast
+import importlib.metadata
+import importlib.util
+import re
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from ..lab.config import LabError
+
 from .readers import WAYS, Reader, find_files
+from ..lab.config import LabError
 
 # %% ../../nbs/corpus/03_sources.ipynb #2878f328
 @dataclass(frozen=True)
 class Function:
     "A documented function: what a reader of its manual page knows."
-    name: str        # shortest_path
-    module: str      # networkx.algorithms.shortest_paths.generic
-    params: tuple    # (('G', None), ('source', 'None'), ...): a name and its default as source text, None where there is none
-    summary: str     # first sentence of the docstring, on one line
-    doc: str         # the docstring, dedented
-    source: str      # networkx
+
+    name: str  # shortest_path
+    module: str  # networkx.algorithms.shortest_paths.generic
+    # (('G', None), ('source', 'None'), ...): a name and its default as source text, None where
+    # there is none
+    params: tuple
+    summary: str  # first sentence of the docstring, on one line
+    doc: str  # the docstring, dedented
+    source: str  # networkx
 
     @property
     def signature(self) -> str:
@@ -38,12 +46,16 @@ class Function:
 def signature_parameters(args: ast.arguments) -> tuple:
     "`((name, default or None), ...)` in the order of writing; `self` and `cls` left out."
     pos = args.posonlyargs + args.args
-    defaults = [None]*(len(pos)-len(args.defaults)) + args.defaults
+    defaults = [None] * (len(pos) - len(args.defaults)) + args.defaults
     rows = list(zip((a.arg for a in pos), defaults))
-    if args.vararg: rows.append(('*'+args.vararg.arg, None))
+    if args.vararg:
+        rows.append(('*' + args.vararg.arg, None))
     rows += zip((a.arg for a in args.kwonlyargs), args.kw_defaults)
-    if args.kwarg: rows.append(('**'+args.kwarg.arg, None))
-    return tuple((n, None if d is None else ast.unparse(d)) for n, d in rows if n not in ('self', 'cls'))
+    if args.kwarg:
+        rows.append(('**' + args.kwarg.arg, None))
+    return tuple(
+        (n, None if d is None else ast.unparse(d)) for n, d in rows if n not in ('self', 'cls')
+    )
 
 # %% ../../nbs/corpus/03_sources.ipynb #515a2e54
 def summary_of(doc: str) -> str:
@@ -55,30 +67,60 @@ def summary_of(doc: str) -> str:
 def package_folder(package: str) -> Path:
     "Where an installed package lies; `LabError` when it is not installed."
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.origin: raise LabError(f'source package {package!r} is not installed: pip install it, or name an installed one')
+    if spec is None or not spec.origin:
+        raise LabError(
+            f'source package {package!r} is not installed: pip install it, or name an installed one'
+        )
     return Path(spec.origin).parent if spec.submodule_search_locations else Path(spec.origin)
 
-_SKIP = {'tests', 'test', 'testing', 'site-packages', 'dist-packages', 'idlelib', 'lib2to3', 'turtledemo', 'ensurepip', '_vendor', 'vendor',
-         'external', 'externals', '_testing', 'conftest.py'}
+
+_SKIP = {
+    'tests',
+    'test',
+    'testing',
+    'site-packages',
+    'dist-packages',
+    'idlelib',
+    'lib2to3',
+    'turtledemo',
+    'ensurepip',
+    '_vendor',
+    'vendor',
+    'external',
+    'externals',
+    '_testing',
+    'conftest.py',
+}
+
 
 def python_files(folder: Path) -> list:
     "The library's own `.py` files in a stable order: no tests, no vendored code."
-    if folder.is_file(): return [folder]
-    keep = lambda p: not any(x in _SKIP or x.startswith('test_') for x in p.relative_to(folder).parts)
+    if folder.is_file():
+        return [folder]
+    keep = lambda p: (
+        not any(x in _SKIP or x.startswith('test_') for x in p.relative_to(folder).parts)
+    )
     return sorted(p for p in folder.rglob('*.py') if keep(p))
 
 # %% ../../nbs/corpus/03_sources.ipynb #9270bb86
 def _named(tree, prefix=''):
     "Every public class and function of a module, with its dotted name."
     for n in tree.body:
-        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not n.name.startswith('_'):
-            yield prefix+n.name, n
-            if isinstance(n, ast.ClassDef): yield from _named(n, prefix+n.name+'.')
+        if isinstance(
+            n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        ) and not n.name.startswith('_'):
+            yield prefix + n.name, n
+            if isinstance(n, ast.ClassDef):
+                yield from _named(n, prefix + n.name + '.')
+
 
 def _parse(path):
     "The module's syntax tree, or None for a file that this Python can't parse."
-    try: return ast.parse(path.read_text(encoding='utf-8', errors='replace'))
-    except SyntaxError: return None     # packages ship templates and code for other Python versions
+    try:
+        return ast.parse(path.read_text(encoding='utf-8', errors='replace'))
+    except SyntaxError:
+        return None  # packages ship templates and code for other Python versions
+
 
 def _module(path, folder, package):
     "The dotted module name of a file of a package."
@@ -91,41 +133,67 @@ def python_nodes(package: str | None = None):
     folder = package_folder(package) if package else Path(sysconfig.get_paths()['stdlib'])
     for path in python_files(folder):
         tree = _parse(path)
-        if tree is None: continue
+        if tree is None:
+            continue
         module = _module(path, folder, package)
         for name, node in [('', tree), *_named(tree)]:
             doc = ast.get_docstring(node)
-            if doc and doc.strip(): yield module, name, node, doc
+            if doc and doc.strip():
+                yield module, name, node, doc
 
 # %% ../../nbs/corpus/03_sources.ipynb #99cbe80a
 def functions(package: str | None = None) -> list:
     "Every public documented function of a package (None: the standard library) that takes at least one parameter, as `Function`s."
-    rows = [Function(name.split('.')[-1], f'{module}.{name}'.rpartition('.')[0], signature_parameters(node.args), summary_of(doc), doc, package or 'stdlib')
-            for module, name, node, doc in python_nodes(package) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    rows = [
+        Function(
+            name.split('.')[-1],
+            f'{module}.{name}'.rpartition('.')[0],
+            signature_parameters(node.args),
+            summary_of(doc),
+            doc,
+            package or 'stdlib',
+        )
+        for module, name, node, doc in python_nodes(package)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
     return [f for f in rows if f.params]
 
 # %% ../../nbs/corpus/03_sources.ipynb #e8a5e43b
 def manual_page(name: str, node, doc: str) -> str:
     "The manual page of one object: its signature as code, then its docstring."
-    if isinstance(node, ast.Module): return f'{doc.strip()}\n'
+    if isinstance(node, ast.Module):
+        return f'{doc.strip()}\n'
     short = name.split('.')[-1]
-    if isinstance(node, ast.ClassDef): return f'class {short}:\n\n{doc.strip()}\n'
+    if isinstance(node, ast.ClassDef):
+        return f'class {short}:\n\n{doc.strip()}\n'
     args = ', '.join(n if d is None else f'{n}={d}' for n, d in signature_parameters(node.args))
     return f'def {short}({args}):\n\n{doc.strip()}\n'
 
+
 def licence_of(package: str) -> str:
     "The licence a distribution declares about itself."
-    meta = importlib.metadata.metadata(importlib.metadata.packages_distributions()[package][0])   # sklearn comes with scikit-learn
-    text = meta.get('License-Expression') or next((c.split(' :: ')[-1] for c in meta.get_all('Classifier') or [] if c.startswith('License')), '')
+    meta = importlib.metadata.metadata(
+        importlib.metadata.packages_distributions()[package][0]
+    )  # sklearn comes with scikit-learn
+    text = meta.get('License-Expression') or next(
+        (c.split(' :: ')[-1] for c in meta.get_all('Classifier') or [] if c.startswith('License')),
+        '',
+    )
     return text or (meta.get('License') or 'unknown').splitlines()[0][:60]
 
 # %% ../../nbs/corpus/03_sources.ipynb #004282e1
 def python_documents(package: str | None = None):
     "Manual pages of a package (None: the standard library) as documents."
-    if package: package_folder(package)
+    if package:
+        package_folder(package)
     licence = licence_of(package) if package else 'PSF-2.0'
     for module, name, node, doc in python_nodes(package):
-        yield dict(text=manual_page(name, node, doc), source=package or 'stdlib', licence=licence, key=f'{module}.{name}'.rstrip('.'))
+        yield dict(
+            text=manual_page(name, node, doc),
+            source=package or 'stdlib',
+            licence=licence,
+            key=f'{module}.{name}'.rstrip('.'),
+        )
 
 # %% ../../nbs/corpus/03_sources.ipynb #93c74118
 def file_documents(files: str, licence: str = 'unknown'):
@@ -133,14 +201,23 @@ def file_documents(files: str, licence: str = 'unknown'):
     for path in find_files(files):
         reader = Reader(path, fill=dict(licence=licence))
         for number, row in reader.records():
-            yield {**row, 'key': row.get('key', f'{path}:{number}' if reader.kind in WAYS else path)}
-        if reader.partial: raise LabError(reader.partial)
+            yield {
+                **row,
+                'key': row.get('key', f'{path}:{number}' if reader.kind in WAYS else path),
+            }
+        if reader.partial:
+            raise LabError(reader.partial)
 
 # %% ../../nbs/corpus/03_sources.ipynb #f9dbd2c7
 def documents(spec: dict):
     "The documents of one source: `{package: name}`, `{stdlib: true}` or `{files: glob or URL, licence: text}`."
     match spec:
-        case {'package': name, **rest} if not rest: return python_documents(name)
-        case {'stdlib': True, **rest} if not rest: return python_documents(None)
-        case {'files': files, **rest} if set(rest) <= {'licence'}: return file_documents(files, **rest)
-    raise LabError(f'source {spec!r}: a source is {{package: NAME}}, {{stdlib: true}} or {{files: GLOB, licence: TEXT}}')
+        case {'package': name, **rest} if not rest:
+            return python_documents(name)
+        case {'stdlib': True, **rest} if not rest:
+            return python_documents(None)
+        case {'files': files, **rest} if set(rest) <= {'licence'}:
+            return file_documents(files, **rest)
+    raise LabError(
+        f'source {spec!r}: a source is {{package: NAME}}, {{stdlib: true}} or {{files: GLOB, licence: TEXT}}'
+    )

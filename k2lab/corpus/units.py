@@ -10,49 +10,76 @@ __all__ = ['UNIT', 'FILES', 'HERE', 'DEATHS', 'SHARDS_FILE', 'WORK_ENGINES', 'Pi
            'finalize_corpus', 'no_receipt', 'remove_stale', 'run_units', 'shard_files']
 
 # %% ../../nbs/corpus/02_units.ipynb #0e400f19
-import contextlib, hashlib, importlib, json, os, queue, subprocess, sys, threading, time, traceback
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+import traceback
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field
 from functools import cache
 from pathlib import Path
+
+from .readers import WAYS, Reader, Unread, find_files, kind_of, stamp
+from .writers import SHARD_BYTES, Shards
 from ..lab.config import LabError, one_of
 from ..lab.locks import owning
 from ..lab.provenance import sources_sha256
-from ..text.rows import write_whole, publishing, unpacker
-from .readers import WAYS, Reader, Unread, find_files, kind_of, stamp
-from .writers import SHARD_BYTES, Shards
+from ..text.rows import publishing, unpacker, write_whole
 
 # %% ../../nbs/corpus/02_units.ipynb #bc5581c0
 @dataclass(frozen=True)
 class Piece:
     "A file, or the lines that begin in its bytes [start, stop)."
+
     path: str
-    size: int          # bytes of the whole file
-    mark: str          # its time or etag when the work was cut
+    size: int  # bytes of the whole file
+    mark: str  # its time or etag when the work was cut
     start: int = 0
     stop: int | None = None
-    fill: tuple = ()   # (('licence', 'MIT'), ...): for rows that lack it
+    fill: tuple = ()  # (('licence', 'MIT'), ...): for rows that lack it
 
-    def __str__(self): return self.path if self.stop is None else f'{self.path}[{self.start}:{self.stop}]'
+    def __str__(self):
+        return self.path if self.stop is None else f'{self.path}[{self.start}:{self.stop}]'
 
 # %% ../../nbs/corpus/02_units.ipynb #ff59a81f
-UNIT, FILES = 64 << 20, 1000   # bytes and files of a unit, about
+UNIT, FILES = 64 << 20, 1000  # bytes and files of a unit, about
+
 
 def file_pieces(path: str, size: int = UNIT, fill: dict = None) -> list:
     "A file as pieces: ranges of `size` bytes if it is plain JSONL, else the whole. A file that is one document gets its path as `key`"
-    (whole, mark), told = stamp(path), tuple(((fill or {}) | ({} if kind_of(path) in WAYS else dict(key=path))).items())
-    if kind_of(path) != '.jsonl' or unpacker(path) or not whole or whole <= size: return [Piece(path, whole, mark, fill=told)]
-    return [Piece(path, whole, mark, at, min(at + size, whole), told) for at in range(0, whole, size)]
+    (whole, mark), told = (
+        stamp(path),
+        tuple(((fill or {}) | ({} if kind_of(path) in WAYS else dict(key=path))).items()),
+    )
+    if kind_of(path) != '.jsonl' or unpacker(path) or not whole or whole <= size:
+        return [Piece(path, whole, mark, fill=told)]
+    return [
+        Piece(path, whole, mark, at, min(at + size, whole), told) for at in range(0, whole, size)
+    ]
+
 
 def plan_units(patterns, size: int = UNIT, **fill) -> list:
     "Files as units, each a tuple of `Piece`s of about `size` bytes in all. A file that two patterns name is taken once"
     units, room = [], 0
-    found = [path for pattern in ([patterns] if isinstance(patterns, str) else patterns) for path in find_files(pattern)]
+    found = [
+        path
+        for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+        for path in find_files(pattern)
+    ]
     files = {path if '://' in path else os.path.realpath(path): path for path in found}
     for piece in (piece for path in files.values() for piece in file_pieces(path, size, fill)):
         need = (piece.size or 0) if piece.stop is None else piece.stop - piece.start
-        if not units or need > room or len(units[-1]) == FILES: units.append([]); room = size
+        if not units or need > room or len(units[-1]) == FILES:
+            units.append([])
+            room = size
         units[-1].append(piece)
         room -= need
     return [tuple(unit) for unit in units]
@@ -61,22 +88,26 @@ def plan_units(patterns, size: int = UNIT, **fill) -> list:
 @dataclass(frozen=True)
 class Plan:
     "What is done to every unit, and how the result is written."
-    operator: str = 'k2lab.corpus.units:keep'            # module:function, Table -> (Table, counts)
-    config: dict = field(default_factory=dict)    # its keyword arguments
+
+    operator: str = 'k2lab.corpus.units:keep'  # module:function, Table -> (Table, counts)
+    config: dict = field(default_factory=dict)  # its keyword arguments
     format: str = 'domain'
-    columns: tuple = ()                           # keys that the operator wants as columns
+    columns: tuple = ()  # keys that the operator wants as columns
     ending: str = '.jsonl'
-    room: int = SHARD_BYTES                              # bytes of a shard, about
+    room: int = SHARD_BYTES  # bytes of a shard, about
     licence: str = 'unknown'
     origin: str = ''
+
 
 def keep(table) -> tuple:
     "The table as it is: the operator that does nothing"
     return table, dict(removed={})
 
+
 def shorter(table, least: int = 80) -> tuple:
     "Without texts of fewer than `least` characters: an operator for lessons and tests"
     import pyarrow.compute as pc
+
     kept = table.filter(pc.greater_equal(pc.utf8_length(table['text']), least))
     return kept, dict(removed={'short': table.num_rows - kept.num_rows})
 
@@ -84,58 +115,113 @@ def shorter(table, least: int = 80) -> tuple:
 def operator_of(plan: Plan):
     "The function that a plan names; LabError when there is none"
     module, _, name = plan.operator.partition(':')
-    try: return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error: raise LabError(f'operator {plan.operator!r}: {error}; an operator is named module:function') from None
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise LabError(
+            f'operator {plan.operator!r}: {error}; an operator is named module:function'
+        ) from None
+
 
 @cache
 def code_of(operator: str) -> str:
     "A hash of the code that reads, works and writes: the package, the operator's own file, and what extracts text from html"
     from importlib.metadata import PackageNotFoundError, version
+
     file = getattr(importlib.import_module(operator.partition(':')[0]), '__file__', None)
-    try: html = version('resiliparse')
-    except PackageNotFoundError: html = 'none'
-    return hashlib.sha256(f'{sources_sha256()} {html}'.encode() + (Path(file).read_bytes() if file else b'')).hexdigest()
+    try:
+        html = version('resiliparse')
+    except PackageNotFoundError:
+        html = 'none'
+    return hashlib.sha256(
+        f'{sources_sha256()} {html}'.encode() + (Path(file).read_bytes() if file else b'')
+    ).hexdigest()
+
 
 def key_of(unit: tuple, plan: Plan) -> str:
     "The name of a unit: 20 hex digits of a hash of what goes in and what is done to it"
-    said = json.dumps([[astuple(piece) for piece in unit], asdict(plan), code_of(plan.operator)], sort_keys=True)
+    said = json.dumps(
+        [[astuple(piece) for piece in unit], asdict(plan), code_of(plan.operator)], sort_keys=True
+    )
     return hashlib.sha256(said.encode()).hexdigest()[:20]
 
 # %% ../../nbs/corpus/02_units.ipynb #768f0d9e
 def added(total, more):
     "Two counts as one: numbers are summed, within dictionaries and lists too; texts stay"
-    if total is None: return more
-    if isinstance(more, dict): return {key: added(total.get(key), more.get(key)) if key in more else total[key] for key in [*total, *(key for key in more if key not in total)]}
-    if isinstance(more, (list, tuple)): return [added(a, b) for a, b in zip(total, more, strict=True)]
+    if total is None:
+        return more
+    if isinstance(more, dict):
+        return {
+            key: added(total.get(key), more.get(key)) if key in more else total[key]
+            for key in [*total, *(key for key in more if key not in total)]
+        }
+    if isinstance(more, (list, tuple)):
+        return [added(a, b) for a, b in zip(total, more, strict=True)]
     return total + more if isinstance(more, (int, float)) else more
+
 
 def removed(counts) -> int:
     "Rows that counts say were removed"
-    return sum(sum(step['removed'].values()) for step in (counts if isinstance(counts, list) else [counts]))
+    return sum(
+        sum(step['removed'].values()) for step in (counts if isinstance(counts, list) else [counts])
+    )
+
 
 def worked(operate, table, plan: Plan) -> tuple:
     "(table, counts) of the operator; LabError when rows are unaccounted for"
     out, counts = operate(table, **plan.config)
     if table.num_rows != out.num_rows + removed(counts):
-        raise LabError(f'{plan.operator}: {table.num_rows} rows in, {out.num_rows} out, {removed(counts)} removed: the difference is unaccounted for')
+        raise LabError(
+            f'{plan.operator}: {table.num_rows} rows in, {out.num_rows} out, {removed(counts)} removed: the difference is unaccounted for'
+        )
     return out, counts
 
 # %% ../../nbs/corpus/02_units.ipynb #815598e8
 def read_piece(piece: Piece, plan: Plan, on_bad):
     "A reader for a piece; `Unread` when the file is not the one that was planned"
-    if stamp(piece.path) != (piece.size, piece.mark): raise Unread(f'{piece.path}: changed since the work was cut')
-    return Reader(piece.path, plan.format, plan.columns, dict(piece.fill), piece.start, piece.stop, on_bad)
+    if stamp(piece.path) != (piece.size, piece.mark):
+        raise Unread(f'{piece.path}: changed since the work was cut')
+    return Reader(
+        piece.path, plan.format, plan.columns, dict(piece.fill), piece.start, piece.stop, on_bad
+    )
+
 
 def piece_receipt(piece: Piece, reader: Reader) -> dict:
     "What a receipt says of a piece"
-    note = 'no rows in this file' if piece.stop is None and not (reader.rows or reader.bad or reader.partial) else ''
-    return dict(path=piece.path, size=piece.size, ranged=piece.stop is not None, span=list(reader.span), rows=reader.rows, rejected=reader.bad, partial=reader.partial, note=note)
+    note = (
+        'no rows in this file'
+        if piece.stop is None and not (reader.rows or reader.bad or reader.partial)
+        else ''
+    )
+    return dict(
+        path=piece.path,
+        size=piece.size,
+        ranged=piece.stop is not None,
+        span=list(reader.span),
+        rows=reader.rows,
+        rejected=reader.bad,
+        partial=reader.partial,
+        note=note,
+    )
+
 
 def work_unit(unit: tuple, plan: Plan, folder) -> dict:
     "Works on one unit and leaves its shards, its rejects and, last, its receipt, which is returned: all that an engine has to call"
-    folder, key, operate, counts, pieces, began = Path(folder), key_of(unit, plan), operator_of(plan), None, [], time.process_time()
-    (folder/'rejects'/f'{key}.jsonl').unlink(missing_ok=True)      # of an attempt that ended badly
-    with publishing(folder/'rejects'/f'{key}.jsonl', empty=False) as rejects, Shards(folder, key, plan.ending, plan.format, plan.room, plan.licence, plan.origin) as shards:
+    folder, key, operate, counts, pieces, began = (
+        Path(folder),
+        key_of(unit, plan),
+        operator_of(plan),
+        None,
+        [],
+        time.process_time(),
+    )
+    (folder / 'rejects' / f'{key}.jsonl').unlink(missing_ok=True)  # of an attempt that ended badly
+    with (
+        publishing(folder / 'rejects' / f'{key}.jsonl', empty=False) as rejects,
+        Shards(
+            folder, key, plan.ending, plan.format, plan.room, plan.licence, plan.origin
+        ) as shards,
+    ):
         on_bad = lambda bad: rejects.write(json.dumps(bad).encode() + b'\n')
         for piece in unit:
             reader = read_piece(piece, plan, on_bad)
@@ -144,43 +230,67 @@ def work_unit(unit: tuple, plan: Plan, folder) -> dict:
                 counts = added(counts, more)
                 shards.write(table)
             pieces.append(piece_receipt(piece, reader))
-            if why := pieces[-1]['partial'] or pieces[-1]['note']: on_bad(dict(file=piece.path, offset=reader.span[1], reason=why))
-    receipt = dict(key=key, rows=sum(p['rows'] for p in pieces), rejected=sum(p['rejected'] for p in pieces), kept=sum(s['rows'] for s in shards.done),
-                   counts=counts, pieces=pieces, shards=shards.done, cpu_seconds=round(time.process_time() - began, 3))
-    write_whole(folder/'receipts'/f'{key}.json', json.dumps(receipt, indent=1).encode() + b'\n')
+            if why := pieces[-1]['partial'] or pieces[-1]['note']:
+                on_bad(dict(file=piece.path, offset=reader.span[1], reason=why))
+    receipt = dict(
+        key=key,
+        rows=sum(p['rows'] for p in pieces),
+        rejected=sum(p['rejected'] for p in pieces),
+        kept=sum(s['rows'] for s in shards.done),
+        counts=counts,
+        pieces=pieces,
+        shards=shards.done,
+        cpu_seconds=round(time.process_time() - began, 3),
+    )
+    write_whole(folder / 'receipts' / f'{key}.json', json.dumps(receipt, indent=1).encode() + b'\n')
     return receipt
 
 # %% ../../nbs/corpus/02_units.ipynb #3c630538
 def receipt_of(unit: tuple, plan: Plan, folder):
     "The receipt of a finished unit, or None when it has none or its shards are not there whole"
-    try: receipt = json.loads((Path(folder)/'receipts'/f'{key_of(unit, plan)}.json').read_text(encoding='utf-8'))
-    except (FileNotFoundError, ValueError): return None
+    try:
+        receipt = json.loads(
+            (Path(folder) / 'receipts' / f'{key_of(unit, plan)}.json').read_text(encoding='utf-8')
+        )
+    except (FileNotFoundError, ValueError):
+        return None
     for shard in receipt['shards']:
-        path = Path(folder)/shard['name']
-        if not path.is_file() or path.stat().st_size != shard['bytes']: return None
+        path = Path(folder) / shard['name']
+        if not path.is_file() or path.stat().st_size != shard['bytes']:
+            return None
     return receipt
 
 # %% ../../nbs/corpus/02_units.ipynb #c28934bd
 def work_from_stdin():
     "The work of a worker process: a plan and a folder, then one unit a line, answered by `{}` or `{'unread' or 'error': text}`"
     answers, asked = os.fdopen(os.dup(1), 'w'), queue.SimpleQueue()
-    os.dup2(2, 1)                                   # what an operator prints must not look like an answer
+    os.dup2(2, 1)  # what an operator prints must not look like an answer
+
     def listen():
-        for line in sys.stdin: asked.put(json.loads(line))
+        for line in sys.stdin:
+            asked.put(json.loads(line))
         os._exit(0)
+
     threading.Thread(target=listen, daemon=True).start()
     plan, folder = asked.get()
     plan = Plan(**{**plan, 'columns': tuple(plan['columns'])})
     while True:
-        unit = tuple(Piece(**{**piece, 'fill': tuple(map(tuple, piece['fill']))}) for piece in asked.get())
+        unit = tuple(
+            Piece(**{**piece, 'fill': tuple(map(tuple, piece['fill']))}) for piece in asked.get()
+        )
         print(json.dumps(try_unit(unit, plan, folder)), file=answers, flush=True)
+
 
 def try_unit(unit: tuple, plan: Plan, folder) -> dict:
     "Works on a unit: {} when it is done, else why not"
-    try: work_unit(unit, plan, folder)
-    except Unread as error: return dict(unread=str(error))
-    except LabError as error: return dict(error=str(error))
-    except Exception: return dict(error=f"{', '.join(map(str, unit[:3]))}: {traceback.format_exc(limit=-3)}")
+    try:
+        work_unit(unit, plan, folder)
+    except Unread as error:
+        return dict(unread=str(error))
+    except LabError as error:
+        return dict(error=str(error))
+    except Exception:
+        return dict(error=f"{', '.join(map(str, unit[:3]))}: {traceback.format_exc(limit=-3)}")
     return {}
 
 # %% ../../nbs/corpus/02_units.ipynb #cedae1b4
@@ -189,174 +299,286 @@ def threads() -> dict:
     return {name: os.environ.get(name, '1') for name in ('OMP_NUM_THREADS', 'RAYON_NUM_THREADS')}
 
 # %% ../../nbs/corpus/02_units.ipynb #f9b7b196
-HERE = 'k2lab.corpus.units'   # where a worker finds `serve`; `__name__` is another one in a notebook
+HERE = 'k2lab.corpus.units'  # where a worker finds `serve`; `__name__` is another one in a notebook
+
 
 class Worker:
     "A worker process. `ask` gives its answer, or None when it died."
+
     def __init__(self, plan: Plan, folder):
         env = {**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p), **threads()}
-        self.process = subprocess.Popen([sys.executable, '-c', f'from {HERE} import serve; serve()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self.process = subprocess.Popen(
+            [sys.executable, '-c', f'from {HERE} import work_from_stdin; work_from_stdin()'],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
         self.tell([asdict(plan), str(folder)])
+
     def tell(self, value):
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(value) + '\n')
             self.process.stdin.flush()
+
     def ask(self, unit: tuple):
         self.tell([asdict(piece) for piece in unit])
         line = self.process.stdout.readline()
         return json.loads(line) if line.endswith('\n') else None
+
     def close(self):
-        self.process.kill()                             # whatever it was at is half done at most, and half is nothing
+        self.process.kill()  # whatever it was at is half done at most, and half is nothing
         self.process.wait()
-        with contextlib.suppress(BrokenPipeError): self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.stdout.close()
 
 # %% ../../nbs/corpus/02_units.ipynb #9c5e2634
 DEATHS = 3
+
 
 def worker_loop(todo: deque, plan: Plan, folder, done):
     "Has units worked on by a worker until none is left; `done(unit, answer)` after each"
     worker = Worker(plan, folder)
     try:
         while todo:
-            try: unit = todo.popleft()
-            except IndexError: break
+            try:
+                unit = todo.popleft()
+            except IndexError:
+                break
             for _ in range(DEATHS):
-                if (answer := worker.ask(unit)) is not None: break
+                if (answer := worker.ask(unit)) is not None:
+                    break
                 worker.close()
                 worker = Worker(plan, folder)
-            done(unit, dict(error=f'{unit[0]}: {DEATHS} workers died at this unit (out of memory?)') if answer is None else answer)
-    except BaseException: todo.clear(); raise
-    finally: worker.close()
+            done(
+                unit,
+                dict(error=f'{unit[0]}: {DEATHS} workers died at this unit (out of memory?)')
+                if answer is None
+                else answer,
+            )
+    except BaseException:
+        todo.clear()
+        raise
+    finally:
+        worker.close()
+
 
 def run_workers(todo: deque, plan: Plan, folder, workers: int, done):
     "The same by several workers at once"
     with ThreadPoolExecutor(workers) as pool:
         hands = [pool.submit(worker_loop, todo, plan, folder, done) for _ in range(workers)]
         try:
-            for one in hands: one.result()
-        finally: todo.clear()
+            for one in hands:
+                one.result()
+        finally:
+            todo.clear()
 
 # %% ../../nbs/corpus/02_units.ipynb #111cca2c
 def ray_data(workers: int):
     "Ray Data, connected and quiet. LabError when it is not installed"
-    try: import ray, ray.data
-    except ImportError: raise LabError("engine ray: Ray is not installed: pip install 'k2lab[ray]'") from None
+    try:
+        import ray, ray.data
+    except ImportError:
+        raise LabError("engine ray: Ray is not installed: pip install 'k2lab[ray]'") from None
     env = dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p), **threads())
     here = {} if os.environ.get('RAY_ADDRESS') else dict(num_cpus=workers, include_dashboard=False)
-    if not ray.is_initialized(): ray.init(log_to_driver=False, logging_level='ERROR', runtime_env=dict(env_vars=env), **here)
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level='ERROR', runtime_env=dict(env_vars=env), **here)
     told = ray.data.DataContext.get_current()
     told.enable_progress_bars = told.print_on_execution_start = False
     return ray.data
+
 
 def run_ray_workers(todo: deque, plan: Plan, folder, workers: int, done):
     "The same by Ray Data"
     units, folder = list(todo), str(Path(folder).resolve())
     work = lambda row: dict(i=row['i'], answer=json.dumps(try_unit(units[row['i']], plan, folder)))
-    rows = ray_data(workers).from_items([dict(i=i) for i in range(len(units))], override_num_blocks=len(units)).map(work)
+    rows = (
+        ray_data(workers)
+        .from_items([dict(i=i) for i in range(len(units))], override_num_blocks=len(units))
+        .map(work)
+    )
     todo.clear()
-    for row in rows.iter_rows(): done(units[row['i']], json.loads(row['answer']))
+    for row in rows.iter_rows():
+        done(units[row['i']], json.loads(row['answer']))
 
 # %% ../../nbs/corpus/02_units.ipynb #688d589a
 def check_spans(pieces: list):
     "LabError when the ranges of a file do not meet"
     ends = {}
     for piece in pieces:
-        if not piece['ranged'] or piece['partial']: continue
-        if piece['span'][0] != ends.get(piece['path'], 0): raise LabError(f"{piece['path']}: bytes {ends.get(piece['path'], 0)} to {piece['span'][0]} were read by nobody, or twice")
+        if not piece['ranged'] or piece['partial']:
+            continue
+        if piece['span'][0] != ends.get(piece['path'], 0):
+            raise LabError(
+                f"{piece['path']}: bytes {ends.get(piece['path'], 0)} to {piece['span'][0]} were read by nobody, or twice"
+            )
         ends[piece['path']] = piece['span'][1]
     for piece in pieces:
-        if piece['path'] in ends and ends[piece['path']] != piece['size']: raise LabError(f"{piece['path']}: read up to byte {ends[piece['path']]} of {piece['size']}")
+        if piece['path'] in ends and ends[piece['path']] != piece['size']:
+            raise LabError(
+                f"{piece['path']}: read up to byte {ends[piece['path']]} of {piece['size']}"
+            )
+
 
 def check_books(receipts: list):
     "LabError when rows read are not rows kept and removed"
     for r in receipts:
         gone = removed(r['counts']) if r['counts'] else 0
-        if r['rows'] != r['kept'] + gone: raise LabError(f"unit {r['key']}: {r['rows']} rows read, {r['kept']} kept and {gone} removed")
+        if r['rows'] != r['kept'] + gone:
+            raise LabError(
+                f"unit {r['key']}: {r['rows']} rows read, {r['kept']} kept and {gone} removed"
+            )
 
 # %% ../../nbs/corpus/02_units.ipynb #0ec3a89c
 def check_whole(pieces: list, allow_partial: bool):
     "LabError when a file was not read to its end"
     partial = list(dict.fromkeys(p['partial'] for p in pieces if p['partial']))
-    if partial and not allow_partial: raise LabError(f'{len(partial)} file{"s" if len(partial) > 1 else ""} not whole (allow_partial takes what there is): {"; ".join(partial[:3])}')
+    if partial and not allow_partial:
+        raise LabError(
+            f'{len(partial)} file{"s" if len(partial) > 1 else ""} not whole (allow_partial takes what there is): {"; ".join(partial[:3])}'
+        )
+
 
 def check_bad(pieces: list, folder, max_bad: float):
     "LabError when more than this share of the rows is bad, or there are none"
     bad, rows = sum(p['rejected'] for p in pieces), sum(p['rows'] for p in pieces)
-    if bad > max_bad*(bad + rows):
+    if bad > max_bad * (bad + rows):
         worst = max(pieces, key=lambda p: p['rejected'])
-        raise LabError(f"{bad} of {bad + rows} rows are bad ({bad/(bad + rows):.2%}, allowed {max_bad:.2%}), most of them ({worst['rejected']}) in {worst['path']}, {first_bad(folder, worst['path'])}; each is named in {folder}/rejects")
-    if not rows: raise LabError(f'no rows in {", ".join(p["path"] for p in pieces[:3])}{f" and {len(pieces) - 3} more files" if len(pieces) > 3 else ""}')
+        raise LabError(
+            f"{bad} of {bad + rows} rows are bad ({bad / (bad + rows):.2%}, allowed {max_bad:.2%}), most of them ({worst['rejected']}) in {worst['path']}, {first_bad(folder, worst['path'])}; each is named in {folder}/rejects"
+        )
+    if not rows:
+        raise LabError(
+            f'no rows in {", ".join(p["path"] for p in pieces[:3])}{f" and {len(pieces) - 3} more files" if len(pieces) > 3 else ""}'
+        )
+
 
 def first_bad(folder, file: str) -> str:
     "'line 2: why' of the first row of a file that was rejected"
-    rows = (json.loads(line) for path in sorted((Path(folder)/'rejects').glob('*.jsonl')) for line in path.read_text(encoding='utf-8').splitlines())
+    rows = (
+        json.loads(line)
+        for path in sorted((Path(folder) / 'rejects').glob('*.jsonl'))
+        for line in path.read_text(encoding='utf-8').splitlines()
+    )
     row = min((row for row in rows if row['file'] == file), key=lambda row: row['offset'])
     return f"{'byte ' + str(row['offset']) if row.get('line') is None else 'line ' + str(row['line'])}: {row['reason']}"
 
 # %% ../../nbs/corpus/02_units.ipynb #249e9df5
 SHARDS_FILE = 'shards.json'
 
-def finalize_corpus(units: list, plan: Plan, folder, max_bad: float = .001, allow_partial: bool = False) -> dict:
+
+def finalize_corpus(
+    units: list, plan: Plan, folder, max_bad: float = 0.001, allow_partial: bool = False
+) -> dict:
     "Checks the books of finished units, removes what earlier plans left, and writes `shards.json`, which is returned: the shards in order and their digest"
     folder = Path(folder)
     receipts = [receipt_of(unit, plan, folder) or no_receipt(unit) for unit in units]
-    pieces, shards = [p for r in receipts for p in r['pieces']], [s for r in receipts for s in r['shards']]
+    pieces, shards = (
+        [p for r in receipts for p in r['pieces']],
+        [s for r in receipts for s in r['shards']],
+    )
     check_spans(pieces)
     check_books(receipts)
     check_whole(pieces, allow_partial)
     check_bad(pieces, folder, max_bad)
     remove_stale(folder, {r['key'] for r in receipts})
     counts = None
-    for r in receipts: counts = added(counts, r['counts']) if r['counts'] else counts
-    index = dict(format=plan.format, licence=plan.licence, origin=plan.origin, files=len({p['path'] for p in pieces}), units=len(units), read=sum(r['rows'] + r['rejected'] for r in receipts),
-                 rejected=sum(r['rejected'] for r in receipts), rows=sum(r['kept'] for r in receipts), counts=counts, partial=list(dict.fromkeys(p['partial'] for p in pieces if p['partial'])),
-                 empty=[p['path'] for p in pieces if p['note']], bytes=sum(s['bytes'] for s in shards), cpu_seconds=round(sum(r['cpu_seconds'] for r in receipts), 3),
-                 digest=hashlib.sha256(''.join(s['sha256'] for s in shards).encode()).hexdigest(), plan=asdict(plan), shards=shards)
-    write_whole(folder/SHARDS_FILE, json.dumps(index, indent=1).encode() + b'\n')
+    for r in receipts:
+        counts = added(counts, r['counts']) if r['counts'] else counts
+    index = dict(
+        format=plan.format,
+        licence=plan.licence,
+        origin=plan.origin,
+        files=len({p['path'] for p in pieces}),
+        units=len(units),
+        read=sum(r['rows'] + r['rejected'] for r in receipts),
+        rejected=sum(r['rejected'] for r in receipts),
+        rows=sum(r['kept'] for r in receipts),
+        counts=counts,
+        partial=list(dict.fromkeys(p['partial'] for p in pieces if p['partial'])),
+        empty=[p['path'] for p in pieces if p['note']],
+        bytes=sum(s['bytes'] for s in shards),
+        cpu_seconds=round(sum(r['cpu_seconds'] for r in receipts), 3),
+        digest=hashlib.sha256(''.join(s['sha256'] for s in shards).encode()).hexdigest(),
+        plan=asdict(plan),
+        shards=shards,
+    )
+    write_whole(folder / SHARDS_FILE, json.dumps(index, indent=1).encode() + b'\n')
     return index
 
 # %% ../../nbs/corpus/02_units.ipynb #abb0ceb5
 WORK_ENGINES = dict(local=run_workers, ray=run_ray_workers)
 
+
 def no_receipt(unit: tuple):
     "LabError: a unit without a receipt"
     raise LabError(f'{unit[0]}: this unit is not done')
 
+
 def remove_stale(folder: Path, keys: set):
     "Removes shards, rejects, receipts and half-written files of units that are not among `keys`"
-    for path in [*folder.iterdir(), *(folder/'receipts').iterdir(), *(folder/'rejects').iterdir()]:
+    for path in [
+        *folder.iterdir(),
+        *(folder / 'receipts').iterdir(),
+        *(folder / 'rejects').iterdir(),
+    ]:
         name = path.name.removeprefix('.')
         ours = len(name) > 20 and name[20] in '-.' and set(name[:20]) <= set('0123456789abcdef')
-        if path.is_file() and ours and (name[:20] not in keys or name.endswith('.part')): path.unlink()
+        if path.is_file() and ours and (name[:20] not in keys or name.endswith('.part')):
+            path.unlink()
 
-def run_units(units: list, plan: Plan, folder, workers: int = 1, engine: str = 'local', max_bad: float = .001, allow_partial: bool = False, log=lambda **kv: None) -> dict:
+
+def run_units(
+    units: list,
+    plan: Plan,
+    folder,
+    workers: int = 1,
+    engine: str = 'local',
+    max_bad: float = 0.001,
+    allow_partial: bool = False,
+    log=lambda **kv: None,
+) -> dict:
     "Works on all units that have no receipt, here, by several processes or by Ray, and seals the folder: the index. LabError when something is missing, bad or unaccounted for"
     folder, unread = Path(folder), []
-    for name in ('receipts', 'rejects'): (folder/name).mkdir(parents=True, exist_ok=True)
+    for name in ('receipts', 'rejects'):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     operator_of(plan), one_of('engine', engine, WORK_ENGINES)
     with owning(folder):
-        (folder/SHARDS_FILE).unlink(missing_ok=True)
+        (folder / SHARDS_FILE).unlink(missing_ok=True)
         todo = deque(unit for unit in units if not receipt_of(unit, plan, folder))
         steps, count = len(todo), Counter()
+
         def done(unit, answer):
-            if 'error' in answer: raise LabError(answer['error'])
-            if 'unread' in answer: unread.append(answer['unread'])
+            if 'error' in answer:
+                raise LabError(answer['error'])
+            if 'unread' in answer:
+                unread.append(answer['unread'])
             count['done'] += 1
             log(phase='working', step=count['done'], steps=steps)
-        if todo and (engine == 'ray' or workers > 1): WORK_ENGINES[engine](todo, plan, folder, min(workers, steps), done)
-        while todo: done(todo[0], try_unit(todo.popleft(), plan, folder))
-        if unread: raise LabError(f'{len(unread)} of {len(units)} units could not be read, the others are done: {"; ".join(unread[:3])}')
+
+        if todo and (engine == 'ray' or workers > 1):
+            WORK_ENGINES[engine](todo, plan, folder, min(workers, steps), done)
+        while todo:
+            done(todo[0], try_unit(todo.popleft(), plan, folder))
+        if unread:
+            raise LabError(
+                f'{len(unread)} of {len(units)} units could not be read, the others are done: {"; ".join(unread[:3])}'
+            )
         return finalize_corpus(units, plan, folder, max_bad, allow_partial)
 
 # %% ../../nbs/corpus/02_units.ipynb #bc2f65cf
 def shard_files(folder) -> list:
     "The shards of a sealed folder in order; LabError when it is not sealed or a shard is missing or cut"
     folder = Path(folder)
-    if not (folder/SHARDS_FILE).exists(): raise LabError(f'{folder}: no {SHARDS_FILE}, the work on this corpus did not end well')
-    index = json.loads((folder/SHARDS_FILE).read_text(encoding='utf-8'))
+    if not (folder / SHARDS_FILE).exists():
+        raise LabError(f'{folder}: no {SHARDS_FILE}, the work on this corpus did not end well')
+    index = json.loads((folder / SHARDS_FILE).read_text(encoding='utf-8'))
     for shard in index['shards']:
-        path = folder/shard['name']
-        if not path.is_file(): raise LabError(f'{path}: missing')
-        if path.stat().st_size != shard['bytes']: raise LabError(f"{path}: {path.stat().st_size} bytes, the index says {shard['bytes']}")
-    return [folder/shard['name'] for shard in index['shards']]
+        path = folder / shard['name']
+        if not path.is_file():
+            raise LabError(f'{path}: missing')
+        if path.stat().st_size != shard['bytes']:
+            raise LabError(f"{path}: {path.stat().st_size} bytes, the index says {shard['bytes']}")
+    return [folder / shard['name'] for shard in index['shards']]

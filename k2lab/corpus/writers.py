@@ -6,13 +6,16 @@
 __all__ = ['ENDINGS', 'SHARD_BYTES', 'merged_line', 'json_lines', 'Lines', 'Parquet', 'Arrow', 'Shards']
 
 # %% ../../nbs/corpus/01_writers.ipynb #9121ad1f
-import contextlib, json
+import contextlib
+import json
 from itertools import repeat
 from pathlib import Path
+
 from fastcore.basics import patch
+
+from .readers import BLOCK, codec, dumps_exactly
 from ..lab.config import LabError, one_of
 from ..text.rows import FORMATS, packer, publish_manifest, publishing
-from .readers import BLOCK, codec, dumps_exactly
 
 # %% ../../nbs/corpus/01_writers.ipynb #156fa3cb
 def merged_line(columns: dict, extra: str) -> bytes:
@@ -20,85 +23,175 @@ def merged_line(columns: dict, extra: str) -> bytes:
     own = {name: value for name, value in columns.items() if value is not None}
     return dumps_exactly({**own, **json.loads(extra or '{}'), **own})
 
+
 def json_lines(table) -> bytes:
     "A table as JSON lines"
-    if not table.num_rows: return b''
+    if not table.num_rows:
+        return b''
     _, dumps = codec()
     names = [name for name in table.column_names if name != 'extra']
-    rows = (dict(zip(names, values)) for values in zip(*(table[name].to_pylist() for name in names)))
-    nulls, extra = any(table[name].null_count for name in names), table['extra'] if 'extra' in table.column_names else None
-    if not nulls and (extra is None or extra.null_count == table.num_rows): lines = map(dumps, rows)
+    rows = (
+        dict(zip(names, values)) for values in zip(*(table[name].to_pylist() for name in names))
+    )
+    nulls, extra = (
+        any(table[name].null_count for name in names),
+        table['extra'] if 'extra' in table.column_names else None,
+    )
+    if not nulls and (extra is None or extra.null_count == table.num_rows):
+        lines = map(dumps, rows)
     else:
         keys = [f'"{name}":' for name in names]
-        lines = (merged_line(row, more) if nulls or more and any(key in more for key in keys) else dumps(row)[:-1] + b',' + more[1:].encode() if more else dumps(row)
-                 for row, more in zip(rows, extra.to_pylist() if extra is not None else repeat(None)))
+        lines = (
+            merged_line(row, more)
+            if nulls or more and any(key in more for key in keys)
+            else dumps(row)[:-1] + b',' + more[1:].encode()
+            if more
+            else dumps(row)
+            for row, more in zip(rows, extra.to_pylist() if extra is not None else repeat(None))
+        )
     return b'\n'.join(lines) + b'\n'
 
 # %% ../../nbs/corpus/01_writers.ipynb #92b47223
 class Lines:
     "JSON lines into an open `Part`, packed as `name` asks"
-    def __init__(self, part, schema): self.part, self.packer = part, packer(part.name)
+
+    def __init__(self, part, schema):
+        self.part, self.packer = part, packer(part.name)
+
     def write(self, table):
-        step = max(1, table.num_rows*BLOCK//max(table.nbytes, 1))     # blocks that stay in the processor's cache
-        for at in range(0, table.num_rows, step): self.part.write(self.packer.compress(json_lines(table.slice(at, step))))
-    def close(self): self.part.write(self.packer.flush())
+        step = max(
+            1, table.num_rows * BLOCK // max(table.nbytes, 1)
+        )  # blocks that stay in the processor's cache
+        for at in range(0, table.num_rows, step):
+            self.part.write(self.packer.compress(json_lines(table.slice(at, step))))
+
+    def close(self):
+        self.part.write(self.packer.flush())
+
 
 class Parquet:
     "Row groups into an open `Part`; the schema is marked, so that a reader knows `extra` for what it is"
+
     def __init__(self, part, schema):
         import pyarrow.parquet as pq
-        self.writer = pq.ParquetWriter(part, schema.with_metadata({'k2lab': 'extra'}), compression='zstd')
-    def write(self, table): self.writer.write_table(table)
-    def close(self): self.writer.close()
+
+        self.writer = pq.ParquetWriter(
+            part, schema.with_metadata({'k2lab': 'extra'}), compression='zstd'
+        )
+
+    def write(self, table):
+        self.writer.write_table(table)
+
+    def close(self):
+        self.writer.close()
+
 
 class Arrow:
     "Batches into an open `Part`, to be mapped into memory as they are: fast, not packed, for work in progress"
+
     def __init__(self, part, schema):
         import pyarrow as pa
+
         self.writer = pa.ipc.new_file(part, schema)
-    def write(self, table): self.writer.write_table(table)
-    def close(self): self.writer.close()
+
+    def write(self, table):
+        self.writer.write_table(table)
+
+    def close(self):
+        self.writer.close()
 
 # %% ../../nbs/corpus/01_writers.ipynb #88869b9b
-ENDINGS = {'.jsonl': Lines, '.jsonl.gz': Lines, '.jsonl.zst': Lines, '.parquet': Parquet, '.arrow': Arrow}
+ENDINGS = {
+    '.jsonl': Lines,
+    '.jsonl.gz': Lines,
+    '.jsonl.zst': Lines,
+    '.parquet': Parquet,
+    '.arrow': Arrow,
+}
 SHARD_BYTES = 256 << 20
+
 
 class Shards:
     "Tables into files `<name>-000<ending>`, ..., each closed once it holds `room` bytes; `done` has the manifests with the names. An error leaves no half file"
-    def __init__(self, folder, name: str, ending: str = '.jsonl', format: str = 'domain', room: int = SHARD_BYTES, licence: str = 'unknown', origin: str = ''):
-        self.folder, self.name, self.format, self.room, self.said = Path(folder), name, one_of('row format', format, FORMATS), room, (licence, origin)
+
+    def __init__(
+        self,
+        folder,
+        name: str,
+        ending: str = '.jsonl',
+        format: str = 'domain',
+        room: int = SHARD_BYTES,
+        licence: str = 'unknown',
+        origin: str = '',
+    ):
+        self.folder, self.name, self.format, self.room, self.said = (
+            Path(folder),
+            name,
+            one_of('row format', format, FORMATS),
+            room,
+            (licence, origin),
+        )
         self.ending, self.done, self.out = one_of('ending', ending, ENDINGS), [], None
-    def __enter__(self): return self
+
+    def __enter__(self):
+        return self
+
     def __exit__(self, *error):
-        if error[0] is None: self.close()
-        elif self.out: self.drop(*error)
+        if error[0] is None:
+            self.close()
+        elif self.out:
+            self.drop(*error)
 
     def write(self, table):
         "Adds a table to the shard that is open"
-        if not table.num_rows: return
-        if not self.out: self.begin(table.schema)
+        if not table.num_rows:
+            return
+        if not self.out:
+            self.begin(table.schema)
         self.out.write(table)
         self.rows += table.num_rows
-        if self.part.bytes >= self.room: self.close()
+        if self.part.bytes >= self.room:
+            self.close()
 
 # %% ../../nbs/corpus/01_writers.ipynb #b00125f7
 @patch
 def begin(self: Shards, schema):
     "Begins the next file"
-    self.path, self.rows, self.stack = self.folder/f'{self.name}-{len(self.done):03}{self.ending}', 0, contextlib.ExitStack()
+    self.path, self.rows, self.stack = (
+        self.folder / f'{self.name}-{len(self.done):03}{self.ending}',
+        0,
+        contextlib.ExitStack(),
+    )
     self.part = self.stack.enter_context(publishing(self.path))
     self.out = ENDINGS[self.ending](self.part, schema)
+
 
 @patch
 def close(self: Shards):
     "Gives the open file, if there is one, its name and its manifest"
-    if not self.out: return
-    with self.stack: self.out.close()
+    if not self.out:
+        return
+    with self.stack:
+        self.out.close()
     self.out = None
-    self.done.append(dict(name=self.path.name, **publish_manifest(self.path, self.format, self.rows, self.part.bytes, self.part.hash.hexdigest(), *self.said)))
+    self.done.append(
+        dict(
+            name=self.path.name,
+            **publish_manifest(
+                self.path,
+                self.format,
+                self.rows,
+                self.part.bytes,
+                self.part.hash.hexdigest(),
+                *self.said,
+            ),
+        )
+    )
+
 
 @patch
 def drop(self: Shards, *error):
     "Forgets the open file"
-    with contextlib.suppress(LabError, OSError): self.out.close()
+    with contextlib.suppress(LabError, OSError):
+        self.out.close()
     self.stack.__exit__(*error)

@@ -14,34 +14,50 @@ from .files import as_json, inventory, sync, write_text
 # %% ../../nbs/lab/05_checkpoint.ipynb #93514946
 MANIFEST = 'MANIFEST.json'
 
-def contents(place:Path) -> dict:
-    "`{name: {'bytes', 'sha256'}}` of everything in a checkpoint but its manifest."
-    return {name.split('/', 1)[1]: told for name, told in inventory([place]).items() if Path(name).name != MANIFEST}
 
-def finalize_checkpoint(place:Path, state:dict):
+def contents(place: Path) -> dict:
+    "`{name: {'bytes', 'sha256'}}` of everything in a checkpoint but its manifest."
+    return {
+        name.split('/', 1)[1]: told
+        for name, told in inventory([place]).items()
+        if Path(name).name != MANIFEST
+    }
+
+
+def finalize_checkpoint(place: Path, state: dict):
     "Close a checkpoint folder; `state` is kept in its manifest."
-    for p in place.rglob('*'): sync(p)
-    write_text(place/MANIFEST, as_json({'files': contents(place), 'state': state}))
+    for p in place.rglob('*'):
+        sync(p)
+    write_text(place / MANIFEST, as_json({'files': contents(place), 'state': state}))
 
 # %% ../../nbs/lab/05_checkpoint.ipynb #eb81b11b
-def flaw(place:Path) -> str:
+def flaw(place: Path) -> str:
     "What is wrong with a checkpoint folder, or an empty string."
-    try: want = json.loads((place/MANIFEST).read_text(encoding='utf-8'))['files']
-    except FileNotFoundError: return 'no manifest: its writing was cut short'
-    except (ValueError, KeyError): return 'its manifest cannot be read'
+    try:
+        want = json.loads((place / MANIFEST).read_text(encoding='utf-8'))['files']
+    except FileNotFoundError:
+        return 'no manifest: its writing was cut short'
+    except (ValueError, KeyError):
+        return 'its manifest cannot be read'
     have = contents(place)
     for name in sorted({*want, *have}):
-        if name not in have: return f'{name} is missing'
-        if name not in want: return f'{name} does not belong to it'
-        if have[name]['bytes'] != want[name]['bytes']: return f"{name} has {have[name]['bytes']} of {want[name]['bytes']} bytes"
-        if have[name] != want[name]: return f'{name} was changed'
+        if name not in have:
+            return f'{name} is missing'
+        if name not in want:
+            return f'{name} does not belong to it'
+        if have[name]['bytes'] != want[name]['bytes']:
+            return f"{name} has {have[name]['bytes']} of {want[name]['bytes']} bytes"
+        if have[name] != want[name]:
+            return f'{name} was changed'
     return ''
 
-def step_of(place:Path) -> int:
+
+def step_of(place: Path) -> int:
     "The step in a checkpoint folder's name."
     return int(place.name.rpartition('-')[2])
 
-def set_aside(home:Path) -> list:
+
+def set_aside(home: Path) -> list:
     "Hide every checkpoint below `home` that is damaged, so that nobody goes on from it; `['train/checkpoint-400: what is wrong', ...]`."
     told = []
     for place in sorted(home.glob('*/checkpoint-*')):
@@ -50,9 +66,11 @@ def set_aside(home:Path) -> list:
             place.rename(place.with_name(f'.damaged-{place.name}-{place.stat().st_ino}'))
     return told
 
-def newest_checkpoint(home:Path) -> tuple:
+
+def newest_checkpoint(home: Path) -> tuple:
     "`(the checkpoint with the highest step in home, the state it was sealed with)`, or `(None, {})`; only sealed ones count."
-    sealed = [p for p in home.glob('checkpoint-*') if (p/MANIFEST).exists()]
-    if not sealed: return None, {}
+    sealed = [p for p in home.glob('checkpoint-*') if (p / MANIFEST).exists()]
+    if not sealed:
+        return None, {}
     place = max(sealed, key=step_of)
-    return place, json.loads((place/MANIFEST).read_text(encoding='utf-8'))['state']
+    return place, json.loads((place / MANIFEST).read_text(encoding='utf-8'))['state']

@@ -8,7 +8,12 @@ __all__ = ['SCALES', 'SETTINGS', 'ENV', 'LabError', 'did_you_mean', 'one_of', 'i
            'undot', 'check_layer', 'fill', 'scale_block', 'resolve', 'overlay', 'load_env']
 
 # %% ../../nbs/lab/00_config.ipynb #72f19765
-import dataclasses, difflib, os, re, types, typing
+import dataclasses
+import difflib
+import os
+import re
+import types
+import typing
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -19,65 +24,78 @@ class LabError(Exception):
     "A mistake its user can fix, told in one line: what is wrong, where, and what would be right."
 
 # %% ../../nbs/lab/00_config.ipynb #4eb86ba6
-def did_you_mean(word:str, valid) -> str:
+def did_you_mean(word: str, valid) -> str:
     "The closest of `valid` as ` (did you mean 'x'?)`, or an empty string when none is close."
     near = difflib.get_close_matches(str(word), [str(v) for v in valid], 1)
     return f" (did you mean '{near[0]}'?)" if near else ''
 
 # %% ../../nbs/lab/00_config.ipynb #c3130767
-def one_of(kind:str, word:str, valid, where:str='') -> str:
+def one_of(kind: str, word: str, valid, where: str = '') -> str:
     "`word` if it is one of `valid`, else a `LabError` that lists them."
-    if word in valid: return word
+    if word in valid:
+        return word
     place = f'{where}: ' if where else ''
-    raise LabError(f"{place}unknown {kind} '{word}'{did_you_mean(word, valid)}; valid: {', '.join(map(str, valid))}")
+    raise LabError(
+        f"{place}unknown {kind} '{word}'{did_you_mean(word, valid)}; valid: {', '.join(map(str, valid))}"
+    )
 
 # %% ../../nbs/lab/00_config.ipynb #4e798f28
 SCALES = ('smoke', 'nano', 'qlora', 'full')
 
 # %% ../../nbs/lab/00_config.ipynb #b4d0ce48
-def is_root(folder:Path) -> bool:
+def is_root(folder: Path) -> bool:
     "Whether `folder` holds a `settings.ini` with a `[lab]` section, which is what makes it a lab."
     ini = ConfigParser()
-    ini.read(folder/'settings.ini', encoding='utf-8')
+    ini.read(folder / 'settings.ini', encoding='utf-8')
     return ini.has_section('lab')
 
 # %% ../../nbs/lab/00_config.ipynb #b2f04134
 def root() -> Path:
     "The lab's root: `$K2LAB_ROOT`, else the nearest lab at or above the working directory, else the package's checkout."
     import k2lab
+
     named = os.environ.get('K2LAB_ROOT')
     cwd = Path.cwd()
     places = [Path(named)] if named else [cwd, *cwd.parents, Path(k2lab.__path__[0]).parent]
     for place in places:
-        if is_root(place): return place.resolve()
-    raise LabError(f"no lab at {named or cwd}: it needs a settings.ini with a [lab] section (or set K2LAB_ROOT)")
+        if is_root(place):
+            return place.resolve()
+    raise LabError(
+        f"no lab at {named or cwd}: it needs a settings.ini with a [lab] section (or set K2LAB_ROOT)"
+    )
 
 # %% ../../nbs/lab/00_config.ipynb #1b2765c0
-SETTINGS = {'lab': dict(scale='nano', runs_path='runs', configs_path='configs', nbs_path='nbs', package='k2lab'),
-            'run': dict(kernel_name='python3', cell_timeout='0', autosave_every='30', log_output='true'),
-            'hub': dict(offline='true'),
-            'serve': dict(host='127.0.0.1', port='8000')}
+SETTINGS = {
+    'lab': dict(
+        scale='nano', runs_path='runs', configs_path='configs', nbs_path='nbs', package='k2lab'
+    ),
+    'run': dict(kernel_name='python3', cell_timeout='0', autosave_every='30', log_output='true'),
+    'hub': dict(offline='true'),
+    'serve': dict(host='127.0.0.1', port='8000'),
+}
 
 # %% ../../nbs/lab/00_config.ipynb #03483c6b
-def setting(section:str, key:str) -> str:
+def setting(section: str, key: str) -> str:
     "One of the lab's settings as text: environment `K2LAB_<SECTION>_<KEY>`, else settings.ini, else the default."
     one_of('section', section, SETTINGS, 'settings.ini')
     one_of('setting', key, SETTINGS[section], f'settings.ini [{section}]')
     ini = ConfigParser()
     ini.read_dict(SETTINGS)
-    ini.read(root()/'settings.ini', encoding='utf-8')
+    ini.read(root() / 'settings.ini', encoding='utf-8')
     return os.environ.get(f'K2LAB_{section}_{key}'.upper(), ini[section][key])
 
 # %% ../../nbs/lab/00_config.ipynb #3fc29395
-def lab_path(kind:str) -> Path:
+def lab_path(kind: str) -> Path:
     "The lab's folder of `'runs'`, `'configs'` or `'nbs'`."
-    return root()/setting('lab', f'{kind}_path')
+    return root() / setting('lab', f'{kind}_path')
 
 # %% ../../nbs/lab/00_config.ipynb #1ad3164c
 def stage_notebooks() -> dict:
     "Stage name -> path of its notebook, in the order of their numbers."
-    found = (re.fullmatch(r'\d+_(\w+)\.ipynb', p.name) for p in sorted(lab_path('nbs').glob('*.ipynb')))
-    return {m[1]: lab_path('nbs')/m[0] for m in found if m}
+    found = (
+        re.fullmatch(r'\d+_(\w+)\.ipynb', p.name) for p in sorted(lab_path('nbs').glob('*.ipynb'))
+    )
+    return {m[1]: lab_path('nbs') / m[0] for m in found if m}
 
 # %% ../../nbs/lab/00_config.ipynb #82d93897
 def stage_names() -> list:
@@ -85,119 +103,173 @@ def stage_names() -> list:
     return list(stage_notebooks())
 
 # %% ../../nbs/lab/00_config.ipynb #1607fc2f
-def stage_file(stage:str) -> Path:
+def stage_file(stage: str) -> Path:
     "Where a stage's config lives; `LabError` for an unknown stage."
-    return lab_path('configs')/f"{one_of('stage', stage, stage_names())}.yaml"
+    return lab_path('configs') / f"{one_of('stage', stage, stage_names())}.yaml"
 
 # %% ../../nbs/lab/00_config.ipynb #7d3bc756
 class StrictLoader(yaml.SafeLoader):
     "YAML's safe loader, which also refuses a key written twice."
+
     def construct_mapping(self, node, deep=False):
         "The mapping at `node`; a `MarkedYAMLError` names the line of a repeated key."
         seen = set()
         for key, _ in node.value:
-            if key.value in seen: raise yaml.MarkedYAMLError(problem=f"key '{key.value}' is written twice", problem_mark=key.start_mark)
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key '{key.value}' is written twice", problem_mark=key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 # %% ../../nbs/lab/00_config.ipynb #631d7a4d
-def read_yaml(path:Path) -> dict:
+def read_yaml(path: Path) -> dict:
     "The mapping in a YAML file; a `LabError` names file and line when it cannot be read."
-    try: found = yaml.load(Path(path).read_text(encoding='utf-8'), StrictLoader)
-    except FileNotFoundError: raise LabError(f'{path}: no such file') from None
-    except yaml.MarkedYAMLError as e: raise LabError(f'{path}:{e.problem_mark.line + 1}: {e.problem}') from None
-    if not isinstance(found or {}, dict): raise LabError(f'{path}: expected keys and values, found {type(found).__name__}')
+    try:
+        found = yaml.load(Path(path).read_text(encoding='utf-8'), StrictLoader)
+    except FileNotFoundError:
+        raise LabError(f'{path}: no such file') from None
+    except yaml.MarkedYAMLError as e:
+        raise LabError(f'{path}:{e.problem_mark.line + 1}: {e.problem}') from None
+    if not isinstance(found or {}, dict):
+        raise LabError(f'{path}: expected keys and values, found {type(found).__name__}')
     return found or {}
 
 # %% ../../nbs/lab/00_config.ipynb #fba060cd
 def yaml_value(value):
     "Text as the YAML value it spells (`3e-4` included), anything else as it is."
-    if not isinstance(value, str): return value
-    if re.fullmatch(r'[-+]?\d+(\.\d*)?[eE][-+]?\d+', value): return float(value)
-    try: return yaml.safe_load(value)
-    except yaml.YAMLError: return value
+    if not isinstance(value, str):
+        return value
+    if re.fullmatch(r'[-+]?\d+(\.\d*)?[eE][-+]?\d+', value):
+        return float(value)
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
 
 # %% ../../nbs/lab/00_config.ipynb #486598b8
 def _one(value, kind):
     "`value` as the simple type `kind`; `ValueError` if it is not one."
-    if kind is str and isinstance(value, str): return value
+    if kind is str and isinstance(value, str):
+        return value
     read = yaml_value(value)
-    if kind is bool and isinstance(read, bool): return read
-    if kind in (int, float) and isinstance(read, (int, float)) and not isinstance(read, bool) and kind(read) == read: return kind(read)
-    if kind is dict and isinstance(read, dict): return read
-    if kind in (list, tuple) and isinstance(read, (list, tuple)): return kind(read)
+    if kind is bool and isinstance(read, bool):
+        return read
+    if (
+        kind in (int, float)
+        and isinstance(read, (int, float))
+        and not isinstance(read, bool)
+        and kind(read) == read
+    ):
+        return kind(read)
+    if kind is dict and isinstance(read, dict):
+        return read
+    if kind in (list, tuple) and isinstance(read, (list, tuple)):
+        return kind(read)
     raise ValueError
 
 # %% ../../nbs/lab/00_config.ipynb #8b0eba10
 def fit_type(value, kind):
     "`value` as the annotation `kind` asks: simple types, `X|None`, `Literal`, `list[X]`, `tuple[X, ...]`; `ValueError` if it does not fit."
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind is typing.Any: return value
+    if kind is typing.Any:
+        return value
     if origin in (typing.Union, types.UnionType):
-        if yaml_value(value) is None and type(None) in args: return None
+        if yaml_value(value) is None and type(None) in args:
+            return None
         return fit_type(value, next(a for a in args if a is not type(None)))
     if origin is typing.Literal:
-        if value in args: return value
+        if value in args:
+            return value
         raise ValueError
     items = _one(value, origin or kind)
-    return type(items)(fit_type(v, args[0]) for v in items) if args and origin in (list, tuple) else items
+    return (
+        type(items)(fit_type(v, args[0]) for v in items)
+        if args and origin in (list, tuple)
+        else items
+    )
 
 # %% ../../nbs/lab/00_config.ipynb #86c28676
-def undot(changes:dict) -> dict:
+def undot(changes: dict) -> dict:
     "`{'trainer.max_steps': 3}` as `{'trainer': {'max_steps': 3}}`."
     out = {}
     for key, value in changes.items():
         head, dot, rest = key.partition('.')
-        if dot: out[head] = {**out.get(head, {}), rest: yaml_value(value)}
-        else: out[head] = {**out[head], **value} if isinstance(value, dict) and isinstance(out.get(head), dict) else value
+        if dot:
+            out[head] = {**out.get(head, {}), rest: yaml_value(value)}
+        else:
+            out[head] = (
+                {**out[head], **value}
+                if isinstance(value, dict) and isinstance(out.get(head), dict)
+                else value
+            )
     return out
 
 # %% ../../nbs/lab/00_config.ipynb #90fe254b
-def _line(path:Path, key:str) -> str:
+def _line(path: Path, key: str) -> str:
     "`path:line` of the first line that sets `key`, else just the path."
     lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
-    at = next((i for i, line in enumerate(lines, 1) if re.match(rf'\s*{re.escape(key)}\s*:', line)), None)
+    at = next(
+        (i for i, line in enumerate(lines, 1) if re.match(rf'\s*{re.escape(key)}\s*:', line)), None
+    )
     return f'{path}:{at}' if at else str(path)
 
 # %% ../../nbs/lab/00_config.ipynb #1351cdf5
-def check_layer(Config, layer:dict, where) -> dict:
+def check_layer(Config, layer: dict, where) -> dict:
     "`layer` with each value of its field's type; a `LabError` names the place, the key and what is valid."
     kinds, out = typing.get_type_hints(Config), {}
     for key, value in layer.items():
         at = _line(where, key) if isinstance(where, Path) else where
+        if new := getattr(Config, 'renamed', {}).get(key):
+            raise LabError(f"{at}: '{key}' is now called '{new}'")
         one_of('key', key, kinds, at)
-        try: out[key] = fit_type(value, kinds[key])
-        except ValueError: raise LabError(f"{at}: {key} must be {_type_name(kinds[key])}, not {value!r}") from None
-        if isinstance(out[key], dict): out[key] = {k: yaml_value(v) for k, v in out[key].items()}
+        try:
+            out[key] = fit_type(value, kinds[key])
+        except ValueError:
+            raise LabError(f"{at}: {key} must be {_type_name(kinds[key])}, not {value!r}") from None
+        if isinstance(out[key], dict):
+            out[key] = {k: yaml_value(v) for k, v in out[key].items()}
     return out
 
 # %% ../../nbs/lab/00_config.ipynb #26b6caab
 def _type_name(kind) -> str:
     "How a type is called in a message: `int`, `str | None`, `one of 'a', 'b'`."
-    if typing.get_origin(kind) is typing.Literal: return 'one of ' + ', '.join(map(repr, typing.get_args(kind)))
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace('typing.', '')
+    if typing.get_origin(kind) is typing.Literal:
+        return 'one of ' + ', '.join(map(repr, typing.get_args(kind)))
+    return (
+        kind.__name__
+        if isinstance(kind, type) and not typing.get_args(kind)
+        else str(kind).replace('typing.', '')
+    )
 
 # %% ../../nbs/lab/00_config.ipynb #0f4df87a
-def fill(Config, layers:list):
+def fill(Config, layers: list):
     "A `Config` from `(where, layer)` pairs, later ones winning; the `trainer` dictionaries are merged."
     values = {}
     for where, layer in layers:
         for key, value in check_layer(Config, undot(layer), where).items():
             values[key] = {**values.get(key, {}), **value} if key == 'trainer' else value
-    missing = [f.name for f in dataclasses.fields(Config) if f.name not in values
-               and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    if missing: raise LabError(f"{layers[0][0]}: no value for {', '.join(missing)}")
+    missing = [
+        f.name
+        for f in dataclasses.fields(Config)
+        if f.name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise LabError(f"{layers[0][0]}: no value for {', '.join(missing)}")
     return Config(**values)
 
 # %% ../../nbs/lab/00_config.ipynb #686d5d9e
-def scale_block(path:Path, body:dict, scale:str) -> dict:
+def scale_block(path: Path, body: dict, scale: str) -> dict:
     "Take the `scales:` block out of `body` and return the one for `scale`; unknown scales in it are refused."
     blocks = body.pop('scales', None) or {}
-    for name in blocks: one_of('scale', name, SCALES, _line(path, name))
+    for name in blocks:
+        one_of('scale', name, SCALES, _line(path, name))
     return blocks.get(one_of('scale', scale, SCALES)) or {}
 
 # %% ../../nbs/lab/00_config.ipynb #9fd18d70
-def resolve(Config, stage:str, scale:str, changes:dict=None):
+def resolve(Config, stage: str, scale: str, changes: dict = None):
     "A stage's `Config` at a scale: dataclass <- its file <- the file's scale block <- `changes`."
     path = stage_file(stage)
     body = read_yaml(path)
@@ -205,10 +277,16 @@ def resolve(Config, stage:str, scale:str, changes:dict=None):
     return fill(Config, [(path, body), (path, block), ('changes', changes or {})])
 
 # %% ../../nbs/lab/00_config.ipynb #16478285
-ENV = {'models': {}, 'data': {}, 'endpoint': {}, 'system': '', 'threads': None}   # the keys of env.yaml
+ENV = {
+    'models': {},
+    'data': {},
+    'endpoint': {},
+    'system': '',
+    'threads': None,
+}  # the keys of env.yaml
 
 # %% ../../nbs/lab/00_config.ipynb #10834a6c
-def overlay(layers:list) -> dict:
+def overlay(layers: list) -> dict:
     "The layers of env.yaml as one: dictionaries are laid over each other name by name, other values replaced."
     env = {key: dict(value) if isinstance(value, dict) else value for key, value in ENV.items()}
     for where, layer in layers:
@@ -218,9 +296,9 @@ def overlay(layers:list) -> dict:
     return env
 
 # %% ../../nbs/lab/00_config.ipynb #efff5a9c
-def load_env(scale:str, changes:dict=None) -> dict:
+def load_env(scale: str, changes: dict = None) -> dict:
     "The lab's names at a scale: `{'scale', 'models', 'data', 'endpoint', 'system', 'threads'}` from configs/env.yaml."
-    path = lab_path('configs')/'env.yaml'
+    path = lab_path('configs') / 'env.yaml'
     body = read_yaml(path)
     block = scale_block(path, body, scale)
     return {'scale': scale, **overlay([(path, body), (path, block), ('changes', changes or {})])}

@@ -6,104 +6,161 @@
 __all__ = ['Html', 'Table', 'short', 'Picture', 'draw', 'clock', 'describe', 'Live', 'in_jupyter', 'live_progress']
 
 # %% ../../nbs/lab/02_display.ipynb #36f6f0e6
-import contextlib, html, io, re
+import contextlib
+import html
+import io
+import re
 
 from .files import following
 
 # %% ../../nbs/lab/02_display.ipynb #c098e833
 class Html(str):
     "Text that is HTML already."
-    def _repr_html_(self): return str(self)
+
+    def _repr_html_(self):
+        return str(self)
 
 # %% ../../nbs/lab/02_display.ipynb #741e919f
 class Table:
     "Rows of cells under a header; shown as HTML in a notebook and as aligned text elsewhere."
-    def __init__(self, header:list, rows:list): self.header, self.rows = header, rows
+
+    def __init__(self, header: list, rows: list):
+        self.header, self.rows = header, rows
 
     def _repr_html_(self):
-        line = lambda tag, cells: '<tr>' + ''.join(f'<{tag} style="text-align:left;vertical-align:top">{c if isinstance(c, Html) else html.escape(str(c))}</{tag}>' for c in cells) + '</tr>'
+        line = lambda tag, cells: (
+            '<tr>'
+            + ''.join(
+                f'<{tag} style="text-align:left;vertical-align:top">{c if isinstance(c, Html) else html.escape(str(c))}</{tag}>'
+                for c in cells
+            )
+            + '</tr>'
+        )
         return f"<table><thead>{line('th', self.header)}</thead><tbody>{''.join(line('td', r) for r in self.rows)}</tbody></table>"
 
     def __repr__(self):
-        cells = [[re.sub(r'\s+', ' ', str(c))[:60] for c in row] for row in [self.header, *self.rows]]
+        cells = [
+            [re.sub(r'\s+', ' ', str(c))[:60] for c in row] for row in [self.header, *self.rows]
+        ]
         wide = [max(map(len, column)) for column in zip(*cells)]
         return '\n'.join('  '.join(c.ljust(w) for c, w in zip(row, wide)).rstrip() for row in cells)
 
 # %% ../../nbs/lab/02_display.ipynb #5096dd4a
-def short(value, digits:int=4) -> str:
+def short(value, digits: int = 4) -> str:
     "A number in few digits, `None` as a dash, anything else as text."
-    if value is None: return '-'
+    if value is None:
+        return '-'
     return f'{value:.{digits}g}' if isinstance(value, float) else str(value)
 
 # %% ../../nbs/lab/02_display.ipynb #4a57e397
 class Picture:
     "An SVG image with a one-line description."
-    def __init__(self, svg:str, text:str): self.svg, self.text = svg, text
 
-    def _repr_svg_(self): return self.svg
+    def __init__(self, svg: str, text: str):
+        self.svg, self.text = svg, text
 
-    def __repr__(self): return self.text
+    def _repr_svg_(self):
+        return self.svg
+
+    def __repr__(self):
+        return self.text
 
 # %% ../../nbs/lab/02_display.ipynb #658abffb
-def draw(series:dict, ylabel:str, xlabel:str='step') -> str:
+def draw(series: dict, ylabel: str, xlabel: str = 'step') -> str:
     "Lines `{label: (xs, ys)}` as a small SVG."
     import matplotlib
     from matplotlib.figure import Figure
-    with matplotlib.rc_context({'svg.hashsalt': 'k2lab', 'svg.fonttype': 'none', 'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False}):
+
+    with matplotlib.rc_context(
+        {
+            'svg.hashsalt': 'k2lab',
+            'svg.fonttype': 'none',
+            'font.size': 9,
+            'axes.spines.top': False,
+            'axes.spines.right': False,
+        }
+    ):
         fig = Figure(figsize=(5.2, 2.6), layout='constrained')
         ax = fig.subplots()
-        for label, (xs, ys) in series.items(): ax.plot(xs, ys, label=label, lw=1.4, marker='o' if len(xs) < 12 else None, ms=3)
+        for label, (xs, ys) in series.items():
+            ax.plot(xs, ys, label=label, lw=1.4, marker='o' if len(xs) < 12 else None, ms=3)
         ax.set(xlabel=xlabel, ylabel=ylabel)
-        ax.grid(alpha=.25, lw=.6)
-        if len(series) > 1: ax.legend(frameon=False)
+        ax.grid(alpha=0.25, lw=0.6)
+        if len(series) > 1:
+            ax.legend(frameon=False)
         out = io.StringIO()
         fig.savefig(out, format='svg', metadata={'Date': None})
     return re.sub(r'^.*?(?=<svg)', '', out.getvalue(), flags=re.S)
 
 # %% ../../nbs/lab/02_display.ipynb #2f31fc70
-def clock(seconds:float) -> str:
+def clock(seconds: float) -> str:
     "Seconds as 1:05 or 2:01:05."
     m, s = divmod(int(seconds), 60)
-    return f'{m//60}:{m%60:02d}:{s:02d}' if m >= 60 else f'{m}:{s:02d}'
+    return f'{m // 60}:{m % 60:02d}:{s:02d}' if m >= 60 else f'{m}:{s:02d}'
 
-def describe(row:dict) -> str:
+
+def describe(row: dict) -> str:
     "A line of metrics.jsonl in words."
     told = [row['phase']] if row.get('phase') else []
-    if 'step' in row: told.append(f"step {row['step']}/{row['steps']}" if row.get('steps') else f"step {row['step']}")
-    for key, text in (('loss', 'loss {:.3f}'), ('eval_loss', 'eval loss {:.3f}'), ('tokens_s', '{:.0f} tokens/s')):
-        if row.get(key) is not None: told.append(text.format(row[key]))
-    if row.get('eta_s') is not None: told.append(f"{clock(row['eta_s'])} left")
+    if 'step' in row:
+        told.append(
+            f"step {row['step']}/{row['steps']}" if row.get('steps') else f"step {row['step']}"
+        )
+    for key, text in (
+        ('loss', 'loss {:.3f}'),
+        ('eval_loss', 'eval loss {:.3f}'),
+        ('tokens_s', '{:.0f} tokens/s'),
+    ):
+        if row.get(key) is not None:
+            told.append(text.format(row[key]))
+    if row.get('eta_s') is not None:
+        told.append(f"{clock(row['eta_s'])} left")
     return ' · '.join(told)
 
 # %% ../../nbs/lab/02_display.ipynb #94617e29
 class Live:
     "A bar and a curve from lines of metrics.jsonl: `add` each; shown as HTML in a notebook and as one line elsewhere."
-    def __init__(self, title:str): self.title, self.row, self.points = title, {}, []
 
-    def add(self, row:dict):
+    def __init__(self, title: str):
+        self.title, self.row, self.points = title, {}, []
+
+    def add(self, row: dict):
         "Take up one line."
         self.row = row
-        if 'step' in row and row.get('loss') is not None: self.points.append((row['step'], row['loss']))
+        if 'step' in row and row.get('loss') is not None:
+            self.points.append((row['step'], row['loss']))
 
-    def __repr__(self): return f'{self.title} · {describe(self.row)}'
+    def __repr__(self):
+        return f'{self.title} · {describe(self.row)}'
 
     def _repr_html_(self):
-        done = 100*self.row.get('step', 0)/max(self.row.get('steps') or 1, 1)
+        done = 100 * self.row.get('step', 0) / max(self.row.get('steps') or 1, 1)
         bar = f'<div style="width:20em;background:#eee;border-radius:3px"><div style="width:{done:.0f}%;background:#4c78a8;height:.8em;border-radius:3px"></div></div>'
         curve = draw({'loss': tuple(zip(*self.points))}, 'loss') if len(self.points) > 1 else ''
         return f'<div>{html.escape(repr(self))}{bar}{curve}</div>'
 
+
 def in_jupyter() -> bool:
     "Whether a notebook's front end is there to show things in."
     from IPython import get_ipython
+
     return hasattr(get_ipython(), 'kernel')
 
+
 @contextlib.contextmanager
-def live_progress(path, title:str, watched:bool=True, every:float=1.):
+def live_progress(path, title: str, watched: bool = True, every: float = 1.0):
     "Show the progress that is written to `path` while the block runs, in a notebook that somebody looks at."
-    if not (watched and in_jupyter()): yield; return
+    if not (watched and in_jupyter()):
+        yield
+        return
     from IPython.display import display
+
     shown = Live(title)
     handle = display(shown, display_id=True)
-    def add(row): shown.add(row); handle.update(shown)
-    with following(path, add, every): yield
+
+    def add(row):
+        shown.add(row)
+        handle.update(shown)
+
+    with following(path, add, every):
+        yield

@@ -7,49 +7,65 @@ __all__ = ['DISK_FULL', 'SECRET_KEY', 'SECRET_TEXT', 'SECRET_URL', 'sync', 'move
            'inventory', 'check_published', 'held_secrets', 'scrub', 'mask', 'as_json', 'read_lines', 'following']
 
 # %% ../../nbs/lab/01_files.ipynb #35cbcc42
-import contextlib, errno, hashlib, json, os, re, threading
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import threading
 from pathlib import Path
 
 from .config import LabError
 
 # %% ../../nbs/lab/01_files.ipynb #a970eb47
-def sync(path:Path):
+def sync(path: Path):
     "Force a file or a folder's entries to the disk."
     fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 # %% ../../nbs/lab/01_files.ipynb #ca9035b7
-def move(part:Path, path:Path):
+def move(part: Path, path: Path):
     "Give `part`, a file or a folder, its final name once all of it is on the disk."
-    for p in [part, *part.rglob('*')] if part.is_dir() else [part]: sync(p)
+    for p in [part, *part.rglob('*')] if part.is_dir() else [part]:
+        sync(p)
     os.replace(part, path)
     sync(path.parent)
 
 # %% ../../nbs/lab/01_files.ipynb #1348b8ea
-def write_text(path:Path, text:str):
+def write_text(path: Path, text: str):
     "Publish a text file: whole under its name, or not at all."
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
         part.write_text(text, encoding='utf-8')
         move(part, path)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
 
 # %% ../../nbs/lab/01_files.ipynb #bc7588b5
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+
 @contextlib.contextmanager
-def disk_errors(what:str):
+def disk_errors(what: str):
     "Turn \"no space left on device\" while writing `what` into a `LabError`."
-    try: yield
+    try:
+        yield
     except OSError as e:
-        if e.errno not in DISK_FULL: raise
-        raise LabError(f'disk full while writing {what}; nothing was published under that name') from e
+        if e.errno not in DISK_FULL:
+            raise
+        raise LabError(
+            f'disk full while writing {what}; nothing was published under that name'
+        ) from e
 
 # %% ../../nbs/lab/01_files.ipynb #1108182b
-def sha256(path:Path) -> str:
+def sha256(path: Path) -> str:
     "The SHA-256 of a file, in hex."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../../nbs/lab/01_files.ipynb #d6781828
 def inventory(paths) -> dict:
@@ -57,23 +73,36 @@ def inventory(paths) -> dict:
     found = {}
     for path in paths:
         for p in sorted(path.rglob('*')) if path.is_dir() else [path]:
-            if p.is_file(): found[str(p.relative_to(path.parent))] = {'bytes': p.stat().st_size, 'sha256': sha256(p)}
+            if p.is_file():
+                found[str(p.relative_to(path.parent))] = {
+                    'bytes': p.stat().st_size,
+                    'sha256': sha256(p),
+                }
     return found
 
 # %% ../../nbs/lab/01_files.ipynb #5c97cca8
-def check_published(folder:Path, name:str, deep:bool=False) -> str:
+def check_published(folder: Path, name: str, deep: bool = False) -> str:
     "What is wrong with the published `name` in a run folder, or an empty string; `deep` compares the hashes as well as the sizes."
-    manifest = folder/f'{name}.MANIFEST.json'
-    if not manifest.exists(): return f'{name} has no manifest'
+    manifest = folder / f'{name}.MANIFEST.json'
+    if not manifest.exists():
+        return f'{name} has no manifest'
     for file, want in json.loads(manifest.read_text())['files'].items():
-        path = folder/file
-        if not path.is_file(): return f'{name}: {file} is missing'
-        if path.stat().st_size != want['bytes']: return f"{name}: {file} has {path.stat().st_size} bytes, the manifest says {want['bytes']}"
-        if deep and sha256(path) != want['sha256']: return f'{name}: {file} was changed after it was published'
+        path = folder / file
+        if not path.is_file():
+            return f'{name}: {file} is missing'
+        if path.stat().st_size != want['bytes']:
+            return (
+                f"{name}: {file} has {path.stat().st_size} bytes, the manifest says {want['bytes']}"
+            )
+        if deep and sha256(path) != want['sha256']:
+            return f'{name}: {file} was changed after it was published'
     return ''
 
 # %% ../../nbs/lab/01_files.ipynb #f17bf5e2
-SECRET_KEY = re.compile(r'(^|[_-])(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(key|api_?key|token|secret|password|passwd|credentials?)$', re.I)
+SECRET_KEY = re.compile(
+    r'(^|[_-])(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(key|api_?key|token|secret|password|passwd|credentials?)$',
+    re.I,
+)
 SECRET_TEXT = re.compile(r'\b(sk-[\w-]{16,}|hf_\w{16,}|gh[pousr]_\w{16,}|AKIA[A-Z0-9]{16})')
 SECRET_URL = re.compile(r'(?<=://)[^/\s:@]+:[^/\s@]+(?=@)')
 
@@ -82,44 +111,65 @@ def held_secrets() -> list:
     "The values of environment variables that are named like secrets, if they are long enough to be one."
     return [v for k, v in os.environ.items() if SECRET_KEY.search(k) and len(v) >= 8]
 
-def scrub(text:str) -> str:
+
+def scrub(text: str) -> str:
     "`text` with everything in it that is a secret by its looks, or one that this process holds, replaced by `***`."
-    for value in held_secrets(): text = text.replace(value, '***')
+    for value in held_secrets():
+        text = text.replace(value, '***')
     return SECRET_URL.sub('***', SECRET_TEXT.sub('***', text))
 
-def mask(value, key:str=''):
+
+def mask(value, key: str = ''):
     "`value` with secrets replaced by `***`: text under a key that sounds like one, and secrets within other text."
-    if isinstance(value, dict): return {k: mask(v, k) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [mask(v, key) for v in value]
-    if not isinstance(value, str): return value
+    if isinstance(value, dict):
+        return {k: mask(v, k) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [mask(v, key) for v in value]
+    if not isinstance(value, str):
+        return value
     return '***' if value and SECRET_KEY.search(key) else scrub(value)
 
 # %% ../../nbs/lab/01_files.ipynb #2dce52d3
 def as_json(value, **kw) -> str:
     "JSON of plain values, paths as text and any other number as a float."
-    return json.dumps(value, ensure_ascii=False, default=lambda x: str(x) if isinstance(x, Path) else float(x), **kw)
+    return json.dumps(
+        value,
+        ensure_ascii=False,
+        default=lambda x: str(x) if isinstance(x, Path) else float(x),
+        **kw,
+    )
 
 # %% ../../nbs/lab/01_files.ipynb #e40c3679
-def read_lines(path:Path) -> list:
+def read_lines(path: Path) -> list:
     "The objects of a JSON-lines file, without a last line that was cut short; none if it is not there."
-    if not path.exists(): return []
+    if not path.exists():
+        return []
     whole, _, _ = path.read_bytes().rpartition(b'\n')
     return [json.loads(line) for line in whole.splitlines() if line.strip()]
 
 # %% ../../nbs/lab/01_files.ipynb #3b1aa330
 @contextlib.contextmanager
-def following(path:Path, on_line, every:float=0.5):
+def following(path: Path, on_line, every: float = 0.5):
     "Call `on_line` with each complete JSON line that appears in `path` while the block runs."
     stop = threading.Event()
+
     def tail(at=0, last=False):
         while not last:
             last = stop.wait(every)
-            if not path.exists(): continue
-            with open(path, 'rb') as f: f.seek(at); new = f.read()
-            whole = new[:new.rfind(b'\n') + 1]
+            if not path.exists():
+                continue
+            with open(path, 'rb') as f:
+                f.seek(at)
+                new = f.read()
+            whole = new[: new.rfind(b'\n') + 1]
             at += len(whole)
-            for line in whole.splitlines(): on_line(json.loads(line))
+            for line in whole.splitlines():
+                on_line(json.loads(line))
+
     thread = threading.Thread(target=tail, daemon=True)
     thread.start()
-    try: yield
-    finally: stop.set(); thread.join()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

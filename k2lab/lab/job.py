@@ -6,131 +6,214 @@
 __all__ = ['settle', 'published', 'Job', 'stage_module', 'config_of', 'new_record', 'prepare', 'open_job', 'claim', 'start']
 
 # %% ../../nbs/lab/09_job.ipynb #1e7d3efa
-import contextlib, dataclasses, hashlib, importlib, json, os, shutil, tempfile, time
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import tempfile
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-import psutil, yaml
+import psutil
+import yaml
 
-from .config import LabError, SCALES, fill, load_env, one_of, read_yaml, resolve, root, setting, stage_names
+from k2lab.lab.config import (
+    SCALES,
+    LabError,
+    fill,
+    load_env,
+    one_of,
+    read_yaml,
+    resolve,
+    root,
+    setting,
+    stage_names,
+)
 from .files import as_json, disk_errors, inventory, mask, move, read_lines, write_text
 from .locks import holder, lock
-from .provenance import code_state, hardware, owner, peak_gib, versions
 from .names import parent_of, place_of
-from .records import OLD_LINES, check_campaign, lacks, new_folder, read_run, drop_resume_files
+from .provenance import code_state, hardware, owner, peak_gib, versions
+from k2lab.lab.records import (
+    OLD_LINES,
+    check_campaign,
+    drop_resume_files,
+    lacks,
+    new_folder,
+    read_run,
+)
 from .show import Evidence
 
 # %% ../../nbs/lab/09_job.ipynb #f61ff728
-def settle(job, part:Path, name:str, path:Path):
+def settle(job, part: Path, name: str, path: Path):
     "Move what lies in the folder `part` to the run folder, the artifact after its side files, and write the manifest last."
-    if not (part/path.name).exists(): raise FileNotFoundError(f'{job.stage} wrote nothing to {part/path.name}')
+    if not (part / path.name).exists():
+        raise FileNotFoundError(f'{job.stage} wrote nothing to {part / path.name}')
     sides = sorted(p for p in part.iterdir() if p.name != path.name)
-    for p in [*sides, part/path.name]:
-        if (job.folder/p.name).is_dir(): shutil.rmtree(job.folder/p.name)      # of an attempt that was interrupted
-        move(p, job.folder/p.name)
+    for p in [*sides, part / path.name]:
+        if (job.folder / p.name).is_dir():
+            shutil.rmtree(job.folder / p.name)  # of an attempt that was interrupted
+        move(p, job.folder / p.name)
     part.rmdir()
-    files = inventory([path, *(job.folder/p.name for p in sides)])
-    write_text(job.folder/f'{name}.MANIFEST.json', as_json({'name': name, 'path': path.name, 'files': files}, indent=1))
+    files = inventory([path, *(job.folder / p.name for p in sides)])
+    write_text(
+        job.folder / f'{name}.MANIFEST.json',
+        as_json({'name': name, 'path': path.name, 'files': files}, indent=1),
+    )
     digest = hashlib.sha256(as_json(files, sort_keys=True).encode()).hexdigest()
-    job.record['saves'][name] = {'path': path.name, 'bytes': sum(f['bytes'] for f in files.values()), 'files': len(files), 'sha256': digest}
+    job.record['saves'][name] = {
+        'path': path.name,
+        'bytes': sum(f['bytes'] for f in files.values()),
+        'files': len(files),
+        'sha256': digest,
+    }
     job.write()
 
 # %% ../../nbs/lab/09_job.ipynb #f75afa02
 @contextlib.contextmanager
-def published(job, name:str, suffix:str=''):
+def published(job, name: str, suffix: str = ''):
     "A temporary path for a file or folder that becomes `<folder>/<name><suffix>`, with its manifest, when the block ends well."
-    path, part = job.folder/f'{name}{suffix}', job.folder/f'.{name}.part'
-    if not job.first:      # every process comes by, the first one's file counts
-        with tempfile.TemporaryDirectory() as unused: yield Path(unused)/path.name
+    path, part = job.folder / f'{name}{suffix}', job.folder / f'.{name}.part'
+    if not job.first:  # every process comes by, the first one's file counts
+        with tempfile.TemporaryDirectory() as unused:
+            yield Path(unused) / path.name
         return
-    if name in job.record['saves']: raise LabError(f'{path}: already published by this run')
+    if name in job.record['saves']:
+        raise LabError(f'{path}: already published by this run')
     part.mkdir(exist_ok=True)
     try:
         with disk_errors(name):
-            yield part/path.name
+            yield part / path.name
             settle(job, part, name, path)
-    finally: shutil.rmtree(part, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 # %% ../../nbs/lab/09_job.ipynb #33524b9a
 class Job(Evidence):
     "One run: its folder, the configuration of its stage and its record; opened by `start`, or from its folder by a worker process."
-    def __init__(self, folder:Path, cfg, env:dict, record:dict):
-        super().__init__(folder, record, os.environ.get('RANK', '0') == '0')      # of several processes only the first one writes
+
+    def __init__(self, folder: Path, cfg, env: dict, record: dict):
+        super().__init__(
+            folder, record, os.environ.get('RANK', '0') == '0'
+        )  # of several processes only the first one writes
         self.cfg, self.env = cfg, env
-        self.stage, self.scale, self.campaign, self.seed = (record[k] for k in ('stage', 'scale', 'campaign', 'seed'))
+        self.stage, self.scale, self.campaign, self.seed = (
+            record[k] for k in ('stage', 'scale', 'campaign', 'seed')
+        )
         self.began, self.held = time.monotonic(), None
 
     def __repr__(self):
-        state = 'closed' if self.record['status'] == 'running' and self.record.get('closed') else self.record['status']
+        state = (
+            'closed'
+            if self.record['status'] == 'running' and self.record.get('closed')
+            else self.record['status']
+        )
         return f'{self.campaign}/{self.folder.name} ({self.scale}, {state})'
 
     def write(self):
         "Publish the record as it stands."
-        if self.first: write_text(self.folder/'run.json', as_json(mask(self.record), indent=1) + '\n')
+        if self.first:
+            write_text(self.folder / 'run.json', as_json(mask(self.record), indent=1) + '\n')
 
     def reload(self):
         "Read the record again, after another process has added to it."
-        self.record = json.loads((self.folder/'run.json').read_text(encoding='utf-8'))
+        self.record = json.loads((self.folder / 'run.json').read_text(encoding='utf-8'))
 
-    def find(self, name:str):
+    def find(self, name: str):
         "The path of a checkpoint or corpus by name (a hub id or `smoke:` model as text): pinned, left by this campaign, or from env.yaml; recorded as a parent."
-        parent = next((p for p in self.record.get('pins', []) if p['name'] == name), None) or parent_of(self, name)
+        parent = next(
+            (p for p in self.record.get('pins', []) if p['name'] == name), None
+        ) or parent_of(self, name)
         place = place_of(parent)
-        if parent not in self.record['parents']: self.record['parents'].append(parent); self.write()
+        if parent not in self.record['parents']:
+            self.record['parents'].append(parent)
+            self.write()
         return place
 
-    def publishing(self, name:str, suffix:str=''):
+    def publishing(self, name: str, suffix: str = ''):
         "A context with a temporary path for a file or folder that becomes `<folder>/<name><suffix>`, with its manifest, when the block ends well."
         return published(self, name, suffix)
 
-    def add_line(self, file:str, row:dict):
+    def add_line(self, file: str, row: dict):
         "Append one JSON line to a file of the run folder."
-        if not self.first: return
-        with disk_errors(file), open(self.folder/file, 'a', encoding='utf-8') as f: f.write(as_json(mask(row)) + '\n')
+        if not self.first:
+            return
+        with disk_errors(file), open(self.folder / file, 'a', encoding='utf-8') as f:
+            f.write(as_json(mask(row)) + '\n')
 
     def log(self, **kv):
         "One line of metrics.jsonl: step, steps, loss, eval_loss, tokens_s, eta_s, phase ...; `t` is seconds since the start."
         self.add_line('metrics.jsonl', {**kv, 't': round(time.monotonic() - self.began, 3)})
 
-    def resumed(self, phase:str, step:int):
+    def resumed(self, phase: str, step: int):
         "Record that a phase of training goes on from `step`, and take up its lines of metrics.jsonl so far."
-        if not self.first: return
-        if self.record.get('attempts'): self.record['attempts'][-1].setdefault('from', {})[phase] = step; self.write()
-        lines = {row['step']: row for row in read_lines(self.folder/OLD_LINES) if row.get('phase') == phase and row.get('step', step+1) <= step}
-        for at in sorted(lines): self.add_line('metrics.jsonl', lines[at])
+        if not self.first:
+            return
+        if self.record.get('attempts'):
+            self.record['attempts'][-1].setdefault('from', {})[phase] = step
+            self.write()
+        lines = {
+            row['step']: row
+            for row in read_lines(self.folder / OLD_LINES)
+            if row.get('phase') == phase and row.get('step', step + 1) <= step
+        }
+        for at in sorted(lines):
+            self.add_line('metrics.jsonl', lines[at])
 
     def sample(self, **kv):
         "One line of samples.jsonl: `when` ('before' or 'after'), `prompt`, `text`, `ok`, `family`."
         one_of('when', kv['when'], ('before', 'after'), 'job.sample')
         self.add_line('samples.jsonl', kv)
 
-    def measure(self, measure:str, before=None, after=None, low=None, high=None, n=None, **more):
+    def measure(self, measure: str, before=None, after=None, low=None, high=None, n=None, **more):
         "A result of the stage: a measure before and after, the interval of `after`, the number of items; `more` may hold baseline, few_shot, control, unit, note."
-        row = {'stage': self.stage, 'measure': measure, 'before': before, 'after': after, 'low': low, 'high': high, 'n': n, 'seed': self.seed, **more}
+        row = {
+            'stage': self.stage,
+            'measure': measure,
+            'before': before,
+            'after': after,
+            'low': low,
+            'high': high,
+            'n': n,
+            'seed': self.seed,
+            **more,
+        }
         self.record['metrics'].append(row)
         self.write()
 
-    def check(self, name:str, ok:bool, detail:str=''):
+    def check(self, name: str, ok: bool, detail: str = ''):
         "Record whether a claim holds; a run with a failed check cannot complete."
         self.record['checks'].append({'name': name, 'ok': bool(ok), 'detail': str(detail)})
         self.write()
 
     def finish(self):
         "Close the record; `LabError` if a check failed or a manifest does not hold. By hand this also settles the status."
-        self.record |= {'closed': datetime.now(timezone.utc).isoformat(timespec='seconds'), 'peak_gib': peak_gib(),
-                        'wall_s': round(time.monotonic() - self.began, 3)}
+        self.record |= {
+            'closed': datetime.now(timezone.utc).isoformat(timespec='seconds'),
+            'peak_gib': peak_gib(),
+            'wall_s': round(time.monotonic() - self.began, 3),
+        }
         why = lacks(self.folder, self.record)
-        if not self.record['by_runner']: self.record |= {'status': 'failed' if why else 'complete', 'reason': why}
+        if not self.record['by_runner']:
+            self.record |= {'status': 'failed' if why else 'complete', 'reason': why}
         self.write()
-        if self.record['status'] == 'complete': drop_resume_files(self.folder)
-        if self.held: self.held.close()
-        if why: raise LabError(why)
+        if self.record['status'] == 'complete':
+            drop_resume_files(self.folder)
+        if self.held:
+            self.held.close()
+        if why:
+            raise LabError(why)
         return self
 
 # %% ../../nbs/lab/09_job.ipynb #6334000a
-def stage_module(stage:str):
+def stage_module(stage: str):
     "The module of a stage; `LabError` for an unknown one."
-    return importlib.import_module(f"{setting('lab', 'package')}.{one_of('stage', stage, stage_names())}")
+    return importlib.import_module(
+        f"{setting('lab', 'package')}.{one_of('stage', stage, stage_names())}"
+    )
 
 # %% ../../nbs/lab/09_job.ipynb #47077021
 def config_of(cfg) -> dict:
@@ -138,57 +221,93 @@ def config_of(cfg) -> dict:
     return mask(json.loads(as_json(dataclasses.asdict(cfg))))
 
 # %% ../../nbs/lab/09_job.ipynb #09ea612a
-def new_record(stage:str, scale:str, campaign:str, cfg, changes:dict) -> tuple:
+def new_record(stage: str, scale: str, campaign: str, cfg, changes: dict) -> tuple:
     "`(the record of a run that is about to start, the code's difference to its commit)`."
     config, (code, diff) = config_of(cfg), code_state()
-    return {'stage': stage, 'scale': scale, 'campaign': campaign, 'seed': config.get('seed', 0), 'status': 'prepared', 'reason': '',
-            'started': datetime.now(timezone.utc).isoformat(timespec='seconds'), 'owner': owner(), 'by_runner': False, 'changes': changes,
-            'config': config, 'code': code, 'versions': versions(), 'hardware': hardware(), 'parents': [], 'saves': {}, 'metrics': [],
-            'checks': [], 'timings': {}}, diff
+    return {
+        'stage': stage,
+        'scale': scale,
+        'campaign': campaign,
+        'seed': config.get('seed', 0),
+        'status': 'prepared',
+        'reason': '',
+        'started': datetime.now(timezone.utc).isoformat(timespec='seconds'),
+        'owner': owner(),
+        'by_runner': False,
+        'changes': changes,
+        'config': config,
+        'code': code,
+        'versions': versions(),
+        'hardware': hardware(),
+        'parents': [],
+        'saves': {},
+        'metrics': [],
+        'checks': [],
+        'timings': {},
+    }, diff
 
 # %% ../../nbs/lab/09_job.ipynb #2e302bc2
-def prepare(stage:str, scale:str=None, campaign:str=None, changes:dict=None, run:str=None) -> Job:
+def prepare(
+    stage: str, scale: str = None, campaign: str = None, changes: dict = None, run: str = None
+) -> Job:
     "Resolve what the stage is told and create its folder with stage.yaml, env.yaml and a record that says `prepared`."
     Config = stage_module(stage).Config
     scale = one_of('scale', scale or setting('lab', 'scale'), SCALES)
     cfg, env = resolve(Config, stage, scale, changes), load_env(scale)
-    folder = root()/run if run else new_folder(stage, check_campaign(campaign or 'scratch'))
+    folder = root() / run if run else new_folder(stage, check_campaign(campaign or 'scratch'))
     if run:
-        try: folder.mkdir(parents=True)
-        except FileExistsError: raise LabError(f'{run}: exists already; a run folder is never used twice') from None
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            raise LabError(f'{run}: exists already; a run folder is never used twice') from None
     record, diff = new_record(stage, scale, folder.parent.name, cfg, changes or {})
     job = Job(folder, cfg, env, record)
     for name, told in (('stage', record['config']), ('env', env)):
-        write_text(folder/f'{name}.yaml', yaml.safe_dump(mask(told), sort_keys=False, allow_unicode=True))
-    if diff: write_text(folder/'code.diff', mask(diff))
+        write_text(
+            folder / f'{name}.yaml', yaml.safe_dump(mask(told), sort_keys=False, allow_unicode=True)
+        )
+    if diff:
+        write_text(folder / 'code.diff', mask(diff))
     job.write()
     return job
 
 # %% ../../nbs/lab/09_job.ipynb #1612564b
-def open_job(folder:Path) -> Job:
+def open_job(folder: Path) -> Job:
     "The job of an existing run folder, from its own stage.yaml and env.yaml."
     folder = Path(folder).resolve()
     record = read_run(folder)
-    stage_yaml = folder/'stage.yaml'
+    stage_yaml = folder / 'stage.yaml'
     cfg = fill(stage_module(record['stage']).Config, [(stage_yaml, read_yaml(stage_yaml))])
-    return Job(folder, cfg, read_yaml(folder/'env.yaml'), {k: v for k, v in record.items() if k != 'folder'})
+    return Job(
+        folder,
+        cfg,
+        read_yaml(folder / 'env.yaml'),
+        {k: v for k, v in record.items() if k != 'folder'},
+    )
 
 # %% ../../nbs/lab/09_job.ipynb #3a47f98d
-def claim(folder:Path):
+def claim(folder: Path):
     "Lock a run folder for this process, unless the process that started this one holds it; `LabError` if somebody else does."
     held = lock(folder)
-    if held is None and not any(holder(folder).startswith(f'process {p.pid} ') for p in psutil.Process().parents()):
+    if held is None and not any(
+        holder(folder).startswith(f'process {p.pid} ') for p in psutil.Process().parents()
+    ):
         raise LabError(f'{folder}: in use by {holder(folder)}')
     return held
 
-def start(stage:str, scale:str=None, run:str=None, changes:dict=None, campaign:str=None) -> Job:
+
+def start(
+    stage: str, scale: str = None, run: str = None, changes: dict = None, campaign: str = None
+) -> Job:
     "The job of a new run, or of the folder `run` that the runner prepared; its status is now `running`."
-    prepared = run and (root()/run/'run.json').exists()
-    job = open_job(root()/run) if prepared else prepare(stage, scale, campaign, changes, run)
+    prepared = run and (root() / run / 'run.json').exists()
+    job = open_job(root() / run) if prepared else prepare(stage, scale, campaign, changes, run)
     job.held = claim(job.folder)
     job.reload()
     if (job.stage, job.record['status']) != (stage, 'prepared'):
-        raise LabError(f"{run}: already used by {job.stage} ({job.record['status']}); a run folder is never used twice")
+        raise LabError(
+            f"{run}: already used by {job.stage} ({job.record['status']}); a run folder is never used twice"
+        )
     job.record |= {'status': 'running', 'owner': owner()}
     job.write()
     return job

@@ -6,7 +6,12 @@
 __all__ = ['launch_command', 'run_group', 'work_in_processes', 'launch']
 
 # %% ../../nbs/lab/10_launch.ipynb #4585d248
-import dataclasses, os, signal, subprocess, sys, time
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 from .config import LabError, lab_path, root
@@ -15,33 +20,63 @@ from .job import Job
 from .slurm import across_nodes
 
 # %% ../../nbs/lab/10_launch.ipynb #941ade5f
-def launch_command(job:Job) -> list:
+def launch_command(job: Job) -> list:
     "The `accelerate launch` command that works on a run folder with several processes."
-    config = lab_path('configs')/'accelerate'/f'{job.cfg.accelerate}.yaml'
-    if not config.exists(): raise LabError(f"no {config}; there are: {', '.join(sorted(p.stem for p in config.parent.glob('*.yaml')))}")
-    return across_nodes([sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(config), '--num_processes', str(job.cfg.processes),
-                         '-m', 'k2lab', 'work', str(job.folder)], os.environ)
+    config = lab_path('configs') / 'accelerate' / f'{job.cfg.accelerate}.yaml'
+    if not config.exists():
+        raise LabError(
+            f"no {config}; there are: {', '.join(sorted(p.stem for p in config.parent.glob('*.yaml')))}"
+        )
+    return across_nodes(
+        [
+            sys.executable,
+            '-m',
+            'accelerate.commands.launch',
+            '--config_file',
+            str(config),
+            '--num_processes',
+            str(job.cfg.processes),
+            '-m',
+            'k2lab',
+            'work',
+            str(job.folder),
+        ],
+        os.environ,
+    )
 
 # %% ../../nbs/lab/10_launch.ipynb #e2e107c1
-def run_group(command:list, log:Path) -> int:
+def run_group(command: list, log: Path) -> int:
     "The exit code of a command in a process group of its own, its output in `log`; when we are stopped, so is the group."
-    with open(log, 'a') as out: proc = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=root(), start_new_session=True)
-    try: return proc.wait()
+    with open(log, 'a') as out:
+        proc = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, cwd=root(), start_new_session=True
+        )
+    try:
+        return proc.wait()
     finally:
-        if proc.poll() is None: os.killpg(proc.pid, signal.SIGTERM)
+        if proc.poll() is None:
+            os.killpg(proc.pid, signal.SIGTERM)
 
 # %% ../../nbs/lab/10_launch.ipynb #7f9f5465
-def work_in_processes(job:Job):
+def work_in_processes(job: Job):
     "Let several processes do a stage's work; `LabError` if one of them failed."
-    code = run_group(launch_command(job), job.folder/'log.txt')
-    if code: raise LabError(f"the training processes ended with code {code}; see {job.folder/'log.txt'}")
+    code = run_group(launch_command(job), job.folder / 'log.txt')
+    if code:
+        raise LabError(
+            f"the training processes ended with code {code}; see {job.folder / 'log.txt'}"
+        )
     job.reload()
 
-def launch(work, job:Job):
+
+def launch(work, job: Job):
     "Do the stage's work: `work(job)` here, or by `cfg.processes` processes of `accelerate launch`, whose output goes to log.txt."
     began = time.monotonic()
-    with live_progress(job.folder/'metrics.jsonl', job.stage, watched=not job.record['by_runner']):
-        if dataclasses.asdict(job.cfg).get('processes', 1) <= 1: work(job)
-        else: work_in_processes(job)
+    with live_progress(
+        job.folder / 'metrics.jsonl', job.stage, watched=not job.record['by_runner']
+    ):
+        if dataclasses.asdict(job.cfg).get('processes', 1) <= 1:
+            work(job)
+        else:
+            work_in_processes(job)
     job.record['timings']['work_s'] = round(time.monotonic() - began, 3)
     job.write()

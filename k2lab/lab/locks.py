@@ -6,7 +6,15 @@
 __all__ = ['MARK', 'lock', 'holder', 'owning', 'carries', 'marked', 'reap', 'watch_parent', 'watcher', 'guarded']
 
 # %% ../../nbs/lab/04_locks.ipynb #33f96cae
-import contextlib, fcntl, json, os, signal, subprocess, sys, time, uuid
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
 from pathlib import Path
 
 import psutil
@@ -15,72 +23,105 @@ from .config import LabError
 from .provenance import owner
 
 # %% ../../nbs/lab/04_locks.ipynb #e62255d4
-def lock(folder:Path):
+def lock(folder: Path):
     "The open, locked `.owner` file of a folder, or None if another process holds it; `LabError` where nothing can be written."
-    try: file = open(Path(folder)/'.owner', 'a+', encoding='utf-8')
-    except OSError as e: raise LabError(f'{folder}: cannot write there ({e.strerror})') from None
-    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError: file.close(); return None
+    try:
+        file = open(Path(folder) / '.owner', 'a+', encoding='utf-8')
+    except OSError as e:
+        raise LabError(f'{folder}: cannot write there ({e.strerror})') from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
     file.truncate(0)
-    file.write(json.dumps(owner())); file.flush()
+    file.write(json.dumps(owner()))
+    file.flush()
     return file
 
-def holder(folder:Path) -> str:
+
+def holder(folder: Path) -> str:
     "Who holds a folder's lock, in words."
-    try: who = json.loads((Path(folder)/'.owner').read_text(encoding='utf-8'))
-    except (OSError, ValueError): return 'another process'
+    try:
+        who = json.loads((Path(folder) / '.owner').read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return 'another process'
     return f"process {who['pid']} on {who['host']}"
 
+
 @contextlib.contextmanager
-def owning(folder:Path):
+def owning(folder: Path):
     "Be the only owner of `folder` while the block runs; `LabError` naming the other one."
     file = lock(folder)
-    if file is None: raise LabError(f'{folder}: in use by {holder(folder)}; wait for it, or stop it first')
-    with file: yield
+    if file is None:
+        raise LabError(f'{folder}: in use by {holder(folder)}; wait for it, or stop it first')
+    with file:
+        yield
 
 # %% ../../nbs/lab/04_locks.ipynb #209e1615
 MARK = 'K2LAB_GUARD'
 
-def carries(process, mark:str) -> bool:
-    "Whether a process was started with this mark in its environment."
-    try: return process.environ().get(MARK) == mark
-    except psutil.Error: return False
 
-def marked(mark:str) -> list:
+def carries(process, mark: str) -> bool:
+    "Whether a process was started with this mark in its environment."
+    try:
+        return process.environ().get(MARK) == mark
+    except psutil.Error:
+        return False
+
+
+def marked(mark: str) -> list:
     "The living processes that carry a mark, this one left out."
     return [p for p in psutil.process_iter() if p.pid != os.getpid() and carries(p, mark)]
 
-def reap(mark:str, patience:float=0., limit:float=10.):
+
+def reap(mark: str, patience: float = 0.0, limit: float = 10.0):
     "Kill every process that carries the mark, after `patience` seconds to end by themselves; waits until they are gone."
     began = time.monotonic()
-    while (left := [p for p in marked(mark) if p.status() != psutil.STATUS_ZOMBIE]) and time.monotonic() - began < limit:
+    while (
+        left := [p for p in marked(mark) if p.status() != psutil.STATUS_ZOMBIE]
+    ) and time.monotonic() - began < limit:
         if time.monotonic() - began >= patience:
             for p in left:
-                with contextlib.suppress(psutil.Error): p.kill()
-        time.sleep(.05)
+                with contextlib.suppress(psutil.Error):
+                    p.kill()
+        time.sleep(0.05)
 
 # %% ../../nbs/lab/04_locks.ipynb #b05710e3
-def watch_parent(mark:str):
+def watch_parent(mark: str):
     "Wait for the end of standard input, then kill what carries the mark: the work of the watcher process."
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     sys.stdin.read()
     reap(mark)
 
-def watcher(mark:str):
+
+def watcher(mark: str):
     "A started watcher process; it acts when this process ends or closes its `stdin`."
     plain = {k: v for k, v in os.environ.items() if k != MARK}
-    return subprocess.Popen([sys.executable, '-c', f'from {__name__} import watch; watch({mark!r})'], stdin=subprocess.PIPE,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=plain)
+    return subprocess.Popen(
+        [sys.executable, '-c', f'from {__name__} import watch; watch({mark!r})'],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=plain,
+    )
+
 
 @contextlib.contextmanager
-def guarded(patience:float=2.):
+def guarded(patience: float = 2.0):
     "Whatever is started in the block, by whatever detour, is gone when the block or this process ends."
     mark, outer = uuid.uuid4().hex, os.environ.get(MARK)
     guard = watcher(mark)
     os.environ[MARK] = mark
-    try: yield mark
+    try:
+        yield mark
     finally:
-        if outer is None: del os.environ[MARK]
-        else: os.environ[MARK] = outer
+        if outer is None:
+            del os.environ[MARK]
+        else:
+            os.environ[MARK] = outer
         reap(mark, patience)
-        guard.stdin.close(); guard.wait()
+        guard.stdin.close()
+        guard.wait()

@@ -6,86 +6,146 @@
 __all__ = ['HUB_ID', 'open_place', 'at_commit', 'data_sha256', 'commands', 'maker', 'missing_parent', 'parent_of', 'place_of']
 
 # %% ../../nbs/lab/07_names.ipynb #4cf108b6
-import hashlib, re
+import hashlib
+import re
 from importlib.resources import files
 from pathlib import Path
 
 from .config import LabError, did_you_mean, lab_path, one_of, read_yaml, root, stage_names
-from .files import as_json, inventory, check_published
+from .files import as_json, check_published, inventory
 from .records import find_run, read_run, saved_by
 
 # %% ../../nbs/lab/07_names.ipynb #25d4c606
-HUB_ID = re.compile(r'(?!\.)[\w.-]+/[\w.-]+(@[\w.-]+)?(?<!\.jsonl)(?<!\.gz)(?<!\.txt)')      # org/name or org/name@revision
+HUB_ID = re.compile(
+    r'(?!\.)[\w.-]+/[\w.-]+(@[\w.-]+)?(?<!\.jsonl)(?<!\.gz)(?<!\.txt)'
+)  # org/name or org/name@revision
 
-def open_place(name:str, place:str):
+
+def open_place(name: str, place: str):
     "What a place of env.yaml stands for: a path, or a hub id or `smoke:` model as it is; `LabError` when there is nothing."
     kind, _, rest = place.partition(':')
-    if kind == 'smoke': return place
-    path = Path(str(files('k2lab')/'data'/rest)) if kind == 'builtin' else root()/Path(place).expanduser()
-    if path.exists(): return path
-    if HUB_ID.fullmatch(place): return place
+    if kind == 'smoke':
+        return place
+    path = (
+        Path(str(files('k2lab') / 'data' / rest))
+        if kind == 'builtin'
+        else root() / Path(place).expanduser()
+    )
+    if path.exists():
+        return path
+    if HUB_ID.fullmatch(place):
+        return place
     raise LabError(f"configs/env.yaml: '{name}' leads to {place}, and there is nothing there")
 
-def at_commit(place:str) -> str:
+
+def at_commit(place: str) -> str:
     "A hub id with the commit that it stands for in the hub's cache; what is not in the cache, and a `smoke:` model, as it is."
-    if place.startswith('smoke:'): return place
+    if place.startswith('smoke:'):
+        return place
     from huggingface_hub import try_to_load_from_cache
+
     repo, _, revision = place.partition('@')
     config = try_to_load_from_cache(repo, 'config.json', revision=revision or None)
     return f'{repo}@{Path(config).parent.name}' if isinstance(config, str) else place
 
+
 def data_sha256(place) -> str:
     "One hash over a file, or a folder's files; None for a hub id, and for more than 2 GiB."
-    found = [p for p in (place.rglob('*') if place.is_dir() else [place]) if p.is_file()] if isinstance(place, Path) else []
-    if not found or sum(p.stat().st_size for p in found) > 2**31: return None
+    found = (
+        [p for p in (place.rglob('*') if place.is_dir() else [place]) if p.is_file()]
+        if isinstance(place, Path)
+        else []
+    )
+    if not found or sum(p.stat().st_size for p in found) > 2**31:
+        return None
     return hashlib.sha256(as_json(inventory([place]), sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/lab/07_names.ipynb #c265823a
 def commands() -> list:
     "`(what is saved, the command that makes it)` for the steps of configs/pipeline.yaml and for every stage file."
-    path = lab_path('configs')/'pipeline.yaml'
+    path = lab_path('configs') / 'pipeline.yaml'
     steps = (read_yaml(path).get('steps') or []) if path.exists() else []
-    made = [(s.get('saves'), ' '.join([s['stage'], *(f'{k}={v}' for k, v in (s.get('changes') or {}).items())])) for s in steps]
-    stages = ((s, lab_path('configs')/f'{s}.yaml') for s in stage_names())
+    made = [
+        (
+            s.get('saves'),
+            ' '.join([s['stage'], *(f'{k}={v}' for k, v in (s.get('changes') or {}).items())]),
+        )
+        for s in steps
+    ]
+    stages = ((s, lab_path('configs') / f'{s}.yaml') for s in stage_names())
     return made + [(read_yaml(f).get('saves'), s) for s, f in stages if f.exists()]
 
 # %% ../../nbs/lab/07_names.ipynb #f4f50396
-def maker(name:str) -> str:
+def maker(name: str) -> str:
     "The command that makes `name`, such as `prepare_corpus mode=domain`, or an empty string."
-    return next((command for saves, command in commands() if saves and (name in saves if isinstance(saves, list) else name == saves)), '')
+    return next(
+        (
+            command
+            for saves, command in commands()
+            if saves and (name in saves if isinstance(saves, list) else name == saves)
+        ),
+        '',
+    )
 
 # %% ../../nbs/lab/07_names.ipynb #64f1874c
-def missing_parent(name:str, job) -> LabError:
+def missing_parent(name: str, job) -> LabError:
     "The `LabError` for a name that leads nowhere."
     made = maker(name)
-    if made: return LabError(f"'{name}' is not there yet at {job.scale}: run `k2lab {made} --scale {job.scale} --campaign {job.campaign}` first")
+    if made:
+        return LabError(
+            f"'{name}' is not there yet at {job.scale}: run `k2lab {made} --scale {job.scale} --campaign {job.campaign}` first"
+        )
     known = sorted({*job.env['models'], *job.env['data']})
-    return LabError(f"unknown name '{name}'{did_you_mean(name, known)}; known at {job.scale}: {', '.join(known)}")
+    return LabError(
+        f"unknown name '{name}'{did_you_mean(name, known)}; known at {job.scale}: {', '.join(known)}"
+    )
 
 # %% ../../nbs/lab/07_names.ipynb #b418f81d
-def parent_of(job, name:str) -> dict:
+def parent_of(job, name: str) -> dict:
     "What a name means to a job: `{'name', 'campaign', 'run', 'place', 'sha256'}`, one of `run` and `place` being None."
     bare, _, run = name.partition('@')
     alone = (job.campaign, job.scale) == ('scratch', 'smoke')
     here = f'{job.campaign}/{run}'
-    if run: folder = find_run(here if (lab_path('runs')/here).exists() else run)
-    else: folder = None if alone else saved_by(job.folder.parent, bare, job.scale)
+    if run:
+        folder = find_run(here if (lab_path('runs') / here).exists() else run)
+    else:
+        folder = None if alone else saved_by(job.folder.parent, bare, job.scale)
     place = {**job.env['models'], **job.env['data']}.get(bare)
-    if not folder and place is None: raise missing_parent(bare, job)
+    if not folder and place is None:
+        raise missing_parent(bare, job)
     if not folder:
         opened = open_place(bare, place)
-        return {'name': name, 'campaign': None, 'run': None, 'place': at_commit(opened) if isinstance(opened, str) else place, 'sha256': data_sha256(opened)}
+        return {
+            'name': name,
+            'campaign': None,
+            'run': None,
+            'place': at_commit(opened) if isinstance(opened, str) else place,
+            'sha256': data_sha256(opened),
+        }
     saves = read_run(folder)['saves']
-    return {'name': name, 'campaign': folder.parent.name, 'run': folder.name, 'place': None, 'sha256': saves[one_of('name', bare, saves, folder.name)]['sha256']}
+    return {
+        'name': name,
+        'campaign': folder.parent.name,
+        'run': folder.name,
+        'place': None,
+        'sha256': saves[one_of('name', bare, saves, folder.name)]['sha256'],
+    }
 
-def place_of(parent:dict):
+
+def place_of(parent: dict):
     "The path (or hub id) a parent stands for; `LabError` if its content is not what the run read before."
     name = parent['name'].partition('@')[0]
     if not parent['run']:
         place = open_place(name, parent['place'])
-        if parent['sha256'] and isinstance(place, Path) and data_sha256(place) != parent['sha256']: raise LabError(f"{name}: {place} has changed since this run read it")
+        if parent['sha256'] and isinstance(place, Path) and data_sha256(place) != parent['sha256']:
+            raise LabError(f"{name}: {place} has changed since this run read it")
         return place
-    folder = lab_path('runs')/parent['campaign']/parent['run']
-    why = check_published(folder, name) or ('' if read_run(folder)['saves'].get(name, {}).get('sha256') == parent['sha256'] else f'{name} is another one than this run read')
-    if why: raise LabError(f"{folder}: {why}")
-    return folder/read_run(folder)['saves'][name]['path']
+    folder = lab_path('runs') / parent['campaign'] / parent['run']
+    why = check_published(folder, name) or (
+        ''
+        if read_run(folder)['saves'].get(name, {}).get('sha256') == parent['sha256']
+        else f'{name} is another one than this run read'
+    )
+    if why:
+        raise LabError(f"{folder}: {why}")
+    return folder / read_run(folder)['saves'][name]['path']

@@ -7,7 +7,16 @@ __all__ = ['PACKAGES', 'versions', 'cpu_name', 'hardware', 'git', 'stages_folder
            'is_alive', 'own_peak', 'peak_gib']
 
 # %% ../../nbs/lab/03_provenance.ipynb #157b13c7
-import contextlib, hashlib, os, platform, re, resource, shutil, socket, subprocess, sys
+import contextlib
+import hashlib
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -15,15 +24,29 @@ import psutil
 from .config import root, setting
 
 # %% ../../nbs/lab/03_provenance.ipynb #3d0c5463
-PACKAGES = ('k2lab', 'torch', 'transformers', 'trl', 'peft', 'datasets', 'accelerate', 'tokenizers', 'numpy', 'papermill', 'nbdev')
+PACKAGES = (
+    'k2lab',
+    'torch',
+    'transformers',
+    'trl',
+    'peft',
+    'datasets',
+    'accelerate',
+    'tokenizers',
+    'numpy',
+    'papermill',
+    'nbdev',
+)
 
 # %% ../../nbs/lab/03_provenance.ipynb #7ecd31fc
 def versions() -> dict:
     "Python's and the key packages' versions, without importing any of them."
     from importlib.metadata import PackageNotFoundError, version
+
     found = {'python': platform.python_version()}
     for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError): found[name] = version(name)
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
     return found
 
 # %% ../../nbs/lab/03_provenance.ipynb #9e1ce788
@@ -31,55 +54,92 @@ def cpu_name() -> str:
     "The processor's model, or its architecture where the system does not tell."
     info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')), platform.processor() or platform.machine())
+    return next(
+        (line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')),
+        platform.processor() or platform.machine(),
+    )
 
 # %% ../../nbs/lab/03_provenance.ipynb #15e68206
 def hardware() -> dict:
     "The processor, its usable cores, memory in GiB and the system."
     cores = len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count()
-    return {'cpu': cpu_name(), 'cores': cores, 'memory_gib': round(psutil.virtual_memory().total / 2**30, 1), 'system': platform.platform()}
+    return {
+        'cpu': cpu_name(),
+        'cores': cores,
+        'memory_gib': round(psutil.virtual_memory().total / 2**30, 1),
+        'system': platform.platform(),
+    }
 
 # %% ../../nbs/lab/03_provenance.ipynb #5296540c
 def git(*args) -> str:
     "What git prints for `args` in the lab's root, empty where there is no git or no repository."
-    if not shutil.which('git'): return ''
-    return subprocess.run(['git', '-C', str(root()), *args], capture_output=True, text=True, errors='replace').stdout
+    if not shutil.which('git'):
+        return ''
+    return subprocess.run(
+        ['git', '-C', str(root()), *args], capture_output=True, text=True, errors='replace'
+    ).stdout
 
 # %% ../../nbs/lab/03_provenance.ipynb #d5cb023b
 def stages_folder() -> Path:
     "Where the stages' package lies."
     from importlib.util import find_spec
+
     return Path(find_spec(setting('lab', 'package')).origin).parent
+
 
 def sources_sha256() -> str:
     "One hash of all Python files of the package, names and contents."
     digest, home = hashlib.sha256(), stages_folder()
     for p in sorted(home.rglob('*.py')):
-        if p.name != '_modidx.py': digest.update(f'{p.relative_to(home)}\0'.encode() + p.read_bytes())
+        if p.name != '_modidx.py':
+            digest.update(f'{p.relative_to(home)}\0'.encode() + p.read_bytes())
     return digest.hexdigest()
+
 
 def code_state() -> tuple:
     "`({'commit', 'dirty', 'untracked', 'sources_sha256'}, the difference to the commit as text)`."
-    diff, new = git('diff', 'HEAD'), git('ls-files', '--others', '--exclude-standard').split('\n')[:-1]
-    return {'commit': git('rev-parse', 'HEAD').strip() or None, 'dirty': bool(diff or new), 'untracked': new, 'sources_sha256': sources_sha256()}, diff
+    diff, new = (
+        git('diff', 'HEAD'),
+        git('ls-files', '--others', '--exclude-standard').split('\n')[:-1],
+    )
+    return {
+        'commit': git('rev-parse', 'HEAD').strip() or None,
+        'dirty': bool(diff or new),
+        'untracked': new,
+        'sources_sha256': sources_sha256(),
+    }, diff
 
 # %% ../../nbs/lab/03_provenance.ipynb #54513093
 def owner() -> dict:
     "This process: `{'pid', 'born', 'host'}`."
-    return {'pid': os.getpid(), 'born': psutil.Process().create_time(), 'host': socket.gethostname()}
+    return {
+        'pid': os.getpid(),
+        'born': psutil.Process().create_time(),
+        'host': socket.gethostname(),
+    }
 
 # %% ../../nbs/lab/03_provenance.ipynb #533863f0
-def is_alive(who:dict) -> bool:
+def is_alive(who: dict) -> bool:
     "Whether the process `who` still runs; one on another machine is believed to, a dead one that nobody has fetched (a zombie) is not."
-    if who['host'] != socket.gethostname(): return True
-    try: process = psutil.Process(who['pid']); return abs(process.create_time() - who['born']) < 1 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error: return False
+    if who['host'] != socket.gethostname():
+        return True
+    try:
+        process = psutil.Process(who['pid'])
+        return (
+            abs(process.create_time() - who['born']) < 1
+            and process.status() != psutil.STATUS_ZOMBIE
+        )
+    except psutil.Error:
+        return False
 
 # %% ../../nbs/lab/03_provenance.ipynb #7fa1ff61
 def own_peak() -> int:
     "The most memory this process has held so far, in getrusage's unit; on Linux without what its parent held before it, with which getrusage begins."
-    try: return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])
-    except (OSError, TypeError): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])
+    except (OSError, TypeError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
 
 def peak_gib() -> float:
     "The most memory this process or one of its children has held so far, in GiB."

@@ -7,7 +7,10 @@ __all__ = ['RUN_NAME', 'OLD_LINES', 'new_folder', 'check_campaign', 'read_record
            'read_or_say', 'find_run', 'saved_by', 'lacks', 'drop_resume_files']
 
 # %% ../../nbs/lab/06_records.ipynb #48a0e45c
-import json, re, shutil, socket
+import json
+import re
+import shutil
+import socket
 from datetime import date
 from pathlib import Path
 
@@ -18,96 +21,156 @@ from .provenance import is_alive
 
 # %% ../../nbs/lab/06_records.ipynb #d56454aa
 RUN_NAME = re.compile(r'\.?(\d{4}-\d\d-\d\d)\.(\d+)(?:-(\w+))?')
-OLD_LINES = '.metrics.before.jsonl'      # what was logged before a resume
+OLD_LINES = '.metrics.before.jsonl'  # what was logged before a resume
 
 # %% ../../nbs/lab/06_records.ipynb #1dde1e46
-def new_folder(stage:str, campaign:str) -> Path:
+def new_folder(stage: str, campaign: str) -> Path:
     "Create and return `runs/<campaign>/<day>.<n>-<stage>`; no two callers ever get the same number."
-    home, day = lab_path('runs')/campaign, date.today().isoformat()
+    home, day = lab_path('runs') / campaign, date.today().isoformat()
     home.mkdir(parents=True, exist_ok=True)
     found = (RUN_NAME.fullmatch(p.name) for p in home.iterdir())
     n = max((int(m[2]) for m in found if m and m[1] == day), default=0)
     while True:
         n += 1
-        claim = home/f'.{day}.{n}'
-        try: claim.mkdir()
-        except FileExistsError: continue
-        if any(home.glob(f'{day}.{n}-*')): claim.rmdir()      # its owner renamed the claim after we had counted
-        else: return claim.rename(home/f'{day}.{n}-{stage}')
+        claim = home / f'.{day}.{n}'
+        try:
+            claim.mkdir()
+        except FileExistsError:
+            continue
+        if any(home.glob(f'{day}.{n}-*')):
+            claim.rmdir()  # its owner renamed the claim after we had counted
+        else:
+            return claim.rename(home / f'{day}.{n}-{stage}')
 
 # %% ../../nbs/lab/06_records.ipynb #4707abef
-def check_campaign(name:str) -> str:
+def check_campaign(name: str) -> str:
     "`name` if it can name a folder, else a `LabError`."
-    if re.fullmatch(r'[A-Za-z0-9][\w.-]*', name): return name
-    raise LabError(f"campaign '{name}': use letters, digits, '-', '_' and '.', starting with a letter or digit")
+    if re.fullmatch(r'[A-Za-z0-9][\w.-]*', name):
+        return name
+    raise LabError(
+        f"campaign '{name}': use letters, digits, '-', '_' and '.', starting with a letter or digit"
+    )
 
 # %% ../../nbs/lab/06_records.ipynb #be14b5d7
-def read_record(folder:Path) -> dict:
+def read_record(folder: Path) -> dict:
     "The content of run.json; `LabError` if it is missing or damaged."
-    try: return json.loads((Path(folder)/'run.json').read_text(encoding='utf-8'))
-    except FileNotFoundError: raise LabError(f'{folder}: no run there (it has no run.json)') from None
-    except ValueError as e: raise LabError(f'{folder}/run.json: damaged ({e}); the record is written whole or not at all, so something else wrote there') from None
+    try:
+        return json.loads((Path(folder) / 'run.json').read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise LabError(f'{folder}: no run there (it has no run.json)') from None
+    except ValueError as e:
+        raise LabError(
+            f'{folder}/run.json: damaged ({e}); the record is written whole or not at all, so something else wrote there'
+        ) from None
 
-def abandoned(folder:Path, record:dict) -> bool:
+
+def abandoned(folder: Path, record: dict) -> bool:
     "Whether nobody works on an unfinished run any more: its process is gone, or on another machine its lock is free."
-    if record['status'] not in ('prepared', 'running') or (record['status'] == 'prepared' and 'slurm' in record): return False
-    if is_alive(record['owner']): return record['owner']['host'] != socket.gethostname() and lock(folder) is not None
+    if record['status'] not in ('prepared', 'running') or (
+        record['status'] == 'prepared' and 'slurm' in record
+    ):
+        return False
+    if is_alive(record['owner']):
+        return record['owner']['host'] != socket.gethostname() and lock(folder) is not None
     return True
 
-def read_run(folder:Path) -> dict:
+
+def read_run(folder: Path) -> dict:
     "A run's record with its `folder`; one whose owner died while it was running reads as interrupted."
     record = read_record(folder)
-    if abandoned(folder, record): record |= {'status': 'interrupted', 'reason': 'its process is gone'}
+    if abandoned(folder, record):
+        record |= {'status': 'interrupted', 'reason': 'its process is gone'}
     return record | {'folder': str(folder)}
 
 # %% ../../nbs/lab/06_records.ipynb #f49e1506
-def run_order(folder:Path) -> tuple:
+def run_order(folder: Path) -> tuple:
     "A key that sorts run folders by campaign, day and number."
     m = RUN_NAME.fullmatch(folder.name)
     return (folder.parent.name, m[1], int(m[2])) if m else (folder.parent.name, folder.name, 0)
 
 # %% ../../nbs/lab/06_records.ipynb #09500075
-def runs(campaign:str=None) -> list:
+def runs(campaign: str = None) -> list:
     "The records of all runs of a campaign, or of every campaign, oldest first; one with a damaged record has the status `unreadable`."
     found = lab_path('runs').glob(f"{campaign or '*'}/*/run.json")
-    return [read_or_say(f) for f in sorted((p.parent for p in found if not p.parent.name.startswith('.')), key=run_order)]
+    return [
+        read_or_say(f)
+        for f in sorted(
+            (p.parent for p in found if not p.parent.name.startswith('.')), key=run_order
+        )
+    ]
 
-def read_or_say(folder:Path) -> dict:
+
+def read_or_say(folder: Path) -> dict:
     "`read_run`, or a record that says only that it could not be read."
-    try: return read_run(folder)
+    try:
+        return read_run(folder)
     except LabError as e:
         named = RUN_NAME.fullmatch(folder.name)
-        return {'folder': str(folder), 'campaign': folder.parent.name, 'stage': named[3] if named else '', 'scale': '', 'seed': None, 'status': 'unreadable',
-                'reason': str(e), 'config': {}, 'saves': {}, 'parents': [], 'metrics': [], 'checks': []}
+        return {
+            'folder': str(folder),
+            'campaign': folder.parent.name,
+            'stage': named[3] if named else '',
+            'scale': '',
+            'seed': None,
+            'status': 'unreadable',
+            'reason': str(e),
+            'config': {},
+            'saves': {},
+            'parents': [],
+            'metrics': [],
+            'checks': [],
+        }
 
 # %% ../../nbs/lab/06_records.ipynb #66fc2c73
-def find_run(name:str) -> Path:
+def find_run(name: str) -> Path:
     "A run's folder by its path, by `campaign/run`, or by its name if only one campaign has it; `LabError` with the nearest names otherwise."
-    for path in (Path(name), root()/name, lab_path('runs')/name):
-        if (path/'run.json').exists(): return path.resolve()
+    for path in (Path(name), root() / name, lab_path('runs') / name):
+        if (path / 'run.json').exists():
+            return path.resolve()
     folders = [Path(r['folder']) for r in runs()]
     same = [f for f in folders if f.name == name]
-    if len(same) == 1: return same[0]
-    if same: raise LabError(f"'{name}' is in {len(same)} campaigns; say which: {', '.join(f'{f.parent.name}/{f.name}' for f in same)}")
-    raise LabError(f"no run '{name}'{did_you_mean(name, [f.name for f in folders])}; `k2lab runs` lists them")
+    if len(same) == 1:
+        return same[0]
+    if same:
+        raise LabError(
+            f"'{name}' is in {len(same)} campaigns; say which: {', '.join(f'{f.parent.name}/{f.name}' for f in same)}"
+        )
+    raise LabError(
+        f"no run '{name}'{did_you_mean(name, [f.name for f in folders])}; `k2lab runs` lists them"
+    )
 
 # %% ../../nbs/lab/06_records.ipynb #9b9d1423
-def saved_by(home:Path, name:str, scale:str) -> Path:
+def saved_by(home: Path, name: str, scale: str) -> Path:
     "The newest complete run in the campaign folder `home` that saved `name` at this scale, or None."
     for folder in sorted((p.parent for p in home.glob('*/run.json')), key=run_order, reverse=True):
         record = read_run(folder)
-        if record['status'] == 'complete' and record['scale'] == scale and name in record['saves'] and not check_published(folder, name): return folder
+        if (
+            record['status'] == 'complete'
+            and record['scale'] == scale
+            and name in record['saves']
+            and not check_published(folder, name)
+        ):
+            return folder
     return None
 
 # %% ../../nbs/lab/06_records.ipynb #354a2f0a
-def lacks(folder:Path, record:dict) -> str:
+def lacks(folder: Path, record: dict) -> str:
     "The first reason why a run is not complete, or an empty string: closing record, checks, manifests with their hashes."
-    if not record.get('closed'): return 'job.finish() was never reached'
-    failed = [f"{c['name']} ({c['detail']})" if c['detail'] else c['name'] for c in record['checks'] if not c['ok']]
-    if failed: return f"failed checks: {'; '.join(failed)}"
-    return next(filter(None, (check_published(folder, name, deep=True) for name in record['saves'])), '')
+    if not record.get('closed'):
+        return 'job.finish() was never reached'
+    failed = [
+        f"{c['name']} ({c['detail']})" if c['detail'] else c['name']
+        for c in record['checks']
+        if not c['ok']
+    ]
+    if failed:
+        return f"failed checks: {'; '.join(failed)}"
+    return next(
+        filter(None, (check_published(folder, name, deep=True) for name in record['saves'])), ''
+    )
 
-def drop_resume_files(folder:Path):
+
+def drop_resume_files(folder: Path):
     "Remove from a complete run what it would have needed to be resumed."
-    shutil.rmtree(folder/'trainer', ignore_errors=True)
-    (folder/OLD_LINES).unlink(missing_ok=True)
+    shutil.rmtree(folder / 'trainer', ignore_errors=True)
+    (folder / OLD_LINES).unlink(missing_ok=True)

@@ -7,31 +7,44 @@ __all__ = ['TIMED', 'KEPT', 'inputs', 'dotted', 'results', 'differences', 'here'
            'resume', 'prepare_again', 'content_now', 'reproduce', 'with_env']
 
 # %% ../../nbs/lab/12_reproduce.ipynb #2bd1a5b1
-import shutil, time
+import shutil
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
 from .checkpoint import set_aside
 from .config import LabError, lab_path, read_yaml
 from .files import as_json, read_lines, write_text
-from .locks import owning
 from .job import Job, open_job
+from .locks import owning
 from .names import data_sha256, open_place
-from .records import OLD_LINES, check_campaign, find_run, new_folder, read_record, read_run
 from .provenance import code_state, hardware, owner, versions
+from .records import OLD_LINES, check_campaign, find_run, new_folder, read_record, read_run
 from .runner import checked_notebook, perform
 
 # %% ../../nbs/lab/12_reproduce.ipynb #3e84805c
-def inputs(record:dict) -> dict:
+def inputs(record: dict) -> dict:
     "`{(kind, name): value}` of what went into a run, kinds in the order of suspicion."
     code, told = record['code'], {k: v for k, v in record['config'].items() if k != 'seed'}
-    groups = {'code': {'sources': code.get('sources_sha256') or code['commit'], 'stage': record['stage']},
-              'data': {p['name'].partition('@')[0]: p.get('sha256') or p['run'] or p['place'] for p in record['parents']},
-              'parameter': {'scale': record['scale'], **dotted(told), **dotted(record.get('env', {}), 'env')}, 'seed': {'seed': record['seed']},
-              'package version': record['versions'], 'hardware': record['hardware']}
+    groups = {
+        'code': {'sources': code.get('sources_sha256') or code['commit'], 'stage': record['stage']},
+        'data': {
+            p['name'].partition('@')[0]: p.get('sha256') or p['run'] or p['place']
+            for p in record['parents']
+        },
+        'parameter': {
+            'scale': record['scale'],
+            **dotted(told),
+            **dotted(record.get('env', {}), 'env'),
+        },
+        'seed': {'seed': record['seed']},
+        'package version': record['versions'],
+        'hardware': record['hardware'],
+    }
     return {(kind, name): value for kind, group in groups.items() for name, value in group.items()}
 
-def dotted(told:dict, head:str='') -> dict:
+
+def dotted(told: dict, head: str = '') -> dict:
     "Nested dictionaries as one with dotted names."
     out = {}
     for k, v in told.items():
@@ -42,55 +55,123 @@ def dotted(told:dict, head:str='') -> dict:
 # %% ../../nbs/lab/12_reproduce.ipynb #9e2ebb75
 TIMED = ('seconds', 'tokens_s', 'generate_tokens_s', 'wall_s', 'peak_gib')
 
-def results(record:dict) -> dict:
+
+def results(record: dict) -> dict:
     "`{(kind, name): value}` of what came out of a run and should come out again."
     found = {}
     for i, m in enumerate(record['metrics']):
-        if m['measure'] not in TIMED: found |= {('measure', f"{m['measure']}[{i}].{k}"): m.get(k) for k in ('before', 'after', 'low', 'high', 'n')}
-    for phase, told in record.get('training', {}).items(): found |= {('training', f'{phase}.{k}'): v for k, v in dotted(told).items() if k not in TIMED}
+        if m['measure'] not in TIMED:
+            found |= {
+                ('measure', f"{m['measure']}[{i}].{k}"): m.get(k)
+                for k in ('before', 'after', 'low', 'high', 'n')
+            }
+    for phase, told in record.get('training', {}).items():
+        found |= {
+            ('training', f'{phase}.{k}'): v for k, v in dotted(told).items() if k not in TIMED
+        }
     return found | {('weights', name): s['sha256'] for name, s in record['saves'].items()}
 
-def differences(a:dict, b:dict) -> list:
+
+def differences(a: dict, b: dict) -> list:
     "`[(kind, name, value in a, value in b)]` where two dictionaries of `inputs` or `results` differ, in their order."
-    return [(*key, a.get(key), b.get(key)) for key in [*a, *(k for k in b if k not in a)] if a.get(key) != b.get(key)]
+    return [
+        (*key, a.get(key), b.get(key))
+        for key in [*a, *(k for k in b if k not in a)]
+        if a.get(key) != b.get(key)
+    ]
 
 # %% ../../nbs/lab/12_reproduce.ipynb #dfc60553
-KEPT = ('stage', 'scale', 'campaign', 'seed', 'started', 'by_runner', 'changes', 'config', 'code', 'versions', 'hardware', 'reproduces', 'slurm')
+KEPT = (
+    'stage',
+    'scale',
+    'campaign',
+    'seed',
+    'started',
+    'by_runner',
+    'changes',
+    'config',
+    'code',
+    'versions',
+    'hardware',
+    'reproduces',
+    'slurm',
+)
+
 
 def here() -> dict:
     "The inputs that a resumed run takes from where it runs now."
     return {'code': code_state()[0], 'versions': versions(), 'hardware': hardware()}
 
-def attempt_record(record:dict, told:list) -> dict:
+
+def attempt_record(record: dict, told: list) -> dict:
     "What an unfinished attempt leaves in the record of the run."
     now = inputs(record | here())
-    return {'ended': record['status'], 'reason': record['reason'], 'wall_s': record.get('wall_s'), 'resumed': datetime.now(timezone.utc).isoformat(timespec='seconds'),
-            'set_aside': told, 'differs': [f'{kind} {name}: {a} -> {b}' for kind, name, a, b in differences(inputs(record), now)]}
+    return {
+        'ended': record['status'],
+        'reason': record['reason'],
+        'wall_s': record.get('wall_s'),
+        'resumed': datetime.now(timezone.utc).isoformat(timespec='seconds'),
+        'set_aside': told,
+        'differs': [
+            f'{kind} {name}: {a} -> {b}' for kind, name, a, b in differences(inputs(record), now)
+        ],
+    }
 
-def clear_attempt(folder:Path):
+
+def clear_attempt(folder: Path):
     "Remove what an attempt left half done, and keep its log of steps for the phases that go on."
-    lines = ''.join(as_json(row) + '\n' for name in (OLD_LINES, 'metrics.jsonl') for row in read_lines(folder/name))
-    write_text(folder/OLD_LINES, lines)
-    for name in ('metrics.jsonl', 'samples.jsonl', 'rows.json', '.notebook.ipynb'): (folder/name).unlink(missing_ok=True)
-    for part in folder.glob('.*.part'): shutil.rmtree(part) if part.is_dir() else part.unlink()
+    lines = ''.join(
+        as_json(row) + '\n'
+        for name in (OLD_LINES, 'metrics.jsonl')
+        for row in read_lines(folder / name)
+    )
+    write_text(folder / OLD_LINES, lines)
+    for name in ('metrics.jsonl', 'samples.jsonl', 'rows.json', '.notebook.ipynb'):
+        (folder / name).unlink(missing_ok=True)
+    for part in folder.glob('.*.part'):
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
 
-def reopen(folder:Path) -> Job:
+
+def reopen(folder: Path) -> Job:
     "The job of an unfinished run folder, prepared to be executed again; its lock must be held."
     record = read_record(folder)
-    if record['status'] == 'complete': raise LabError(f'{folder.name}: complete already, there is nothing to resume')
+    if record['status'] == 'complete':
+        raise LabError(f'{folder.name}: complete already, there is nothing to resume')
     first = record['status'] == 'prepared' and not record.get('attempts')
-    if record['status'] == 'running': record |= {'status': 'interrupted', 'reason': 'its process is gone'}
-    told = set_aside(folder/'trainer')
+    if record['status'] == 'running':
+        record |= {'status': 'interrupted', 'reason': 'its process is gone'}
+    told = set_aside(folder / 'trainer')
     clear_attempt(folder)
     pins = {p['name']: p for p in record.get('pins', []) + record['parents']}
-    fresh = {'status': 'prepared', 'reason': '', 'owner': owner(), 'parents': [], 'pins': list(pins.values()), 'saves': {}, 'metrics': [], 'checks': [], 'timings': {},
-             'attempts': record.get('attempts', []) + ([] if first else [attempt_record(record, told)])}
-    write_text(folder/'run.json', as_json({**{k: record[k] for k in KEPT if k in record}, 'by_runner': True, **fresh}, indent=1) + '\n')
+    fresh = {
+        'status': 'prepared',
+        'reason': '',
+        'owner': owner(),
+        'parents': [],
+        'pins': list(pins.values()),
+        'saves': {},
+        'metrics': [],
+        'checks': [],
+        'timings': {},
+        'attempts': record.get('attempts', []) + ([] if first else [attempt_record(record, told)]),
+    }
+    write_text(
+        folder / 'run.json',
+        as_json(
+            {**{k: record[k] for k in KEPT if k in record}, 'by_runner': True, **fresh}, indent=1
+        )
+        + '\n',
+    )
     return open_job(folder)
 
-def resume(name:str, on_progress=None) -> Path:
+
+def resume(name: str, on_progress=None) -> Path:
     "Go on with an unfinished run and return its folder, complete or not; `LabError` if it is complete, or somebody is at work on it."
-    began, folder, on_progress = time.monotonic(), find_run(str(name)), on_progress or (lambda row: None)
+    began, folder, on_progress = (
+        time.monotonic(),
+        find_run(str(name)),
+        on_progress or (lambda row: None),
+    )
     with owning(folder):
         job = reopen(folder)
         path = checked_notebook(job.stage)
@@ -98,33 +179,70 @@ def resume(name:str, on_progress=None) -> Path:
         return perform(job, path, began, on_progress)
 
 # %% ../../nbs/lab/12_reproduce.ipynb #d1323f6b
-def prepare_again(folder:Path) -> Job:
+def prepare_again(folder: Path) -> Job:
     "A new run folder that is told what the run in `folder` was, and pinned to the parents it had; they need not be unchanged."
     old = read_run(folder)
     new = new_folder(old['stage'], check_campaign(f"{old['campaign']}-again"))
-    for name in ('stage.yaml', 'env.yaml'): shutil.copy(folder/name, new/name)
+    for name in ('stage.yaml', 'env.yaml'):
+        shutil.copy(folder / name, new / name)
     pins = [p | {'sha256': content_now(p)} for p in old['parents']]
-    record = {k: old[k] for k in KEPT if k in old and k != 'slurm'} | here() | {'campaign': new.parent.name, 'status': 'prepared', 'reason': '', 'owner': owner(), 'by_runner': True,
-              'started': datetime.now(timezone.utc).isoformat(timespec='seconds'), 'reproduces': f"{old['campaign']}/{folder.name}", 'parents': [], 'pins': pins,
-              'saves': {}, 'metrics': [], 'checks': [], 'timings': {}}
-    write_text(new/'run.json', as_json(record, indent=1) + '\n')
+    record = (
+        {k: old[k] for k in KEPT if k in old and k != 'slurm'}
+        | here()
+        | {
+            'campaign': new.parent.name,
+            'status': 'prepared',
+            'reason': '',
+            'owner': owner(),
+            'by_runner': True,
+            'started': datetime.now(timezone.utc).isoformat(timespec='seconds'),
+            'reproduces': f"{old['campaign']}/{folder.name}",
+            'parents': [],
+            'pins': pins,
+            'saves': {},
+            'metrics': [],
+            'checks': [],
+            'timings': {},
+        }
+    )
+    write_text(new / 'run.json', as_json(record, indent=1) + '\n')
     return open_job(new)
 
-def content_now(parent:dict):
+
+def content_now(parent: dict):
     "The hash of what a parent's place holds today; a run is asked for its record."
     name = parent['name'].partition('@')[0]
-    if not parent['run']: return data_sha256(open_place(name, parent['place'])) if parent.get('sha256') else None
-    return read_run(lab_path('runs')/parent['campaign']/parent['run'])['saves'].get(name, {}).get('sha256')
+    if not parent['run']:
+        return data_sha256(open_place(name, parent['place'])) if parent.get('sha256') else None
+    return (
+        read_run(lab_path('runs') / parent['campaign'] / parent['run'])['saves']
+        .get(name, {})
+        .get('sha256')
+    )
 
-def reproduce(name:str, on_progress=None) -> tuple:
+
+def reproduce(name: str, on_progress=None) -> tuple:
     "`(the new run's folder, differences of results, differences of inputs)` after doing a complete run again."
-    began, folder, on_progress = time.monotonic(), find_run(str(name)), on_progress or (lambda row: None)
-    if read_run(folder)['status'] != 'complete': raise LabError(f'{folder.name}: only a complete run can be reproduced; `k2lab resume {folder.name}` completes it')
+    began, folder, on_progress = (
+        time.monotonic(),
+        find_run(str(name)),
+        on_progress or (lambda row: None),
+    )
+    if read_run(folder)['status'] != 'complete':
+        raise LabError(
+            f'{folder.name}: only a complete run can be reproduced; `k2lab resume {folder.name}` completes it'
+        )
     job = prepare_again(folder)
-    with owning(job.folder): perform(job, checked_notebook(job.stage), began, on_progress)
+    with owning(job.folder):
+        perform(job, checked_notebook(job.stage), began, on_progress)
     old, new = with_env(folder), with_env(job.folder)
-    return job.folder, differences(results(old), results(new)), differences(inputs(old), inputs(new))
+    return (
+        job.folder,
+        differences(results(old), results(new)),
+        differences(inputs(old), inputs(new)),
+    )
 
-def with_env(folder:Path) -> dict:
+
+def with_env(folder: Path) -> dict:
     "A run's record with its `env`, which says what names mean."
-    return read_run(folder) | {'env': read_yaml(Path(folder)/'env.yaml')}
+    return read_run(folder) | {'env': read_yaml(Path(folder) / 'env.yaml')}

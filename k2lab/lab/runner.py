@@ -8,169 +8,294 @@ __all__ = ['NAMES', 'RESERVE', 'run_half', 'check_parameters', 'kernel_environme
            'perform', 'checked_notebook', 'execute']
 
 # %% ../../nbs/lab/11_runner.ipynb #77eb6af6
-import contextlib, html, json, os, signal, tempfile, threading, time
+import contextlib
+import html
+import json
+import os
+import signal
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 from .config import LabError, one_of, root, setting, stage_names, stage_notebooks
 from .files import as_json, disk_errors, following, mask, scrub, write_text
-from .locks import guarded, owning
 from .job import Job, prepare
-from .records import lacks, drop_resume_files
+from .locks import guarded, owning
+from .records import drop_resume_files, lacks
 
 # %% ../../nbs/lab/11_runner.ipynb #808bae7e
-def run_half(path:Path):
+def run_half(path: Path):
     "The notebook papermill gets: the title and everything from the cell tagged `parameters` on."
     import nbformat
+
     nb = nbformat.read(path, 4)
     at = [i for i, c in enumerate(nb.cells) if 'parameters' in c.metadata.get('tags', [])]
-    if len(at) != 1: raise LabError(f"{path.name}: {len(at)} cells are tagged 'parameters'; a stage notebook has exactly one")
-    title = next((c for c in nb.cells if c.cell_type == 'markdown' and c.source.startswith('# ')), None)
-    nb.cells = ([title] if title else []) + nb.cells[at[0]:]
-    nb.metadata.setdefault('kernelspec', {'name': 'python3', 'display_name': 'python3', 'language': 'python'})
+    if len(at) != 1:
+        raise LabError(
+            f"{path.name}: {len(at)} cells are tagged 'parameters'; a stage notebook has exactly one"
+        )
+    title = next(
+        (c for c in nb.cells if c.cell_type == 'markdown' and c.source.startswith('# ')), None
+    )
+    nb.cells = ([title] if title else []) + nb.cells[at[0] :]
+    nb.metadata.setdefault(
+        'kernelspec', {'name': 'python3', 'display_name': 'python3', 'language': 'python'}
+    )
     return nb
 
 # %% ../../nbs/lab/11_runner.ipynb #069c43f5
-def check_parameters(nb, names, path:Path):
+def check_parameters(nb, names, path: Path):
     "`LabError` unless the notebook's parameters cell sets each of `names`."
     import ast
+
     cell = next(c for c in nb.cells if 'parameters' in c.metadata.get('tags', []))
-    set_here = [t.id for node in ast.parse(cell.source).body if isinstance(node, ast.Assign) for t in node.targets]
-    for name in names: one_of('parameter', name, set_here, path.name)
+    set_here = [
+        t.id
+        for node in ast.parse(cell.source).body
+        if isinstance(node, ast.Assign)
+        for t in node.targets
+    ]
+    for name in names:
+        one_of('parameter', name, set_here, path.name)
 
 # %% ../../nbs/lab/11_runner.ipynb #a2ffa5ea
 @contextlib.contextmanager
 def kernel_environment():
     "The environment that kernels inherit, while the block runs."
-    told = {'K2LAB_ROOT': str(root()), 'TOKENIZERS_PARALLELISM': 'false', 'PYDEVD_DISABLE_FILE_VALIDATION': '1'}
-    if setting('hub', 'offline') == 'true': told['HF_HUB_OFFLINE'] = '1'
+    told = {
+        'K2LAB_ROOT': str(root()),
+        'TOKENIZERS_PARALLELISM': 'false',
+        'PYDEVD_DISABLE_FILE_VALIDATION': '1',
+    }
+    if setting('hub', 'offline') == 'true':
+        told['HF_HUB_OFFLINE'] = '1'
     saved = {key: os.environ.get(key) for key in told}
     os.environ.update(told)
-    try: yield
+    try:
+        yield
     finally:
         for key, value in saved.items():
-            if value is None: del os.environ[key]
-            else: os.environ[key] = value
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
 
 # %% ../../nbs/lab/11_runner.ipynb #8a03441d
 def logging_kernels(out):
     "A class of kernel managers whose kernels write their standard output and error to the open file `out`."
     from jupyter_client.manager import AsyncKernelManager
+
     class LoggingKernelManager(AsyncKernelManager):
-        async def start_kernel(self, **kw): return await super().start_kernel(stdout=out, stderr=out, **kw)
+        async def start_kernel(self, **kw):
+            return await super().start_kernel(stdout=out, stderr=out, **kw)
+
     return LoggingKernelManager
 
 # %% ../../nbs/lab/11_runner.ipynb #4a4284b7
-def transport(folder:str) -> dict:
+def transport(folder: str) -> dict:
     "Settings for a kernel that talks through sockets in `folder`: TCP would be open to everyone on a shared node."
-    return {'KernelManager': {'transport': 'ipc', 'ip': f'{folder}/kernel'}} if os.name == 'posix' else {}
+    return (
+        {'KernelManager': {'transport': 'ipc', 'ip': f'{folder}/kernel'}}
+        if os.name == 'posix'
+        else {}
+    )
 
-def run_notebook(nb, folder:Path, parameters:dict):
+
+def run_notebook(nb, folder: Path, parameters: dict):
     "Execute `nb` with papermill; its copy grows in `.notebook.ipynb`, what it prints in log.txt."
     import logging
+
     import papermill as pm
     from traitlets.config import Config
-    for name in ('papermill', 'traitlets'): logging.getLogger(name).setLevel(logging.ERROR)      # they doubt what we have checked
-    logging.getLogger('asyncio').setLevel(logging.CRITICAL)      # it reports kernel tasks that an interrupt has ended
-    with kernel_environment(), tempfile.TemporaryDirectory(prefix='k2lab-') as sockets, open(folder/'log.txt', 'a', encoding='utf-8') as out:
-        pm.execute_notebook(nb, str(folder/'.notebook.ipynb'), parameters, kernel_name=setting('run', 'kernel_name'), cwd=str(root()),
-                            progress_bar=False, stdout_file=out, stderr_file=out, config=Config(transport(sockets)), kernel_manager_class=logging_kernels(out),
-                            autosave_cell_every=int(setting('run', 'autosave_every')), execution_timeout=int(setting('run', 'cell_timeout')) or None)
+
+    for name in ('papermill', 'traitlets'):
+        logging.getLogger(name).setLevel(logging.ERROR)  # they doubt what we have checked
+    logging.getLogger('asyncio').setLevel(
+        logging.CRITICAL
+    )  # it reports kernel tasks that an interrupt has ended
+    with (
+        kernel_environment(),
+        tempfile.TemporaryDirectory(prefix='k2lab-') as sockets,
+        open(folder / 'log.txt', 'a', encoding='utf-8') as out,
+    ):
+        pm.execute_notebook(
+            nb,
+            str(folder / '.notebook.ipynb'),
+            parameters,
+            kernel_name=setting('run', 'kernel_name'),
+            cwd=str(root()),
+            progress_bar=False,
+            stdout_file=out,
+            stderr_file=out,
+            config=Config(transport(sockets)),
+            kernel_manager_class=logging_kernels(out),
+            autosave_cell_every=int(setting('run', 'autosave_every')),
+            execution_timeout=int(setting('run', 'cell_timeout')) or None,
+        )
 
 # %% ../../nbs/lab/11_runner.ipynb #18ee85c6
 def ending(error) -> str:
     "Why an execution failed, in one line."
     name, text = type(error).__name__, str(error)
-    if name == 'PapermillExecutionError': name, text = error.ename, error.evalue
-    if name == 'DeadKernelError': return 'the kernel died'
+    if name == 'PapermillExecutionError':
+        name, text = error.ename, error.evalue
+    if name == 'DeadKernelError':
+        return 'the kernel died'
     first = next(iter(text.strip().splitlines()), '')
     return first if name == 'LabError' else f'{name}: {first}'
 
 # %% ../../nbs/lab/11_runner.ipynb #7efea340
-def mark_cell(nb:dict, why:str):
+def mark_cell(nb: dict, why: str):
     "Mark the cell that was running when the execution ended from outside: papermill calls it completed."
-    begun = [c for c in nb['cells'] if c['cell_type'] == 'code' and c['metadata'].get('papermill', {}).get('start_time')]
-    if not begun: return
+    begun = [
+        c
+        for c in nb['cells']
+        if c['cell_type'] == 'code' and c['metadata'].get('papermill', {}).get('start_time')
+    ]
+    if not begun:
+        return
     begun[-1]['metadata']['papermill'] |= {'status': 'failed', 'exception': True}
-    begun[-1]['outputs'].append({'output_type': 'error', 'ename': 'Stopped', 'evalue': why, 'traceback': [f'Stopped here: {why}']})
+    begun[-1]['outputs'].append(
+        {
+            'output_type': 'error',
+            'ename': 'Stopped',
+            'evalue': why,
+            'traceback': [f'Stopped here: {why}'],
+        }
+    )
 
-def publish_notebook(folder:Path, why:str=''):
+
+def publish_notebook(folder: Path, why: str = ''):
     "Give the executed copy its name, secrets masked here and in log.txt, and put it beside as report.html; a copy that does not parse stays hidden. `why` marks the cell that never ended."
-    log = folder/'log.txt'
-    if log.exists(): write_text(log, scrub(log.read_text(encoding='utf-8', errors='replace')))
-    part = folder/'.notebook.ipynb'
-    try: nb = json.loads(part.read_text(encoding='utf-8'))
-    except (FileNotFoundError, json.JSONDecodeError): return
-    if why: mark_cell(nb, why)
+    log = folder / 'log.txt'
+    if log.exists():
+        write_text(log, scrub(log.read_text(encoding='utf-8', errors='replace')))
+    part = folder / '.notebook.ipynb'
+    try:
+        nb = json.loads(part.read_text(encoding='utf-8'))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return
+    if why:
+        mark_cell(nb, why)
     told = nb['metadata'].get('papermill', {})
     told.pop('input_path', None), told.pop('output_path', None)
-    write_text(folder/'notebook.ipynb', scrub(as_json(nb, indent=1)) + '\n')
+    write_text(folder / 'notebook.ipynb', scrub(as_json(nb, indent=1)) + '\n')
     part.unlink()
-    write_text(folder/'report.html', notebook_html(folder))
+    write_text(folder / 'report.html', notebook_html(folder))
 
 # %% ../../nbs/lab/11_runner.ipynb #ae064212
-def notebook_html(folder:Path) -> str:
+def notebook_html(folder: Path) -> str:
     "The executed notebook as one HTML page without scripts."
     from nbconvert import HTMLExporter
-    body, _ = HTMLExporter(template_name='basic', exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(folder/'notebook.ipynb'))
+
+    body, _ = HTMLExporter(
+        template_name='basic', exclude_input_prompt=True, exclude_output_prompt=True
+    ).from_filename(str(folder / 'notebook.ipynb'))
     style = 'body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem} pre{overflow:auto;background:#f6f6f4;padding:.5rem}'
     return f'<!doctype html><meta charset="utf-8"><title>{html.escape(folder.name)}</title><style>{style}</style>\n{body}'
 
 # %% ../../nbs/lab/11_runner.ipynb #61719a5f
-def conclude(folder:Path, error, began:float) -> dict:
+def conclude(folder: Path, error, began: float) -> dict:
     "Settle the status of an executed run on evidence and return its record."
-    record = json.loads((folder/'run.json').read_text(encoding='utf-8'))
+    record = json.loads((folder / 'run.json').read_text(encoding='utf-8'))
     why = ending(error) if error else lacks(folder, record)
-    status = 'interrupted' if isinstance(error, KeyboardInterrupt) else 'failed' if why else 'complete'
-    record |= {'status': status, 'reason': str(error) or 'Ctrl-C' if status == 'interrupted' else why, 'wall_s': round(time.monotonic() - began, 3)}
-    (folder/RESERVE).unlink(missing_ok=True)
-    write_text(folder/'run.json', as_json(mask(record), indent=1) + '\n')
-    if status == 'complete': drop_resume_files(folder)
+    status = (
+        'interrupted' if isinstance(error, KeyboardInterrupt) else 'failed' if why else 'complete'
+    )
+    record |= {
+        'status': status,
+        'reason': str(error) or 'Ctrl-C' if status == 'interrupted' else why,
+        'wall_s': round(time.monotonic() - began, 3),
+    }
+    (folder / RESERVE).unlink(missing_ok=True)
+    write_text(folder / 'run.json', as_json(mask(record), indent=1) + '\n')
+    if status == 'complete':
+        drop_resume_files(folder)
     return record
 
 # %% ../../nbs/lab/11_runner.ipynb #68b69725
 NAMES = {signal.SIGINT: 'Ctrl-C', signal.SIGTERM: 'SIGTERM'}
 
+
 @contextlib.contextmanager
-def insisting(every:float=10.):
+def insisting(every: float = 10.0):
     "Raise Ctrl-C and SIGTERM as `KeyboardInterrupt`, every few seconds until the block ends; only in the main thread, where signals arrive."
-    if threading.current_thread() is not threading.main_thread(): yield; return
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     timers = []
+
     def again(number, frame):
         timers.append(threading.Timer(every, os.kill, (os.getpid(), number)))
-        timers[-1].daemon = True; timers[-1].start()
+        timers[-1].daemon = True
+        timers[-1].start()
         raise KeyboardInterrupt(NAMES[number])
+
     before = {number: signal.signal(number, again) for number in NAMES}
-    try: yield
+    try:
+        yield
     finally:
-        for t in timers: t.cancel()
-        for number, handler in before.items(): signal.signal(number, handler)
+        for t in timers:
+            t.cancel()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 # %% ../../nbs/lab/11_runner.ipynb #dd4b3e85
-RESERVE = '.reserve'      # room on the disk for the last word about a full disk
+RESERVE = '.reserve'  # room on the disk for the last word about a full disk
 
-def perform(job:Job, path:Path, began:float, on_progress) -> Path:
+
+def perform(job: Job, path: Path, began: float, on_progress) -> Path:
     "Execute the notebook `path` in the prepared folder of `job`, settle its status and return the folder; nothing that was started outlives this."
     from papermill.exceptions import PapermillExecutionError
+
     error = None
     try:
-        with insisting(), following(job.folder/'metrics.jsonl', on_progress), disk_errors(str(job.folder)), guarded():
-            write_text(job.folder/RESERVE, ' '*2**16)
-            run_notebook(run_half(path), job.folder, {'scale': job.scale, 'run': os.path.relpath(job.folder, root()), 'changes': mask(job.record['changes'])})
-    except (Exception, KeyboardInterrupt) as e: error = e
+        with (
+            insisting(),
+            following(job.folder / 'metrics.jsonl', on_progress),
+            disk_errors(str(job.folder)),
+            guarded(),
+        ):
+            write_text(job.folder / RESERVE, ' ' * 2**16)
+            run_notebook(
+                run_half(path),
+                job.folder,
+                {
+                    'scale': job.scale,
+                    'run': os.path.relpath(job.folder, root()),
+                    'changes': mask(job.record['changes']),
+                },
+            )
+    except (Exception, KeyboardInterrupt) as e:
+        error = e
     record = conclude(job.folder, error, began)
-    with contextlib.suppress(OSError): publish_notebook(job.folder, '' if isinstance(error, PapermillExecutionError) else record['reason'] if error else '')
-    if isinstance(error, KeyboardInterrupt): raise error
+    with contextlib.suppress(OSError):
+        publish_notebook(
+            job.folder,
+            '' if isinstance(error, PapermillExecutionError) else record['reason'] if error else '',
+        )
+    if isinstance(error, KeyboardInterrupt):
+        raise error
     return job.folder
 
-def checked_notebook(stage:str) -> Path:
+
+def checked_notebook(stage: str) -> Path:
     "The notebook of a stage, if the runner can tell it what to do."
     path = stage_notebooks()[one_of('stage', stage, stage_names())]
     check_parameters(run_half(path), ('scale', 'run', 'changes'), path)
     return path
 
-def execute(stage:str, scale:str=None, campaign:str=None, changes:dict=None, on_progress=None) -> Path:
+
+def execute(
+    stage: str, scale: str = None, campaign: str = None, changes: dict = None, on_progress=None
+) -> Path:
     "Execute a stage's notebook into a new run folder and return it, complete or not; `on_progress` gets each line of metrics.jsonl."
-    began, path, on_progress = time.monotonic(), checked_notebook(stage), on_progress or (lambda row: None)
+    began, path, on_progress = (
+        time.monotonic(),
+        checked_notebook(stage),
+        on_progress or (lambda row: None),
+    )
     job = prepare(stage, scale, campaign, changes)
     with owning(job.folder):
         job.record['by_runner'] = True

@@ -13,56 +13,87 @@ from .display import Html, Picture, Table, draw, short
 from .files import as_json, mask, read_lines, write_text
 
 # %% ../../nbs/lab/08_show.ipynb #a8abd357
-def rows_shown(folder:Path, n:int):
+def rows_shown(folder: Path, n: int):
     "The first `n` examples that `show_rows` kept in a run folder, as a table or as HTML."
-    path = folder/'rows.json'
+    path = folder / 'rows.json'
     kept = json.loads(path.read_text(encoding='utf-8'))[:n] if path.exists() else []
-    if not kept or isinstance(kept[0], dict): return Table(list(kept[0]) if kept else ['no rows were shown'], [list(r.values()) for r in kept])
+    if not kept or isinstance(kept[0], dict):
+        return Table(
+            list(kept[0]) if kept else ['no rows were shown'], [list(r.values()) for r in kept]
+        )
     return Html('\n'.join(kept))
 
 # %% ../../nbs/lab/08_show.ipynb #92372f3d
-def samples_shown(folder:Path, n:int) -> Table:
+def samples_shown(folder: Path, n: int) -> Table:
     "What the model said to the first `n` prompts of samples.jsonl, before and after training."
     said = {}
-    for s in read_lines(folder/'samples.jsonl'): said.setdefault(s['prompt'], {'family': s.get('family', '')})[s['when']] = s
-    show = lambda s: f"{'✓ ' if s.get('ok') else '✗ ' if 'ok' in s else ''}{s['text']}" if s else '-'
-    return Table(['prompt', 'before', 'after'], [[p, show(v.get('before')), show(v.get('after'))] for p, v in list(said.items())[:n]])
+    for s in read_lines(folder / 'samples.jsonl'):
+        said.setdefault(s['prompt'], {'family': s.get('family', '')})[s['when']] = s
+    show = lambda s: (
+        f"{'✓ ' if s.get('ok') else '✗ ' if 'ok' in s else ''}{s['text']}" if s else '-'
+    )
+    return Table(
+        ['prompt', 'before', 'after'],
+        [[p, show(v.get('before')), show(v.get('after'))] for p, v in list(said.items())[:n]],
+    )
 
 # %% ../../nbs/lab/08_show.ipynb #705f7126
-def metrics_shown(metrics:list) -> Table:
+def metrics_shown(metrics: list) -> Table:
     "The measures of a record: before, after, interval and number of items."
-    rows = [[m['measure'], short(m['before']), short(m['after']), '-' if m['low'] is None else f"{short(m['low'])} to {short(m['high'])}", short(m['n'])]
-            for m in metrics]
+    rows = [
+        [
+            m['measure'],
+            short(m['before']),
+            short(m['after']),
+            '-' if m['low'] is None else f"{short(m['low'])} to {short(m['high'])}",
+            short(m['n']),
+        ]
+        for m in metrics
+    ]
     return Table(['measure', 'before', 'after', 'interval', 'n'], rows)
 
-def checks_shown(checks:list) -> Table:
+
+def checks_shown(checks: list) -> Table:
     "The checks of a record, and whether each passed."
-    return Table(['', 'check', 'detail'], [['✓' if c['ok'] else '✗', c['name'], c['detail']] for c in checks])
+    return Table(
+        ['', 'check', 'detail'], [['✓' if c['ok'] else '✗', c['name'], c['detail']] for c in checks]
+    )
 
 # %% ../../nbs/lab/08_show.ipynb #7bdbf621
-def curve_shown(lines:list, keys:tuple) -> Picture:
+def curve_shown(lines: list, keys: tuple) -> Picture:
     "The values of `keys` in the lines of metrics.jsonl, each against its step."
     series = {}
     for key in keys:
-        points = [(line['step'], line[key]) for line in lines if line.get(key) is not None and 'step' in line]
-        if points: series[key] = tuple(zip(*points))
-    summary = '; '.join(f'{k} {short(ys[0])} -> {short(ys[-1])} in {len(ys)} points' for k, (_, ys) in series.items())
+        points = [
+            (line['step'], line[key])
+            for line in lines
+            if line.get(key) is not None and 'step' in line
+        ]
+        if points:
+            series[key] = tuple(zip(*points))
+    summary = '; '.join(
+        f'{k} {short(ys[0])} -> {short(ys[-1])} in {len(ys)} points'
+        for k, (_, ys) in series.items()
+    )
     return Picture(draw(series, 'loss'), summary or 'no steps were logged')
 
 # %% ../../nbs/lab/08_show.ipynb #e3fb876e
 class Evidence:
     "What a run shows of itself, read from its `folder` and its `record`; `first` is false in all but one of several processes."
-    def __init__(self, folder:Path, record:dict, first:bool=True): self.folder, self.record, self.first = Path(folder), record, first
 
-    def show_rows(self, rows:list):
+    def __init__(self, folder: Path, record: dict, first: bool = True):
+        self.folder, self.record, self.first = Path(folder), record, first
+
+    def show_rows(self, rows: list):
         "Keep the first training examples (dictionaries, or HTML text) for `rows` to show."
-        if self.first: write_text(self.folder/'rows.json', as_json(mask(list(rows))))
+        if self.first:
+            write_text(self.folder / 'rows.json', as_json(mask(list(rows))))
 
-    def rows(self, n:int=3):
+    def rows(self, n: int = 3):
         "The first `n` examples that went into training."
         return rows_shown(self.folder, n)
 
-    def samples(self, n:int=2) -> Table:
+    def samples(self, n: int = 2) -> Table:
         "What the model said to the same prompts before and after, `n` of them."
         return samples_shown(self.folder, n)
 
@@ -76,4 +107,4 @@ class Evidence:
 
     def curve(self, *keys) -> Picture:
         "The loss, and the evaluation loss where there is one, against the step; or the values of `keys`."
-        return curve_shown(read_lines(self.folder/'metrics.jsonl'), keys or ('loss', 'eval_loss'))
+        return curve_shown(read_lines(self.folder / 'metrics.jsonl'), keys or ('loss', 'eval_loss'))

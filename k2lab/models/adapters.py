@@ -8,8 +8,10 @@ __all__ = ['LINEAR', 'EXPORT_LIMIT', 'adaptable', 'lora', 'adapters', 'coverage'
            'one_process', 'moved_adapter', 'merge_adapter', 'probe_logits', 'apart', 'certificate', 'same_tensors']
 
 # %% ../../nbs/models/02_adapters.ipynb #1843799f
-import contextlib, random
+import contextlib
+import random
 from pathlib import Path
+
 from ..lab.config import LabError
 from .load import Loading, group_of, left_padded, open_model
 
@@ -17,57 +19,110 @@ from .load import Loading, group_of, left_padded, open_model
 def adaptable(model) -> dict:
     "`{part: ([linear layers], [bare weights])}` of a model, with or without adapters, by full name."
     import torch
+
     found = {}
     for name, m in model.named_modules():
-        if isinstance(m, torch.nn.Linear) and 'lora_' not in name: found.setdefault(group_of(name + '.'), ([], []))[0].append(name)
+        if isinstance(m, torch.nn.Linear) and 'lora_' not in name:
+            found.setdefault(group_of(name + '.'), ([], []))[0].append(name)
     for name, p in model.named_parameters():
-        bare = group_of(name) == 'router' or group_of(name) == 'routed' and not name.endswith('.weight')
-        if bare and 'lora_' not in name: found.setdefault(group_of(name), ([], []))[1].append(name)
+        bare = (
+            group_of(name) == 'router'
+            or group_of(name) == 'routed'
+            and not name.endswith('.weight')
+        )
+        if bare and 'lora_' not in name:
+            found.setdefault(group_of(name), ([], []))[1].append(name)
     return found
 
 # %% ../../nbs/models/02_adapters.ipynb #ce0ccf5e
 def lora(model, load: Loading):
     "PEFT's config for the parts named in `load.adapt`, or None when all weights are trained; `LabError` for a part this model does not have."
-    if not load.lora_rank: return None
+    if not load.lora_rank:
+        return None
     from peft import LoraConfig
+
     found = adaptable(model)
-    if missing := [part for part in load.adapt if part not in found]: raise LabError(f'adapt: this model has no {", ".join(missing)}; it has {", ".join(sorted(found))}')
-    layers, weights = ([name for part in load.adapt for name in found[part][kind]] for kind in (0, 1))
-    return LoraConfig(r=load.lora_rank, lora_alpha=2*load.lora_rank, lora_dropout=0., target_modules=layers, target_parameters=weights, task_type='CAUSAL_LM')
+    if missing := [part for part in load.adapt if part not in found]:
+        raise LabError(
+            f'adapt: this model has no {", ".join(missing)}; it has {", ".join(sorted(found))}'
+        )
+    layers, weights = (
+        [name for part in load.adapt for name in found[part][kind]] for kind in (0, 1)
+    )
+    return LoraConfig(
+        r=load.lora_rank,
+        lora_alpha=2 * load.lora_rank,
+        lora_dropout=0.0,
+        target_modules=layers,
+        target_parameters=weights,
+        task_type='CAUSAL_LM',
+    )
 
 # %% ../../nbs/models/02_adapters.ipynb #a9cd4d89
 def adapters(model) -> list:
     "`(part, layer)` of every adapter that PEFT has put into a model."
     from peft.tuners.lora import LoraLayer
-    return [(group_of(name + '.'), m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
 
-def _line(layers: int = 0) -> dict: return dict(layers=layers, adapted=0, trained=0, ranks=[], scales=[], others=0)
+    return [
+        (group_of(name + '.'), m) for name, m in model.named_modules() if isinstance(m, LoraLayer)
+    ]
+
+
+def _line(layers: int = 0) -> dict:
+    return dict(layers=layers, adapted=0, trained=0, ranks=[], scales=[], others=0)
+
 
 def coverage(model) -> dict:
     "`{part: {'layers', 'adapted', 'trained', 'ranks', 'scales', 'others'}}`: layers there are, with an adapter, with one that is trained; ranks and scales of adapters; other tensors that are trained."
     found = {part: _line(sum(map(len, kinds))) for part, kinds in adaptable(model).items()}
     for part, m in adapters(model):
         c, name = found.setdefault(part, _line()), m.active_adapters[0]
-        c['adapted'] += 1; c['trained'] += all(p.requires_grad for n, p in m.named_parameters(recurse=True) if f'.{name}.' in n and n.startswith('lora_'))
-        c['ranks'] = sorted({*c['ranks'], m.r[name]}); c['scales'] = sorted({*c['scales'], m.scaling[name]})
+        c['adapted'] += 1
+        c['trained'] += all(
+            p.requires_grad
+            for n, p in m.named_parameters(recurse=True)
+            if f'.{name}.' in n and n.startswith('lora_')
+        )
+        c['ranks'] = sorted({*c['ranks'], m.r[name]})
+        c['scales'] = sorted({*c['scales'], m.scaling[name]})
     for name, p in model.named_parameters():
-        if p.requires_grad and 'lora_' not in name: found.setdefault(group_of(name), _line())['others'] += 1
+        if p.requires_grad and 'lora_' not in name:
+            found.setdefault(group_of(name), _line())['others'] += 1
     return found
 
 # %% ../../nbs/models/02_adapters.ipynb #961a9a6f
 def wrong_part(part: str, c: dict, load: Loading) -> str | None:
     "What is wrong with the adapters of one part (its line of `coverage`), or None."
     asked = part in load.adapt
-    if c['others']: return f'{part}: {c["others"]} tensors of the base are trained, which should be frozen'
-    if not asked: return f'{part}: {c["adapted"]} layers have an adapter, and none was asked for' if c['adapted'] else None
-    if c['adapted'] < c['layers']: return f'{part}: {c["adapted"]} of {c["layers"]} layers have an adapter'
-    if c['trained'] < c['adapted']: return f'{part}: {c["adapted"] - c["trained"]} of {c["adapted"]} adapters are frozen'
-    if c['ranks'] != [load.lora_rank] or c['scales'] != [2.]: return f'{part}: ranks {c["ranks"]} at scales {c["scales"]} instead of {load.lora_rank} at 2'
-    if c.get('gradient', c['adapted']) < c['adapted']: return f'{part}: {c["adapted"] - c["gradient"]} of {c["adapted"]} adapters got no gradient'
+    if c['others']:
+        return f'{part}: {c["others"]} tensors of the base are trained, which should be frozen'
+    if not asked:
+        return (
+            f'{part}: {c["adapted"]} layers have an adapter, and none was asked for'
+            if c['adapted']
+            else None
+        )
+    if c['adapted'] < c['layers']:
+        return f'{part}: {c["adapted"]} of {c["layers"]} layers have an adapter'
+    if c['trained'] < c['adapted']:
+        return f'{part}: {c["adapted"] - c["trained"]} of {c["adapted"]} adapters are frozen'
+    if c['ranks'] != [load.lora_rank] or c['scales'] != [2.0]:
+        return (
+            f'{part}: ranks {c["ranks"]} at scales {c["scales"]} instead of {load.lora_rank} at 2'
+        )
+    if c.get('gradient', c['adapted']) < c['adapted']:
+        return f'{part}: {c["adapted"] - c["gradient"]} of {c["adapted"]} adapters got no gradient'
+
 
 def certified(found: dict, load: Loading) -> dict:
     "The coverage, if it is what `load` asks for; `LabError` that names every part where it is not."
-    if load.lora_rank and (wrong := [w for part in {**found, **dict.fromkeys(load.adapt)} if (w := wrong_part(part, found.get(part) or _line(1), load))]):
+    if load.lora_rank and (
+        wrong := [
+            w
+            for part in {**found, **dict.fromkeys(load.adapt)}
+            if (w := wrong_part(part, found.get(part) or _line(1), load))
+        ]
+    ):
         raise LabError('adapters: ' + '; '.join(wrong))
     return found
 
@@ -77,88 +132,142 @@ def with_gradient(model, found: dict) -> dict:
     got = {}
     for part, m in adapters(model):
         grad = m.lora_B[m.active_adapters[0]].weight.grad
-        if grad is not None: got.setdefault(part, []).append(bool(grad.abs().max() > 0))
-    return {part: dict(c, gradient=sum(got.get(part, []))) if got and c['adapted'] else c for part, c in found.items()}
+        if grad is not None:
+            got.setdefault(part, []).append(bool(grad.abs().max() > 0))
+    return {
+        part: dict(c, gradient=sum(got.get(part, []))) if got and c['adapted'] else c
+        for part, c in found.items()
+    }
 
 # %% ../../nbs/models/02_adapters.ipynb #c6823b7a
 def check_saved(model, folder):
     "`LabError` if the adapter saved in a folder is not that of the model: tensors that are missing, of another shape, not finite, or still zero."
     from safetensors import safe_open
-    want = {n.replace(f'.{model.active_adapter}.', '.'): tuple(getattr(p, 'ds_shape', p.shape)) for n, p in model.named_parameters() if 'lora_' in n}
-    path, wrong = Path(folder)/'adapter_model.safetensors', []
+
+    want = {
+        n.replace(f'.{model.active_adapter}.', '.'): tuple(getattr(p, 'ds_shape', p.shape))
+        for n, p in model.named_parameters()
+        if 'lora_' in n
+    }
+    path, wrong = Path(folder) / 'adapter_model.safetensors', []
     with safe_open(path, 'pt') as f:
         for name in sorted(want.keys() | set(f.keys())):
             tensor = f.get_tensor(name) if name in f.keys() else None
-            if tensor is None or name not in want: wrong.append(f'{name} is {"missing" if tensor is None else "none of the model"}')
-            elif tuple(tensor.shape) != want[name]: wrong.append(f'{name} has shape {tuple(tensor.shape)} instead of {want[name]}')
-            elif not tensor.isfinite().all(): wrong.append(f'{name} is not finite')
-            elif 'lora_B' in name and not tensor.any(): wrong.append(f'{name} is zero: it was not trained')
-    if wrong: raise LabError(f'{path}: {len(wrong)} of {len(want)} tensors are wrong: {"; ".join(wrong[:3])}')
+            if tensor is None or name not in want:
+                wrong.append(f'{name} is {"missing" if tensor is None else "none of the model"}')
+            elif tuple(tensor.shape) != want[name]:
+                wrong.append(f'{name} has shape {tuple(tensor.shape)} instead of {want[name]}')
+            elif not tensor.isfinite().all():
+                wrong.append(f'{name} is not finite')
+            elif 'lora_B' in name and not tensor.any():
+                wrong.append(f'{name} is zero: it was not trained')
+    if wrong:
+        raise LabError(
+            f'{path}: {len(wrong)} of {len(want)} tensors are wrong: {"; ".join(wrong[:3])}'
+        )
 
 # %% ../../nbs/models/02_adapters.ipynb #8282c0d8
 def storage(p) -> tuple[int, int]:
     "(weights, bytes) of one parameter, with the block scales of a 4-bit one; the tables of its codes are the same for all and left out."
     state = getattr(p, 'quant_state', None)
-    if state is None: return getattr(p, 'ds_numel', p.numel()), getattr(p, 'ds_numel', p.numel())*p.element_size()
+    if state is None:
+        return getattr(p, 'ds_numel', p.numel()), getattr(
+            p, 'ds_numel', p.numel()
+        ) * p.element_size()
     parts = [p, state.absmax, *([state.state2.absmax] if state.nested else [])]
     return state.shape.numel(), sum(t.nbytes for t in parts)
+
 
 def weight_bits(model) -> dict:
     "`{part: {'weights', 'bytes', 'bits'}}`: what the weights of a model take in memory, adapters left out."
     found = {}
     for name, p in model.named_parameters():
-        if 'lora_' in name: continue
+        if 'lora_' in name:
+            continue
         n, size = storage(p)
         c = found.setdefault(group_of(name), dict(weights=0, bytes=0))
-        c['weights'] += n; c['bytes'] += size
-    return {part: dict(c, bits=round(8*c['bytes']/c['weights'], 2)) for part, c in found.items()}
+        c['weights'] += n
+        c['bytes'] += size
+    return {
+        part: dict(c, bits=round(8 * c['bytes'] / c['weights'], 2)) for part, c in found.items()
+    }
+
 
 LINEAR = ('attention', 'shared', 'dense')
 
+
 def check_bits(found: dict, load: Loading) -> str | None:
     "What of a model asked for in 4 bits is not, in words, or None; `LabError` if that is a part whose linear layers should be."
-    if not load.four_bit: return None
-    if wide := [f'{part} has {found[part]["bits"]} bits' for part in LINEAR if part in found and found[part]['bits'] > 6]: raise LabError(f'load: four_bit was asked for, but {", ".join(wide)}')
-    total, left = sum(c['bytes'] for c in found.values()), [part for part, c in found.items() if c['bits'] > 6 and part != 'norm']
-    return ', '.join(f'{part} stayed at {found[part]["bits"]:.0f} bits ({100*found[part]["bytes"]/total:.0f} % of the bytes)' for part in left)
+    if not load.four_bit:
+        return None
+    if wide := [
+        f'{part} has {found[part]["bits"]} bits'
+        for part in LINEAR
+        if part in found and found[part]['bits'] > 6
+    ]:
+        raise LabError(f'load: four_bit was asked for, but {", ".join(wide)}')
+    total, left = (
+        sum(c['bytes'] for c in found.values()),
+        [part for part, c in found.items() if c['bits'] > 6 and part != 'norm'],
+    )
+    return ', '.join(
+        f'{part} stayed at {found[part]["bits"]:.0f} bits ({100 * found[part]["bytes"] / total:.0f} % of the bytes)'
+        for part in left
+    )
 
 # %% ../../nbs/models/02_adapters.ipynb #bb46ec01
 def is_split(model) -> bool:
     "Whether processes hold slices of this model's tensors."
     from torch.distributed.tensor import DTensor
+
     return any(isinstance(p, DTensor) or hasattr(p, 'ds_numel') for p in model.parameters())
+
 
 def whole_tensor(p):
     "A tensor with all its slices, in main memory."
     from torch.distributed.tensor import DTensor
-    if isinstance(p, DTensor): return p.detach().full_tensor().cpu()
-    if not hasattr(p, 'ds_numel'): return p.detach().cpu()
+
+    if isinstance(p, DTensor):
+        return p.detach().full_tensor().cpu()
+    if not hasattr(p, 'ds_numel'):
+        return p.detach().cpu()
     import deepspeed
-    with deepspeed.zero.GatheredParameters([p]): return p.detach().cpu().clone()
+
+    with deepspeed.zero.GatheredParameters([p]):
+        return p.detach().cpu().clone()
+
 
 def gather_tensors(model, wanted: str = '', keep: bool = True) -> dict:
     "`{name: whole tensor}` of the tensors with `wanted` in their name; every process must call it, and one that does not `keep` gets none."
     found = {}
     for name, p in model.state_dict(keep_vars=True).items():
-        if wanted in name and (tensor := whole_tensor(p)) is not None and keep: found[name] = tensor
+        if wanted in name and (tensor := whole_tensor(p)) is not None and keep:
+            found[name] = tensor
     return found
+
 
 @contextlib.contextmanager
 def one_process():
     "Open models whole inside, as one process would: transformers splits each model it opens while a DeepSpeed configuration is in force."
     from transformers.integrations import deepspeed as ds
+
     kept, ds._hf_deepspeed_config_weak_ref = ds._hf_deepspeed_config_weak_ref, None
-    try: yield
-    finally: ds._hf_deepspeed_config_weak_ref = kept
+    try:
+        yield
+    finally:
+        ds._hf_deepspeed_config_weak_ref = kept
 
 # %% ../../nbs/models/02_adapters.ipynb #91ab407a
 def moved_adapter(model, base, weights: dict):
     "The adapter of `model`, with these `weights` by name, on another copy of its base; `LabError` if a weight finds no place."
     from peft import get_peft_model
+
     other = get_peft_model(base, model.peft_config[model.active_adapter])
     left = other.load_state_dict(weights, strict=False).unexpected_keys
-    if left: raise LabError(f'adapter: no place for {len(left)} weights ({left[0]}...)')
+    if left:
+        raise LabError(f'adapter: no place for {len(left)} weights ({left[0]}...)')
     return other
+
 
 def merge_adapter(model):
     "The trained model with its adapter folded in; a model without one as it is."
@@ -168,34 +277,62 @@ def merge_adapter(model):
 def probe_logits(model, n: int = 64, seed: int = 0):
     "Logits [n, vocabulary] in float32 after n random prompts of 4 to 32 tokens."
     import torch
+
     rng, size = random.Random(seed), model.config.vocab_size
-    batch = left_padded([[rng.randrange(size) for _ in range(rng.randint(4, 32))] for _ in range(n)], 0, model.device)
+    batch = left_padded(
+        [[rng.randrange(size) for _ in range(rng.randint(4, 32))] for _ in range(n)],
+        0,
+        model.device,
+    )
     training = model.training
-    with torch.no_grad(): said = model.eval()(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float().cpu()
+    with torch.no_grad():
+        said = model.eval()(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float().cpu()
     model.train(training)
     return said
 
+
 def apart(one, two) -> float:
     "Norm of the difference of two tables of logits over the norm of the first; infinite if one is not finite."
-    if one.shape != two.shape or not (one.isfinite().all() and two.isfinite().all()): return float('inf')
-    return float((one - two).norm()/one.norm())
+    if one.shape != two.shape or not (one.isfinite().all() and two.isfinite().all()):
+        return float('inf')
+    return float((one - two).norm() / one.norm())
 
 # %% ../../nbs/models/02_adapters.ipynb #90eeb199
 EXPORT_LIMIT = {'float32': 1e-5, 'bfloat16': 2e-2}
 
+
 def certificate(trained, merged, saved, base, dtype: str) -> dict:
     "How far merged and saved model are from the trained one, all four as logits (`base` may be None); `LabError` if that is more than rounding in `dtype`."
-    told = dict(prompts=len(trained), merged=apart(trained, merged), saved=apart(trained, saved), limit=EXPORT_LIMIT[dtype])
-    if base is not None: told['moved'] = apart(base, trained)
+    told = dict(
+        prompts=len(trained),
+        merged=apart(trained, merged),
+        saved=apart(trained, saved),
+        limit=EXPORT_LIMIT[dtype],
+    )
+    if base is not None:
+        told['moved'] = apart(base, trained)
     for name in ('merged', 'saved'):
-        if not told[name] <= told['limit']: raise LabError(f'export: the {name} model is not the trained one: its logits are {told[name]:.1e} away, relative to their size, and rounding in {dtype} explains {told["limit"]:.0e}')
+        if not told[name] <= told['limit']:
+            raise LabError(
+                f'export: the {name} model is not the trained one: its logits are {told[name]:.1e} away, relative to their size, and rounding in {dtype} explains {told["limit"]:.0e}'
+            )
     return told
 
 # %% ../../nbs/models/02_adapters.ipynb #856d2683
 def same_tensors(weights: dict, saved) -> dict:
     "`{'tensors', 'differing': 0}` of gathered weights and a model opened from where they were saved; `LabError` if they differ."
     import torch
+
     got = saved.state_dict()
-    wrong = [n for n in sorted(weights.keys() | got.keys()) if n not in weights or n not in got or not torch.equal(weights[n], got[n].to(weights[n].dtype))]
-    if wrong: raise LabError(f'export: {len(wrong)} of {len(weights)} saved tensors are not the trained ones ({wrong[0]}...)')
+    wrong = [
+        n
+        for n in sorted(weights.keys() | got.keys())
+        if n not in weights
+        or n not in got
+        or not torch.equal(weights[n], got[n].to(weights[n].dtype))
+    ]
+    if wrong:
+        raise LabError(
+            f'export: {len(wrong)} of {len(weights)} saved tensors are not the trained ones ({wrong[0]}...)'
+        )
     return dict(tensors=len(weights), differing=0)

@@ -7,56 +7,92 @@ __all__ = ['REMEDY', 'EXPERTS', 'DENSE', 'unsloth_first', 'dense_config', 'check
            'with_fast_adapter', 'check_fast', 'check_collator']
 
 # %% ../../nbs/models/03_fast_lora.ipynb #922f7ea8
-import atexit, os, shutil, sys, tempfile
+import atexit
+import os
+import shutil
+import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from .adapters import lora
+
 from ..lab.config import LabError
-from .quantized import backbone, language_names, read_config, scheme, stored
+from .adapters import lora
 from .load import Loading, _check_keys, local_folder
+from .quantized import backbone, language_names, read_config, scheme, stored
 
 # %% ../../nbs/models/03_fast_lora.ipynb #df28e139
 REMEDY = 'or leave `backend` out of `load`'
 
+
 def unsloth_first():
     "The module `unsloth`, imported before transformers, trl and peft; `LabError` where it is not installed, comes too late, or does not run on this machine."
-    if 'unsloth' in sys.modules: return sys.modules['unsloth']
-    if not find_spec('unsloth'): raise LabError(f"load: backend unsloth is not installed; pip install 'k2lab[gpu]', {REMEDY}")
+    if 'unsloth' in sys.modules:
+        return sys.modules['unsloth']
+    if not find_spec('unsloth'):
+        raise LabError(
+            f"load: backend unsloth is not installed; pip install 'k2lab[gpu]', {REMEDY}"
+        )
     if late := [name for name in ('transformers', 'trl', 'peft') if name in sys.modules]:
-        raise LabError(f'load: backend unsloth must be imported before transformers, trl and peft, and {" and ".join(late)} came first; restart the kernel and run this stage first, {REMEDY}')
+        raise LabError(
+            f'load: backend unsloth must be imported before transformers, trl and peft, and {" and ".join(late)} came first; restart the kernel and run this stage first, {REMEDY}'
+        )
     if 'UNSLOTH_COMPILE_LOCATION' not in os.environ:
         os.environ['UNSLOTH_COMPILE_LOCATION'] = cache = tempfile.mkdtemp(prefix='unsloth_')
         atexit.register(shutil.rmtree, cache, ignore_errors=True)
     os.environ.setdefault('UNSLOTH_DISABLE_STATISTICS', '1')
-    try: import unsloth
+    try:
+        import unsloth
     except (ImportError, NotImplementedError, RuntimeError) as e:
-        raise LabError(f"load: backend unsloth does not run here ({str(e).strip().splitlines()[0]}); choose another machine, {REMEDY}") from e
+        raise LabError(
+            f"load: backend unsloth does not run here ({str(e).strip().splitlines()[0]}); choose another machine, {REMEDY}"
+        ) from e
     return unsloth
 
 # %% ../../nbs/models/03_fast_lora.ipynb #3f36c46e
 EXPERTS = ('n_routed_experts', 'num_experts', 'num_local_experts')
 
+
 def dense_config(folder) -> dict:
     "The config of a dense checkpoint stored in 16 or 32 bits; `LabError` for any other."
     told = read_config(folder)
     config = backbone(told)
-    if any(config.get(name) for name in EXPERTS): raise LabError(f'{folder}: a mixture of experts, and backend unsloth is for dense models; leave `backend` out of `load`')
-    if scheme(told): raise LabError(f'{folder}: stored in 8 or 4 bits, which backend unsloth would not read as the lab does; `k2lab convert` writes it as bfloat16, {REMEDY}')
+    if any(config.get(name) for name in EXPERTS):
+        raise LabError(
+            f'{folder}: a mixture of experts, and backend unsloth is for dense models; leave `backend` out of `load`'
+        )
+    if scheme(told):
+        raise LabError(
+            f'{folder}: stored in 8 or 4 bits, which backend unsloth would not read as the lab does; `k2lab convert` writes it as bfloat16, {REMEDY}'
+        )
     return config
 
 # %% ../../nbs/models/03_fast_lora.ipynb #b771338b
 def check_weights(place, folder: Path, model):
     "`LabError` where the weights in a folder and those of a dense model are not the same ones, by name."
     kept, _ = language_names(stored(folder), False)
-    want, tied = {name for name, _ in model.named_parameters()}, {'lm_head.weight'} if model.config.tie_word_embeddings else set()
-    _check_keys(place, {'missing_keys': want - kept.keys(), 'unexpected_keys': kept.keys() - want - tied})
+    want, tied = (
+        {name for name, _ in model.named_parameters()},
+        {'lm_head.weight'} if model.config.tie_word_embeddings else set(),
+    )
+    _check_keys(
+        place, {'missing_keys': want - kept.keys(), 'unexpected_keys': kept.keys() - want - tied}
+    )
+
 
 def open_fast(place, load: Loading):
     "A dense causal language model, opened by Unsloth from a folder or hub id; `LabError` where model or machine are not fit for it, or weights are missing or left over."
     folder = local_folder(place)
     config, unsloth = dense_config(folder), unsloth_first()
     import torch
-    model, _ = unsloth.FastLanguageModel.from_pretrained(str(folder), max_seq_length=config['max_position_embeddings'], dtype=getattr(torch, load.dtype), load_in_4bit=load.four_bit, local_files_only=True, fix_tokenizer=False)
+
+    model, _ = unsloth.FastLanguageModel.from_pretrained(
+        str(folder),
+        max_seq_length=config['max_position_embeddings'],
+        dtype=getattr(torch, load.dtype),
+        load_in_4bit=load.four_bit,
+        local_files_only=True,
+        fix_tokenizer=False,
+    )
     check_weights(place, folder, model)
     return model
 
@@ -65,23 +101,46 @@ def short_names(names) -> list:
     "The last parts of the names of layers, each once."
     return sorted({name.rpartition('.')[2] for name in names})
 
+
 def with_fast_adapter(model, load: Loading, checkpointing: bool = False, seed: int = 0):
     "A model that `open_fast` gave, with Unsloth's adapter on the parts named in `load.adapt`; `LabError` for a part it does not have."
     asked = lora(model, load)
-    return unsloth_first().FastLanguageModel.get_peft_model(model, r=asked.r, lora_alpha=asked.lora_alpha, lora_dropout=0., bias='none', target_modules=short_names(asked.target_modules),
-                                                            use_gradient_checkpointing='unsloth' if checkpointing else False, random_state=seed)
+    return unsloth_first().FastLanguageModel.get_peft_model(
+        model,
+        r=asked.r,
+        lora_alpha=asked.lora_alpha,
+        lora_dropout=0.0,
+        bias='none',
+        target_modules=short_names(asked.target_modules),
+        use_gradient_checkpointing='unsloth' if checkpointing else False,
+        random_state=seed,
+    )
 
 # %% ../../nbs/models/03_fast_lora.ipynb #aaeecb22
 DENSE = ('attention', 'dense')
 
+
 def check_fast(load: Loading, packed: bool = False, processes: int = 1):
     "`LabError` for what a stage cannot have together with `backend: unsloth`."
-    if load.backend != 'unsloth': return
-    if not load.lora_rank: raise LabError('load: backend unsloth trains an adapter here; give lora_rank as well')
-    if other := [part for part in load.adapt if part not in DENSE]: raise LabError(f'load: backend unsloth is for dense models; adapt may name {" and ".join(DENSE)}, not {", ".join(other)}')
-    if packed: raise LabError('load: backend unsloth trains on rows that are not packed; set pack to false, or leave `backend` out')
-    if processes > 1: raise LabError(f'load: backend unsloth trains in one process, and processes is {processes}')
+    if load.backend != 'unsloth':
+        return
+    if not load.lora_rank:
+        raise LabError('load: backend unsloth trains an adapter here; give lora_rank as well')
+    if other := [part for part in load.adapt if part not in DENSE]:
+        raise LabError(
+            f'load: backend unsloth is for dense models; adapt may name {" and ".join(DENSE)}, not {", ".join(other)}'
+        )
+    if packed:
+        raise LabError(
+            'load: backend unsloth trains on rows that are not packed; set pack to false, or leave `backend` out'
+        )
+    if processes > 1:
+        raise LabError(f'load: backend unsloth trains in one process, and processes is {processes}')
+
 
 def check_collator(fit, ours):
     "`LabError` where a trainer was made to take its batches past the ledger."
-    if fit.data_collator is not ours: raise LabError(f'load: this version of Unsloth replaced the collator by {type(fit.data_collator).__name__}, so what is trained would not be counted; leave `backend` out')
+    if fit.data_collator is not ours:
+        raise LabError(
+            f'load: this version of Unsloth replaced the collator by {type(fit.data_collator).__name__}, so what is trained would not be counted; leave `backend` out'
+        )

@@ -9,45 +9,136 @@ __all__ = ['SHAPES', 'GROUPS', 'SHIPPED', 'register_kimi_k2', 'small_config', 's
            'left_padded', 'generate']
 
 # %% ../../nbs/models/01_load.ipynb #ecff08ba
-import dataclasses, json, os, shutil
+import dataclasses
+import json
+import os
+import shutil
 from importlib.resources import files
 from pathlib import Path
+
 from ..lab.config import LabError, lab_path, one_of
-from .quantized import MODEL_FILES, TOKENIZER_FILES, backbone, dequantised, fetched, read_config, stored
-from ..text.tokenizer import build_tokenizer, tokenizer_in
 from .mla import from_latents
+from k2lab.models.quantized import (
+    MODEL_FILES,
+    TOKENIZER_FILES,
+    backbone,
+    dequantised,
+    fetched,
+    read_config,
+    stored,
+)
+from ..text.tokenizer import build_tokenizer, tokenizer_in
 
 # %% ../../nbs/models/01_load.ipynb #fb8b392d
 def register_kimi_k2():
     "Teach transformers the model type `kimi_k2`: DeepSeek-V3's code, K2's name. Safe to call twice."
-    from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+    )
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    if 'kimi_k2' in CONFIG_MAPPING: return CONFIG_MAPPING['kimi_k2']
-    class KimiK2Config(DeepseekV3Config): model_type = 'kimi_k2'
+
+    if 'kimi_k2' in CONFIG_MAPPING:
+        return CONFIG_MAPPING['kimi_k2']
+
+    class KimiK2Config(DeepseekV3Config):
+        model_type = 'kimi_k2'
+
     class KimiK2ForCausalLM(DeepseekV3ForCausalLM):
         config_class = KimiK2Config
-        __module__ = DeepseekV3ForCausalLM.__module__      # transformers reads this module's source to see which kernels a class may use
+        __module__ = (
+            DeepseekV3ForCausalLM.__module__
+        )  # transformers reads this module's source to see which kernels a class may use
+
     AutoConfig.register('kimi_k2', KimiK2Config)
     AutoModelForCausalLM.register(KimiK2Config, KimiK2ForCausalLM)
-    register_checkpoint_conversion_mapping('kimi_k2', get_checkpoint_conversion_mapping('deepseek_v3'))
+    register_checkpoint_conversion_mapping(
+        'kimi_k2', get_checkpoint_conversion_mapping('deepseek_v3')
+    )
     return KimiK2Config
 
 # %% ../../nbs/models/01_load.ipynb #a79ec44b
-SHAPES = {('k2', 'smoke'): dict(hidden_size=64, num_hidden_layers=2, n_routed_experts=4, num_attention_heads=2, moe_intermediate_size=64, intermediate_size=128, q_lora_rank=32, kv_lora_rank=32),
-          ('k2', 'nano'): dict(hidden_size=128, num_hidden_layers=4, n_routed_experts=8, num_attention_heads=4, moe_intermediate_size=128, intermediate_size=384, q_lora_rank=96, kv_lora_rank=64),
-          ('qwen', 'smoke'): dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=128),
-          ('qwen', 'nano'): dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256)}
-_K2 = dict(num_experts_per_tok=2, n_shared_experts=1, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, first_k_dense_replace=1, n_group=1, topk_group=1, norm_topk_prob=True,
-           routed_scaling_factor=2.5, tie_word_embeddings=False, topk_method='noaux_tc', scoring_func='sigmoid')
+SHAPES = {
+    ('k2', 'smoke'): dict(
+        hidden_size=64,
+        num_hidden_layers=2,
+        n_routed_experts=4,
+        num_attention_heads=2,
+        moe_intermediate_size=64,
+        intermediate_size=128,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+    ),
+    ('k2', 'nano'): dict(
+        hidden_size=128,
+        num_hidden_layers=4,
+        n_routed_experts=8,
+        num_attention_heads=4,
+        moe_intermediate_size=128,
+        intermediate_size=384,
+        q_lora_rank=96,
+        kv_lora_rank=64,
+    ),
+    ('qwen', 'smoke'): dict(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=128,
+    ),
+    ('qwen', 'nano'): dict(
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=256,
+    ),
+}
+_K2 = dict(
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    first_k_dense_replace=1,
+    n_group=1,
+    topk_group=1,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    tie_word_embeddings=False,
+    topk_method='noaux_tc',
+    scoring_func='sigmoid',
+)
 
 # %% ../../nbs/models/01_load.ipynb #0b5bf739
 def small_config(kind: str, size: str, tok):
     "The config of a small model: kind 'k2' or 'qwen', size 'smoke' or 'nano', sized and wired for a tokenizer."
-    if (kind, size) not in SHAPES: raise LabError(f'no small model {kind!r} at {size!r}; valid: {", ".join(map("/".join, SHAPES))}')
+    if (kind, size) not in SHAPES:
+        raise LabError(
+            f'no small model {kind!r} at {size!r}; valid: {", ".join(map("/".join, SHAPES))}'
+        )
     from transformers import Qwen2Config
-    common = dict(vocab_size=len(tok), max_position_embeddings=1024, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
-    if kind == 'k2': return register_kimi_k2()(**SHAPES[kind, size], num_key_value_heads=SHAPES[kind, size]['num_attention_heads'], **_K2, **common)
+
+    common = dict(
+        vocab_size=len(tok),
+        max_position_embeddings=1024,
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+    )
+    if kind == 'k2':
+        return register_kimi_k2()(
+            **SHAPES[kind, size],
+            num_key_value_heads=SHAPES[kind, size]['num_attention_heads'],
+            **_K2,
+            **common,
+        )
     return Qwen2Config(**SHAPES[kind, size], tie_word_embeddings=True, **common)
 
 # %% ../../nbs/models/01_load.ipynb #faf0d771
@@ -55,34 +146,56 @@ def small_model(kind: str, size: str, tok, seed: int = 0):
     "A small model with random weights, the same for the same seed."
     import torch
     from transformers import AutoModelForCausalLM
+
     torch.manual_seed(seed)
     return ready(AutoModelForCausalLM.from_config(small_config(kind, size, tok)))
 
+
 def ready(model):
     "The settings every model here runs with: stacked experts by grouped matmul (batched ones are 16 times slower on a CPU)."
-    if getattr(model.config, 'n_routed_experts', None): model.set_experts_implementation('grouped_mm')
+    if getattr(model.config, 'n_routed_experts', None):
+        model.set_experts_implementation('grouped_mm')
     return model
 
 # %% ../../nbs/models/01_load.ipynb #9c7a426b
-GROUPS = {'routed': '.experts.', 'shared': '.shared_experts.', 'router': '.mlp.gate.', 'attention': '.self_attn.', 'dense': '.mlp.', 'embedding': 'embed_tokens', 'head': 'lm_head'}
+GROUPS = {
+    'routed': '.experts.',
+    'shared': '.shared_experts.',
+    'router': '.mlp.gate.',
+    'attention': '.self_attn.',
+    'dense': '.mlp.',
+    'embedding': 'embed_tokens',
+    'head': 'lm_head',
+}
+
 
 def group_of(name: str) -> str:
     "The part of the model that a parameter belongs to, by its name."
     return next((g for g, mark in GROUPS.items() if mark in name), 'norm')
 
+
 def parameter_counts(model) -> dict:
     "Parameters by group, `total`, and `active`: those that one token passes through."
     counts = {}
-    for name, p in model.named_parameters(): counts[group_of(name)] = counts.get(group_of(name), 0) + p.numel()
+    for name, p in model.named_parameters():
+        counts[group_of(name)] = counts.get(group_of(name), 0) + p.numel()
     c = model.config
-    idle = counts.get('routed', 0)*(1 - c.num_experts_per_tok/c.n_routed_experts) if 'routed' in counts else 0
+    idle = (
+        counts.get('routed', 0) * (1 - c.num_experts_per_tok / c.n_routed_experts)
+        if 'routed' in counts
+        else 0
+    )
     return dict(counts, total=sum(counts.values()), active=int(sum(counts.values()) - idle))
+
 
 def trained_counts(model) -> dict:
     "Parameters that training changes, by group; a tensor that ZeRO-3 has split counts whole."
     counts = {}
     for name, p in model.named_parameters():
-        if p.requires_grad: counts[group_of(name)] = counts.get(group_of(name), 0) + getattr(p, 'ds_numel', p.numel())
+        if p.requires_grad:
+            counts[group_of(name)] = counts.get(group_of(name), 0) + getattr(
+                p, 'ds_numel', p.numel()
+            )
     return counts
 
 # %% ../../nbs/models/01_load.ipynb #694f5264
@@ -90,56 +203,91 @@ def end_ids(tok) -> list:
     "The ids a reply ends with: the end of a turn, and the end of a document."
     return sorted({tok.convert_tokens_to_ids('<|im_end|>'), tok.eos_token_id})
 
+
 def save_checkpoint(model, tok, folder, dtype=None, weights: dict | None = None):
     "Write model and tokenizer to a folder as safetensors; `weights` replace the model's own where those are split over processes. A `kimi_k2` config is made readable for vLLM."
     from transformers import GenerationConfig
-    model.generation_config = GenerationConfig(eos_token_id=end_ids(tok), pad_token_id=tok.pad_token_id)
-    if dtype: model = model.to(dtype)
-    model.save_pretrained(folder, state_dict=weights); tok.save_pretrained(folder)
-    path = Path(folder)/'config.json'
+
+    model.generation_config = GenerationConfig(
+        eos_token_id=end_ids(tok), pad_token_id=tok.pad_token_id
+    )
+    if dtype:
+        model = model.to(dtype)
+    model.save_pretrained(folder, state_dict=weights)
+    tok.save_pretrained(folder)
+    path = Path(folder) / 'config.json'
     config = json.loads(path.read_text())
     if config['model_type'] == 'kimi_k2':
         config['architectures'] = ['DeepseekV3ForCausalLM']
-        path.write_text(json.dumps(config, indent=2)+'\n')
+        path.write_text(json.dumps(config, indent=2) + '\n')
 
 # %% ../../nbs/models/01_load.ipynb #5280335b
 @dataclasses.dataclass(frozen=True)
 class Loading:
     "How a model is opened at a scale."
-    dtype: str = 'float32'        # float32 | bfloat16
-    four_bit: bool = False        # NF4 by bitsandbytes: linear layers only, fused experts stay as they are
-    lora_rank: int = 0            # 0: train all weights
-    adapt: tuple = ('attention', 'shared', 'dense')   # parts that get an adapter; also: routed (the stacked experts), router, head
-    backend: str = 'transformers'                     # transformers | unsloth: the adapter of a dense model on one GPU
+
+    dtype: str = 'float32'  # float32 | bfloat16
+    # NF4 by bitsandbytes: linear layers only, fused experts stay as they are
+    four_bit: bool = False
+    lora_rank: int = 0  # 0: train all weights
+    # parts that get an adapter; also: routed (the stacked experts), router, head
+    adapt: tuple = ('attention', 'shared', 'dense')
+    # transformers | unsloth: the adapter of a dense model on one GPU
+    backend: str = 'transformers'
 
     def __post_init__(self):
         one_of('backend', self.backend, ('transformers', 'unsloth'), 'load')
-        for part in self.adapt: one_of('part', part, GROUPS, 'adapt')
+        for part in self.adapt:
+            one_of('part', part, GROUPS, 'adapt')
 
 # %% ../../nbs/models/01_load.ipynb #1a3a394f
 def _check_keys(place, info: dict):
     "Refuse a load that left weights at random or weights unused."
-    bad = {k: sorted(info[k]) for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys') if info.get(k)}
-    if bad: raise LabError(f'{place}: ' + '; '.join(f'{len(v)} {k.replace("_", " ")} ({", ".join(map(str, v[:3]))}...)' for k, v in bad.items()))
+    bad = {
+        k: sorted(info[k])
+        for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')
+        if info.get(k)
+    }
+    if bad:
+        raise LabError(
+            f'{place}: '
+            + '; '.join(
+                f'{len(v)} {k.replace("_", " ")} ({", ".join(map(str, v[:3]))}...)'
+                for k, v in bad.items()
+            )
+        )
+
 
 def quantization(load: Loading):
     "The bitsandbytes config of a 4-bit load, or None."
-    if not load.four_bit: return None
+    if not load.four_bit:
+        return None
     import torch
     from transformers import BitsAndBytesConfig
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=getattr(torch, load.dtype))
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type='nf4',
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, load.dtype),
+    )
 
 # %% ../../nbs/models/01_load.ipynb #7d96fc25
 def _repack_nothing(model):
     "Keep bitsandbytes from repacking weights for a CPU: it does so at the first evaluation, only fits widths of 64, and cannot be trained after."
     import bitsandbytes as bnb
+
     for m in model.modules():
-        if isinstance(m, bnb.nn.Linear4bit): m.support_avx512bf16_for_cpu = False       # bitsandbytes 0.50, `Linear4bit.forward`
+        if isinstance(m, bnb.nn.Linear4bit):
+            m.support_avx512bf16_for_cpu = False  # bitsandbytes 0.50, `Linear4bit.forward`
+
 
 def _four_bit_options(load: Loading) -> dict:
     "What `from_pretrained` is told for a 4-bit load: how, and onto which device; each launched process has its own."
     import torch
-    if not load.four_bit: return {}
+
+    if not load.four_bit:
+        return {}
     device = int(os.environ.get('LOCAL_RANK', 0)) if torch.cuda.is_available() else 'cpu'
     return dict(quantization_config=quantization(load), device_map={'': device})
 
@@ -147,32 +295,56 @@ def _four_bit_options(load: Loading) -> dict:
 def _config_of(folder: Path):
     "The config a checkpoint is opened with: its language model's, DeepSeek-V3's under the name `kimi_k2`; `LabError` for a type that only the checkpoint's own code knows."
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     kimi, told = register_kimi_k2(), backbone(read_config(folder))
     kind = told.pop('model_type')
-    if kind not in CONFIG_MAPPING: raise LabError(f"{folder}: transformers does not know the model type '{kind}', and code that comes with a checkpoint is never run here")
+    if kind not in CONFIG_MAPPING:
+        raise LabError(
+            f"{folder}: transformers does not know the model type '{kind}', and code that comes with a checkpoint is never run here"
+        )
     return (kimi if kind == 'deepseek_v3' else CONFIG_MAPPING[kind]).from_dict(told)
 
 # %% ../../nbs/models/01_load.ipynb #5c1f0a11
 SHIPPED = {'k2': 'k2-nano-base', 'qwen': 'qwen-nano-base'}
 
+
 def local_folder(place, wanted=MODEL_FILES) -> Path:
     "The folder of a checkpoint on this machine: a folder as it is, a hub id fetched, `smoke:k2` or `smoke:qwen` built; `LabError` where it is not to be had."
     kind, _, rest = str(place).partition(':')
-    return smoke_model(one_of('smoke model', rest, SHIPPED)) if kind == 'smoke' else fetched(place, wanted)
+    return (
+        smoke_model(one_of('smoke model', rest, SHIPPED))
+        if kind == 'smoke'
+        else fetched(place, wanted)
+    )
 
 # %% ../../nbs/models/01_load.ipynb #46191087
 def open_model(place, load: Loading = Loading()):
     "A causal language model from a folder or hub id (`org/name` or `org/name@revision`), dequantised where it is stored in 8 or 4 bits; `LabError` for a folder that is not there or keys that do not fit."
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     folder = local_folder(place)
     config, tensors = _config_of(folder), dequantised(folder)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]       # the Auto class takes no state_dict
-    if tensors is None: stored(folder)                     # every file there and whole
-    try: model, info = kind.from_pretrained(folder if tensors is None else None, state_dict=tensors, config=config, dtype=getattr(torch, load.dtype), output_loading_info=True, use_safetensors=True, **_four_bit_options(load))
-    except RuntimeError as e: raise LabError(f'{place}: its weights do not fit the model that its config.json describes ({str(e).splitlines()[0]})') from e
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class takes no state_dict
+    if tensors is None:
+        stored(folder)  # every file there and whole
+    try:
+        model, info = kind.from_pretrained(
+            folder if tensors is None else None,
+            state_dict=tensors,
+            config=config,
+            dtype=getattr(torch, load.dtype),
+            output_loading_info=True,
+            use_safetensors=True,
+            **_four_bit_options(load),
+        )
+    except RuntimeError as e:
+        raise LabError(
+            f'{place}: its weights do not fit the model that its config.json describes ({str(e).splitlines()[0]})'
+        ) from e
     _check_keys(place, info)
-    if load.four_bit: _repack_nothing(model)
+    if load.four_bit:
+        _repack_nothing(model)
     return ready(model)
 
 # %% ../../nbs/models/01_load.ipynb #def7cf32
@@ -180,74 +352,124 @@ def open_tokenizer(place):
     "The fast tokenizer of a folder or hub id; `LabError` where its files are missing or its chat family is unknown."
     return tokenizer_in(local_folder(place, TOKENIZER_FILES))
 
+
 def check_window(model, tok, place, length: int):
     "`LabError` for a tokenizer with more tokens than the model has embeddings, and for rows longer than its positions reach."
     c = model.config
-    if len(tok) > c.vocab_size: raise LabError(f'{place}: its tokenizer has {len(tok)} tokens and its model {c.vocab_size}; they do not belong together')
-    if length > c.max_position_embeddings: raise LabError(f'length: {length} tokens, but the positions of {place} reach to {c.max_position_embeddings}; lower length')
+    if len(tok) > c.vocab_size:
+        raise LabError(
+            f'{place}: its tokenizer has {len(tok)} tokens and its model {c.vocab_size}; they do not belong together'
+        )
+    if length > c.max_position_embeddings:
+        raise LabError(
+            f'length: {length} tokens, but the positions of {place} reach to {c.max_position_embeddings}; lower length'
+        )
 
 # %% ../../nbs/models/01_load.ipynb #cd6c19b4
 def shipped(kind: str) -> Path:
     "The folder of the nano model that ships with the lab."
-    return Path(str(files('k2lab')/'data'/SHIPPED[kind]))
+    return Path(str(files('k2lab') / 'data' / SHIPPED[kind]))
+
 
 def smoke_model(kind: str) -> Path:
     "A folder with a seeded random model of under 1M parameters, built on first use."
-    folder = lab_path('runs')/'.smoke'/kind
-    if (folder/'config.json').exists(): return folder
+    folder = lab_path('runs') / '.smoke' / kind
+    if (folder / 'config.json').exists():
+        return folder
     tok, new = open_tokenizer(shipped(kind)), folder.with_name(f'{kind}.{os.getpid()}')
     save_checkpoint(small_model(kind, 'smoke', tok), tok, new)
-    try: new.rename(folder)
-    except OSError: shutil.rmtree(new)      # another notebook was faster
+    try:
+        new.rename(folder)
+    except OSError:
+        shutil.rmtree(new)  # another notebook was faster
     return folder
 
 # %% ../../nbs/models/01_load.ipynb #b9aa963e
 @dataclasses.dataclass(frozen=True)
 class Reply:
     "One generated answer."
-    text: str       # without the end-of-turn token
-    tokens: int     # generated tokens, end of turn included
-    cut: bool       # the limit came before the end of the turn
+
+    text: str  # without the end-of-turn token
+    tokens: int  # generated tokens, end of turn included
+    cut: bool  # the limit came before the end of the turn
+
 
 def _reply(tok, ids, ends) -> Reply:
     "The reply in a row of generated ids: up to the first end."
     ids = [int(i) for i in ids]
     stop = next((i for i, t in enumerate(ids) if t in ends), None)
     body = ids if stop is None else ids[:stop]
-    return Reply(tok.decode(body, skip_special_tokens=False), len(body) + (stop is not None), stop is None)
+    return Reply(
+        tok.decode(body, skip_special_tokens=False), len(body) + (stop is not None), stop is None
+    )
 
 # %% ../../nbs/models/01_load.ipynb #af387843
 def left_padded(prompts, pad, device):
     "Left-padded ids and attention mask."
     import torch
+
     width = max(map(len, prompts))
-    ids = torch.tensor([[pad]*(width-len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0]*(width-len(p)) + [1]*len(p) for p in prompts], device=device)
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     return dict(input_ids=ids, attention_mask=mask)
+
 
 def _continued(model, tok, rows: list, room: int, options: dict) -> list:
     "Up to `room` new ids for each row of ids; an end of turn, if there is one, is the last."
     import torch
+
     ends, width = end_ids(tok), max(map(len, rows))
     with torch.inference_mode(), from_latents(model):
-        ids = model.generate(**left_padded(rows, tok.pad_token_id, model.device), max_new_tokens=room, eos_token_id=ends, pad_token_id=tok.pad_token_id, **options)
+        ids = model.generate(
+            **left_padded(rows, tok.pad_token_id, model.device),
+            max_new_tokens=room,
+            eos_token_id=ends,
+            pad_token_id=tok.pad_token_id,
+            **options,
+        )
     new = [row[width:].tolist() for row in ids]
-    return [row[:next((i+1 for i, t in enumerate(row) if t in ends), len(row))] for row in new]
+    return [row[: next((i + 1 for i, t in enumerate(row) if t in ends), len(row))] for row in new]
 
-def generate(model, tok, prompts: list, max_new_tokens: int = 96, n: int = 1, temperature: float = 0., seed: int = 0, batch: int = 128, on_batch=None, first: int = 24) -> list:
+
+def generate(
+    model,
+    tok,
+    prompts: list,
+    max_new_tokens: int = 96,
+    n: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch: int = 128,
+    on_batch=None,
+    first: int = 24,
+) -> list:
     "For each prompt (a list of ids) a list of n `Reply`s; temperature 0 is greedy. After `first` tokens, and each time that number doubles, finished rows leave and the rest is batched anew."
     import torch
-    options = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.) if temperature else dict(do_sample=False)
-    torch.manual_seed(seed); model.eval()
-    given, new, ends = [p for p in prompts for _ in range(n)], [[] for _ in range(n*len(prompts))], set(end_ids(tok))
+
+    options = (
+        dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+        if temperature
+        else dict(do_sample=False)
+    )
+    torch.manual_seed(seed)
+    model.eval()
+    given, new, ends = (
+        [p for p in prompts for _ in range(n)],
+        [[] for _ in range(n * len(prompts))],
+        set(end_ids(tok)),
+    )
     left, spent = list(range(len(given))), 0
     while left and spent < max_new_tokens:
-        room = min(max(first, spent), max_new_tokens-spent)
+        room = min(max(first, spent), max_new_tokens - spent)
         left.sort(key=lambda i: len(given[i]) + len(new[i]))
         for start in range(0, len(left), batch):
-            part = left[start:start+batch]
-            for i, more in zip(part, _continued(model, tok, [given[i] + new[i] for i in part], room, options)): new[i] += more
-            if on_batch: on_batch(sum(row[-1:] != [] and row[-1] in ends for row in new)//n, len(prompts))
-        left, spent = [i for i in left if new[i][-1] not in ends], spent+room
+            part = left[start : start + batch]
+            for i, more in zip(
+                part, _continued(model, tok, [given[i] + new[i] for i in part], room, options)
+            ):
+                new[i] += more
+            if on_batch:
+                on_batch(sum(row[-1:] != [] and row[-1] in ends for row in new) // n, len(prompts))
+        left, spent = [i for i in left if new[i][-1] not in ends], spent + room
     replies = [_reply(tok, row, ends) for row in new]
-    return [replies[i*n:i*n+n] for i in range(len(prompts))]
+    return [replies[i * n : i * n + n] for i in range(len(prompts))]

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 NAME = 'mla_absorbed'
 
+
 def absorbed(module, query, latent, value, mask, scaling, **options):
     """Attention of one new token on cached latents; of several tokens as usual.
 
@@ -13,27 +14,44 @@ def absorbed(module, query, latent, value, mask, scaling, **options):
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+
     rank, nope = module.kv_lora_rank, module.qk_nope_head_dim
     if query.shape[2] > 1:
         key, value = DeepseekV3Attention.expand_kv(module, value, latent[..., rank:])
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
-    up_k, up_v = module.kv_b_proj.weight.view(-1, nope + module.v_head_dim, rank).split([nope, module.v_head_dim], 1)      # [H, nope | v, rank]
-    inner = torch.einsum('bhqd,hdr->bqhr', query[..., :nope], up_k)                                                         # [B, 1, H, rank]
-    scores = scaling*(torch.cat((inner, query[..., nope:].transpose(1, 2)), -1) @ latent.mT)                               # [B, 1, H, L]
-    if mask is not None: scores = scores.masked_fill(~mask, float('-inf')) if mask.dtype == torch.bool else scores + mask
-    seen = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value                                                 # [B, 1, H, rank]
+    up_k, up_v = module.kv_b_proj.weight.view(-1, nope + module.v_head_dim, rank).split(
+        [nope, module.v_head_dim], 1
+    )  # [H, nope | v, rank]
+    inner = torch.einsum('bhqd,hdr->bqhr', query[..., :nope], up_k)  # [B, 1, H, rank]
+    scores = scaling * (
+        torch.cat((inner, query[..., nope:].transpose(1, 2)), -1) @ latent.mT
+    )  # [B, 1, H, L]
+    if mask is not None:
+        scores = (
+            scores.masked_fill(~mask, float('-inf')) if mask.dtype == torch.bool else scores + mask
+        )
+    seen = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value  # [B, 1, H, rank]
     return torch.einsum('bqhr,hvr->bqhv', seen, up_v), None
+
 
 def latents(kv, rope):
     "What is cached, as it is: key [B, 1, L, rank+rope] and value [B, 1, L, rank]."
     import torch
+
     return torch.cat((kv, rope), -1), kv
+
 
 def plain_layers(model) -> list:
     "The latent attention layers, if each caches latents (transformers has done so since `expand_kv`) and its `kv_b_proj` is a plain linear layer: an adapter or 4-bit weights would be passed over."
     from torch.nn import Linear
+
     layers = [m for m in model.modules() if type(m).__name__ == 'DeepseekV3Attention']
-    return layers if all(type(m.kv_b_proj) is Linear and hasattr(type(m), 'expand_kv') for m in layers) else []
+    return (
+        layers
+        if all(type(m.kv_b_proj) is Linear and hasattr(type(m), 'expand_kv') for m in layers)
+        else []
+    )
+
 
 @contextmanager
 def from_latents(model):
@@ -44,11 +62,15 @@ def from_latents(model):
         return
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
+
     AttentionInterface.register(NAME, absorbed)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    for m in layers: m.expand_kv = latents
+    for m in layers:
+        m.expand_kv = latents
     model.config._attn_implementation = NAME
-    try: yield
+    try:
+        yield
     finally:
         model.config._attn_implementation = 'sdpa'
-        for m in layers: del m.expand_kv
+        for m in layers:
+            del m.expand_kv

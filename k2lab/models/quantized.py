@@ -10,191 +10,328 @@ __all__ = ['K2_TYPES', 'ROUTER', 'WEIGHT_INDEX', 'LEFT_OUT', 'PIECES', 'FORMS', 
            'write_sides', 'to_bf16', 'fetched']
 
 # %% ../../nbs/models/00_quantized.ipynb #fff8df31
-import fnmatch, json, re, shutil
+import fnmatch
+import json
+import re
+import shutil
 from collections import Counter
 from pathlib import Path
+
 from fastcore.basics import patch
-from ..lab.config import LabError
+
 from ..lab.checkpoint import finalize_checkpoint
+from ..lab.config import LabError
 from ..lab.files import disk_errors, move
 from ..text.tokenizer import load_kimi_tokenizer
 
 # %% ../../nbs/models/00_quantized.ipynb #f2e33603
 def grid(shape, block) -> tuple:
     "How many blocks cover a matrix, down and across; the last ones may be cut."
-    return tuple(-(-n//b) for n, b in zip(shape, block))
+    return tuple(-(-n // b) for n, b in zip(shape, block))
+
 
 def scale_of_weights(scale, shape, block):
     "The factor of each weight, float32 [rows, cols], from one for each block; `LabError` where the blocks do not cover the matrix exactly."
     if tuple(scale.shape) != grid(shape, block):
-        raise LabError(f'factors {list(scale.shape)} for weights {list(shape)}; blocks of {list(block)} need {list(grid(shape, block))}')
-    for dim, (n, b) in enumerate(zip(shape, block)): scale = scale.repeat_interleave(b, dim).narrow(dim, 0, n)
+        raise LabError(
+            f'factors {list(scale.shape)} for weights {list(shape)}; blocks of {list(block)} need {list(grid(shape, block))}'
+        )
+    for dim, (n, b) in enumerate(zip(shape, block)):
+        scale = scale.repeat_interleave(b, dim).narrow(dim, 0, n)
     return scale.float()
 
 # %% ../../nbs/models/00_quantized.ipynb #ddfe626f
 def dequantised_fp8(weight, scale_inv, block=(128, 128)):
     "bfloat16 [rows, cols] from e4m3 [rows, cols] and its factors, one for each block (DeepSeek-V3 report, section 3.3)."
-    return (weight.float()*scale_of_weights(scale_inv, weight.shape, block)).bfloat16()
+    return (weight.float() * scale_of_weights(scale_inv, weight.shape, block)).bfloat16()
 
 # %% ../../nbs/models/00_quantized.ipynb #732749d4
 def dequantised_int4(packed, scale, shape, group: int = 32):
     "bfloat16 [rows, cols] from int32 [rows, cols/8] and one factor for each `group` weights of a row (compressed-tensors, `pack-quantized`, symmetric)."
     import torch
+
     rows, cols = map(int, shape)
-    if tuple(packed.shape) != grid((rows, cols), (1, 8)): raise LabError(f'packed weights {list(packed.shape)} for the shape {[rows, cols]}; it needs {list(grid((rows, cols), (1, 8)))}')
-    nibbles = torch.stack([packed >> 4*i & 15 for i in range(8)], -1).flatten(1)[:, :cols]
-    return ((nibbles - 8)*scale_of_weights(scale, (rows, cols), (1, group))).bfloat16()
+    if tuple(packed.shape) != grid((rows, cols), (1, 8)):
+        raise LabError(
+            f'packed weights {list(packed.shape)} for the shape {[rows, cols]}; it needs {list(grid((rows, cols), (1, 8)))}'
+        )
+    nibbles = torch.stack([packed >> 4 * i & 15 for i in range(8)], -1).flatten(1)[:, :cols]
+    return ((nibbles - 8) * scale_of_weights(scale, (rows, cols), (1, group))).bfloat16()
 
 # %% ../../nbs/models/00_quantized.ipynb #9e87d784
 def read_config(folder) -> dict:
     "The config.json of a checkpoint; `LabError` where there is none."
-    try: return json.loads((Path(folder)/'config.json').read_text(encoding='utf-8'))
-    except FileNotFoundError: raise LabError(f'{folder}: no model there (config.json is missing)') from None
-    except ValueError as e: raise LabError(f'{folder}/config.json: {e}') from None
+    try:
+        return json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise LabError(f'{folder}: no model there (config.json is missing)') from None
+    except ValueError as e:
+        raise LabError(f'{folder}/config.json: {e}') from None
+
 
 def scheme(config: dict) -> dict:
     "How weights are stored: `{}` as they are, `{'block': [128, 128]}` in 8 bits, `{'group': 32}` in 4; `LabError` for any other way."
-    told = config.get('quantization_config') or config.get('text_config', {}).get('quantization_config')
-    if not told: return {}
-    if told.get('quant_method') == 'fp8' and told.get('fmt', 'e4m3') == 'e4m3' and len(told.get('weight_block_size') or []) == 2: return {'block': told['weight_block_size']}
+    told = config.get('quantization_config') or config.get('text_config', {}).get(
+        'quantization_config'
+    )
+    if not told:
+        return {}
+    if (
+        told.get('quant_method') == 'fp8'
+        and told.get('fmt', 'e4m3') == 'e4m3'
+        and len(told.get('weight_block_size') or []) == 2
+    ):
+        return {'block': told['weight_block_size']}
     weights = [g.get('weights') or {} for g in told.get('config_groups', {}).values()]
     four = {'num_bits': 4, 'type': 'int', 'symmetric': True, 'strategy': 'group'}
-    if told.get('format') == 'pack-quantized' and len(weights) == 1 and {**weights[0], **four} == weights[0] and not weights[0].get('actorder'): return {'group': weights[0]['group_size']}
-    raise LabError(f"config.json: cannot read weights stored as {told.get('quant_method')}, {told.get('format') or told.get('fmt')}; readable are fp8 in blocks, and compressed-tensors' pack-quantized: 4-bit, symmetric, in groups, without actorder")
+    if (
+        told.get('format') == 'pack-quantized'
+        and len(weights) == 1
+        and {**weights[0], **four} == weights[0]
+        and not weights[0].get('actorder')
+    ):
+        return {'group': weights[0]['group_size']}
+    raise LabError(
+        f"config.json: cannot read weights stored as {told.get('quant_method')}, {told.get('format') or told.get('fmt')}; readable are fp8 in blocks, and compressed-tensors' pack-quantized: 4-bit, symmetric, in groups, without actorder"
+    )
 
 # %% ../../nbs/models/00_quantized.ipynb #8e460af1
 K2_TYPES = ('kimi_k2', 'deepseek_v3')
 ROUTER = {'topk_method': 'noaux_tc', 'scoring_func': 'sigmoid'}
 
+
 def backbone(config: dict) -> dict:
     "The config of the language model in a checkpoint, as vLLM wants it: nothing in it about quantization or about code."
-    inner = {k: v for k, v in config.get('text_config', config).items() if k not in ('quantization_config', 'auto_map', '_name_or_path', 'transformers_version')}
+    inner = {
+        k: v
+        for k, v in config.get('text_config', config).items()
+        if k not in ('quantization_config', 'auto_map', '_name_or_path', 'transformers_version')
+    }
     kind = inner.get('model_type')
-    if kind in K2_TYPES: return ROUTER | inner | {'architectures': ['DeepseekV3ForCausalLM']}
-    if 'text_config' in config or not kind: raise LabError(f"config.json: model type '{config.get('model_type')}' with a language model of type '{kind}'; of models with several parts only K2's is known")
+    if kind in K2_TYPES:
+        return ROUTER | inner | {'architectures': ['DeepseekV3ForCausalLM']}
+    if 'text_config' in config or not kind:
+        raise LabError(
+            f"config.json: model type '{config.get('model_type')}' with a language model of type '{kind}'; of models with several parts only K2's is known"
+        )
     return inner
 
 # %% ../../nbs/models/00_quantized.ipynb #cc75b347
 def layer_names(c: dict, i: int) -> list:
     "The tensors of layer `i` of a K2, one by one as engines read them."
     query = ['q_a_proj', 'q_a_layernorm', 'q_b_proj'] if c.get('q_lora_rank') else ['q_proj']
-    names = ['input_layernorm', 'post_attention_layernorm'] + [f'self_attn.{n}' for n in (*query, 'kv_a_proj_with_mqa', 'kv_a_layernorm', 'kv_b_proj', 'o_proj')]
-    parts = ['mlp'] if i < c['first_k_dense_replace'] else [*(f'mlp.experts.{e}' for e in range(c['n_routed_experts'])), 'mlp.shared_experts']
-    names += [f'{part}.{n}' for part in parts for n in ('gate_proj', 'up_proj', 'down_proj')] + ['mlp.gate']*(len(parts) > 1)
-    bias = ['mlp.gate.e_score_correction_bias']*(len(parts) > 1)
+    names = ['input_layernorm', 'post_attention_layernorm'] + [
+        f'self_attn.{n}'
+        for n in (*query, 'kv_a_proj_with_mqa', 'kv_a_layernorm', 'kv_b_proj', 'o_proj')
+    ]
+    parts = (
+        ['mlp']
+        if i < c['first_k_dense_replace']
+        else [*(f'mlp.experts.{e}' for e in range(c['n_routed_experts'])), 'mlp.shared_experts']
+    )
+    names += [f'{part}.{n}' for part in parts for n in ('gate_proj', 'up_proj', 'down_proj')] + [
+        'mlp.gate'
+    ] * (len(parts) > 1)
+    bias = ['mlp.gate.e_score_correction_bias'] * (len(parts) > 1)
     return [f'model.layers.{i}.{n}' for n in [*(f'{n}.weight' for n in names), *bias]]
+
 
 def model_names(c: dict) -> list:
     "The tensors of a whole K2."
-    ends = ['model.embed_tokens.weight', 'model.norm.weight'] + ['lm_head.weight']*(not c.get('tie_word_embeddings'))
+    ends = ['model.embed_tokens.weight', 'model.norm.weight'] + ['lm_head.weight'] * (
+        not c.get('tie_word_embeddings')
+    )
     return ends + [n for i in range(c['num_hidden_layers']) for n in layer_names(c, i)]
 
 # %% ../../nbs/models/00_quantized.ipynb #cc9b186d
 WEIGHT_INDEX = 'model.safetensors.index.json'
 
+
 def header(path: Path) -> dict:
     "`{name: {'dtype', 'shape', 'data_offsets'}}` of a safetensors file; `LabError` for one that is not whole."
     with open(path, 'rb') as f:
         size = int.from_bytes(f.read(8), 'little')
-        try: told = json.loads(f.read(size if size < 2**28 else 0))
-        except ValueError: raise LabError(f'{path}: no safetensors file (its first bytes are no head)') from None
+        try:
+            told = json.loads(f.read(size if size < 2**28 else 0))
+        except ValueError:
+            raise LabError(f'{path}: no safetensors file (its first bytes are no head)') from None
     told.pop('__metadata__', None)
     whole = 8 + size + max((t['data_offsets'][1] for t in told.values()), default=0)
-    if path.stat().st_size != whole: raise LabError(f'{path}: {path.stat().st_size} bytes, its head says {whole}; it was cut short or changed')
+    if path.stat().st_size != whole:
+        raise LabError(
+            f'{path}: {path.stat().st_size} bytes, its head says {whole}; it was cut short or changed'
+        )
     return told
 
 # %% ../../nbs/models/00_quantized.ipynb #c0443a6b
 def places(folder: Path) -> dict:
     "`{tensor: file}` of a checkpoint, from its index or its only file; `LabError` for a file that is not there."
-    index = folder/WEIGHT_INDEX
+    index = folder / WEIGHT_INDEX
     if not index.exists():
-        if not (folder/'model.safetensors').exists(): raise LabError(f'{folder}: no weights there (neither {WEIGHT_INDEX} nor model.safetensors)')
-        return dict.fromkeys(header(folder/'model.safetensors'), 'model.safetensors')
+        if not (folder / 'model.safetensors').exists():
+            raise LabError(
+                f'{folder}: no weights there (neither {WEIGHT_INDEX} nor model.safetensors)'
+            )
+        return dict.fromkeys(header(folder / 'model.safetensors'), 'model.safetensors')
     told = json.loads(index.read_text(encoding='utf-8'))['weight_map']
     for file in sorted(set(told.values())):
-        if Path(file).name != file or not (folder/file).exists(): raise LabError(f'{index}: names {file}, which is not there')
+        if Path(file).name != file or not (folder / file).exists():
+            raise LabError(f'{index}: names {file}, which is not there')
     return told
 
 # %% ../../nbs/models/00_quantized.ipynb #5ab4b733
 def stored(folder: Path) -> dict:
     "`{tensor: {'file', 'dtype', 'shape'}}` as it lies in the files; `LabError` where index and files disagree, and for a tensor without elements."
     told = places(folder)
-    heads = {file: header(folder/file) for file in sorted(set(told.values()))}
+    heads = {file: header(folder / file) for file in sorted(set(told.values()))}
     for name, file in told.items():
-        if name not in heads[file]: raise LabError(f'{folder/file}: no tensor {name}, although {WEIGHT_INDEX} says so')
-        if 0 in heads[file][name]['shape']: raise LabError(f'{folder/file}: {name} is empty, its shape is {heads[file][name]["shape"]}')
+        if name not in heads[file]:
+            raise LabError(f'{folder / file}: no tensor {name}, although {WEIGHT_INDEX} says so')
+        if 0 in heads[file][name]['shape']:
+            raise LabError(
+                f'{folder / file}: {name} is empty, its shape is {heads[file][name]["shape"]}'
+            )
     for file, head in heads.items():
         for name in head:
-            if told.get(name) != file: raise LabError(f'{folder/file}: {name} is there, but not in {WEIGHT_INDEX}')
-    return {name: {'file': file, **{k: heads[file][name][k] for k in ('dtype', 'shape')}} for name, file in told.items()}
+            if told.get(name) != file:
+                raise LabError(f'{folder / file}: {name} is there, but not in {WEIGHT_INDEX}')
+    return {
+        name: {'file': file, **{k: heads[file][name][k] for k in ('dtype', 'shape')}}
+        for name, file in told.items()
+    }
 
 # %% ../../nbs/models/00_quantized.ipynb #84f60f67
 LEFT_OUT = {'vision': r'(vision_tower|mm_projector)\.', 'inv_freq': r'.*\.rotary_emb\.inv_freq$'}
-PIECES = ('weight', 'weight_scale_inv', 'weight_packed', 'weight_scale', 'weight_shape', 'weight_zero_point', 'weight_g_idx')
+PIECES = (
+    'weight',
+    'weight_scale_inv',
+    'weight_packed',
+    'weight_scale',
+    'weight_shape',
+    'weight_zero_point',
+    'weight_g_idx',
+)
+
 
 def language_names(names, seeing: bool) -> tuple:
     "`({name in the language model: stored name}, {what was left out: how many tensors})`."
     kept, left = {}, Counter()
     for name in names:
-        why = next((k for k, pattern in LEFT_OUT.items() if re.match(pattern, name) and (seeing or k != 'vision')), None)
-        if why: left[why] += 1; continue
-        if seeing and not name.startswith('language_model.'): raise LabError(f'unknown part of the model: {name}; known are language_model, vision_tower and mm_projector')
+        why = next(
+            (
+                k
+                for k, pattern in LEFT_OUT.items()
+                if re.match(pattern, name) and (seeing or k != 'vision')
+            ),
+            None,
+        )
+        if why:
+            left[why] += 1
+            continue
+        if seeing and not name.startswith('language_model.'):
+            raise LabError(
+                f'unknown part of the model: {name}; known are language_model, vision_tower and mm_projector'
+            )
         kept[name.removeprefix('language_model.') if seeing else name] = name
     return kept, dict(left)
+
 
 def pieces_by_weight(kept: dict) -> dict:
     "`{weight: {piece: stored name}}`."
     out = {}
     for name, raw in kept.items():
         stem, _, last = name.rpartition('.')
-        out.setdefault(f'{stem}.weight' if last in PIECES else name, {})[last if last in PIECES else 'weight'] = raw
+        out.setdefault(f'{stem}.weight' if last in PIECES else name, {})[
+            last if last in PIECES else 'weight'
+        ] = raw
     return out
 
 # %% ../../nbs/models/00_quantized.ipynb #5b2ecea2
-FORMS = {('weight',): 'plain', ('weight', 'weight_scale_inv'): 'block', ('weight_packed', 'weight_scale', 'weight_shape'): 'group'}
+FORMS = {
+    ('weight',): 'plain',
+    ('weight', 'weight_scale_inv'): 'block',
+    ('weight_packed', 'weight_scale', 'weight_shape'): 'group',
+}
 TYPES = {'plain': ('BF16', 'F32', 'F16'), 'block': ('F8_E4M3',), 'group': ('I32',)}
+
 
 def form(pieces: dict, way: dict) -> str:
     "'plain', 'block' or 'group': how a weight of these pieces `{piece: {'dtype', 'shape'}}` is stored; `LabError` for what cannot be, given the config's way."
     kind = FORMS.get(tuple(sorted(pieces)))
-    if not kind: raise LabError(f"is stored as {' + '.join(sorted(pieces))}; readable are {', '.join(map(' + '.join, FORMS))}")
+    if not kind:
+        raise LabError(
+            f"is stored as {' + '.join(sorted(pieces))}; readable are {', '.join(map(' + '.join, FORMS))}"
+        )
     main = pieces.get('weight') or pieces['weight_packed']
-    if main['dtype'] not in TYPES[kind]: raise LabError(f"is {main['dtype']} without its weight_scale_inv" if kind == 'plain' else f"is {main['dtype']}, expected {TYPES[kind][0]}")
-    if kind != 'plain' and kind not in way: raise LabError(f"is stored as {' + '.join(sorted(pieces))}, but config.json says {way or 'not quantized'}")
-    scale, (rows, cols) = pieces.get('weight_scale_inv') or pieces.get('weight_scale'), (*main['shape'], 0, 0)[:2]
-    want = {'block': grid((rows, cols), way.get('block', (1, 1))), 'group': grid((rows, cols*8), (1, way.get('group', 1)))}.get(kind)
-    if want and tuple(scale['shape']) != want: raise LabError(f"has factors {scale['shape']}, its blocks need {list(want)}")
+    if main['dtype'] not in TYPES[kind]:
+        raise LabError(
+            f"is {main['dtype']} without its weight_scale_inv"
+            if kind == 'plain'
+            else f"is {main['dtype']}, expected {TYPES[kind][0]}"
+        )
+    if kind != 'plain' and kind not in way:
+        raise LabError(
+            f"is stored as {' + '.join(sorted(pieces))}, but config.json says {way or 'not quantized'}"
+        )
+    scale, (rows, cols) = (
+        pieces.get('weight_scale_inv') or pieces.get('weight_scale'),
+        (*main['shape'], 0, 0)[:2],
+    )
+    want = {
+        'block': grid((rows, cols), way.get('block', (1, 1))),
+        'group': grid((rows, cols * 8), (1, way.get('group', 1))),
+    }.get(kind)
+    if want and tuple(scale['shape']) != want:
+        raise LabError(f"has factors {scale['shape']}, its blocks need {list(want)}")
     return kind
 
 # %% ../../nbs/models/00_quantized.ipynb #59a9b4e5
 def rms(tensor) -> float:
     "The root mean square of a tensor."
     import torch
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)/tensor.numel()**.5)
+
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64) / tensor.numel() ** 0.5)
+
 
 def check_values(name: str, tensor, factors=None):
     "`LabError` for values that no trained model has; `factors` are those of a quantized weight."
     import torch
+
     size = rms(tensor)
-    if factors is not None and not (torch.isfinite(factors).all() and (factors >= 0).all()): raise LabError('has factors that are negative or no numbers')
-    if not size < float('inf'): raise LabError('holds values that are no numbers')
-    if name.endswith('e_score_correction_bias') and not size: raise LabError("is zero everywhere: a converter lost the router's bias")
-    if factors is not None and not 0 < size < 100: raise LabError(f'has a root mean square of {size:.3g}; its factors are misread')
+    if factors is not None and not (torch.isfinite(factors).all() and (factors >= 0).all()):
+        raise LabError('has factors that are negative or no numbers')
+    if not size < float('inf'):
+        raise LabError('holds values that are no numbers')
+    if name.endswith('e_score_correction_bias') and not size:
+        raise LabError("is zero everywhere: a converter lost the router's bias")
+    if factors is not None and not 0 < size < 100:
+        raise LabError(f'has a root mean square of {size:.3g}; its factors are misread')
 
 # %% ../../nbs/models/00_quantized.ipynb #d2016149
 class Checkpoint:
     "The language model of a folder: its `config`, its weights by name, what was `left_out`. `LabError` with file and tensor for whatever does not fit together."
+
     def __init__(self, folder):
         self.folder, told, self.opened = Path(folder), read_config(folder), {}
         self.way, self.config, self.stored = scheme(told), backbone(told), stored(self.folder)
         kept, self.left_out = language_names(self.stored, 'text_config' in told)
         self.pieces = pieces_by_weight(kept)
-        self.kinds = {name: self.told(name, form, {p: self.stored[raw] for p, raw in pieces.items()}, self.way) for name, pieces in self.pieces.items()}
-        if self.way and not set(self.kinds.values()) & set(self.way): raise LabError(f'{folder}: config.json says {self.way}, but no weight is stored so')
-        if self.config['model_type'] in K2_TYPES: self.check_names(set(model_names(self.config)))
+        self.kinds = {
+            name: self.told(
+                name, form, {p: self.stored[raw] for p, raw in pieces.items()}, self.way
+            )
+            for name, pieces in self.pieces.items()
+        }
+        if self.way and not set(self.kinds.values()) & set(self.way):
+            raise LabError(f'{folder}: config.json says {self.way}, but no weight is stored so')
+        if self.config['model_type'] in K2_TYPES:
+            self.check_names(set(model_names(self.config)))
 
-    def __iter__(self): return iter(sorted(self.pieces, key=lambda n: (self.file(n), n)))
-    def __len__(self): return len(self.pieces)
+    def __iter__(self):
+        return iter(sorted(self.pieces, key=lambda n: (self.file(n), n)))
+
+    def __len__(self):
+        return len(self.pieces)
 
     def file(self, name: str) -> str:
         "The file that holds a weight, or the first of its pieces."
@@ -204,31 +341,54 @@ class Checkpoint:
 @patch
 def told(self: Checkpoint, name: str, check, *args):
     "What `check` says of a weight, its error with file and name."
-    try: return check(*args)
-    except LabError as e: raise LabError(f'{self.folder/self.file(name)}: {name} {e}') from None
+    try:
+        return check(*args)
+    except LabError as e:
+        raise LabError(f'{self.folder / self.file(name)}: {name} {e}') from None
+
 
 @patch
 def check_names(self: Checkpoint, want: set):
     "Refuse a model that lacks a weight or has one too many."
-    for what, names in (('missing', want - set(self.pieces)), ('unexpected', set(self.pieces) - want)):
-        if names: raise LabError(f'{self.folder}: {len(names)} {what} ({", ".join(sorted(names)[:3])}{"..." if len(names) > 3 else ""})')
+    for what, names in (
+        ('missing', want - set(self.pieces)),
+        ('unexpected', set(self.pieces) - want),
+    ):
+        if names:
+            raise LabError(
+                f'{self.folder}: {len(names)} {what} ({", ".join(sorted(names)[:3])}{"..." if len(names) > 3 else ""})'
+            )
+
 
 @patch
 def _read(self: Checkpoint, raw: str):
     "A tensor as it is stored; one file is open at a time, since what is mapped counts as memory."
     from safetensors import safe_open
+
     file = self.stored[raw]['file']
-    if file not in self.opened: self.opened = {file: safe_open(self.folder/file, 'pt')}
+    if file not in self.opened:
+        self.opened = {file: safe_open(self.folder / file, 'pt')}
     return self.opened[file].get_tensor(raw)
+
 
 @patch
 def __getitem__(self: Checkpoint, name: str):
     "A weight by its name, bfloat16 where it was quantized."
     got = {piece: self._read(raw) for piece, raw in self.pieces[name].items()}
     factors = got.get('weight_scale_inv', got.get('weight_scale'))
-    if self.kinds[name] == 'block': tensor = dequantised_fp8(got['weight'], factors, self.way['block'])
-    elif self.kinds[name] == 'group': tensor = self.told(name, dequantised_int4, got['weight_packed'], factors, got['weight_shape'].tolist(), self.way['group'])
-    else: tensor = got['weight']
+    if self.kinds[name] == 'block':
+        tensor = dequantised_fp8(got['weight'], factors, self.way['block'])
+    elif self.kinds[name] == 'group':
+        tensor = self.told(
+            name,
+            dequantised_int4,
+            got['weight_packed'],
+            factors,
+            got['weight_shape'].tolist(),
+            self.way['group'],
+        )
+    else:
+        tensor = got['weight']
     self.told(name, check_values, name, tensor, factors)
     return tensor
 
@@ -237,22 +397,38 @@ def is_plain(config: dict) -> bool:
     "Whether a checkpoint with this config opens as it lies there: nothing to dequantise, and no larger model around it."
     return not scheme(config) and 'text_config' not in config
 
+
 def dequantised(folder) -> dict | None:
     "`{name: tensor}` of a checkpoint that transformers cannot open as it lies there; None for a plain one."
-    if is_plain(read_config(folder)): return None
+    if is_plain(read_config(folder)):
+        return None
     checkpoint = Checkpoint(folder)
     return {name: checkpoint[name] for name in checkpoint}
 
 # %% ../../nbs/models/00_quantized.ipynb #f7faed40
-SHARD = 4 * 2**30      # bytes
-COPIED = ('generation_config.json', 'tokenizer*.json', 'special_tokens_map.json', 'vocab.json', 'merges.txt', 'tiktoken.model', 'chat_template*', 'LICENSE*', 'README.md')
+SHARD = 4 * 2**30  # bytes
+COPIED = (
+    'generation_config.json',
+    'tokenizer*.json',
+    'special_tokens_map.json',
+    'vocab.json',
+    'merges.txt',
+    'tiktoken.model',
+    'chat_template*',
+    'LICENSE*',
+    'README.md',
+)
+
 
 def weight_batches(checkpoint: Checkpoint, limit: int):
     "The weights of a checkpoint in dictionaries of up to `limit` bytes; each is emptied before the next is read."
     batch, size = {}, 0
     for name in checkpoint:
         tensor = checkpoint[name]
-        if batch and size + tensor.nbytes > limit: yield batch; batch.clear(); size = 0
+        if batch and size + tensor.nbytes > limit:
+            yield batch
+            batch.clear()
+            size = 0
         batch[name], size = tensor, size + tensor.nbytes
         del tensor
     yield batch
@@ -261,27 +437,48 @@ def weight_batches(checkpoint: Checkpoint, limit: int):
 def write_batches(checkpoint: Checkpoint, part: Path, limit: int, on_shard=None) -> dict:
     "Write the weights as shards and their index; `{name: [dtype, shape, root mean square]}`."
     from safetensors.torch import save_file
+
     files, told, total = [], {}, 0
     for batch in weight_batches(checkpoint, limit):
         files.append(dict.fromkeys(batch))
-        save_file({n: t.contiguous() for n, t in batch.items()}, part/f'{len(files)}', metadata={'format': 'pt'})
-        told |= {n: [str(t.dtype).removeprefix('torch.'), list(t.shape), float(f'{rms(t):.6g}')] for n, t in batch.items()}
+        save_file(
+            {n: t.contiguous() for n, t in batch.items()},
+            part / f'{len(files)}',
+            metadata={'format': 'pt'},
+        )
+        told |= {
+            n: [str(t.dtype).removeprefix('torch.'), list(t.shape), float(f'{rms(t):.6g}')]
+            for n, t in batch.items()
+        }
         total += sum(t.nbytes for t in batch.values())
-        if on_shard: on_shard(len(told), len(checkpoint), total)
-    final = [f'model-{i:05}-of-{len(files):05}.safetensors' for i in range(1, len(files)+1)]
-    for i, name in enumerate(final, 1): (part/f'{i}').rename(part/name)
-    index = {'metadata': {'total_size': total}, 'weight_map': {n: name for name, names in zip(final, files) for n in names}}
-    (part/WEIGHT_INDEX).write_text(json.dumps(index, indent=1))
+        if on_shard:
+            on_shard(len(told), len(checkpoint), total)
+    final = [f'model-{i:05}-of-{len(files):05}.safetensors' for i in range(1, len(files) + 1)]
+    for i, name in enumerate(final, 1):
+        (part / f'{i}').rename(part / name)
+    index = {
+        'metadata': {'total_size': total},
+        'weight_map': {n: name for name, names in zip(final, files) for n in names},
+    }
+    (part / WEIGHT_INDEX).write_text(json.dumps(index, indent=1))
     return told
 
 # %% ../../nbs/models/00_quantized.ipynb #8449bf76
 def write_sides(checkpoint: Checkpoint, part: Path) -> list:
     "Write config and tokenizer and copy what else belongs to a model; the names of files that were left out, code among them."
-    (part/'config.json').write_text(json.dumps(checkpoint.config | {'dtype': 'bfloat16'}, indent=2) + '\n')
-    names = {p.name for p in checkpoint.folder.iterdir() if p.is_file()} - {'config.json', WEIGHT_INDEX} - {t['file'] for t in checkpoint.stored.values()}
+    (part / 'config.json').write_text(
+        json.dumps(checkpoint.config | {'dtype': 'bfloat16'}, indent=2) + '\n'
+    )
+    names = (
+        {p.name for p in checkpoint.folder.iterdir() if p.is_file()}
+        - {'config.json', WEIGHT_INDEX}
+        - {t['file'] for t in checkpoint.stored.values()}
+    )
     kept = {n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in COPIED)}
-    for n in sorted(kept): shutil.copyfile(checkpoint.folder/n, part/n)
-    if 'tiktoken.model' in kept and 'tokenizer.json' not in kept: load_kimi_tokenizer(checkpoint.folder).save_pretrained(part)
+    for n in sorted(kept):
+        shutil.copyfile(checkpoint.folder / n, part / n)
+    if 'tiktoken.model' in kept and 'tokenizer.json' not in kept:
+        load_kimi_tokenizer(checkpoint.folder).save_pretrained(part)
     return sorted(names - kept)
 
 # %% ../../nbs/models/00_quantized.ipynb #799da9a7
@@ -289,27 +486,57 @@ def to_bf16(folder, out, limit: int = SHARD, on_shard=None) -> dict:
     "Write the language model of a checkpoint to the new folder `out` as bfloat16; `{'weights', 'dequantised', 'left_out', 'files_left_out'}`. `on_shard(weights so far, of all, bytes)`."
     checkpoint, out = Checkpoint(folder), Path(out)
     part = out.with_name(f'.{out.name}.part')
-    if is_plain(read_config(folder)): raise LabError(f'{folder}: nothing to convert, its weights are stored as they are')
+    if is_plain(read_config(folder)):
+        raise LabError(f'{folder}: nothing to convert, its weights are stored as they are')
     for taken in (out, part):
-        if taken.exists(): raise LabError(f'{taken}: exists already' + (' (somebody is writing it, or was interrupted; then delete it)' if taken == part else ''))
+        if taken.exists():
+            raise LabError(
+                f'{taken}: exists already'
+                + (
+                    ' (somebody is writing it, or was interrupted; then delete it)'
+                    if taken == part
+                    else ''
+                )
+            )
     part.mkdir(parents=True)
     try:
         with disk_errors(out.name):
             told = write_batches(checkpoint, part, limit, on_shard)
-            done = {'weights': len(told), 'dequantised': sum(k != 'plain' for k in checkpoint.kinds.values()), 'left_out': checkpoint.left_out, 'files_left_out': write_sides(checkpoint, part)}
+            done = {
+                'weights': len(told),
+                'dequantised': sum(k != 'plain' for k in checkpoint.kinds.values()),
+                'left_out': checkpoint.left_out,
+                'files_left_out': write_sides(checkpoint, part),
+            }
             finalize_checkpoint(part, done | {'from': Path(folder).name, 'tensors': told})
             move(part, out)
-    finally: shutil.rmtree(part, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return done
 
 # %% ../../nbs/models/00_quantized.ipynb #96a2dc44
 TOKENIZER_FILES = ['tokenizer*', 'tiktoken.model', 'chat_template*']
 MODEL_FILES = ['model*.safetensors', '*.json', 'LICENSE*', 'merges.txt', *TOKENIZER_FILES]
 
+
 def fetched(place, files=MODEL_FILES) -> Path:
     "The folder of a checkpoint: itself, or the commit's folder in the hub's cache for `org/name` or `org/name@revision`; `LabError` where it is not to be had."
-    if isinstance(place, Path) or Path(place).is_dir(): return Path(place)
+    if isinstance(place, Path) or Path(place).is_dir():
+        return Path(place)
     from huggingface_hub import is_offline_mode, snapshot_download
+
     repo, _, revision = place.partition('@')
-    try: return Path(snapshot_download(repo, revision=revision or None, allow_patterns=files, ignore_patterns='*.py', local_files_only=is_offline_mode()))
-    except (OSError, ValueError) as e: raise LabError(f'{place}: no such folder, and the hub does not give it ({str(e).splitlines()[0]})') from None
+    try:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision or None,
+                allow_patterns=files,
+                ignore_patterns='*.py',
+                local_files_only=is_offline_mode(),
+            )
+        )
+    except (OSError, ValueError) as e:
+        raise LabError(
+            f'{place}: no such folder, and the hub does not give it ({str(e).splitlines()[0]})'
+        ) from None

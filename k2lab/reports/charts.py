@@ -7,15 +7,24 @@ __all__ = ['BLUE', 'ORANGE', 'RED', 'INK', 'PALE', 'el', 'html_table', 'beside',
 
 # %% ../../nbs/reports/01_charts.ipynb #ac8102b2
 import html
+
 from ..lab.display import Html
 from .results import change, kind
 
 # %% ../../nbs/reports/01_charts.ipynb #57f4c1e7
 def el(name: str, *inside, **attributes) -> Html:
     "An HTML or SVG element; text inside is escaped, elements are not. A trailing `_` in an attribute's name is dropped, others become `-`."
-    told = ''.join(f' {k.strip("_").replace("_", "-")}="{html.escape(str(v))}"' for k, v in attributes.items() if v is not None)
-    if name in ('br', 'meta'): return Html(f'<{name}{told}>')      # the void elements that are used here
-    return Html(f"<{name}{told}>{''.join(x if isinstance(x, Html) else html.escape(str(x)) for x in inside)}</{name}>")
+    told = ''.join(
+        f' {k.strip("_").replace("_", "-")}="{html.escape(str(v))}"'
+        for k, v in attributes.items()
+        if v is not None
+    )
+    if name in ('br', 'meta'):
+        return Html(f'<{name}{told}>')  # the void elements that are used here
+    return Html(
+        f"<{name}{told}>{''.join(x if isinstance(x, Html) else html.escape(str(x)) for x in inside)}</{name}>"
+    )
+
 
 def html_table(header: list, rows: list, numbers=()) -> Html:
     "A table that scrolls by itself when the page is narrow; columns in `numbers` are aligned right. A row is a list of cells."
@@ -27,48 +36,118 @@ def html_table(header: list, rows: list, numbers=()) -> Html:
 # %% ../../nbs/reports/01_charts.ipynb #9fa6a136
 BLUE, ORANGE, RED, INK, PALE = '#0072b2', '#c98200', '#b3440a', '#1b1f24', '#d9dee4'
 
+
 def beside(line: dict) -> dict:
     "What a value is to be compared with: majority, copy, few-shot and control, those that are there."
-    known = {k.replace('_', '-'): v for k, v in (line.get('baseline') or {}).items() if k != 'few_shot_n'}
+    known = {
+        k.replace('_', '-'): v for k, v in (line.get('baseline') or {}).items() if k != 'few_shot_n'
+    }
     return {k: v for k, v in dict(known, control=line.get('control')).items() if v is not None}
+
 
 def axis(line: dict) -> tuple:
     "The chart's range: 0 to 1 for shares, otherwise what the values need."
-    values = [v for v in (*(line.get(k) for k in ('before', 'after', 'low', 'high')), *beside(line).values()) if v is not None]
-    if kind(line['measure']) == 'share': return 0, max(1, *values)
+    values = [
+        v
+        for v in (
+            *(line.get(k) for k in ('before', 'after', 'low', 'high')),
+            *beside(line).values(),
+        )
+        if v is not None
+    ]
+    if kind(line['measure']) == 'share':
+        return 0, max(1, *values)
     low, high = min(values), max(values)
-    room = .12*(high - low) or .1*abs(high) or 1
+    room = 0.12 * (high - low) or 0.1 * abs(high) or 1
     return low - room, high + room
 
 # %% ../../nbs/reports/01_charts.ipynb #2a21ab24
 def symbol(name: str, x: float, y: float) -> Html:
     "The mark of a value in a chart: before, after, control, few-shot, majority or copy."
-    if name == 'before': return el('circle', cx=x, cy=y, r=4, fill='#fff', stroke='#5b6470', stroke_width=1.5)
-    if name == 'after': return el('circle', cx=x, cy=y, r=4.2, fill=BLUE)
-    if name == 'control': return el('path', d=f'M{x} {y-5}l5 5l-5 5l-5-5z', fill='none', stroke=RED, stroke_width=1.6)
-    if name == 'few-shot': return el('path', d=f'M{x} {y-5}l4.5 8.5h-9z', fill='none', stroke=ORANGE, stroke_width=1.6)
-    return el('path', d=f'M{x} {y-6}v12', stroke=INK, stroke_width=1.3, stroke_dasharray='2 1.6' if name == 'copy' else None)
+    if name == 'before':
+        return el('circle', cx=x, cy=y, r=4, fill='#fff', stroke='#5b6470', stroke_width=1.5)
+    if name == 'after':
+        return el('circle', cx=x, cy=y, r=4.2, fill=BLUE)
+    if name == 'control':
+        return el(
+            'path', d=f'M{x} {y - 5}l5 5l-5 5l-5-5z', fill='none', stroke=RED, stroke_width=1.6
+        )
+    if name == 'few-shot':
+        return el(
+            'path', d=f'M{x} {y - 5}l4.5 8.5h-9z', fill='none', stroke=ORANGE, stroke_width=1.6
+        )
+    return el(
+        'path',
+        d=f'M{x} {y - 6}v12',
+        stroke=INK,
+        stroke_width=1.3,
+        stroke_dasharray='2 1.6' if name == 'copy' else None,
+    )
+
 
 def dots(line: dict, width: int = 190, height: int = 22) -> Html:
     "A line of the pipeline table as an SVG chart; empty when there is only one value."
-    if line['after'] is None or line.get('before') is None and line.get('low') is None and not beside(line): return Html('')
-    (low, high), y = axis(line), height/2
-    x = lambda v: round(7 + (v - low)/(high - low)*(width - 14), 1)
-    parts = [el('path', d=f'M7 {y}H{width-7}', stroke=PALE)]
-    if line.get('low') is not None: parts.append(el('path', d=f"M{x(line['low'])} {y}H{x(line['high'])}", stroke=BLUE, stroke_width=4, stroke_opacity=.35))
+    if (
+        line['after'] is None
+        or line.get('before') is None
+        and line.get('low') is None
+        and not beside(line)
+    ):
+        return Html('')
+    (low, high), y = axis(line), height / 2
+    x = lambda v: round(7 + (v - low) / (high - low) * (width - 14), 1)
+    parts = [el('path', d=f'M7 {y}H{width - 7}', stroke=PALE)]
+    if line.get('low') is not None:
+        parts.append(
+            el(
+                'path',
+                d=f"M{x(line['low'])} {y}H{x(line['high'])}",
+                stroke=BLUE,
+                stroke_width=4,
+                stroke_opacity=0.35,
+            )
+        )
     values = dict(beside(line), before=line.get('before'), after=line['after'])
     parts += [symbol(k, x(v), y) for k, v in values.items() if v is not None]
-    return el('svg', *parts, width=width, height=height, viewBox=f'0 0 {width} {height}', role='img', aria_label=change(line))
+    return el(
+        'svg',
+        *parts,
+        width=width,
+        height=height,
+        viewBox=f'0 0 {width} {height}',
+        role='img',
+        aria_label=change(line),
+    )
 
 # %% ../../nbs/reports/01_charts.ipynb #c32e2a11
 def curve(points: list, width: int = 250, height: int = 120) -> Html:
     "Loss against step as an SVG, with the first and last value written; points are `(step, loss)`."
     xs, ys = zip(*points)
     left, top, low, high = 34, 8, min(ys), max(ys)
-    x = lambda v: round(left + (v - xs[0])/((xs[-1] - xs[0]) or 1)*(width - left - 8), 1)
-    y = lambda v: round(top + (high - v)/((high - low) or 1)*(height - top - 22), 1)
-    text = lambda s, at, down, anchor: el('text', s, x=at, y=down, font_size=10, fill='#5b6470', text_anchor=anchor)
-    ends = [text(f'{v:.3g}', left-5, y(v)+3, 'end') for v in {low, high}]
-    steps = [text(f'step {xs[-1]}', width-8, height-4, 'end'), el('path', d=f'M{left} {top}V{height-18}H{width-8}', fill='none', stroke=PALE)]
-    path = el('path', d='M' + 'L'.join(f'{x(a)} {y(b)}' for a, b in points), fill='none', stroke=BLUE, stroke_width=1.6)
-    return el('svg', *steps, *ends, path, viewBox=f'0 0 {width} {height}', width='100%', role='img', aria_label=f'loss from {ys[0]:.3g} to {ys[-1]:.3g}')
+    x = lambda v: round(left + (v - xs[0]) / ((xs[-1] - xs[0]) or 1) * (width - left - 8), 1)
+    y = lambda v: round(top + (high - v) / ((high - low) or 1) * (height - top - 22), 1)
+    text = lambda s, at, down, anchor: el(
+        'text', s, x=at, y=down, font_size=10, fill='#5b6470', text_anchor=anchor
+    )
+    ends = [text(f'{v:.3g}', left - 5, y(v) + 3, 'end') for v in {low, high}]
+    steps = [
+        text(f'step {xs[-1]}', width - 8, height - 4, 'end'),
+        el('path', d=f'M{left} {top}V{height - 18}H{width - 8}', fill='none', stroke=PALE),
+    ]
+    path = el(
+        'path',
+        d='M' + 'L'.join(f'{x(a)} {y(b)}' for a, b in points),
+        fill='none',
+        stroke=BLUE,
+        stroke_width=1.6,
+    )
+    return el(
+        'svg',
+        *steps,
+        *ends,
+        path,
+        viewBox=f'0 0 {width} {height}',
+        width='100%',
+        role='img',
+        aria_label=f'loss from {ys[0]:.3g} to {ys[-1]:.3g}',
+    )

@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['GOAL_MARKS', 'name_of', 'distinct_values', 'facts', 'legend', 'value_cells', 'stage_rows', 'groups', 'pipeline_table',
-           'goal_table', 'headline', 'losses', 'curves', 'evenly', 'reply_text', 'samples_of', 'samples',
+           'goal_table', 'headline', 'losses', 'curves', 'evenly', 'marked_reply', 'samples_of', 'samples',
            'student_lines', 'student_table', 'corpora_table', 'baseline_table', 'pictures', 'cards', 'sampling_table',
            'ancestors', 'arcs', 'lineage', 'kinds', 'ledger', 'run_list', 'missing_stages', 'sections', 'outdated',
            'report_html', 'style']
 
 # %% ../../nbs/reports/02_page.ipynb #197052d5
-import json, re
+import json
+import re
 from importlib.resources import files
 from pathlib import Path
+
 from ..corpus.card import card_report
-from .charts import BLUE, INK, beside, curve, dots, el, symbol, html_table
 from ..lab.display import Html, short
-from .results import costs, label, measured, role, steps, with_unit
 from ..lab.files import read_lines
 from ..lab.records import read_run, run_order
+from .charts import BLUE, INK, beside, curve, dots, el, html_table, symbol
+from .results import costs, label, measured, role, steps, with_unit
 
 # %% ../../nbs/reports/02_page.ipynb #6fa7588c
 def name_of(record: dict) -> str:
@@ -26,40 +28,86 @@ def name_of(record: dict) -> str:
     mode = record['config'].get('mode')
     return record['stage'] + (f' ({mode})' if mode else '')
 
+
 def distinct_values(values) -> str:
     "Different values in order, separated by commas."
     return ', '.join(dict.fromkeys(str(v) for v in values)) or '-'
 
+
 def facts(found: list, campaign: str, scale: str) -> Html:
     "Campaign, scale, seed, date, code, hardware, time and memory."
-    code = lambda c: (c.get('commit') or 'no commit')[:10] + (' with local changes' if c.get('dirty') else '')
-    machine = lambda h: f"{h.get('cpu', '?')}, {h.get('cores', '?')} cores, {h.get('memory_gib', '?')} GiB" + ''.join(f', {g}' for g in h.get('gpus') or [])
-    total = {m['measure']: with_unit(m['measure'], m['after']) for m in costs(found) if m['stage'] == 'pipeline'}
-    rows = dict(campaign=campaign, scale=scale, seed=distinct_values(r['seed'] for r in found), date=distinct_values(r['started'][:10] for r in found),
-                code=distinct_values(code(r.get('code', {})) for r in found), hardware=distinct_values(machine(r.get('hardware', {})) for r in found))
-    rows |= {'wall time of all runs': total.get('wall_s', '-'), 'peak memory': total.get('peak_gib', '-')}
+    code = lambda c: (
+        (c.get('commit') or 'no commit')[:10] + (' with local changes' if c.get('dirty') else '')
+    )
+    machine = lambda h: (
+        f"{h.get('cpu', '?')}, {h.get('cores', '?')} cores, {h.get('memory_gib', '?')} GiB"
+        + ''.join(f', {g}' for g in h.get('gpus') or [])
+    )
+    total = {
+        m['measure']: with_unit(m['measure'], m['after'])
+        for m in costs(found)
+        if m['stage'] == 'pipeline'
+    }
+    rows = dict(
+        campaign=campaign,
+        scale=scale,
+        seed=distinct_values(r['seed'] for r in found),
+        date=distinct_values(r['started'][:10] for r in found),
+        code=distinct_values(code(r.get('code', {})) for r in found),
+        hardware=distinct_values(machine(r.get('hardware', {})) for r in found),
+    )
+    rows |= {
+        'wall time of all runs': total.get('wall_s', '-'),
+        'peak memory': total.get('peak_gib', '-'),
+    }
     return el('dl', *(el('div', el('dt', k), el('dd', v)) for k, v in rows.items()), class_='facts')
 
 # %% ../../nbs/reports/02_page.ipynb #292f7dd6
 def legend() -> Html:
     "What the marks of the charts mean."
     mark = lambda k: el('svg', symbol(k, 7, 7), width=14, height=14)
-    names = {'before': 'before', 'after': 'after, with its 95 % interval', 'majority': 'always the most frequent answer', 'copy': 'copying from the question',
-             'few-shot': 'the model before, with worked examples and a lenient reader', 'control': 'control: SFT on the chosen answers'}
+    names = {
+        'before': 'before',
+        'after': 'after, with its 95 % interval',
+        'majority': 'always the most frequent answer',
+        'copy': 'copying from the question',
+        'few-shot': 'the model before, with worked examples and a lenient reader',
+        'control': 'control: SFT on the chosen answers',
+    }
     return el('div', *(el('span', mark(k), v) for k, v in names.items()), class_='legend')
+
 
 def value_cells(line: dict) -> list:
     "The cells of a measured line."
     name, low = line['measure'], line.get('low')
     interval = '-' if low is None else f"{with_unit(name, low)} to {with_unit(name, line['high'])}"
-    others = [el('span', f'{k} {with_unit(name, v)}', class_='item') for k, v in beside(line).items()]
-    pair = Html(el('span', with_unit(name, line['before']), ' → ', class_='was') + el('span', with_unit(name, line['after']), class_='now'))
-    return [el('td', label(name), class_='name'), el('td', pair, class_='num'), el('td', dots(line)), el('td', interval, class_='num'), el('td', short(line['n']), class_='num'), el('td', *others or '-')]
+    others = [
+        el('span', f'{k} {with_unit(name, v)}', class_='item') for k, v in beside(line).items()
+    ]
+    pair = Html(
+        el('span', with_unit(name, line['before']), ' → ', class_='was')
+        + el('span', with_unit(name, line['after']), class_='now')
+    )
+    return [
+        el('td', label(name), class_='name'),
+        el('td', pair, class_='num'),
+        el('td', dots(line)),
+        el('td', interval, class_='num'),
+        el('td', short(line['n']), class_='num'),
+        el('td', *others or '-'),
+    ]
+
 
 def stage_rows(record: dict, lines: list, what: str) -> list:
     "The table rows of one stage: its name, product and cost, then a row for each line."
     cost = f"{with_unit('wall_s', record['wall_s'])}, {with_unit('peak_gib', record['peak_gib'])}"
-    head = el('td', el('b', name_of(record)), f' {what} ', el('span', cost + ('' if lines else '; see data cards'), class_='soft'), colspan=6)
+    head = el(
+        'td',
+        el('b', name_of(record)),
+        f' {what} ',
+        el('span', cost + ('' if lines else '; see data cards'), class_='soft'),
+        colspan=6,
+    )
     return [el('tr', head, class_='stage'), *(el('tr', *value_cells(m)) for m in lines)]
 
 # %% ../../nbs/reports/02_page.ipynb #044af775
@@ -67,117 +115,258 @@ def groups(record: dict) -> list:
     "`(what was made or measured, its lines)` of a run; an evaluation has one group for each checkpoint."
     lines = [m for m in record['metrics'] if not m['measure'].startswith('share_of')]
     tried = dict.fromkeys((m.get('checkpoint'), m.get('compared_with')) for m in lines)
-    if not any(c for c, _ in tried): return [('→ ' + ', '.join(record['saves']) if record['saves'] else '', lines)]
-    return [(f"{c}{f' against {o}' if o else ''}", [m for m in lines if m.get('checkpoint') == c]) for c, o in tried]
+    if not any(c for c, _ in tried):
+        return [('→ ' + ', '.join(record['saves']) if record['saves'] else '', lines)]
+    return [
+        (f"{c}{f' against {o}' if o else ''}", [m for m in lines if m.get('checkpoint') == c])
+        for c, o in tried
+    ]
+
 
 def pipeline_table(found: list) -> Html:
     "Every stage, what it made and what was measured before and after."
     rows = [tr for r in found for what, lines in groups(r) for tr in stage_rows(r, lines, what)]
     heads = ('measure', 'before → after', '', '95 % interval', 'n', 'to compare with')
-    head = el('tr', *(el('th', h, class_='num' if h in ('before → after', '95 % interval', 'n') else None) for h in heads))
-    return Html(legend() + el('div', el('table', el('thead', head), el('tbody', *rows)), class_='wide'))
+    head = el(
+        'tr',
+        *(
+            el('th', h, class_='num' if h in ('before → after', '95 % interval', 'n') else None)
+            for h in heads
+        ),
+    )
+    return Html(
+        legend() + el('div', el('table', el('thead', head), el('tbody', *rows)), class_='wide')
+    )
 
 # %% ../../nbs/reports/02_page.ipynb #451d43fb
-GOAL_MARKS = {'ok': '✓ reached', 'missed': '✗ not reached', 'open': '– not measured', 'na': '· no goal here'}
+GOAL_MARKS = {
+    'ok': '✓ reached',
+    'missed': '✗ not reached',
+    'open': '– not measured',
+    'na': '· no goal here',
+}
+
 
 def goal_table(goals: list) -> Html:
     "Goal, what was reached, and the mark."
-    return html_table(['stage', 'goal', 'reached', ''], [[g['stage'], g['goal'], g['reached'] or '-', el('span', GOAL_MARKS[g['mark']], class_=f"mark {g['mark']}")] for g in goals])
+    return html_table(
+        ['stage', 'goal', 'reached', ''],
+        [
+            [
+                g['stage'],
+                g['goal'],
+                g['reached'] or '-',
+                el('span', GOAL_MARKS[g['mark']], class_=f"mark {g['mark']}"),
+            ]
+            for g in goals
+        ],
+    )
+
 
 def headline(goals: list, found: list, scale: str) -> str:
     "The page's first sentence."
     count = lambda mark: sum(g['mark'] == mark for g in goals)
-    if not found: return f'There are no complete runs at the scale {scale} in this campaign yet, so there is nothing to report.'
-    if not goals or count('na') == len(goals): return f'{len(found)} complete runs. The goals do not apply at the scale {scale}: its models are there to test the machinery.'
+    if not found:
+        return f'There are no complete runs at the scale {scale} in this campaign yet, so there is nothing to report.'
+    if not goals or count('na') == len(goals):
+        return f'{len(found)} complete runs. The goals do not apply at the scale {scale}: its models are there to test the machinery.'
     return f"{count('ok')} of {len(goals) - count('na')} goals reached, {count('missed')} not reached, {count('open')} not measured."
 
 # %% ../../nbs/reports/02_page.ipynb #e70e0dd7
 def losses(record: dict) -> dict:
     "`{phase: [(step, loss)]}` from a run's metrics.jsonl."
     out = {}
-    for m in read_lines(Path(record['folder'])/'metrics.jsonl'):
-        if m.get('loss') is not None and 'step' in m: out.setdefault(m.get('phase', 'train'), []).append((m['step'], m['loss']))
+    for m in read_lines(Path(record['folder']) / 'metrics.jsonl'):
+        if m.get('loss') is not None and 'step' in m:
+            out.setdefault(m.get('phase', 'train'), []).append((m['step'], m['loss']))
     return out
+
 
 def curves(found: list) -> Html:
     "The loss of every training phase as small multiples."
     title = lambda r, phase: name_of(r) + ('' if phase == 'train' else f', {phase}')
-    pictures = [el('figure', el('figcaption', title(r, phase)), curve(points)) for r in found for phase, points in losses(r).items()]
-    return el('div', *pictures, class_='grid') if pictures else el('p', 'No run logged a loss.', class_='note')
+    pictures = [
+        el('figure', el('figcaption', title(r, phase)), curve(points))
+        for r in found
+        for phase, points in losses(r).items()
+    ]
+    return (
+        el('div', *pictures, class_='grid')
+        if pictures
+        else el('p', 'No run logged a loss.', class_='note')
+    )
 
 # %% ../../nbs/reports/02_page.ipynb #37d3b4c1
 def evenly(items: list, n: int) -> list:
     "n items at even distances, in order."
-    return [items[i*len(items)//n] for i in range(n)] if len(items) > n else items
+    return [items[i * len(items) // n] for i in range(n)] if len(items) > n else items
 
-def reply_text(sample: dict, when: str) -> Html:
+
+def marked_reply(sample: dict, when: str) -> Html:
     "One reply with its mark."
-    if not sample: return el('div', el('b', when), '-')
+    if not sample:
+        return el('div', el('b', when), '-')
     right = sample.get('ok')
-    word, cls = ('', '') if right is None else (': ✓ right', 'ok') if right else (': ✗ wrong', 'missed')
+    word, cls = (
+        ('', '') if right is None else (': ✓ right', 'ok') if right else (': ✗ wrong', 'missed')
+    )
     text = re.sub(r'\n\s*\n', '\n', sample['text'].strip()) or '(only white space)'
-    return el('div', el('b', when + word, class_=cls), text[:400] + (' …' if len(text) > 400 else ''))
+    return el(
+        'div', el('b', when + word, class_=cls), text[:400] + (' …' if len(text) > 400 else '')
+    )
+
 
 def samples_of(record: dict, n: int) -> list:
     "n prompts of a run with the replies before and after."
     pairs = {}
-    for s in read_lines(Path(record['folder'])/'samples.jsonl'): pairs.setdefault(s['prompt'], {})[s['when']] = s
+    for s in read_lines(Path(record['folder']) / 'samples.jsonl'):
+        pairs.setdefault(s['prompt'], {})[s['when']] = s
     chosen = evenly([(p, v) for p, v in pairs.items() if 'before' in v], n)
-    return [el('div', el('div', p[:500], class_='prompt'), el('div', *(reply_text(v.get(w), w) for w in ('before', 'after')), class_='pair'), class_='sample') for p, v in chosen]
+    return [
+        el(
+            'div',
+            el('div', p[:500], class_='prompt'),
+            el('div', *(marked_reply(v.get(w), w) for w in ('before', 'after')), class_='pair'),
+            class_='sample',
+        )
+        for p, v in chosen
+    ]
+
 
 def samples(found: list, n: int) -> Html:
     "Samples before and after for each training stage."
     parts = [(name_of(r), samples_of(r, n)) for r in found]
-    return Html(''.join(el('h3', name) + ''.join(s) for name, s in parts if s)) or el('p', 'No run kept samples from before and after.', class_='note')
+    return Html(''.join(el('h3', name) + ''.join(s) for name, s in parts if s)) or el(
+        'p', 'No run kept samples from before and after.', class_='note'
+    )
 
 # %% ../../nbs/reports/02_page.ipynb #45029e2d
 def student_lines(lines: list) -> list:
     "The lines that compare a student (after) with its teacher (before)."
-    pairs = [m for m in lines if 'student' in (m.get('checkpoint') or '') or m['stage'] == 'distill_to_student' and m['measure'] in ('parameters', 'generate_tokens_s')]
-    if any(m['stage'] == 'evaluate' for m in pairs): return pairs
-    own = [m for m in lines if m['stage'] == 'distill_to_student' and m['measure'].startswith('share_of_teacher_')]
-    return [dict(m, measure=m['measure'].removeprefix('share_of_teacher_'), after=m['before']*m['after']) for m in own] + pairs
+    pairs = [
+        m
+        for m in lines
+        if 'student' in (m.get('checkpoint') or '')
+        or m['stage'] == 'distill_to_student'
+        and m['measure'] in ('parameters', 'generate_tokens_s')
+    ]
+    if any(m['stage'] == 'evaluate' for m in pairs):
+        return pairs
+    own = [
+        m
+        for m in lines
+        if m['stage'] == 'distill_to_student' and m['measure'].startswith('share_of_teacher_')
+    ]
+    return [
+        dict(
+            m,
+            measure=m['measure'].removeprefix('share_of_teacher_'),
+            after=m['before'] * m['after'],
+        )
+        for m in own
+    ] + pairs
+
 
 def student_table(lines: list) -> Html:
     "Teacher, student and their ratio."
-    ratio = lambda m: f"{m['after']/m['before']:.2f}" if m['before'] and m['after'] is not None else '-'
-    rows = [[label(m['measure']), with_unit(m['measure'], m['before']), with_unit(m['measure'], m['after']), ratio(m), dots(m)] for m in student_lines(lines)]
-    return html_table(['', 'teacher', 'student', 'student / teacher', ''], rows, (1, 2, 3)) if rows else el('p', 'No student has been trained in this campaign yet.', class_='note')
+    ratio = lambda m: (
+        f"{m['after'] / m['before']:.2f}" if m['before'] and m['after'] is not None else '-'
+    )
+    rows = [
+        [
+            label(m['measure']),
+            with_unit(m['measure'], m['before']),
+            with_unit(m['measure'], m['after']),
+            ratio(m),
+            dots(m),
+        ]
+        for m in student_lines(lines)
+    ]
+    return (
+        html_table(['', 'teacher', 'student', 'student / teacher', ''], rows, (1, 2, 3))
+        if rows
+        else el('p', 'No student has been trained in this campaign yet.', class_='note')
+    )
 
 # %% ../../nbs/reports/02_page.ipynb #90e13325
 def corpora_table(card: dict) -> Html:
     "The corpora of a data card."
     removed = lambda c: ', '.join(f'{n} {why}' for why, n in c['removed'].items()) or '-'
-    rows = [[c['name'], f"{c['documents']:,}", f"{c['bytes']/1000:,.0f} kB", c['licence'], c['origin'], removed(c)] for c in card['corpora']]
+    rows = [
+        [
+            c['name'],
+            f"{c['documents']:,}",
+            f"{c['bytes'] / 1000:,.0f} kB",
+            c['licence'],
+            c['origin'],
+            removed(c),
+        ]
+        for c in card['corpora']
+    ]
     return html_table(['corpus', 'documents', 'size', 'licence', 'origin', 'removed'], rows, (1, 2))
+
 
 def baseline_table(card: dict) -> Html:
     "Majority and copy baselines of a card's evaluation set, by family."
     known = [(k, card[k]) for k in ('majority', 'copy') if card.get(k)]
     names = list(dict.fromkeys(f for _, shares in known for f in shares))
-    if not known: return Html('')
-    rows = [[k] + [with_unit('domain_questions', shares.get(f)) for f in names] for k, shares in known]
-    return Html(el('p', 'What the evaluation questions yield without understanding them:', class_='note') + html_table(['baseline', *names], rows, range(1, len(names)+1)))
+    if not known:
+        return Html('')
+    rows = [
+        [k] + [with_unit('domain_questions', shares.get(f)) for f in names] for k, shares in known
+    ]
+    return Html(
+        el('p', 'What the evaluation questions yield without understanding them:', class_='note')
+        + html_table(['baseline', *names], rows, range(1, len(names) + 1))
+    )
+
 
 def pictures(card: dict) -> Html:
     "What was done to the corpora of a card, to be unfolded"
     shown = card_report(card)
-    return el('details', el('summary', 'what was done to the documents'), shown) if shown else Html('')
+    return (
+        el('details', el('summary', 'what was done to the documents'), shown) if shown else Html('')
+    )
+
 
 def cards(found: list) -> Html:
     "The data cards of all runs that left one."
-    paths = [(r, Path(r['folder'])/'card.json') for r in found]
-    parts = [(name_of(r), json.loads(p.read_text(encoding='utf-8'))) for r, p in paths if p.exists()]
-    shown = ''.join(el('h3', name) + corpora_table(c) + baseline_table(c) + pictures(c) for name, c in parts)
-    return Html(shown) if shown else el('p', 'No corpus was prepared in this campaign.', class_='note')
+    paths = [(r, Path(r['folder']) / 'card.json') for r in found]
+    parts = [
+        (name_of(r), json.loads(p.read_text(encoding='utf-8'))) for r, p in paths if p.exists()
+    ]
+    shown = ''.join(
+        el('h3', name) + corpora_table(c) + baseline_table(c) + pictures(c) for name, c in parts
+    )
+    return (
+        Html(shown) if shown else el('p', 'No corpus was prepared in this campaign.', class_='note')
+    )
 
 # %% ../../nbs/reports/02_page.ipynb #f7a24a6e
 def sampling_table(found: list) -> Html:
     "Prompts, answers, right ones and what was kept, for each run that sampled."
     told = [(r, r['sampling']) for r in found if r.get('sampling')]
-    kept = lambda s: ', '.join(f'{v:,} {k}' for k, v in s.items() if k in ('dpo_pairs', 'dpo_pairs_heldout', 'distill_corpus'))
-    rows = [[name_of(r), *(f'{s.get(k, 0):,}' for k in ('prompts', 'answers', 'right', 'cut')), kept(s)] for r, s in told]
-    return Html(el('h3', 'sampled answers') + html_table(['run', 'prompts', 'answers', 'verified right', 'cut off', 'kept'], rows, (1, 2, 3, 4))) if rows else Html('')
+    kept = lambda s: ', '.join(
+        f'{v:,} {k}'
+        for k, v in s.items()
+        if k in ('dpo_pairs', 'dpo_pairs_heldout', 'distill_corpus')
+    )
+    rows = [
+        [name_of(r), *(f'{s.get(k, 0):,}' for k in ('prompts', 'answers', 'right', 'cut')), kept(s)]
+        for r, s in told
+    ]
+    return (
+        Html(
+            el('h3', 'sampled answers')
+            + html_table(
+                ['run', 'prompts', 'answers', 'verified right', 'cut off', 'kept'],
+                rows,
+                (1, 2, 3, 4),
+            )
+        )
+        if rows
+        else Html('')
+    )
 
 # %% ../../nbs/reports/02_page.ipynb #24ee87da
 def ancestors(found: list) -> list:
@@ -186,18 +375,37 @@ def ancestors(found: list) -> list:
     while todo:
         r = todo.pop()
         for parent in {p['run'] for p in r['parents'] if p['run']} - set(known):
-            folder = Path(r['folder']).parent/parent
-            if (folder/'run.json').exists(): known[parent] = read_run(folder); todo.append(known[parent])
+            folder = Path(r['folder']).parent / parent
+            if (folder / 'run.json').exists():
+                known[parent] = read_run(folder)
+                todo.append(known[parent])
     return sorted(known.values(), key=lambda r: run_order(Path(r['folder'])))
+
 
 def arcs(nodes: list, height: int, left: int) -> list:
     "An arc for each product that one run took from another; models blue, data grey."
     at, out = {Path(r['folder']).name: i for i, r in enumerate(nodes)}, []
     for i, r in enumerate(nodes):
         for p in (p for p in r['parents'] if p['run'] in at):
-            a, b, bulge = at[p['run']]*height + 12, i*height + 12, min(left-14, 16 + 13*(i - at[p['run']]))
+            a, b, bulge = (
+                at[p['run']] * height + 12,
+                i * height + 12,
+                min(left - 14, 16 + 13 * (i - at[p['run']])),
+            )
             model = p['name'].startswith(('k2_', 'Kimi', 'Qwen'))
-            out.append((model, el('path', el('title', p['name']), d=f'M{left} {a}C{left-bulge} {a} {left-bulge} {b} {left} {b}', fill='none', stroke=BLUE if model else '#b4bcc5', stroke_width=2 if model else 1)))
+            out.append(
+                (
+                    model,
+                    el(
+                        'path',
+                        el('title', p['name']),
+                        d=f'M{left} {a}C{left - bulge} {a} {left - bulge} {b} {left} {b}',
+                        fill='none',
+                        stroke=BLUE if model else '#b4bcc5',
+                        stroke_width=2 if model else 1,
+                    ),
+                )
+            )
     return [arc for _, arc in sorted(out, key=lambda pair: pair[0])]
 
 # %% ../../nbs/reports/02_page.ipynb #243cb6a2
@@ -205,54 +413,174 @@ def lineage(found: list, height: int = 25, left: int = 150) -> Html:
     "Which run fed which, drawn."
     nodes, used = ancestors(found), {r['folder'] for r in found}
     outside = lambda r: distinct_values(p['name'] for p in r['parents'] if not p['run'])
+
     def text(i, r):
         old = '' if r['folder'] in used else ', since replaced'
-        start = f"   (from outside: {outside(r)})" if any(not p['run'] for p in r['parents']) else ''
-        return el('text', el('tspan', name_of(r), font_weight=600), el('tspan', f"  → {', '.join(r['saves']) or 'measures'}{old}{start}", fill='#5b6470'), x=left+14, y=i*height+16, font_size=12.5)
-    points = [el('circle', cx=left, cy=i*height+12, r=4.5, fill=INK if r['folder'] in used else '#fff', stroke=INK) for i, r in enumerate(nodes)]
-    tall = len(nodes)*height + 8
-    return el('div', el('svg', *arcs(nodes, height, left), *points, *(text(i, r) for i, r in enumerate(nodes)), width=1040, height=tall, viewBox=f'0 0 1040 {tall}'), class_='wide')
+        start = (
+            f"   (from outside: {outside(r)})" if any(not p['run'] for p in r['parents']) else ''
+        )
+        return el(
+            'text',
+            el('tspan', name_of(r), font_weight=600),
+            el('tspan', f"  → {', '.join(r['saves']) or 'measures'}{old}{start}", fill='#5b6470'),
+            x=left + 14,
+            y=i * height + 16,
+            font_size=12.5,
+        )
+
+    points = [
+        el(
+            'circle',
+            cx=left,
+            cy=i * height + 12,
+            r=4.5,
+            fill=INK if r['folder'] in used else '#fff',
+            stroke=INK,
+        )
+        for i, r in enumerate(nodes)
+    ]
+    tall = len(nodes) * height + 8
+    return el(
+        'div',
+        el(
+            'svg',
+            *arcs(nodes, height, left),
+            *points,
+            *(text(i, r) for i, r in enumerate(nodes)),
+            width=1040,
+            height=tall,
+            viewBox=f'0 0 1040 {tall}',
+        ),
+        class_='wide',
+    )
 
 # %% ../../nbs/reports/02_page.ipynb #86d3eb3d
 def kinds(counts: dict) -> str:
     "Trained tokens by kind, as shares."
     total = sum(counts.values()) or 1
-    return ', '.join(f'{k} {100*v/total:.0f} %' for k, v in counts.items())
+    return ', '.join(f'{k} {100 * v / total:.0f} %' for k, v in counts.items())
+
 
 def ledger(found: list) -> Html:
     "The token ledger of every training phase."
-    phases = [(r, p, t) for r in found for p, t in (r.get('training') or {}).items() if 'tokens' in t]
+    phases = [
+        (r, p, t) for r in found for p, t in (r.get('training') or {}).items() if 'tokens' in t
+    ]
     number = lambda v: '-' if v is None else f'{v:,.0f}'
-    rows = [[name_of(r) + ('' if p == 'train' else f', {p}'), *(number(t.get(k)) for k in ('steps', 'rows', 'tokens', 'trained_tokens', 'ends_of_turn')), f"{100*t.get('padding_share', 0):.0f} %",
-             kinds(t.get('trained_by_kind') or {}), number(t.get('tokens_s')), el('code', (t.get('stream_sha256') or '-')[:10])] for r, p, t in phases]
-    heads = ['run', 'steps', 'rows', 'tokens', 'trained', 'ends of turn', 'padding', 'trained tokens are', 'tokens/s', 'stream']
-    return html_table(heads, rows, (1, 2, 3, 4, 5, 6, 8)) if rows else el('p', 'No run has trained.', class_='note')
+    rows = [
+        [
+            name_of(r) + ('' if p == 'train' else f', {p}'),
+            *(
+                number(t.get(k))
+                for k in ('steps', 'rows', 'tokens', 'trained_tokens', 'ends_of_turn')
+            ),
+            f"{100 * t.get('padding_share', 0):.0f} %",
+            kinds(t.get('trained_by_kind') or {}),
+            number(t.get('tokens_s')),
+            el('code', (t.get('stream_sha256') or '-')[:10]),
+        ]
+        for r, p, t in phases
+    ]
+    heads = [
+        'run',
+        'steps',
+        'rows',
+        'tokens',
+        'trained',
+        'ends of turn',
+        'padding',
+        'trained tokens are',
+        'tokens/s',
+        'stream',
+    ]
+    return (
+        html_table(heads, rows, (1, 2, 3, 4, 5, 6, 8))
+        if rows
+        else el('p', 'No run has trained.', class_='note')
+    )
+
 
 def run_list(found: list, aside: list) -> Html:
     "All runs of the campaign, with checks, time and memory, or why they were left aside."
-    good = lambda r: f"{sum(c['ok'] for c in r['checks'])} of {len(r['checks'])}" if r['checks'] else '-'
-    state = lambda r: 'used' if r in found else 'replaced by a newer run' if r['status'] == 'complete' else f"{r['status']}{': ' if r['reason'] else ''}{r['reason']}"
-    rows = [[el('code', Path(r['folder']).name), name_of(r), state(r), good(r), with_unit('wall_s', r.get('wall_s')), with_unit('peak_gib', r.get('peak_gib'))] for r in [*found, *aside]]
-    return html_table(['run', 'stage', 'state', 'checks that hold', 'wall time', 'peak memory'], rows, (3, 4, 5))
+    good = lambda r: (
+        f"{sum(c['ok'] for c in r['checks'])} of {len(r['checks'])}" if r['checks'] else '-'
+    )
+    state = lambda r: (
+        'used'
+        if r in found
+        else 'replaced by a newer run'
+        if r['status'] == 'complete'
+        else f"{r['status']}{': ' if r['reason'] else ''}{r['reason']}"
+    )
+    rows = [
+        [
+            el('code', Path(r['folder']).name),
+            name_of(r),
+            state(r),
+            good(r),
+            with_unit('wall_s', r.get('wall_s')),
+            with_unit('peak_gib', r.get('peak_gib')),
+        ]
+        for r in [*found, *aside]
+    ]
+    return html_table(
+        ['run', 'stage', 'state', 'checks that hold', 'wall time', 'peak memory'], rows, (3, 4, 5)
+    )
 
 # %% ../../nbs/reports/02_page.ipynb #c4d6866f
 def missing_stages(found: list) -> list:
     "The steps of the pipeline that have no complete run."
     have = {role(r)[:2] for r in found}
-    return [stage + (f' ({mode})' if mode else '') for stage, mode in steps() if (stage, mode) not in have]
+    return [
+        stage + (f' ({mode})' if mode else '')
+        for stage, mode in steps()
+        if (stage, mode) not in have
+    ]
+
 
 def sections(found: list, aside: list, goals: list, n: int) -> list:
     "`(title, one sentence, body)` of each section, in the order of the page."
     lines = measured(found)
-    return [('The pipeline', 'What each stage made, and what changed on held-out items that occur in no training file.', pipeline_table(found)),
-            ('Does each stage do its job?', 'The goals were set before the runs. Missed ones stay on the page.', goal_table(goals)),
-            ('Loss', 'Training loss against the step.', curves(found)),
-            ('What the model says, before and after', 'Taken at even distances from the kept samples, right or wrong.', samples(found, n)),
-            ('Student against teacher', 'Both on the same held-out items and the same machine.', student_table(lines)),
-            ('Data cards', 'What the models were trained and measured on.', Html(cards(found) + sampling_table(found))),
-            ('Lineage', 'Arcs lead down from the run that made something to the runs that used it: models in blue, data in grey.', lineage(found)),
-            ('Token ledger', 'Counted in the batches that were trained. The stream is a hash of all token ids and masks, in order.', ledger(found)),
-            ('Runs', 'The newest complete run of each stage is used.', run_list(found, aside))]
+    return [
+        (
+            'The pipeline',
+            'What each stage made, and what changed on held-out items that occur in no training file.',
+            pipeline_table(found),
+        ),
+        (
+            'Does each stage do its job?',
+            'The goals were set before the runs. Missed ones stay on the page.',
+            goal_table(goals),
+        ),
+        ('Loss', 'Training loss against the step.', curves(found)),
+        (
+            'What the model says, before and after',
+            'Taken at even distances from the kept samples, right or wrong.',
+            samples(found, n),
+        ),
+        (
+            'Student against teacher',
+            'Both on the same held-out items and the same machine.',
+            student_table(lines),
+        ),
+        (
+            'Data cards',
+            'What the models were trained and measured on.',
+            Html(cards(found) + sampling_table(found)),
+        ),
+        (
+            'Lineage',
+            'Arcs lead down from the run that made something to the runs that used it: models in blue, data in grey.',
+            lineage(found),
+        ),
+        (
+            'Token ledger',
+            'Counted in the batches that were trained. The stream is a hash of all token ids and masks, in order.',
+            ledger(found),
+        ),
+        ('Runs', 'The newest complete run of each stage is used.', run_list(found, aside)),
+    ]
+
 
 def outdated(found: list) -> list:
     "The used runs that were made from a run which a newer one has replaced."
@@ -260,18 +588,45 @@ def outdated(found: list) -> list:
     return [name_of(r) for r in found if {p['run'] for p in r['parents'] if p['run']} - used]
 
 # %% ../../nbs/reports/02_page.ipynb #1dee6d1c
-def report_html(found: list, aside: list, goals: list, campaign: str, scale: str, n: int = 3) -> str:
+def report_html(
+    found: list, aside: list, goals: list, campaign: str, scale: str, n: int = 3
+) -> str:
     "The whole page as HTML text."
     title, absent = f'K2 Lab: {campaign}', missing_stages(found)
     top = [el('h1', title), el('p', headline(goals, found, scale), class_='lead')]
-    if absent: top.append(el('p', f"No complete run of: {', '.join(absent)}.", class_='note'))
-    if old := outdated(found): top.append(el('p', f"Made from runs that have been replaced since: {', '.join(old)}. See Lineage.", class_='note'))
+    if absent:
+        top.append(el('p', f"No complete run of: {', '.join(absent)}.", class_='note'))
+    if old := outdated(found):
+        top.append(
+            el(
+                'p',
+                f"Made from runs that have been replaced since: {', '.join(old)}. See Lineage.",
+                class_='note',
+            )
+        )
     top.append(facts(found, campaign, scale))
-    parts = sections(found, aside, goals, n) if found else [('Runs', 'None of them is complete.', run_list([], aside))] if aside else []
-    body = [x for name, why, inside in parts for x in (el('h2', name), el('p', why, class_='note'), inside)]
-    head = el('head', el('meta', charset='utf-8'), el('meta', name_='viewport', content='width=device-width, initial-scale=1'), el('title', title), el('style', Html(style())))
+    parts = (
+        sections(found, aside, goals, n)
+        if found
+        else [('Runs', 'None of them is complete.', run_list([], aside))]
+        if aside
+        else []
+    )
+    body = [
+        x
+        for name, why, inside in parts
+        for x in (el('h2', name), el('p', why, class_='note'), inside)
+    ]
+    head = el(
+        'head',
+        el('meta', charset='utf-8'),
+        el('meta', name_='viewport', content='width=device-width, initial-scale=1'),
+        el('title', title),
+        el('style', Html(style())),
+    )
     return '<!doctype html>\n' + el('html', head, el('body', *top, *body), lang='en') + '\n'
+
 
 def style() -> str:
     "The page's style sheet."
-    return (files('k2lab')/'data'/'report.css').read_text(encoding='utf-8')
+    return (files('k2lab') / 'data' / 'report.css').read_text(encoding='utf-8')

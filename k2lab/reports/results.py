@@ -9,6 +9,7 @@ __all__ = ['KEYS', 'MEASURES', 'SHOW', 'TESTS', 'role', 'in_folder', 'steps', 'n
 
 # %% ../../nbs/reports/00_results.ipynb #3e7a755f
 from pathlib import Path
+
 from ..lab.config import lab_path, read_yaml
 from ..lab.display import short
 from ..lab.records import read_run, run_order
@@ -19,16 +20,23 @@ def role(record: dict) -> tuple:
     config = record['config']
     return record['stage'], config.get('mode', ''), str(config.get('saves', ''))
 
+
 def in_folder(home: Path, scale: str) -> list:
     "The records of all runs at a scale in a campaign's folder, oldest first; reports are not counted."
     found = sorted((p.parent for p in Path(home).glob('[!.]*/run.json')), key=run_order)
     return [r for r in map(read_run, found) if r['scale'] == scale and r['stage'] != 'report']
 
+
 def steps() -> list:
     "`(stage, mode)` of the pipeline's steps, in order."
-    path = lab_path('configs')/'pipeline.yaml'
+    path = lab_path('configs') / 'pipeline.yaml'
     told = (read_yaml(path).get('steps') or []) if path.exists() else []
-    return [(s['stage'], (s.get('changes') or {}).get('mode', '')) for s in told if s['stage'] != 'report']
+    return [
+        (s['stage'], (s.get('changes') or {}).get('mode', ''))
+        for s in told
+        if s['stage'] != 'report'
+    ]
+
 
 def newest_runs(home: Path, scale: str) -> tuple:
     "`(the newest complete run for each role, all other runs)`, in the order of the pipeline."
@@ -40,60 +48,115 @@ def newest_runs(home: Path, scale: str) -> tuple:
 
 # %% ../../nbs/reports/00_results.ipynb #49ee92ef
 KEYS = ('stage', 'measure', 'before', 'after', 'low', 'high', 'n', 'seed')
-MEASURES = {'domain_bits_per_byte': ('domain text, bits per byte', 'bits'), 'general_bits_per_byte': ('general text, bits per byte', 'bits'),
-            'domain_questions': ('domain questions', 'share'), 'reasoning_verified': ('verified reasoning', 'share'),
-            'preference_accuracy': ('held-out preferences', 'share'), 'reasoning_tokens': ('tokens of a reply', 'count'), 'parameters': ('parameters', 'size'),
-            'generate_tokens_s': ('generated tokens/s', 'count'), 'wall_s': ('wall time', 'time'), 'peak_gib': ('peak memory', 'memory')}
+MEASURES = {
+    'domain_bits_per_byte': ('domain text, bits per byte', 'bits'),
+    'general_bits_per_byte': ('general text, bits per byte', 'bits'),
+    'domain_questions': ('domain questions', 'share'),
+    'reasoning_verified': ('verified reasoning', 'share'),
+    'preference_accuracy': ('held-out preferences', 'share'),
+    'reasoning_tokens': ('tokens of a reply', 'count'),
+    'parameters': ('parameters', 'size'),
+    'generate_tokens_s': ('generated tokens/s', 'count'),
+    'wall_s': ('wall time', 'time'),
+    'peak_gib': ('peak memory', 'memory'),
+}
+
 
 def costs(found: list) -> list:
     "`wall_s` and `peak_gib` of each run, then the sum and the maximum for the stage `pipeline`."
-    line = lambda stage, measure, value, seed, **more: dict(dict.fromkeys(KEYS), stage=stage, measure=measure, after=value, seed=seed, **more)
-    each = [line(r['stage'], k, r[k], r['seed'], mode=r['config'].get('mode', '')) for r in found for k in ('wall_s', 'peak_gib')]
-    both = (('wall_s', round(sum(r['wall_s'] for r in found), 3)), ('peak_gib', max(r['peak_gib'] for r in found))) if found else ()
+    line = lambda stage, measure, value, seed, **more: dict(
+        dict.fromkeys(KEYS), stage=stage, measure=measure, after=value, seed=seed, **more
+    )
+    each = [
+        line(r['stage'], k, r[k], r['seed'], mode=r['config'].get('mode', ''))
+        for r in found
+        for k in ('wall_s', 'peak_gib')
+    ]
+    both = (
+        (
+            ('wall_s', round(sum(r['wall_s'] for r in found), 3)),
+            ('peak_gib', max(r['peak_gib'] for r in found)),
+        )
+        if found
+        else ()
+    )
     return each + [line('pipeline', k, v, found[0]['seed'], n=len(found)) for k, v in both]
+
 
 def measured(found: list) -> list:
     "All measured lines, then the costs."
-    return [dict(m, mode=r['config'].get('mode', '')) for r in found for m in r['metrics']] + costs(found)
+    return [dict(m, mode=r['config'].get('mode', '')) for r in found for m in r['metrics']] + costs(
+        found
+    )
 
 # %% ../../nbs/reports/00_results.ipynb #539fe2b5
 def for_machines(found: list) -> list:
     "The lines of report.json."
     kept = [m for m in measured(found) if m['measure'] in MEASURES]
-    return [{k: m.get(k) for k in KEYS} | {k: m[k] for k in ('checkpoint', 'mode') if m.get(k)} for m in kept]
+    return [
+        {k: m.get(k) for k in KEYS} | {k: m[k] for k in ('checkpoint', 'mode') if m.get(k)}
+        for m in kept
+    ]
 
 # %% ../../nbs/reports/00_results.ipynb #611696aa
-SHOW = {'share': lambda v: f'{100*v:.1f} %', 'bits': lambda v: f'{v:.3f}', 'count': lambda v: f'{v:,.0f}' if v >= 100 else f'{v:.1f}', 'memory': lambda v: f'{v:.2f} GiB',
-        'size': lambda v: f'{v/1e9:.2f} B' if v >= 1e9 else f'{v/1e6:.2f} M', 'time': lambda v: f'{v:.0f} s' if v < 120 else f'{v/60:.1f} min', 'other': short}
+SHOW = {
+    'share': lambda v: f'{100 * v:.1f} %',
+    'bits': lambda v: f'{v:.3f}',
+    'count': lambda v: f'{v:,.0f}' if v >= 100 else f'{v:.1f}',
+    'memory': lambda v: f'{v:.2f} GiB',
+    'size': lambda v: f'{v / 1e9:.2f} B' if v >= 1e9 else f'{v / 1e6:.2f} M',
+    'time': lambda v: f'{v:.0f} s' if v < 120 else f'{v / 60:.1f} min',
+    'other': short,
+}
+
 
 def kind(measure: str) -> str:
     "How a measure is written: share, bits, count, size, time, memory or other."
-    return MEASURES.get(measure, ('', 'share' if measure == 'sampled_right' or measure.startswith('share_of') else 'other'))[1]
+    return MEASURES.get(
+        measure,
+        ('', 'share' if measure == 'sampled_right' or measure.startswith('share_of') else 'other'),
+    )[1]
+
 
 def with_unit(measure: str, value) -> str:
     "A value with its unit."
     return '-' if value is None else SHOW[kind(measure)](value)
+
 
 def label(measure: str) -> str:
     "A measure in words."
     return MEASURES.get(measure, (measure.replace('_', ' '),))[0]
 
 # %% ../../nbs/reports/00_results.ipynb #729efeaa
-TESTS = {'at_least': (('after',), lambda m, x: m['after'] >= x), 'at_most': (('after',), lambda m, x: m['after'] <= x),
-         'from_at_most': (('before',), lambda m, x: m['before'] <= x), 'gain': (('before', 'after'), lambda m, x: round(m['after'] - m['before'], 9) >= x),
-         'ratio_at_least': (('before', 'after'), lambda m, x: m['before'] > 0 and m['after']/m['before'] >= x),
-         'ratio_at_most': (('before', 'after'), lambda m, x: m['before'] > 0 and m['after']/m['before'] <= x),
-         'over_control': (('after', 'control'), lambda m, x: round(m['after'] - m['control'], 9) >= x),
-         'keeps': (('after', 'best'), lambda m, x: round(m['after'] - m['best'], 9) >= -x), 'items': (('n',), lambda m, x: m['n'] >= x)}
+TESTS = {
+    'at_least': (('after',), lambda m, x: m['after'] >= x),
+    'at_most': (('after',), lambda m, x: m['after'] <= x),
+    'from_at_most': (('before',), lambda m, x: m['before'] <= x),
+    'gain': (('before', 'after'), lambda m, x: round(m['after'] - m['before'], 9) >= x),
+    'ratio_at_least': (
+        ('before', 'after'),
+        lambda m, x: m['before'] > 0 and m['after'] / m['before'] >= x,
+    ),
+    'ratio_at_most': (
+        ('before', 'after'),
+        lambda m, x: m['before'] > 0 and m['after'] / m['before'] <= x,
+    ),
+    'over_control': (('after', 'control'), lambda m, x: round(m['after'] - m['control'], 9) >= x),
+    'keeps': (('after', 'best'), lambda m, x: round(m['after'] - m['best'], 9) >= -x),
+    'items': (('n',), lambda m, x: m['n'] >= x),
+}
+
 
 def holds(line: dict, test: str, limit: float):
     "True or False, or None when the line lacks a value that the test needs."
     needs, compare = TESTS[test]
     return None if any(line.get(k) is None for k in needs) else bool(compare(line, limit))
 
+
 def every(answers: list):
     "False if any is False, else None if any is None, else True."
     return False if False in answers else None if None in answers or not answers else True
+
 
 def any_or_unknown(answers: list):
     "True if any is True, else None if any is None, else False."
@@ -102,37 +165,93 @@ def any_or_unknown(answers: list):
 # %% ../../nbs/reports/00_results.ipynb #abffde53
 def line_of(lines: list, stage: str, measure: str, checkpoint: str = None) -> dict:
     "The measured line of a stage, with the `best` earlier value of that measure; empty when there is none."
-    mine = [m for m in lines if m['stage'] == stage and m['measure'] == measure and checkpoint in (None, m.get('checkpoint'))]
-    past = [m['after'] for m in lines if m['measure'] == measure and m['stage'] not in ('evaluate', 'distill_to_student') and m['after'] is not None]
+    mine = [
+        m
+        for m in lines
+        if m['stage'] == stage
+        and m['measure'] == measure
+        and checkpoint in (None, m.get('checkpoint'))
+    ]
+    past = [
+        m['after']
+        for m in lines
+        if m['measure'] == measure
+        and m['stage'] not in ('evaluate', 'distill_to_student')
+        and m['after'] is not None
+    ]
     return dict(mine[-1], best=max(past, default=None)) if mine else {}
+
 
 def alternatives(goal: dict) -> list:
     "The goal's lists of conditions; one of the lists must hold."
     return goal.get('any') or [[{k: v for k, v in goal.items() if k == 'measure' or k in TESTS}]]
 
+
 def goal_reached(goal: dict, lines: list):
     "Whether a goal was reached: True, False, or None when it was not measured."
     line = lambda c: line_of(lines, goal['stage'], c['measure'], goal.get('checkpoint'))
-    return any_or_unknown([every([holds(line(c), t, x) for c in conditions for t, x in c.items() if t != 'measure']) for conditions in alternatives(goal)])
+    return any_or_unknown(
+        [
+            every(
+                [holds(line(c), t, x) for c in conditions for t, x in c.items() if t != 'measure']
+            )
+            for conditions in alternatives(goal)
+        ]
+    )
 
 # %% ../../nbs/reports/00_results.ipynb #e2b9828a
 def change(line: dict) -> str:
     "Before, after and the difference, in words; points for shares, per cent for everything else."
     a, b, name = line['before'], line['after'], line['measure']
-    if a is None: return with_unit(name, b)
-    diff = f'{100*(b-a):+.1f} points' if kind(name) == 'share' else f'{100*(b/a-1):+.1f} %' if a else ''
+    if a is None:
+        return with_unit(name, b)
+    diff = (
+        f'{100 * (b - a):+.1f} points'
+        if kind(name) == 'share'
+        else f'{100 * (b / a - 1):+.1f} %'
+        if a
+        else ''
+    )
     return f"{with_unit(name, a)} → {with_unit(name, b)}{f' ({diff})' if diff else ''}"
+
 
 def reached(goal: dict, lines: list) -> str:
     "What the measures of a goal came to."
-    names = list(dict.fromkeys(c['measure'] for conditions in alternatives(goal) for c in conditions))
-    found = [m for m in (line_of(lines, goal['stage'], n, goal.get('checkpoint')) for n in names) if m and m['after'] is not None]
-    control = lambda m: f", control {with_unit(m['measure'], m['control'])}" if m.get('control') is not None else ''
-    best = lambda m: f", best earlier {with_unit(m['measure'], m['best'])}" if 'keeps' in goal and m['best'] is not None else ''
-    times = lambda m: f", {m['after']/m['before']:.2f} times" if {'ratio_at_least', 'ratio_at_most'} & set(goal) and m['before'] else ''
-    return '; '.join(f"{label(m['measure']) + ' ' if len(names) > 1 else ''}{change(m)}{times(m)}{control(m)}{best(m)}" for m in found)
+    names = list(
+        dict.fromkeys(c['measure'] for conditions in alternatives(goal) for c in conditions)
+    )
+    found = [
+        m
+        for m in (line_of(lines, goal['stage'], n, goal.get('checkpoint')) for n in names)
+        if m and m['after'] is not None
+    ]
+    control = lambda m: (
+        f", control {with_unit(m['measure'], m['control'])}" if m.get('control') is not None else ''
+    )
+    best = lambda m: (
+        f", best earlier {with_unit(m['measure'], m['best'])}"
+        if 'keeps' in goal and m['best'] is not None
+        else ''
+    )
+    times = lambda m: (
+        f", {m['after'] / m['before']:.2f} times"
+        if {'ratio_at_least', 'ratio_at_most'} & set(goal) and m['before']
+        else ''
+    )
+    return '; '.join(
+        f"{label(m['measure']) + ' ' if len(names) > 1 else ''}{change(m)}{times(m)}{control(m)}{best(m)}"
+        for m in found
+    )
+
 
 def goal_results(goals: list, lines: list, scale: str, judge: bool) -> list:
     "`{stage, goal, reached, mark}` for each goal; the mark is ok, missed, open (not measured) or na (no goal at this scale)."
-    mark = lambda g: 'na' if not judge or scale not in g.get('scales', [scale]) else {True: 'ok', False: 'missed', None: 'open'}[goal_reached(g, lines)]
-    return [dict(stage=g['stage'], goal=g['says'], reached=reached(g, lines), mark=mark(g)) for g in goals]
+    mark = lambda g: (
+        'na'
+        if not judge or scale not in g.get('scales', [scale])
+        else {True: 'ok', False: 'missed', None: 'open'}[goal_reached(g, lines)]
+    )
+    return [
+        dict(stage=g['stage'], goal=g['says'], reached=reached(g, lines), mark=mark(g))
+        for g in goals
+    ]

@@ -7,59 +7,109 @@ __all__ = ['PYTHON', 'K2_ID', 'ENDED', 'clip', 'python_tool', 'arguments_of', 'r
            'next_reply', 'use_tools', 'answer', 'call_reply', 'chat_loop', 'printer']
 
 # %% ../../nbs/serving/01_agent.ipynb #6e6f24fe
-import json, re, sys, time
+import json
+import re
+import sys
+import time
 from dataclasses import dataclass
-from ..text.chat import target_spans
+
 from ..lab.config import LabError
 from ..lab.sandbox import run_python
 from .client import Teacher
+from ..text.chat import target_spans
 
 # %% ../../nbs/serving/01_agent.ipynb #175d36ea
-PYTHON = dict(type='function', function=dict(name='python', description='Run Python code in a sandbox without network or files and return what it prints. Each call starts afresh.',
-    parameters=dict(type='object', properties=dict(code=dict(type='string', description='The code; use print() to see results.')), required=['code'], additionalProperties=False)))
+PYTHON = dict(
+    type='function',
+    function=dict(
+        name='python',
+        description='Run Python code in a sandbox without network or files and return what it prints. Each call starts afresh.',
+        parameters=dict(
+            type='object',
+            properties=dict(
+                code=dict(type='string', description='The code; use print() to see results.')
+            ),
+            required=['code'],
+            additionalProperties=False,
+        ),
+    ),
+)
+
 
 def clip(text: str, most: int) -> str:
     "`text`, its middle replaced by a note when it is longer than `most` characters."
-    return text if len(text) <= most else f'{text[:most//2]}\n[... {len(text) - most} characters left out ...]\n{text[-(most//2):]}'
+    return (
+        text
+        if len(text) <= most
+        else f'{text[: most // 2]}\n[... {len(text) - most} characters left out ...]\n{text[-(most // 2) :]}'
+    )
+
 
 def python_tool(seconds: float, memory_mb: int, most: int, allow_unsafe: bool = False):
     "The `python` tool: code to the text of its output, errors and limits included; at most `most` characters."
+
     def run(code: str) -> str:
-        try: got = run_python(code, seconds, memory_mb, 10 * most, allow_unsafe=allow_unsafe)
-        except LabError as e: return f'the code was not run: {e}'
+        try:
+            got = run_python(code, seconds, memory_mb, 10 * most, allow_unsafe=allow_unsafe)
+        except LabError as e:
+            return f'the code was not run: {e}'
         said = '\n'.join(t.rstrip() for t in (got['stdout'], got['stderr']) if t.strip())
-        return clip(said + ('' if got['status'] in ('ok', 'error') else f"\n[stopped: {got['status']}]"), most).strip() or '[no output]'
+        return (
+            clip(
+                said
+                + ('' if got['status'] in ('ok', 'error') else f"\n[stopped: {got['status']}]"),
+                most,
+            ).strip()
+            or '[no output]'
+        )
+
     return run
 
 # %% ../../nbs/serving/01_agent.ipynb #be74efc0
 def arguments_of(call: dict, spec: dict) -> dict:
     "The arguments of a call, checked against the tool's declaration; ValueError in words for the model."
-    try: given = json.loads(call['function']['arguments'] or '{}')
-    except json.JSONDecodeError as e: raise ValueError(f'the arguments are not JSON: {e}') from None
+    try:
+        given = json.loads(call['function']['arguments'] or '{}')
+    except json.JSONDecodeError as e:
+        raise ValueError(f'the arguments are not JSON: {e}') from None
     schema = spec['function']['parameters']
-    if not isinstance(given, dict): raise ValueError('the arguments must be a JSON object')
+    if not isinstance(given, dict):
+        raise ValueError('the arguments must be a JSON object')
     for name in schema['required']:
-        if name not in given: raise ValueError(f'the argument {name!r} is missing')
+        if name not in given:
+            raise ValueError(f'the argument {name!r} is missing')
     for name, value in given.items():
-        if name not in schema['properties']: raise ValueError(f"no argument {name!r}; there are {', '.join(schema['properties'])}")
-        if schema['properties'][name]['type'] == 'string' and not isinstance(value, str): raise ValueError(f'the argument {name!r} must be a string')
+        if name not in schema['properties']:
+            raise ValueError(f"no argument {name!r}; there are {', '.join(schema['properties'])}")
+        if schema['properties'][name]['type'] == 'string' and not isinstance(value, str):
+            raise ValueError(f'the argument {name!r} must be a string')
     return given
+
 
 def run_call(call: dict, tools: dict) -> str:
     "The text a call comes back with; `tools` maps names to (declaration, function)."
     name = call['function']['name']
-    if name not in tools: return f"error: no tool {name!r}; there are {', '.join(tools)}"
+    if name not in tools:
+        return f"error: no tool {name!r}; there are {', '.join(tools)}"
     spec, function = tools[name]
-    try: return function(**arguments_of(call, spec))
-    except ValueError as e: return f'error: {e}'
+    try:
+        return function(**arguments_of(call, spec))
+    except ValueError as e:
+        return f'error: {e}'
 
 # %% ../../nbs/serving/01_agent.ipynb #1d9f0799
 K2_ID = re.compile(r'functions\.[\w.-]+:\d+')
 
+
 def k2_ids(calls: list, before: int) -> list:
     "The calls with ids in K2's form: its own kept, foreign ones numbered on from `before`."
-    own = lambda c, i: c['id'] if K2_ID.fullmatch(c.get('id') or '') else f"functions.{c['function']['name']}:{before + i}"
+    own = lambda c, i: (
+        c['id']
+        if K2_ID.fullmatch(c.get('id') or '')
+        else f"functions.{c['function']['name']}:{before + i}"
+    )
     return [dict(c, id=own(c, i)) for i, c in enumerate(calls)]
+
 
 def calls_in(messages: list) -> int:
     "How many tool calls a conversation holds."
@@ -69,18 +119,25 @@ def calls_in(messages: list) -> int:
 @dataclass(frozen=True)
 class Limits:
     "How far the work on one question may go."
-    turns: int         # replies of the model
-    tokens: int        # generated tokens
-    seconds: float     # of wall time
+
+    turns: int  # replies of the model
+    tokens: int  # generated tokens
+    seconds: float  # of wall time
+
 
 def next_reply(teacher: Teacher, messages: list, tools: dict, left: int, show, **options) -> dict:
     "One reply of the model, at most `left` tokens, streamed to `show`; appended to the messages."
     specs = [spec for spec, _ in tools.values()]
-    for kind, piece in teacher.stream(messages, specs, max_tokens=left, stream_options=dict(include_usage=True), **options):
-        if kind != 'reply': show(kind, piece)
+    for kind, piece in teacher.stream(
+        messages, specs, max_tokens=left, stream_options=dict(include_usage=True), **options
+    ):
+        if kind != 'reply':
+            show(kind, piece)
     message = dict(role='assistant', content=piece['content'])
-    if piece['reasoning'] is not None: message['reasoning_content'] = piece['reasoning']
-    if piece['tool_calls']: message['tool_calls'] = k2_ids(piece['tool_calls'], calls_in(messages))
+    if piece['reasoning'] is not None:
+        message['reasoning_content'] = piece['reasoning']
+    if piece['tool_calls']:
+        message['tool_calls'] = k2_ids(piece['tool_calls'], calls_in(messages))
     messages.append(message)
     return piece
 
@@ -91,53 +148,102 @@ def use_tools(messages: list, tools: dict, show):
         show('call', f"{call['id']} {call['function']['arguments']}")
         text = run_call(call, tools)
         show('result', text)
-        messages.append(dict(role='tool', name=call['function']['name'], tool_call_id=call['id'], content=text))
+        messages.append(
+            dict(role='tool', name=call['function']['name'], tool_call_id=call['id'], content=text)
+        )
 
-def answer(teacher: Teacher, messages: list, tools: dict, limits: Limits, show=lambda kind, text: None, **options) -> str:
+
+def answer(
+    teacher: Teacher,
+    messages: list,
+    tools: dict,
+    limits: Limits,
+    show=lambda kind, text: None,
+    **options,
+) -> str:
     "Go on with a conversation that ends with a question; returns why it ended: 'answer', 'length', 'turns', 'tokens' or 'seconds'. The messages grow."
     began, spent = time.monotonic(), 0
     for _ in range(limits.turns):
         reply = next_reply(teacher, messages, tools, limits.tokens - spent, show, **options)
         spent += reply['usage'].get('completion_tokens', 0)
-        if not reply['tool_calls']: return 'length' if reply['finish'] == 'length' else 'answer'
+        if not reply['tool_calls']:
+            return 'length' if reply['finish'] == 'length' else 'answer'
         use_tools(messages, tools, show)
-        if spent >= limits.tokens: return 'tokens'
-        if time.monotonic() - began > limits.seconds: return 'seconds'
+        if spent >= limits.tokens:
+            return 'tokens'
+        if time.monotonic() - began > limits.seconds:
+            return 'seconds'
     return 'turns'
 
 # %% ../../nbs/serving/01_agent.ipynb #cc0bf76c
 def call_reply(thought: str, code: str, index: int = 0) -> str:
     "The K2 text of a reply that thinks and calls `python`, for a `scripted` model."
-    call = dict(id=f'functions.python:{index}', function=dict(name='python', arguments=json.dumps(dict(code=code))))
+    call = dict(
+        id=f'functions.python:{index}',
+        function=dict(name='python', arguments=json.dumps(dict(code=code))),
+    )
     return ''.join(span.text for span in target_spans('', thought, [call]))
 
 # %% ../../nbs/serving/01_agent.ipynb #91417f88
-ENDED = dict(length='[the answer was cut off by the token limit]', turns='[stopped: too many turns]', tokens='[stopped: token limit]', seconds='[stopped: time limit]')
+ENDED = dict(
+    length='[the answer was cut off by the token limit]',
+    turns='[stopped: too many turns]',
+    tokens='[stopped: token limit]',
+    seconds='[stopped: time limit]',
+)
 
-def chat_loop(teacher: Teacher, tools: dict, limits: Limits, system: str = '', ask=lambda: input('\nyou: '), show=None, **options) -> list:
+
+def chat_loop(
+    teacher: Teacher,
+    tools: dict,
+    limits: Limits,
+    system: str = '',
+    ask=lambda: input('\nyou: '),
+    show=None,
+    **options,
+) -> list:
     "Questions from `ask` until it returns '' or 'exit' or raises EOFError; returns the whole conversation."
     messages, show = ([dict(role='system', content=system)] if system else []), show or printer()
     while True:
-        try: question = ask().strip()
-        except (EOFError, KeyboardInterrupt): return messages
-        if question in ('', 'exit', 'quit'): return messages
+        try:
+            question = ask().strip()
+        except (EOFError, KeyboardInterrupt):
+            return messages
+        if question in ('', 'exit', 'quit'):
+            return messages
         known = len(messages)
         messages.append(dict(role='user', content=question))
-        try: show('end', ENDED.get(answer(teacher, messages, tools, limits, show, **options), ''))
+        try:
+            show('end', ENDED.get(answer(teacher, messages, tools, limits, show, **options), ''))
         except (KeyboardInterrupt, LabError) as e:
-            del messages[known:]      # a half-finished exchange would confuse the next one
-            show('end', f"[{e if isinstance(e, LabError) else 'interrupted'}; the question is forgotten]")
+            del messages[known:]  # a half-finished exchange would confuse the next one
+            show(
+                'end',
+                f"[{e if isinstance(e, LabError) else 'interrupted'}; the question is forgotten]",
+            )
 
 # %% ../../nbs/serving/01_agent.ipynb #a7710929
 _UNSEEN = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]')
 
+
 def printer(out=None):
     "A `show` that prints: thoughts dim, calls and results marked, text as it streams; control characters are left out."
     out, state = out or sys.stdout, dict(kind='')
-    looks = dict(reasoning=('\n\033[2m', '\033[0m'), content=('\nk2: ', ''), call=('\n→ ', ''), result=('\n← ', ''), end=('\n', ''))
+    looks = dict(
+        reasoning=('\n\033[2m', '\033[0m'),
+        content=('\nk2: ', ''),
+        call=('\n→ ', ''),
+        result=('\n← ', ''),
+        end=('\n', ''),
+    )
+
     def show(kind, text):
         before, after = looks[kind]
-        if kind == state['kind'] and kind in ('reasoning', 'content'): before = before.strip('\n').replace('k2: ', '')
+        if kind == state['kind'] and kind in ('reasoning', 'content'):
+            before = before.strip('\n').replace('k2: ', '')
         state['kind'] = kind
-        if text: out.write(before + _UNSEEN.sub('', text) + after); out.flush()
+        if text:
+            out.write(before + _UNSEEN.sub('', text) + after)
+            out.flush()
+
     return show

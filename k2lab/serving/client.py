@@ -7,105 +7,190 @@ __all__ = ['PROBES', 'scripted', 'Teacher', 'post', 'read_message', 'reply_text'
            'check_parity', 'asked', 'read_answers', 'answer_row', 'sample_rows', 'finished_rows']
 
 # %% ../../nbs/serving/00_client.ipynb #d917f867
-import hashlib, json, os, time
+import hashlib
+import json
+import os
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+
 from fastcore.basics import patch
-from ..text.chat import encode, parse_reply, prompt_spans, reply_message
+
 from ..lab.config import LabError
+from ..text.chat import encode, parse_reply, prompt_spans, reply_message
 from ..text.tokenizer import family_of
 
 # %% ../../nbs/serving/00_client.ipynb #4dc9514c
 def _events(message: dict, finish: str):
     "Server-sent events of a streamed message, a few characters each."
-    pieces = [{key: message[key][i:i + 8]} for key in ('reasoning_content', 'content') for i in range(0, len(message.get(key) or ''), 8)]
-    if message.get('tool_calls'): pieces.append(dict(tool_calls=[dict(c, index=i) for i, c in enumerate(message['tool_calls'])]))
-    chunks = [dict(choices=[dict(index=0, delta=d, finish_reason=None)]) for d in pieces] + [dict(choices=[dict(index=0, delta={}, finish_reason=finish)])]
+    pieces = [
+        {key: message[key][i : i + 8]}
+        for key in ('reasoning_content', 'content')
+        for i in range(0, len(message.get(key) or ''), 8)
+    ]
+    if message.get('tool_calls'):
+        pieces.append(
+            dict(tool_calls=[dict(c, index=i) for i, c in enumerate(message['tool_calls'])])
+        )
+    chunks = [dict(choices=[dict(index=0, delta=d, finish_reason=None)]) for d in pieces] + [
+        dict(choices=[dict(index=0, delta={}, finish_reason=finish)])
+    ]
     return ''.join(f'data: {json.dumps(c)}\n\n' for c in chunks) + 'data: [DONE]\n\n'
+
 
 def scripted(replies: list, seen: list | None = None):
     "An httpx transport whose server gives these replies in turn: a K2 text, or an HTTP status. Requests are appended to `seen`."
     import httpx
+
     left = iter(replies)
+
     def answer(request):
         body, reply = json.loads(request.content), next(left, 500)
-        if seen is not None: seen.append(body)
-        if isinstance(reply, int): return httpx.Response(reply, json=dict(error=dict(message=f'scripted failure {reply}')))
+        if seen is not None:
+            seen.append(body)
+        if isinstance(reply, int):
+            return httpx.Response(reply, json=dict(error=dict(message=f'scripted failure {reply}')))
         message = reply_message(reply)
         finish = 'tool_calls' if message.get('tool_calls') else 'stop'
-        if body.get('stream'): return httpx.Response(200, text=_events(message, finish))
-        return httpx.Response(200, json=dict(choices=[dict(index=0, message=message, finish_reason=finish)], usage=dict(prompt_tokens=1, completion_tokens=len(reply), total_tokens=1 + len(reply))))
+        if body.get('stream'):
+            return httpx.Response(200, text=_events(message, finish))
+        return httpx.Response(
+            200,
+            json=dict(
+                choices=[dict(index=0, message=message, finish_reason=finish)],
+                usage=dict(
+                    prompt_tokens=1, completion_tokens=len(reply), total_tokens=1 + len(reply)
+                ),
+            ),
+        )
+
     return httpx.MockTransport(answer)
 
 # %% ../../nbs/serving/00_client.ipynb #9df0b477
 class Teacher:
     "A model behind an OpenAI-compatible server; `key_env` names the environment variable with its key, `transport` replaces the network."
-    def __init__(self, base_url: str, model: str, key_env: str = 'K2LAB_API_KEY', retries: int = 6, pause: float = .5, timeout: float = 600, transport=None):
-        self.base_url, self.model, self.key_env, self.retries, self.pause = base_url.rstrip('/'), model, key_env, retries, pause
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        key_env: str = 'K2LAB_API_KEY',
+        retries: int = 6,
+        pause: float = 0.5,
+        timeout: float = 600,
+        transport=None,
+    ):
+        self.base_url, self.model, self.key_env, self.retries, self.pause = (
+            base_url.rstrip('/'),
+            model,
+            key_env,
+            retries,
+            pause,
+        )
         self._options = dict(timeout=timeout, transport=transport)
 
-    def __repr__(self): return f'Teacher({self.model} at {self.base_url}, key from ${self.key_env})'
+    def __repr__(self):
+        return f'Teacher({self.model} at {self.base_url}, key from ${self.key_env})'
 
     def _client(self):
         import httpx
+
         key = os.environ.get(self.key_env, '')
-        return httpx.Client(headers={'authorization': f'Bearer {key}'} if key else {}, **self._options)
+        return httpx.Client(
+            headers={'authorization': f'Bearer {key}'} if key else {}, **self._options
+        )
 
 # %% ../../nbs/serving/00_client.ipynb #9d5ce594
-def _passing(status: int) -> bool: return status == 429 or status >= 500
+def _passing(status: int) -> bool:
+    return status == 429 or status >= 500
+
 
 def _wait(response, attempt: int, pause: float) -> float:
     "Seconds to wait before the next attempt: the server's Retry-After, else doubling from `pause`; never over 30."
     said = response.headers.get('retry-after', '') if response is not None else ''
-    return min(30., float(said) if said.isdigit() else pause * 2**attempt)
+    return min(30.0, float(said) if said.isdigit() else pause * 2**attempt)
+
 
 def _trouble(teacher, response, error) -> LabError:
     "The one line for a request that failed for good."
-    if response is None: return LabError(f'{teacher.base_url}: no answer ({error}); is the server up?')
-    try: said = response.json()['error']['message']
-    except (ValueError, KeyError, TypeError): said = response.text[:200]
-    hint = f'; the key comes from ${teacher.key_env}, which is {"set" if os.environ.get(teacher.key_env) else "not set"}' if response.status_code in (401, 403) else ''
+    if response is None:
+        return LabError(f'{teacher.base_url}: no answer ({error}); is the server up?')
+    try:
+        said = response.json()['error']['message']
+    except (ValueError, KeyError, TypeError):
+        said = response.text[:200]
+    hint = (
+        f'; the key comes from ${teacher.key_env}, which is {"set" if os.environ.get(teacher.key_env) else "not set"}'
+        if response.status_code in (401, 403)
+        else ''
+    )
     return LabError(f'{teacher.base_url}: {response.status_code} {said}{hint}')
 
 # %% ../../nbs/serving/00_client.ipynb #06cefd68
 def post(teacher, client, path: str, body: dict, stream: bool = False):
     "The server's response to a POST, tried again while the failure may pass; `LabError` when it will not."
     import httpx
-    root = teacher.base_url.removesuffix('/v1') if path == '/tokenize' else teacher.base_url      # in vLLM it stands beside /v1
+
+    root = (
+        teacher.base_url.removesuffix('/v1') if path == '/tokenize' else teacher.base_url
+    )  # in vLLM it stands beside /v1
     for attempt in range(teacher.retries + 1):
         response = error = None
         try:
-            response = client.send(client.build_request('POST', root + path, json=body), stream=stream)
-            if response.status_code == 200: return response
+            response = client.send(
+                client.build_request('POST', root + path, json=body), stream=stream
+            )
+            if response.status_code == 200:
+                return response
             response.read()
-        except httpx.TransportError as e: error = e
-        if response is not None and not _passing(response.status_code): break
-        if attempt < teacher.retries: time.sleep(_wait(response, attempt, teacher.pause))
+        except httpx.TransportError as e:
+            error = e
+        if response is not None and not _passing(response.status_code):
+            break
+        if attempt < teacher.retries:
+            time.sleep(_wait(response, attempt, teacher.pause))
     raise _trouble(teacher, response, error)
 
 # %% ../../nbs/serving/00_client.ipynb #acf39061
 def read_message(message: dict, finish: str | None, usage: dict | None = None) -> dict:
     "{'content', 'reasoning', 'tool_calls', 'finish', 'usage'} of an assistant message, raw K2 text in its content parsed too."
-    reply = dict(content=message.get('content') or '', reasoning=message.get('reasoning_content') or message.get('reasoning'), tool_calls=message.get('tool_calls') or [])
-    if reply['reasoning'] is None and not reply['tool_calls']: reply = parse_reply(reply['content'])
+    reply = dict(
+        content=message.get('content') or '',
+        reasoning=message.get('reasoning_content') or message.get('reasoning'),
+        tool_calls=message.get('tool_calls') or [],
+    )
+    if reply['reasoning'] is None and not reply['tool_calls']:
+        reply = parse_reply(reply['content'])
     return dict(reply, finish=finish, usage=usage or {})
+
 
 def reply_text(reply: dict) -> str:
     "The reply as one text, `<think>..</think>answer`, as the lab's rows keep it; a reply cut inside its thoughts stays open."
-    if reply['reasoning'] is None: return reply['content']
+    if reply['reasoning'] is None:
+        return reply['content']
     closed = reply['content'] or reply['finish'] != 'length'
     return f"<think>{reply['reasoning']}" + (f"</think>{reply['content']}" if closed else '')
 
 # %% ../../nbs/serving/00_client.ipynb #4001e9ac
 def both_names(messages: list) -> list:
     "Messages with their thoughts under both names that servers know: `reasoning_content`, and `reasoning`, the only one that vLLM's /tokenize reads"
-    return [{**m, 'reasoning': m['reasoning_content']} if m.get('reasoning_content') is not None else m for m in messages]
+    return [
+        {**m, 'reasoning': m['reasoning_content']} if m.get('reasoning_content') is not None else m
+        for m in messages
+    ]
+
 
 @patch
 def chat(self: Teacher, messages: list, tools: list | None = None, **options) -> dict:
     "One reply to a conversation (see `read_message`); `options` go to the server as they are: temperature, max_tokens, seed ..."
-    body = dict(model=self.model, messages=both_names(messages), **(dict(tools=tools) if tools else {}), **options)
-    with self._client() as client: answer = post(self, client, '/chat/completions', body).json()
+    body = dict(
+        model=self.model,
+        messages=both_names(messages),
+        **(dict(tools=tools) if tools else {}),
+        **options,
+    )
+    with self._client() as client:
+        answer = post(self, client, '/chat/completions', body).json()
     choice = answer['choices'][0]
     return read_message(choice['message'], choice['finish_reason'], answer.get('usage'))
 
@@ -113,25 +198,36 @@ def chat(self: Teacher, messages: list, tools: list | None = None, **options) ->
 def join_calls(calls: list, pieces: list):
     "Add streamed fragments of tool calls to `calls`, by their index."
     for piece in pieces:
-        while len(calls) <= piece['index']: calls.append(dict(id='', type='function', function=dict(name='', arguments='')))
+        while len(calls) <= piece['index']:
+            calls.append(dict(id='', type='function', function=dict(name='', arguments='')))
         call, function = calls[piece['index']], piece.get('function') or {}
         call['id'] = piece.get('id') or call['id']
         call['function']['name'] += function.get('name') or ''
         call['function']['arguments'] += function.get('arguments') or ''
 
+
 def _chunks(teacher, response):
     "The JSON objects of a server-sent event stream."
     import httpx
+
     try:
         for line in response.iter_lines():
-            if line.startswith('data:') and line[5:].strip() != '[DONE]': yield json.loads(line[5:])
-    except httpx.TransportError as e: raise LabError(f'{teacher.base_url}: the stream broke off ({e})') from e
+            if line.startswith('data:') and line[5:].strip() != '[DONE]':
+                yield json.loads(line[5:])
+    except httpx.TransportError as e:
+        raise LabError(f'{teacher.base_url}: the stream broke off ({e})') from e
 
 # %% ../../nbs/serving/00_client.ipynb #6349b851
 @patch
 def stream(self: Teacher, messages: list, tools: list | None = None, **options):
     "Yield ('reasoning'|'content', piece of text) as they come, then ('reply', the whole reply)."
-    body = dict(model=self.model, messages=both_names(messages), stream=True, **(dict(tools=tools) if tools else {}), **options)
+    body = dict(
+        model=self.model,
+        messages=both_names(messages),
+        stream=True,
+        **(dict(tools=tools) if tools else {}),
+        **options,
+    )
     texts, calls, finish, usage = dict(reasoning='', content=''), [], None, None
     with self._client() as client:
         response = post(self, client, '/chat/completions', body, stream=True)
@@ -139,72 +235,162 @@ def stream(self: Teacher, messages: list, tools: list | None = None, **options):
             usage = chunk.get('usage') or usage
             for choice in chunk['choices']:
                 delta, finish = choice['delta'], choice['finish_reason'] or finish
-                for kind, text in (('reasoning', delta.get('reasoning_content') or delta.get('reasoning')), ('content', delta.get('content'))):
-                    if text: texts[kind] += text; yield kind, text
+                for kind, text in (
+                    ('reasoning', delta.get('reasoning_content') or delta.get('reasoning')),
+                    ('content', delta.get('content')),
+                ):
+                    if text:
+                        texts[kind] += text
+                        yield kind, text
                 join_calls(calls, delta.get('tool_calls') or [])
-    if finish is None: raise LabError(f'{self.base_url}: the stream broke off before its end')
-    yield 'reply', read_message(dict(content=texts['content'], reasoning=texts['reasoning'] or None, tool_calls=calls), finish, usage)
+    if finish is None:
+        raise LabError(f'{self.base_url}: the stream broke off before its end')
+    yield (
+        'reply',
+        read_message(
+            dict(content=texts['content'], reasoning=texts['reasoning'] or None, tool_calls=calls),
+            finish,
+            usage,
+        ),
+    )
 
 # %% ../../nbs/serving/00_client.ipynb #0d0ab694
 @patch
-def complete(self: Teacher, prompt, n: int = 1, temperature: float = 1., max_tokens: int = 256, logprobs: int | None = None, **options) -> list[dict]:
+def complete(
+    self: Teacher,
+    prompt,
+    n: int = 1,
+    temperature: float = 1.0,
+    max_tokens: int = 256,
+    logprobs: int | None = None,
+    **options,
+) -> list[dict]:
     "n choices {'text', 'finish', 'logprobs'} for a prompt (text or ids); `logprobs` k asks for the chosen token's and the k best, named by token id."
-    body = dict(model=self.model, prompt=prompt, n=n, temperature=temperature, max_tokens=max_tokens, **options)
-    if logprobs is not None: body |= dict(logprobs=logprobs, return_tokens_as_token_ids=True)
-    with self._client() as client: answer = post(self, client, '/completions', body).json()
-    return [dict(text=c['text'], finish=c['finish_reason'], logprobs=c.get('logprobs')) for c in answer['choices']]
+    body = dict(
+        model=self.model,
+        prompt=prompt,
+        n=n,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        **options,
+    )
+    if logprobs is not None:
+        body |= dict(logprobs=logprobs, return_tokens_as_token_ids=True)
+    with self._client() as client:
+        answer = post(self, client, '/completions', body).json()
+    return [
+        dict(text=c['text'], finish=c['finish_reason'], logprobs=c.get('logprobs'))
+        for c in answer['choices']
+    ]
+
 
 def token_number(name: str) -> int:
     "17 for 'token_id:17'; `LabError` for a token named by its text."
-    if not name.startswith('token_id:'): raise LabError(f'the server names a token {name!r}, not by id; it does not know return_tokens_as_token_ids')
+    if not name.startswith('token_id:'):
+        raise LabError(
+            f'the server names a token {name!r}, not by id; it does not know return_tokens_as_token_ids'
+        )
     return int(name[9:])
 
 # %% ../../nbs/serving/00_client.ipynb #2c695784
 _USER = dict(role='user', content="It's 12345 😀 e\u0301\n\n  月之暗面, isn't it?")
-_TOOL = dict(type='function', function=dict(name='look_up', description='Look a word up', parameters=dict(type='object', properties=dict(word=dict(type='string')), required=['word'])))
-_CALL = dict(id='functions.look_up:0', type='function', function=dict(name='look_up', arguments='{"word": "月"}'))
-_LOOP = [dict(role='system', content='Be brief.'), _USER, dict(role='assistant', content='', reasoning_content='Look it up.', tool_calls=[_CALL]),
-         dict(role='tool', name='look_up', tool_call_id=_CALL['id'], content='{"moon": 1}')]
-PROBES = [([_USER], None), (_LOOP[:2], None), (_LOOP, [_TOOL]), ([*_LOOP, dict(role='assistant', content='The moon.', reasoning_content='So.'), _USER], [_TOOL])]
+_TOOL = dict(
+    type='function',
+    function=dict(
+        name='look_up',
+        description='Look a word up',
+        parameters=dict(
+            type='object', properties=dict(word=dict(type='string')), required=['word']
+        ),
+    ),
+)
+_CALL = dict(
+    id='functions.look_up:0',
+    type='function',
+    function=dict(name='look_up', arguments='{"word": "月"}'),
+)
+_LOOP = [
+    dict(role='system', content='Be brief.'),
+    _USER,
+    dict(role='assistant', content='', reasoning_content='Look it up.', tool_calls=[_CALL]),
+    dict(role='tool', name='look_up', tool_call_id=_CALL['id'], content='{"moon": 1}'),
+]
+PROBES = [
+    ([_USER], None),
+    (_LOOP[:2], None),
+    (_LOOP, [_TOOL]),
+    (
+        [*_LOOP, dict(role='assistant', content='The moon.', reasoning_content='So.'), _USER],
+        [_TOOL],
+    ),
+]
 
 # %% ../../nbs/serving/00_client.ipynb #bd12be32
 @patch
 def tokenize(self: Teacher, messages: list, tools: list | None = None) -> list[int]:
     "The token ids that the server makes of a conversation, generation prompt included."
-    body = dict(model=self.model, messages=both_names(messages), add_generation_prompt=True, **(dict(tools=tools) if tools else {}))
-    with self._client() as client: return post(self, client, '/tokenize', body).json()['tokens']
+    body = dict(
+        model=self.model,
+        messages=both_names(messages),
+        add_generation_prompt=True,
+        **(dict(tools=tools) if tools else {}),
+    )
+    with self._client() as client:
+        return post(self, client, '/tokenize', body).json()['tokens']
+
 
 def check_parity(teacher: Teacher, tok, probes: list = PROBES) -> int:
     "How many `(messages, tools)` the server and the lab turn into the same token ids: all of them; `LabError` at the first that differs, with both texts from there on."
     for n, (messages, tools) in enumerate(probes, 1):
-        served, own = teacher.tokenize(messages, tools), encode(tok, prompt_spans(messages, tools, family_of(tok)))[0]
+        served, own = (
+            teacher.tokenize(messages, tools),
+            encode(tok, prompt_spans(messages, tools, family_of(tok)))[0],
+        )
         same = len(os.path.commonprefix([served, own]))
-        after = lambda ids: repr(tok.decode(ids[same:same + 12]))
-        if served != own: raise LabError(f'{teacher.base_url}: token {same} of conversation {n} is not the lab\'s; server {after(served)}, lab {after(own)}; it runs another template or tokenizer')
+        after = lambda ids: repr(tok.decode(ids[same : same + 12]))
+        if served != own:
+            raise LabError(
+                f'{teacher.base_url}: token {same} of conversation {n} is not the lab\'s; server {after(served)}, lab {after(own)}; it runs another template or tokenizer'
+            )
     return len(probes)
 
 # %% ../../nbs/serving/00_client.ipynb #db4c6530
 def asked(model: str, prompt: str, system: str, n: int, options: dict) -> str:
     "The fingerprint of a question: model, prompt, system text, number of answers and sampling options."
-    return hashlib.sha256(json.dumps([model, prompt, system, n, options], sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:24]
+    return hashlib.sha256(
+        json.dumps([model, prompt, system, n, options], sort_keys=True, ensure_ascii=False).encode()
+    ).hexdigest()[:24]
+
 
 def read_answers(path: Path) -> dict:
     "{fingerprint: row} of a file of answers; a torn last line is cut off the file."
-    if not path.exists(): return {}
+    if not path.exists():
+        return {}
     data = path.read_bytes()
-    whole = data[:data.rfind(b'\n') + 1]
-    if len(whole) < len(data): path.write_bytes(whole)
+    whole = data[: data.rfind(b'\n') + 1]
+    if len(whole) < len(data):
+        path.write_bytes(whole)
     rows = [json.loads(line) for line in whole.decode().splitlines()]
     return {r['asked']: r for r in rows}
 
 # %% ../../nbs/serving/00_client.ipynb #2c8e2321
 def answer_row(teacher: Teacher, prompt: str, system: str, n: int, options: dict) -> dict:
     "One line of the file: the prompt and `n` replies of the teacher, each drawn with a seed of its own."
-    messages = ([dict(role='system', content=system)] if system else []) + [dict(role='user', content=prompt)]
+    messages = ([dict(role='system', content=system)] if system else []) + [
+        dict(role='user', content=prompt)
+    ]
     seeds = [dict(seed=options['seed'] + i) if 'seed' in options else {} for i in range(n)]
     replies = [teacher.chat(messages, **{**options, **s}) for s in seeds]
-    said = [dict(text=reply_text(r), finish=r['finish'], tokens=r['usage'].get('completion_tokens')) for r in replies]
-    return dict(asked=asked(teacher.model, prompt, system, n, options), prompt=prompt, model=teacher.model, replies=said)
+    said = [
+        dict(text=reply_text(r), finish=r['finish'], tokens=r['usage'].get('completion_tokens'))
+        for r in replies
+    ]
+    return dict(
+        asked=asked(teacher.model, prompt, system, n, options),
+        prompt=prompt,
+        model=teacher.model,
+        replies=said,
+    )
 
 # %% ../../nbs/serving/00_client.ipynb #3ae7cb5e
 def _missing(teacher: Teacher, prompts: list[str], path: Path, told: tuple, workers: int, on_row):
@@ -214,22 +400,46 @@ def _missing(teacher: Teacher, prompts: list[str], path: Path, told: tuple, work
         jobs = [pool.submit(answer_row, teacher, p, *told) for p in prompts]
         try:
             for i, job in enumerate(as_completed(jobs)):
-                file.write(json.dumps(job.result(), ensure_ascii=False) + '\n'); file.flush()
-                if on_row: on_row(i + 1, len(prompts))
-        finally: [job.cancel() for job in jobs]      # after a failure the rest is not asked; what came is in the file
+                file.write(json.dumps(job.result(), ensure_ascii=False) + '\n')
+                file.flush()
+                if on_row:
+                    on_row(i + 1, len(prompts))
+        finally:
+            [
+                job.cancel() for job in jobs
+            ]  # after a failure the rest is not asked; what came is in the file
 
 # %% ../../nbs/serving/00_client.ipynb #52922a3c
-def sample_rows(teacher: Teacher | None, prompts: list[str], into, n: int = 1, system: str = '', model: str = '', workers: int = 4, on_row=None, **options) -> list[dict]:
+def sample_rows(
+    teacher: Teacher | None,
+    prompts: list[str],
+    into,
+    n: int = 1,
+    system: str = '',
+    model: str = '',
+    workers: int = 4,
+    on_row=None,
+    **options,
+) -> list[dict]:
     "One row {'asked', 'prompt', 'model', 'replies'} for each different prompt, in order; `teacher=None` replays `model`'s answers from the file `into`."
     path, model = Path(into), teacher.model if teacher else model
     keys = {p: asked(model, p, system, n, options) for p in prompts}
     missing = [p for p, k in keys.items() if k not in read_answers(path)]
-    if missing and teacher is None: raise LabError(f'{path}: {len(missing)} of {len(keys)} prompts have no answer in this file for {model or "a model without a name"} and these options')
-    if missing: _missing(teacher, missing, path, (system, n, options), workers, on_row)
+    if missing and teacher is None:
+        raise LabError(
+            f'{path}: {len(missing)} of {len(keys)} prompts have no answer in this file for {model or "a model without a name"} and these options'
+        )
+    if missing:
+        _missing(teacher, missing, path, (system, n, options), workers, on_row)
     rows = read_answers(path)
     return [rows[k] for k in keys.values()]
 
 # %% ../../nbs/serving/00_client.ipynb #90f4ac41
 def finished_rows(rows: list[dict]) -> list[dict]:
     "`{'prompt', 'response', 'teacher'}` for every reply that came to its own end."
-    return [dict(prompt=r['prompt'], response=a['text'], teacher=r['model']) for r in rows for a in r['replies'] if a['finish'] == 'stop']
+    return [
+        dict(prompt=r['prompt'], response=a['text'], teacher=r['model'])
+        for r in rows
+        for a in r['replies']
+        if a['finish'] == 'stop'
+    ]

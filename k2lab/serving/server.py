@@ -4,6 +4,7 @@ It speaks the part of vLLM's wire format that the lab uses, on a machine without
 chat (tools, reasoning, streaming), /tokenize, /v1/models, /health. A field it does not know is refused by name, never ignored.
 One request is computed at a time. `python -m k2lab.serving.server PLACE --name NAME`, with the key in $K2LAB_API_KEY.
 """
+
 import argparse, json, os, secrets, threading, time
 from typing import Literal
 
@@ -21,11 +22,12 @@ TAGS = ('<think>', '</think>', '<|tool_calls_section_begin|>', '<tool_call>')
 
 class Ask(BaseModel):
     "The fields that both kinds of request share."
+
     model_config = ConfigDict(extra='forbid')
     model: str | None = None
     n: int = Field(1, ge=1, le=64)
-    temperature: float = Field(1., ge=0)
-    top_p: float = Field(1., gt=0, le=1)
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=0)
     stop: str | list[str] = []
     seed: int | None = None
@@ -33,21 +35,25 @@ class Ask(BaseModel):
 
 class CompletionAsk(Ask):
     "A request to /v1/completions."
+
     prompt: str | list[int] | list[str] | list[list[int]]
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
-    return_tokens_as_token_ids: bool = False    # 'token_id:17' for a token's text: pieces of a character have no text of their own
+    # 'token_id:17' for a token's text: pieces of a character have no text of their own
+    return_tokens_as_token_ids: bool = False
     stream: Literal[False] = False
 
 
 class StreamOptions(BaseModel):
     "What a stream carries besides text."
+
     model_config = ConfigDict(extra='forbid')
     include_usage: bool = False
 
 
 class ChatAsk(Ask):
     "A request to /v1/chat/completions."
+
     messages: list[dict]
     tools: list[dict] | None = None
     tool_choice: Literal['auto'] = 'auto'
@@ -57,6 +63,7 @@ class ChatAsk(Ask):
 
 class TokenizeAsk(BaseModel):
     "A request to /tokenize: a text, or messages with the generation prompt after them."
+
     model_config = ConfigDict(extra='forbid')
     model: str | None = None
     prompt: str | None = None
@@ -67,52 +74,72 @@ class TokenizeAsk(BaseModel):
 
 class Draft:
     "One answer while it grows."
+
     def __init__(self, tok, ends, stop):
         self.tok, self.ends, self.stop = tok, ends, [stop] if isinstance(stop, str) else stop
         self.ids, self.logprobs, self.text, self.finish = [], [], '', None
 
     def add(self, token: int, logprobs):
         "Take the next token and its row of log-probabilities [vocabulary], or end here."
-        if token in self.ends: self.finish = 'stop'; return
-        self.ids.append(token); self.logprobs.append(logprobs)
+        if token in self.ends:
+            self.finish = 'stop'
+            return
+        self.ids.append(token)
+        self.logprobs.append(logprobs)
         self.text = self.tok.decode(self.ids)
         at = min((i for i in map(self.text.find, self.stop) if i >= 0), default=None)
-        if at is not None: self.text, self.finish = self.text[:at], 'stop'
+        if at is not None:
+            self.text, self.finish = self.text[:at], 'stop'
 
 
 def choose(logits, ask: Ask, generator):
     "One token for each row of `logits` [n, vocabulary]: the best at temperature 0, else sampled from the `top_p` part."
     import torch
-    if ask.temperature == 0: return logits.argmax(-1)
+
+    if ask.temperature == 0:
+        return logits.argmax(-1)
     p = torch.softmax(logits.float() / ask.temperature, -1)
     ordered, index = p.sort(-1, descending=True)
-    ordered = ordered * (ordered.cumsum(-1) - ordered < ask.top_p)      # drop a token when those before it already hold top_p
+    ordered = ordered * (
+        ordered.cumsum(-1) - ordered < ask.top_p
+    )  # drop a token when those before it already hold top_p
     return index.gather(-1, torch.multinomial(ordered, 1, generator=generator)).squeeze(-1)
 
 
 def write(engine, ids: list, ask: Ask, limit: int):
     "Grow `ask.n` drafts after the prompt `ids`, one token at a time; yields the list of drafts after each."
     import torch
+
     generator = torch.Generator(engine.model.device)
     generator.manual_seed(secrets.randbits(62) if ask.seed is None else ask.seed)
     drafts, cache = [Draft(engine.tok, engine.ends, ask.stop) for _ in range(ask.n)], None
     step = torch.tensor([ids] * ask.n, device=engine.model.device)
     with engine.lock:
         for _ in range(limit):
-            with torch.inference_mode(): out = engine.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            with torch.inference_mode():
+                out = engine.model(
+                    input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1
+                )
             logits, cache = out.logits[:, -1], out.past_key_values
-            new, raw = choose(logits, ask, generator), torch.log_softmax(logits.float(), -1)     # as in vLLM: log-probabilities before temperature
+            new, raw = (
+                choose(logits, ask, generator),
+                torch.log_softmax(logits.float(), -1),
+            )  # as in vLLM: log-probabilities before temperature
             for draft, token, row in zip(drafts, new.tolist(), raw):
-                if not draft.finish: draft.add(token, row)
+                if not draft.finish:
+                    draft.add(token, row)
             yield drafts
-            if all(d.finish for d in drafts): break
+            if all(d.finish for d in drafts):
+                break
             step = new[:, None]
-    for d in drafts: d.finish = d.finish or 'length'
+    for d in drafts:
+        d.finish = d.finish or 'length'
     yield drafts
 
 
 class Engine:
     "A model, its tokenizer, and what the routes need to know about them."
+
     def __init__(self, model, tok, name: str):
         self.model, self.tok, self.name, self.lock = model.eval(), tok, name, threading.Lock()
         self.ends = {tok.eos_token_id, tok.convert_tokens_to_ids('<|im_end|>')}
@@ -124,16 +151,25 @@ class Engine:
 
     def limit(self, ids: list, ask: Ask, default: int | None) -> int:
         "How many tokens may follow the prompt; 404 for another model's name, 400 if prompt and answer do not fit."
-        if ask.model not in (None, self.name): raise HTTPException(404, f'no model {ask.model!r}; this server has {self.name!r}')
+        if ask.model not in (None, self.name):
+            raise HTTPException(404, f'no model {ask.model!r}; this server has {self.name!r}')
         room = self.length - len(ids)
         wanted = ask.max_tokens if ask.max_tokens is not None else min(default or room, room)
-        if not ids or wanted > room: raise HTTPException(400, f'{len(ids)} prompt tokens and {wanted} to generate do not fit: from 1 to {self.length} in all')
+        if not ids or wanted > room:
+            raise HTTPException(
+                400,
+                f'{len(ids)} prompt tokens and {wanted} to generate do not fit: from 1 to {self.length} in all',
+            )
         return wanted
 
     def prompt_logprobs(self, ids: list):
         "Log-probabilities [tokens - 1, vocabulary] of each prompt token after the first."
         import torch
-        with self.lock, torch.inference_mode(): return torch.log_softmax(self.model(torch.tensor([ids], device=self.model.device)).logits[0, :-1].float(), -1)
+
+        with self.lock, torch.inference_mode():
+            return torch.log_softmax(
+                self.model(torch.tensor([ids], device=self.model.device)).logits[0, :-1].float(), -1
+            )
 
     def usage(self, prompt: int, new: int) -> dict:
         "OpenAI's token counts."
@@ -150,40 +186,69 @@ def logprobs_block(engine, ask: CompletionAsk, ids: list, rows: list) -> dict:
     texts = token_texts(engine, ids, ask.return_tokens_as_token_ids)
     tops, chosen = [], []
     for i, text, row in zip(ids, texts, rows):
-        if row is None: tops.append(None); chosen.append(None); continue
+        if row is None:
+            tops.append(None)
+            chosen.append(None)
+            continue
         best = row.topk(ask.logprobs)
-        top = dict(zip(token_texts(engine, best.indices.tolist(), ask.return_tokens_as_token_ids), best.values.tolist()))
-        chosen.append(float(row[i])); tops.append({**top, text: float(row[i])})
+        top = dict(
+            zip(
+                token_texts(engine, best.indices.tolist(), ask.return_tokens_as_token_ids),
+                best.values.tolist(),
+            )
+        )
+        chosen.append(float(row[i]))
+        tops.append({**top, text: float(row[i])})
     offsets = [sum(map(len, texts[:k])) for k in range(len(texts))]
     return dict(tokens=texts, token_logprobs=chosen, top_logprobs=tops, text_offset=offsets)
 
 
-def completion_choice(engine, ask: CompletionAsk, index: int, prompt: list, before: list, draft: Draft) -> dict:
+def completion_choice(
+    engine, ask: CompletionAsk, index: int, prompt: list, before: list, draft: Draft
+) -> dict:
     "One choice of a completion; `before` holds the prompt's rows of log-probabilities when they are echoed."
     text, ids, rows = draft.text, draft.ids, draft.logprobs
-    if ask.echo: text, ids, rows = engine.tok.decode(prompt) + text, prompt + ids, before + rows
+    if ask.echo:
+        text, ids, rows = engine.tok.decode(prompt) + text, prompt + ids, before + rows
     logprobs = None if ask.logprobs is None else logprobs_block(engine, ask, ids, rows)
     return dict(index=index, text=text, logprobs=logprobs, finish_reason=draft.finish)
 
 
 def complete(engine, ask: CompletionAsk) -> dict:
     "The answer to /v1/completions."
-    prompts = [ask.prompt] if isinstance(ask.prompt, str) or (ask.prompt and isinstance(ask.prompt[0], int)) else ask.prompt
-    ids = [engine.tok(p, add_special_tokens=False).input_ids if isinstance(p, str) else p for p in prompts]     # as in vLLM, control tokens in a raw prompt count
+    prompts = (
+        [ask.prompt]
+        if isinstance(ask.prompt, str) or (ask.prompt and isinstance(ask.prompt[0], int))
+        else ask.prompt
+    )
+    ids = [
+        engine.tok(p, add_special_tokens=False).input_ids if isinstance(p, str) else p
+        for p in prompts
+    ]  # as in vLLM, control tokens in a raw prompt count
     bad = [i for p in ids for i in p if not 0 <= i < len(engine.tok)]
-    if bad: raise HTTPException(400, f'token id {bad[0]} is not in the vocabulary of {len(engine.tok)}')
+    if bad:
+        raise HTTPException(400, f'token id {bad[0]} is not in the vocabulary of {len(engine.tok)}')
     choices, new, limits = [], 0, [engine.limit(p, ask, 16) for p in ids]
     for p, limit in zip(ids, limits):
-        before = [None, *engine.prompt_logprobs(p)] if ask.echo and ask.logprobs is not None else [None] * len(p)
+        before = (
+            [None, *engine.prompt_logprobs(p)]
+            if ask.echo and ask.logprobs is not None
+            else [None] * len(p)
+        )
         *_, drafts = write(engine, p, ask, limit)
-        for d in drafts: choices.append(completion_choice(engine, ask, len(choices), p, before, d))
+        for d in drafts:
+            choices.append(completion_choice(engine, ask, len(choices), p, before, d))
         new += sum(len(d.ids) for d in drafts)
-    return head('text_completion', engine) | dict(choices=choices, usage=engine.usage(sum(map(len, ids)), new))
+    return head('text_completion', engine) | dict(
+        choices=choices, usage=engine.usage(sum(map(len, ids)), new)
+    )
 
 
 def head(kind: str, engine) -> dict:
     "What every answer begins with."
-    return dict(id=f'k2lab-{secrets.token_hex(8)}', object=kind, created=int(time.time()), model=engine.name)
+    return dict(
+        id=f'k2lab-{secrets.token_hex(8)}', object=kind, created=int(time.time()), model=engine.name
+    )
 
 
 def chat(engine, ask: ChatAsk, ids: list, limit: int) -> dict:
@@ -192,16 +257,25 @@ def chat(engine, ask: ChatAsk, ids: list, limit: int) -> dict:
     choices = []
     for i, d in enumerate(drafts):
         message = reply_message(d.text)
-        choices.append(dict(index=i, message=message, finish_reason='tool_calls' if message.get('tool_calls') else d.finish))
-    return head('chat.completion', engine) | dict(choices=choices, usage=engine.usage(len(ids), sum(len(d.ids) for d in drafts)))
+        choices.append(
+            dict(
+                index=i,
+                message=message,
+                finish_reason='tool_calls' if message.get('tool_calls') else d.finish,
+            )
+        )
+    return head('chat.completion', engine) | dict(
+        choices=choices, usage=engine.usage(len(ids), sum(len(d.ids) for d in drafts))
+    )
 
 
 def settled(text: str) -> dict:
     "`{'reasoning_content', 'content'}` as far as no later token can change them: no half character, no half tag, no space before a possible tool call."
     text = text.rstrip('\ufffd')
     held = max((n for tag in TAGS for n in range(1, len(tag)) if text.endswith(tag[:n])), default=0)
-    text = text[:len(text) - held] if held else text
-    for tag in TAGS[2:]: text = text.partition(tag)[0]
+    text = text[: len(text) - held] if held else text
+    for tag in TAGS[2:]:
+        text = text.partition(tag)[0]
     message = reply_message(text.rstrip())
     return {k: message.get(k) or '' for k in ('reasoning_content', 'content')}
 
@@ -214,8 +288,11 @@ def deltas(engine, ids: list, ask: ChatAsk, limit: int):
         now = reply_message(draft.text) if draft.finish else settled(draft.text)
         for key, old in sent.items():
             new = now.get(key) or ''
-            if len(new) > len(old): yield {key: new[len(old):]}, None; sent[key] = new
-        if draft.finish: break
+            if len(new) > len(old):
+                yield {key: new[len(old) :]}, None
+                sent[key] = new
+        if draft.finish:
+            break
     calls = [dict(c, index=i) for i, c in enumerate(now.get('tool_calls', []))]
     yield (dict(tool_calls=calls) if calls else {}), 'tool_calls' if calls else draft.finish
     yield None, len(draft.ids)
@@ -226,59 +303,93 @@ def stream_chat(engine, ask: ChatAsk, ids: list, limit: int):
     base = head('chat.completion.chunk', engine)
     event = lambda **kw: f'data: {json.dumps(base | kw, ensure_ascii=False)}\n\n'
     for delta, end in deltas(engine, ids, ask, limit):
-        if delta is not None: yield event(choices=[dict(index=0, delta=delta, finish_reason=end)])
-        elif ask.stream_options.include_usage: yield event(choices=[], usage=engine.usage(len(ids), end))
+        if delta is not None:
+            yield event(choices=[dict(index=0, delta=delta, finish_reason=end)])
+        elif ask.stream_options.include_usage:
+            yield event(choices=[], usage=engine.usage(len(ids), end))
     yield 'data: [DONE]\n\n'
 
 
 def complaint(status: int, message: str) -> JSONResponse:
     "An error in OpenAI's shape."
-    return JSONResponse(dict(error=dict(message=message, type='invalid_request_error', code=status)), status)
+    return JSONResponse(
+        dict(error=dict(message=message, type='invalid_request_error', code=status)), status
+    )
 
 
 def invalid(errors: list) -> str:
     "One line for a request that does not fit: unknown fields first, by name."
     unknown = sorted({str(e['loc'][-1]) for e in errors if e['type'] == 'extra_forbidden'})
-    if unknown: return f"unsupported field {', '.join(unknown)}"
+    if unknown:
+        return f"unsupported field {', '.join(unknown)}"
     return '; '.join(f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in errors)
 
 
 def create_app(model, tok, name: str, key: str) -> FastAPI:
     "The web application for one model. Every route but /health wants `Authorization: Bearer <key>`."
-    if not key: raise LabError('the server needs a key; set K2LAB_API_KEY')
-    engine, app = Engine(model, tok, name), FastAPI(title='K2 Lab', docs_url=None, redoc_url=None, openapi_url=None)
+    if not key:
+        raise LabError('the server needs a key; set K2LAB_API_KEY')
+    engine, app = (
+        Engine(model, tok, name),
+        FastAPI(title='K2 Lab', docs_url=None, redoc_url=None, openapi_url=None),
+    )
     app.exception_handler(HTTPException)(lambda _, e: complaint(e.status_code, e.detail))
     app.exception_handler(LabError)(lambda _, e: complaint(400, str(e)))
     app.exception_handler(RequestValidationError)(lambda _, e: complaint(400, invalid(e.errors())))
 
     def known(request: Request):
-        if not secrets.compare_digest(request.headers.get('authorization', '').encode(), f'Bearer {key}'.encode()): raise HTTPException(401, 'wrong or missing key')
+        if not secrets.compare_digest(
+            request.headers.get('authorization', '').encode(), f'Bearer {key}'.encode()
+        ):
+            raise HTTPException(401, 'wrong or missing key')
+
     add_routes(app, engine, [Depends(known)])
     return app
 
 
 def add_routes(app: FastAPI, engine: Engine, guard: list):
     "The routes; `guard` is what all but /health depend on."
+
     @app.get('/health')
-    def health(): return dict(status='ok')
+    def health():
+        return dict(status='ok')
 
     @app.get('/v1/models', dependencies=guard)
-    def models(): return dict(object='list', data=[dict(id=engine.name, object='model', owned_by='k2lab', max_model_len=engine.length)])
+    def models():
+        return dict(
+            object='list',
+            data=[
+                dict(id=engine.name, object='model', owned_by='k2lab', max_model_len=engine.length)
+            ],
+        )
 
     @app.post('/v1/completions', dependencies=guard)
-    def completions(ask: CompletionAsk): return complete(engine, ask)
+    def completions(ask: CompletionAsk):
+        return complete(engine, ask)
 
     @app.post('/v1/chat/completions', dependencies=guard)
     def chat_completions(ask: ChatAsk):
-        if ask.stream and ask.n > 1: raise HTTPException(400, 'n must be 1 in a stream')
+        if ask.stream and ask.n > 1:
+            raise HTTPException(400, 'n must be 1 in a stream')
         ids = engine.prompt(ask.messages, ask.tools)
-        limit = engine.limit(ids, ask, None)      # before the first byte of a stream, while an error can still be one
-        return StreamingResponse(stream_chat(engine, ask, ids, limit), media_type='text/event-stream') if ask.stream else chat(engine, ask, ids, limit)
+        limit = engine.limit(
+            ids, ask, None
+        )  # before the first byte of a stream, while an error can still be one
+        return (
+            StreamingResponse(stream_chat(engine, ask, ids, limit), media_type='text/event-stream')
+            if ask.stream
+            else chat(engine, ask, ids, limit)
+        )
 
     @app.post('/tokenize', dependencies=guard)
     def tokenize(ask: TokenizeAsk):
-        if (ask.prompt is None) == (ask.messages is None): raise HTTPException(400, 'give either prompt or messages')
-        ids = engine.prompt(ask.messages, ask.tools) if ask.prompt is None else engine.tok(ask.prompt, add_special_tokens=False).input_ids
+        if (ask.prompt is None) == (ask.messages is None):
+            raise HTTPException(400, 'give either prompt or messages')
+        ids = (
+            engine.prompt(ask.messages, ask.tools)
+            if ask.prompt is None
+            else engine.tok(ask.prompt, add_special_tokens=False).input_ids
+        )
         return dict(tokens=ids, count=len(ids), max_model_len=engine.length)
 
 
@@ -286,17 +397,39 @@ def serve(place, name: str, host: str = '127.0.0.1', port: int = 8000, key: str 
     "Serve the checkpoint at `place` until stopped (SIGTERM or Ctrl-C)."
     import uvicorn
     from k2lab.models.load import open_model, open_tokenizer
-    uvicorn.run(create_app(open_model(place), open_tokenizer(place), name, key), host=host, port=port, log_level='warning')
+
+    uvicorn.run(
+        create_app(open_model(place), open_tokenizer(place), name, key),
+        host=host,
+        port=port,
+        log_level='warning',
+    )
 
 
 def main(words=None):
     "The command line of `python -m k2lab.serving.server`."
     from pathlib import Path
-    ask = argparse.ArgumentParser(prog='python -m k2lab.serving.server', description='Serve a small model with an OpenAI-compatible API; the key comes from $K2LAB_API_KEY.')
+
+    ask = argparse.ArgumentParser(
+        prog='python -m k2lab.serving.server',
+        description='Serve a small model with an OpenAI-compatible API; the key comes from $K2LAB_API_KEY.',
+    )
     ask.add_argument('place', help='folder of a checkpoint, or a hub id')
-    for flag, default, kind in (('name', 'k2lab', str), ('host', '127.0.0.1', str), ('port', 8000, int)): ask.add_argument(f'--{flag}', default=default, type=kind)
+    for flag, default, kind in (
+        ('name', 'k2lab', str),
+        ('host', '127.0.0.1', str),
+        ('port', 8000, int),
+    ):
+        ask.add_argument(f'--{flag}', default=default, type=kind)
     got = ask.parse_args(words)
-    serve(Path(got.place) if Path(got.place).exists() else got.place, got.name, got.host, got.port, os.environ.get('K2LAB_API_KEY', ''))
+    serve(
+        Path(got.place) if Path(got.place).exists() else got.place,
+        got.name,
+        got.host,
+        got.port,
+        os.environ.get('K2LAB_API_KEY', ''),
+    )
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

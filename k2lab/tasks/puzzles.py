@@ -10,6 +10,7 @@ __all__ = ['Item', 'CHAIN', 'WORDS', 'COUNT', 'SORT', 'COMPARE', 'STYLES', 'MAKE
 # %% ../../nbs/tasks/01_puzzles.ipynb #0ea12f95
 import random
 from collections import Counter, namedtuple
+
 from ..lab.config import LabError, did_you_mean
 
 # %% ../../nbs/tasks/01_puzzles.ipynb #d5a335f6
@@ -20,12 +21,14 @@ def make_chain(rng) -> Item:
     "An expression of three to five terms; every partial result lies in 0..99"
     totals, terms = [rng.randint(10, 89)], []
     for _ in range(rng.randint(2, 4)):
-        term = rng.choice((-1, 1))*rng.randint(1, 9)
-        if not 0 <= totals[-1] + term <= 99: term = -term
+        term = rng.choice((-1, 1)) * rng.randint(1, 9)
+        if not 0 <= totals[-1] + term <= 99:
+            term = -term
         terms.append(f'{term:+d}')
         totals.append(totals[-1] + term)
     text = f'{totals[0]}{"".join(terms)}'
     return Item(rng.choice(CHAIN).format(text), chain_steps(totals, terms), str(totals[-1]), text)
+
 
 def chain_steps(totals: list, terms: list) -> list:
     "One line for each term: the sum, and after a bar what is left of the expression"
@@ -33,28 +36,33 @@ def chain_steps(totals: list, terms: list) -> list:
     left = [f'|{after}{"".join(terms[i:])}' for i, after in enumerate(totals[1:-1], 1)]
     return [done + rest for done, rest in zip(sums, left + [''])]
 
+
 CHAIN = ('Compute {}.', 'What is {}?')
 
 # %% ../../nbs/tasks/01_puzzles.ipynb #e1c70910
 WORDS = 'node edge list name type file path data line key set row map graph time test'.split()
 COUNT = ('How many {} in: {}?', 'Count {} in: {}.')
 
+
 def make_count(rng) -> Item:
     "A list of six to eight items and one to count; the trace carries a running count"
     pool = WORDS if rng.random() < 0.4 else 'abcdefghijklmnopqrstuvwxyz'
     target, *others = rng.sample(pool, 5)
     size, times = rng.randint(6, 8), rng.randint(0, 5)
-    items = [target]*times + [rng.choice(others) for _ in range(size - times)]
+    items = [target] * times + [rng.choice(others) for _ in range(size - times)]
     rng.shuffle(items)
     seen, steps = 0, []
     for item in items:
         seen += item == target
         steps.append(f'{item}{seen}')
     text = ', '.join(items)
-    return Item(rng.choice(COUNT).format(target, text), [' '.join(steps)], str(seen), f'{target} in {text}')
+    return Item(
+        rng.choice(COUNT).format(target, text), [' '.join(steps)], str(seen), f'{target} in {text}'
+    )
 
 # %% ../../nbs/tasks/01_puzzles.ipynb #356c0458
 SORT = ('Sort ascending: {}.', 'Sort from small to large: {}.')
+
 
 def make_sort(rng) -> Item:
     "Four or five different two-digit numbers; each step picks the smallest and lists the rest"
@@ -69,40 +77,52 @@ def make_sort(rng) -> Item:
 # %% ../../nbs/tasks/01_puzzles.ipynb #9250d3b5
 COMPARE = ('Which is larger, {} or {}? Give its value.', 'Give the larger value: {} or {}.')
 
+
 def make_side(rng) -> tuple:
     "One small expression and its value: a two-digit plus a one-digit number, or a product of the tables"
     if rng.random() < 0.4:
         a, b = rng.randint(2, 9), rng.randint(2, 9)
-        return f'{a}*{b}', a*b
+        return f'{a}*{b}', a * b
     a, b = rng.randint(10, 90), rng.randint(1, 9)
-    return f'{a}+{b}', a+b
+    return f'{a}+{b}', a + b
 
 # %% ../../nbs/tasks/01_puzzles.ipynb #bccf0141
 def make_compare(rng) -> Item:
     "Two expressions of different value, at most 30 apart; the answer is the larger value"
     (left, x), (right, y) = make_side(rng), make_side(rng)
-    while x == y or abs(x - y) > 30: right, y = make_side(rng)
+    while x == y or abs(x - y) > 30:
+        right, y = make_side(rng)
     steps = [f'{left}={x}', f'{right}={y}', f'{max(x, y)}>{min(x, y)}']
-    return Item(rng.choice(COMPARE).format(left, right), steps, str(max(x, y)), ' or '.join(sorted((left, right))))
+    return Item(
+        rng.choice(COMPARE).format(left, right),
+        steps,
+        str(max(x, y)),
+        ' or '.join(sorted((left, right))),
+    )
 
 # %% ../../nbs/tasks/01_puzzles.ipynb #eaa5185a
 STYLES = ('short', 'long')
 
+
 def write_trace(item: Item, style: str) -> str:
     "The steps as text: `short`, or correct but wasteful `long` (at least 1.8 times the characters)"
     steps = '\n'.join(item.steps)
-    if style == 'short': return steps
+    if style == 'short':
+        return steps
     return f'Question: {item.prompt}\n{steps}\nCheck:\n{steps}\nSame.'
 
 # %% ../../nbs/tasks/01_puzzles.ipynb #308ee5a0
 MAKERS = dict(chain=make_chain, count=make_count, sort=make_sort, compare=make_compare)
 PUZZLE_FAMILIES = tuple(MAKERS)
 
+
 def check_families(families):
     "Refuses a family that does not exist, naming the ones that do"
     for family in families:
         if family not in MAKERS:
-            raise LabError(f'unknown puzzle family {family!r}{did_you_mean(family, PUZZLE_FAMILIES)}; valid are: {", ".join(PUZZLE_FAMILIES)}')
+            raise LabError(
+                f'unknown puzzle family {family!r}{did_you_mean(family, PUZZLE_FAMILIES)}; valid are: {", ".join(PUZZLE_FAMILIES)}'
+            )
 
 # %% ../../nbs/tasks/01_puzzles.ipynb #708a180f
 def new_items(family: str, seed: int, avoid: set):
@@ -111,7 +131,8 @@ def new_items(family: str, seed: int, avoid: set):
     while repeats < 2000:
         item = MAKERS[family](rng)
         key = f'{family}: {item.key}'
-        if key in seen: repeats += 1
+        if key in seen:
+            repeats += 1
         else:
             seen.add(key)
             repeats = 0
@@ -119,22 +140,44 @@ def new_items(family: str, seed: int, avoid: set):
     raise LabError(f'puzzles: no new {family} item in 2000 tries; ask for fewer rows')
 
 # %% ../../nbs/tasks/01_puzzles.ipynb #cce19931
-def make_puzzles(n: int, seed: int, families=PUZZLE_FAMILIES, long_share: float = 0.65, style: str = None, avoid=()) -> list:
+def make_puzzles(
+    n: int,
+    seed: int,
+    families=PUZZLE_FAMILIES,
+    verbose_share: float = 0.65,
+    style: str = None,
+    avoid=(),
+) -> list:
     "`n` reasoning_sft rows with family, style, answer and id, families taking turns (`{family: turns in a round}` or a list), no problem twice and none of the ids in `avoid`"
     check_families(families)
     streams = {family: new_items(family, seed, set(avoid)) for family in families}
-    turns = [family for family in families for _ in range(families[family] if isinstance(families, dict) else 1)]
+    turns = [
+        family
+        for family in families
+        for _ in range(families[family] if isinstance(families, dict) else 1)
+    ]
     rng, rows = random.Random(f'styles {seed}'), []
     for i in range(n):
         family = turns[i % len(turns)]
         key, item = next(streams[family])
-        manner = style or ('long' if rng.random() < long_share else 'short')
-        rows.append(dict(prompt=item.prompt, reasoning=write_trace(item, manner), final=item.answer,
-                         family=family, style=manner, answer=item.answer, id=key))
+        manner = style or ('long' if rng.random() < verbose_share else 'short')
+        rows.append(
+            dict(
+                prompt=item.prompt,
+                reasoning=write_trace(item, manner),
+                final=item.answer,
+                family=family,
+                style=manner,
+                answer=item.answer,
+                id=key,
+            )
+        )
     return rows
 
 # %% ../../nbs/tasks/01_puzzles.ipynb #baa19389
 def prompts_overlap(a: list, b: list) -> set:
     "The prompts and ids (where rows have them) that occur in both lists of rows"
-    names = [{row[key] for row in rows for key in ('prompt', 'id') if key in row} for rows in (a, b)]
+    names = [
+        {row[key] for row in rows for key in ('prompt', 'id') if key in row} for rows in (a, b)
+    ]
     return names[0] & names[1]

@@ -9,32 +9,54 @@ __all__ = ['OFTEN', 'identifiers', 'sentences', 'compound', 'literal', 'made_up'
            'ask_calls', 'listing', 'sessions']
 
 # %% ../../nbs/tasks/05_sessions.ipynb #fcd2eacc
-import random, re
+import random
+import re
 from collections import Counter
 
 # %% ../../nbs/tasks/05_sessions.ipynb #646af283
 def identifiers(pages: list) -> list:
     "Names that occur in the first line of at least two pages."
-    seen = Counter(n for p in pages for n in set(re.findall(r'\b[a-z][a-z_]{2,14}\b', p.split('\n')[0])))
+    seen = Counter(
+        n for p in pages for n in set(re.findall(r'\b[a-z][a-z_]{2,14}\b', p.split('\n')[0]))
+    )
     return sorted(n for n, k in seen.items() if k > 1)
+
 
 def sentences(pages: list) -> list:
     "First sentences of three to ten plain words, without their full stop."
     found = (re.search(r'^([A-Z][A-Za-z0-9 ,()-]{12,70})\.$', p, re.M) for p in pages)
     return sorted({m[1] for m in found if m and 3 <= len(m[1].split()) <= 10})
 
+
 def compound(rng, names) -> str:
     "A name of one to three parts, as functions have."
     return '_'.join(rng.sample(names, rng.choice([1, 2, 2, 3])))
 
+
 def literal(rng, names) -> str:
     "Something that could be a default."
-    return rng.choice([str(rng.randint(0, 99)), str(rng.randint(0, 9)), 'None', 'True', 'False', repr(rng.choice(names)), f'{rng.randint(0, 9)}.{rng.randint(0, 9)}'])
+    return rng.choice(
+        [
+            str(rng.randint(0, 99)),
+            str(rng.randint(0, 9)),
+            'None',
+            'True',
+            'False',
+            repr(rng.choice(names)),
+            f'{rng.randint(0, 9)}.{rng.randint(0, 9)}',
+        ]
+    )
 
 # %% ../../nbs/tasks/05_sessions.ipynb #n0267946
 def made_up(rng) -> str:
     "A name that nobody has read: two to four syllables."
-    return ''.join(rng.choice('b c d f g h k l m n p r s t v w x'.split()) + rng.choice('aeiouy') + rng.choice(['', '', 'n', 'r', 's', 'l', 'm', 't']) for _ in range(rng.randint(2, 4)))
+    return ''.join(
+        rng.choice('b c d f g h k l m n p r s t v w x'.split())
+        + rng.choice('aeiouy')
+        + rng.choice(['', '', 'n', 'r', 's', 'l', 'm', 't'])
+        for _ in range(rng.randint(2, 4))
+    )
+
 
 def jumbled(rng, words: list) -> str:
     "Three to nine words that make no sentence."
@@ -45,60 +67,91 @@ def look_up(rng, names, lines):
     "A dictionary and two look-ups."
     keys = rng.sample(names, rng.randint(2, 6))
     d = {k: literal(rng, names) for k in keys}
-    return '>>> d = {' + ', '.join(f"'{k}': {v}" for k, v in d.items()) + '}\n', ''.join(f">>> d['{k}']\n{d[k]}\n" for k in rng.sample(keys, 2))
+    return '>>> d = {' + ', '.join(f"'{k}': {v}" for k, v in d.items()) + '}\n', ''.join(
+        f">>> d['{k}']\n{d[k]}\n" for k in rng.sample(keys, 2)
+    )
+
 
 def next_name(rng, names, lines):
     "A list of names, and which one follows another."
     xs = rng.sample(names, rng.randint(3, 7))
-    return f'>>> names = {xs!r}\n', ''.join(f">>> names[names.index('{xs[i]}')+1]\n'{xs[i+1]}'\n" for i in rng.sample(range(len(xs)-1), 2))
+    return f'>>> names = {xs!r}\n', ''.join(
+        f">>> names[names.index('{xs[i]}')+1]\n'{xs[i + 1]}'\n"
+        for i in rng.sample(range(len(xs) - 1), 2)
+    )
+
 
 def call_defaults(rng, names, lines):
     "A signature and its defaults."
     f, *keys = rng.sample(names, rng.randint(3, 6))
     pairs = [(k, literal(rng, names)) for k in keys]
-    return (f'>>> help({f})\n{f}(' + ', '.join(f'{k}={v}' for k, v in pairs) + ')\n',
-            f'>>> {f}.__kwdefaults__\n{{' + ', '.join(f"'{k}': {v}" for k, v in pairs) + '}\n')
+    return (
+        f'>>> help({f})\n{f}(' + ', '.join(f'{k}={v}' for k, v in pairs) + ')\n',
+        f'>>> {f}.__kwdefaults__\n{{' + ', '.join(f"'{k}': {v}" for k, v in pairs) + '}\n',
+    )
 
 # %% ../../nbs/tasks/05_sessions.ipynb #92158883
 def operation(rng) -> tuple:
     "A sum, a difference or a product of the tables as `(text, value)`."
     a, b, op = rng.randint(0, 99), rng.randint(0, 9), rng.choice('+++---*')
-    if op == '*': a = rng.randint(0, 9)
-    if op == '-' and b > a: a, b = b, a
-    return f'{a}{op}{b}', {'+': a+b, '-': a-b, '*': a*b}[op]
+    if op == '*':
+        a = rng.randint(0, 9)
+    if op == '-' and b > a:
+        a, b = b, a
+    return f'{a}{op}{b}', {'+': a + b, '-': a - b, '*': a * b}[op]
+
 
 def sums(rng, names, lines):
     "Six operations, entered one by one or printed with their values."
     pairs = [operation(rng) for _ in range(6)]
-    if rng.random() < .5: return '', ''.join(f'>>> {t}\n{v}\n' for t, v in pairs)
-    return f'>>> for t in {[t for t, _ in pairs]}: print(f"{{t}}={{eval(t)}}")\n', ''.join(f'{t}={v}\n' for t, v in pairs)
+    if rng.random() < 0.5:
+        return '', ''.join(f'>>> {t}\n{v}\n' for t, v in pairs)
+    return f'>>> for t in {[t for t, _ in pairs]}: print(f"{{t}}={{eval(t)}}")\n', ''.join(
+        f'{t}={v}\n' for t, v in pairs
+    )
+
 
 def running_total(rng, names, lines):
     "A loop that prints its running total, which stays in 0..99."
     start = total = rng.randint(5, 90)
     xs, out = [], ''
     for _ in range(rng.randint(3, 6)):
-        x = rng.choice([i for i in range(-9, 10) if i and 0 <= total+i <= 99])
-        xs.append(x); out += f'{total}{x:+d}={total+x}\n'; total += x
-    return f'>>> t = {start}\n>>> for x in {xs}: print(f"{{t}}{{x:+d}}={{t+x}}"); t += x\n', f'{out}>>> t\n{total}\n'
+        x = rng.choice([i for i in range(-9, 10) if i and 0 <= total + i <= 99])
+        xs.append(x)
+        out += f'{total}{x:+d}={total + x}\n'
+        total += x
+    return (
+        f'>>> t = {start}\n>>> for x in {xs}: print(f"{{t}}{{x:+d}}={{t+x}}"); t += x\n',
+        f'{out}>>> t\n{total}\n',
+    )
+
 
 def counting_on(rng, names, lines):
     "Numbers in their order, up or down."
     start, n, step = rng.randint(10, 89), rng.randint(4, 9), rng.choice([1, 1, -1])
-    return '', f'>>> list(range({start}, {start+n*step}{", -1" if step < 0 else ""}))\n{list(range(start, start+n*step, step))}\n'
+    return (
+        '',
+        f'>>> list(range({start}, {start + n * step}{", -1" if step < 0 else ""}))\n{list(range(start, start + n * step, step))}\n',
+    )
 
 # %% ../../nbs/tasks/05_sessions.ipynb #adb512d5
 def ordering(rng, names, lines):
     "Numbers sorted, their smallest and largest."
     xs = [rng.randint(0, 99) for _ in range(rng.randint(3, 6))]
-    return f'>>> x = {xs}\n', f'>>> sorted(x)\n{sorted(xs)}\n>>> min(x), max(x)\n{(min(xs), max(xs))}\n'
+    return (
+        f'>>> x = {xs}\n',
+        f'>>> sorted(x)\n{sorted(xs)}\n>>> min(x), max(x)\n{(min(xs), max(xs))}\n',
+    )
+
 
 def taking_out(rng, names, lines):
     "A loop that removes the smallest number and shows what is left."
     xs, out = rng.sample(range(100), rng.randint(3, 6)), ''
     given = f'>>> x = {xs}\n>>> while x: m = min(x); x.remove(m); print(m, x)\n'
     while xs:
-        m = min(xs); xs.remove(m); out += f'{m} {xs}\n'
+        m = min(xs)
+        xs.remove(m)
+        out += f'{m} {xs}\n'
     return given, out
 
 # %% ../../nbs/tasks/05_sessions.ipynb #n0297487
@@ -107,34 +160,43 @@ def few(rng, names) -> list:
     pool = rng.choice([names, range(100), 'abcdefghijklmnopqrstuvwxyz'])
     return rng.choices(rng.sample(pool, rng.randint(2, 5)), k=rng.randint(3, 8))
 
+
 def printing(rng, names, lines):
     "The items of a list, one after the other."
     xs = few(rng, names)
     return f'>>> x = {xs!r}\n>>> print(*x, sep=" ")\n', ' '.join(map(str, xs)) + '\n'
 
+
 def removing(rng, names, lines):
     "A list without one item after the other."
-    xs, out = rng.sample(range(100) if rng.random() < .7 else names, rng.randint(3, 6)), ''
+    xs, out = rng.sample(range(100) if rng.random() < 0.7 else names, rng.randint(3, 6)), ''
     given = f'>>> x = {xs!r}\n'
     while len(xs) > 1:
-        x = rng.choice(xs); xs.remove(x); out += f'>>> x.remove({x!r}); x\n{xs!r}\n'
+        x = rng.choice(xs)
+        xs.remove(x)
+        out += f'>>> x.remove({x!r}); x\n{xs!r}\n'
     return given, out
+
 
 def simplifying(rng, names, lines):
     "An expression, and what is left of it after each operation."
     total, terms = rng.randint(5, 90), []
     sums = [total]
     for _ in range(rng.randint(2, 5)):
-        terms.append(rng.choice([i for i in range(-9, 10) if i and 0 <= sums[-1]+i <= 99])); sums.append(sums[-1]+terms[-1])
+        terms.append(rng.choice([i for i in range(-9, 10) if i and 0 <= sums[-1] + i <= 99]))
+        sums.append(sums[-1] + terms[-1])
     left = [f'{t}' + ''.join(f'{x:+d}' for x in terms[i:]) for i, t in enumerate(sums)]
     return f">>> for t in steps('{left[0]}'): print(t)\n", ''.join(f'{t}\n' for t in left[1:])
 
 # %% ../../nbs/tasks/05_sessions.ipynb #9018ae9b
 def counting(rng, names, lines):
     "How often an item occurs in a list."
-    pool = rng.sample(names, 3) if rng.random() < .5 else rng.sample('abcdefghijklmnopqrstuvwxyz', 3)
+    pool = (
+        rng.sample(names, 3) if rng.random() < 0.5 else rng.sample('abcdefghijklmnopqrstuvwxyz', 3)
+    )
     xs = [rng.choice(pool) for _ in range(rng.randint(3, 8))]
     return f'>>> x = {xs!r}\n', ''.join(f'>>> x.count({p!r})\n{xs.count(p)}\n' for p in pool[:2])
+
 
 def running_count(rng, names, lines):
     "A running count of one item of a list."
@@ -143,40 +205,79 @@ def running_count(rng, names, lines):
     for x in xs:
         n += x == wanted
         out += f'{x} {n}\n'
-    return f'>>> x = {xs!r}\n>>> n = 0\n>>> for i in x: n += i == {wanted!r}; print(i, n)\n', f'{out}>>> n\n{n}\n'
+    return (
+        f'>>> x = {xs!r}\n>>> n = 0\n>>> for i in x: n += i == {wanted!r}; print(i, n)\n',
+        f'{out}>>> n\n{n}\n',
+    )
+
 
 def comparing(rng, names, lines):
     "Which of two numbers, or of two results, is larger."
     (s, a), (t, b) = operation(rng), operation(rng)
-    return '', f'>>> {a} < {b}\n{a < b}\n>>> max({a}, {b})\n{max(a, b)}\n>>> {s}, {t}, max({s}, {t})\n({a}, {b}, {max(a, b)})\n'
+    return (
+        '',
+        f'>>> {a} < {b}\n{a < b}\n>>> max({a}, {b})\n{max(a, b)}\n>>> {s}, {t}, max({s}, {t})\n({a}, {b}, {max(a, b)})\n',
+    )
+
 
 def call(rng, name: str, argument: str) -> str:
     "A function with its argument, in brackets or as IPython's magics have it, after a space: to a tokenizer `(path` and ` path` begin differently."
-    return f'{name}({argument})' if rng.random() < .4 else f'%{name} {argument}'
+    return f'{name}({argument})' if rng.random() < 0.4 else f'%{name} {argument}'
+
 
 def signature(rng, names, lines):
     "One signature, and three of: the default of a parameter, what follows it, how many there are; asked before it or after it."
     f, keys, plain = compound(rng, names), rng.sample(names, rng.randint(2, 7)), rng.randint(1, 2)
     shown = keys[:plain] + [f'{k}={literal(rng, names)}' for k in keys[plain:]]
-    i, j = rng.randrange(plain, len(keys)) if len(keys) > plain else 0, rng.randrange(len(keys)-1)
-    asked = {call(rng, 'default', keys[i]): shown[i], call(rng, 'after', keys[j]): f'{shown[j]}, {shown[j+1]}', call(rng, 'count', f): f'{", ".join(keys)}: {len(keys)}'}
+    i, j = rng.randrange(plain, len(keys)) if len(keys) > plain else 0, rng.randrange(len(keys) - 1)
+    asked = {
+        call(rng, 'default', keys[i]): shown[i],
+        call(rng, 'after', keys[j]): f'{shown[j]}, {shown[j + 1]}',
+        call(rng, 'count', f): f'{", ".join(keys)}: {len(keys)}',
+    }
     return ask_calls(rng, f'>>> help({f})\n{f}({", ".join(shown)})\n', asked)
+
 
 def ask_calls(rng, page: str, asked: dict):
     "Calls with their results below a page, or one call above it whose result follows the page."
-    if rng.random() < .5: return page, ''.join(f'>>> {call}\n{asked[call]}\n' for call in rng.sample(list(asked), len(asked)))
+    if rng.random() < 0.5:
+        return page, ''.join(
+            f'>>> {call}\n{asked[call]}\n' for call in rng.sample(list(asked), len(asked))
+        )
     call = rng.choice(list(asked))
     return f'>>> later({call})\n{page}', f'>>> now()\n{asked[call]}\n'
+
 
 def listing(rng, names, lines):
     "A few lines `name: text`; one is looked up by its name, one by its text."
     page = {compound(rng, names): rng.choice(lines) for _ in range(rng.randint(2, 5))}
     a, b = rng.choice(list(page)), rng.choice(list(page))
-    return ask_calls(rng, '>>> print(page)\n' + ''.join(f'{k}: {v}\n' for k, v in page.items()), {call(rng, 'line', a): f'{a}: {page[a]}', call(rng, 'line', page[b]): f'{b}: {page[b]}'})
+    return ask_calls(
+        rng,
+        '>>> print(page)\n' + ''.join(f'{k}: {v}\n' for k, v in page.items()),
+        {call(rng, 'line', a): f'{a}: {page[a]}', call(rng, 'line', page[b]): f'{b}: {page[b]}'},
+    )
 
 # %% ../../nbs/tasks/05_sessions.ipynb #1f2b3fc4
-OFTEN = {look_up: 1, next_name: 1, call_defaults: 1, sums: 2, running_total: 2, counting_on: 1, ordering: 2, taking_out: 4, printing: 2, removing: 3,
-         simplifying: 4, counting: 1, running_count: 4, comparing: 2, signature: 6, listing: 8}
+OFTEN = {
+    look_up: 1,
+    next_name: 1,
+    call_defaults: 1,
+    sums: 2,
+    running_total: 2,
+    counting_on: 1,
+    ordering: 2,
+    taking_out: 4,
+    printing: 2,
+    removing: 3,
+    simplifying: 4,
+    counting: 1,
+    running_count: 4,
+    comparing: 2,
+    signature: 6,
+    listing: 8,
+}
+
 
 def sessions(n: int, names: list, lines: list, seed: int) -> list:
     "n pairs (given, what follows) with names and sentences of real pages, and half as many made-up ones."

@@ -7,52 +7,71 @@ __all__ = ['ENOUGH', 'sides', 'split_texts', 'package_functions', 'split_functio
            'check_held']
 
 # %% ../../nbs/tasks/04_splits.ipynb #91957d01
-from ..lab.config import LabError
-from ..corpus.operators import fingerprint, held_out, sorted_out
 from ..corpus.duplicates import drop_contaminated, fingerprints
+from ..corpus.operators import fingerprint, held_out, sorted_out
+from ..corpus.pipeline import Refined, Refining, texts_of, unique, without_contaminated
+from ..corpus.sources import functions
+from ..lab.config import LabError
+from .questions import unlike
 from .stats import by_family, majority_baseline
 from .verify import prompt_of
-from .questions import unlike
-from ..corpus.pipeline import Refined, Refining, without_contaminated, texts_of, unique
 from ..text.rows import read_rows
-from ..corpus.sources import functions
 
 # %% ../../nbs/tasks/04_splits.ipynb #ebe4c51d
-def sides(made: Refined, told: Refining, held_percent: float) -> tuple:
+def sides(made: Refined, told: Refining, heldout_percent: float) -> tuple:
     "(index of the training side, index of the held-out side, counts), by the hash of each document's key"
     index, steps = unique(made, told)
-    why = [0 if held_out(key, held_percent) else -1 for key in index['key'].to_pylist()]
+    why = [0 if held_out(key, heldout_percent) else -1 for key in index['key'].to_pylist()]
     train, counts = sorted_out('hold out', index, why, ['held out'])
     return train, index.filter([reason == 0 for reason in why]), [*steps, counts]
 
 # %% ../../nbs/tasks/04_splits.ipynb #53c33ff2
-def split_texts(made: Refined, told: Refining, held_percent: float, exams: dict = {}) -> tuple:
+def split_texts(
+    made: Refined, told: Refining, heldout_percent: float, eval_sets: dict = {}
+) -> tuple:
     "(index of the documents to train on, index of the held-out ones, counts); the first quote neither the second nor an evaluation text {name: texts}"
-    train, held, steps = sides(made, told, held_percent)
-    kept, last = without_contaminated(made, train, {'held-out documents': texts_of(made, held), **exams})
-    if not len(kept) or not len(held): raise LabError(f'{steps[0]["rows_in"]} documents of {", ".join(made.names)} leave {len(kept)} to train on and {len(held)} held out: name more sources, or change the share held out ({held_percent} %)')
+    train, held, steps = sides(made, told, heldout_percent)
+    kept, last = without_contaminated(
+        made, train, {'held-out documents': texts_of(made, held), **eval_sets}
+    )
+    if not len(kept) or not len(held):
+        raise LabError(
+            f'{steps[0]["rows_in"]} documents of {", ".join(made.names)} leave {len(kept)} to train on and {len(held)} held out: name more sources, or change the share held out ({heldout_percent} %)'
+        )
     return kept, held, [*made.steps, *steps, last]
 
 # %% ../../nbs/tasks/04_splits.ipynb #db0f36a3
 def package_functions(specs: list) -> list:
     "The functions of the sources that are Python packages; other sources have none"
-    return [f for spec in specs if 'package' in spec or 'stdlib' in spec for f in functions(spec.get('package'))]
+    return [
+        f
+        for spec in specs
+        if 'package' in spec or 'stdlib' in spec
+        for f in functions(spec.get('package'))
+    ]
 
-def split_functions(sources: list, more: list, held_percent: float, more_percent: float) -> tuple:
+
+def split_functions(
+    sources: list, more: list, heldout_percent: float, more_percent: float
+) -> tuple:
     "(functions to train on, held-out functions): by key, twins of held-out ones removed; `more` sources only train, less the `more_percent` that are held out elsewhere"
     domain = package_functions(sources)
-    held = [f for f in domain if held_out(f.key, held_percent)]
-    train = [f for f in domain if not held_out(f.key, held_percent)]
+    held = [f for f in domain if held_out(f.key, heldout_percent)]
+    train = [f for f in domain if not held_out(f.key, heldout_percent)]
     train += [f for f in package_functions(more) if not held_out(f.key, more_percent)]
     return unlike(train, held), held
 
 # %% ../../nbs/tasks/04_splits.ipynb #793258c0
-def split_own(paths: list, format: str, held_percent: float) -> tuple:
+def split_own(paths: list, format: str, heldout_percent: float) -> tuple:
     "(training rows, held-out rows) of files of rows, by a hash of the question"
     sides = ([], [])
     for path in paths:
-        for row in read_rows(path, format): sides[held_out(prompt_of(row), held_percent)].append({'family': 'own', 'source': str(path), **row})
+        for row in read_rows(path, format):
+            sides[held_out(prompt_of(row), heldout_percent)].append(
+                {'family': 'own', 'source': str(path), **row}
+            )
     return sides
+
 
 def without(rows: list, judged: list) -> list:
     "The rows whose question is none of those judged on"
@@ -66,16 +85,32 @@ def check_apart(job, judged: list, training: dict):
     for name, rows in training.items():
         hits = sum(fingerprint(prompt_of(row)) in asked for row in rows)
         job.check(f'no evaluation question occurs in {name}', not hits, f'{hits} of {len(asked)}')
-    job.check('evaluation questions are all different', len(asked) == len(judged), f'{len(asked)} of {len(judged)}')
-    shares = [majority_baseline(rows)['all'] for rows in by_family(judged).values() if len(rows) >= ENOUGH]
-    job.check('no family is right in over a quarter by its most frequent answer', max(shares, default=0) <= 0.25,
-              f'{max(shares, default=0):.2f}, the most of {len(shares)} families with at least {ENOUGH} questions')
+    job.check(
+        'evaluation questions are all different',
+        len(asked) == len(judged),
+        f'{len(asked)} of {len(judged)}',
+    )
+    shares = [
+        majority_baseline(rows)['all'] for rows in by_family(judged).values() if len(rows) >= ENOUGH
+    ]
+    job.check(
+        'no family is right in over a quarter by its most frequent answer',
+        max(shares, default=0) <= 0.25,
+        f'{max(shares, default=0):.2f}, the most of {len(shares)} families with at least {ENOUGH} questions',
+    )
 
-ENOUGH = 30   # questions a family must have before the share of an answer says anything
+
+ENOUGH = 30  # questions a family must have before the share of an answer says anything
+
 
 def check_held(job, held: list, name: str, made: Refined, index):
     "Checks that none of the held-out texts occurs in the documents of an index, as a whole or in rare runs of its words"
     import pyarrow as pa
+
     copies = {*fingerprints(pa.table(dict(text=held)))} & {*index['mark'].to_pylist()}
     runs = drop_contaminated(index, held, column=made.texts['text'])[1]['removed']
-    job.check(f'no held-out document occurs in {name}', not copies and not runs, f'{len(copies)} copies, {sum(runs.values())} with shared runs')
+    job.check(
+        f'no held-out document occurs in {name}',
+        not copies and not runs,
+        f'{len(copies)} copies, {sum(runs.values())} with shared runs',
+    )

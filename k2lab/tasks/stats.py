@@ -7,18 +7,21 @@ __all__ = ['wilson', 'tally', 'score', 'paired_difference', 'mcnemar', 'by_famil
            'copied_pieces', 'copy_baseline']
 
 # %% ../../nbs/tasks/03_stats.ipynb #d39f9514
-import math, re
+import math
+import re
 from collections import Counter
+
 from ..lab.config import LabError
 from .verify import fact, normalise_answer, prompt_of, verify
 
 # %% ../../nbs/tasks/03_stats.ipynb #dd174c62
 def wilson(k: int, n: int, z: float = 1.96) -> tuple:
     "(low, high): the Wilson score interval of k successes in n, at 95 % unless told"
-    if not n: return (0.0, 1.0)
-    p, spread = k/n, z*z/n
-    middle, half = p + spread/2, z*math.sqrt(p*(1 - p)/n + spread/(4*n))
-    return max(0.0, (middle - half)/(1 + spread)), min(1.0, (middle + half)/(1 + spread))
+    if not n:
+        return (0.0, 1.0)
+    p, spread = k / n, z * z / n
+    middle, half = p + spread / 2, z * math.sqrt(p * (1 - p) / n + spread / (4 * n))
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 # %% ../../nbs/tasks/03_stats.ipynb #70e2c465
 def tally(pairs) -> dict:
@@ -28,19 +31,33 @@ def tally(pairs) -> dict:
         groups['all'].append(right)
         groups.setdefault(family, []).append(right)
     bounds = {family: wilson(sum(right), len(right)) for family, right in groups.items()}
-    return {family: dict(k=sum(right), n=len(right), accuracy=sum(right)/max(1, len(right)), low=bounds[family][0], high=bounds[family][1])
-            for family, right in groups.items()}
+    return {
+        family: dict(
+            k=sum(right),
+            n=len(right),
+            accuracy=sum(right) / max(1, len(right)),
+            low=bounds[family][0],
+            high=bounds[family][1],
+        )
+        for family, right in groups.items()
+    }
+
 
 def score(rows: list, texts: list, lenient: bool = False) -> dict:
     "Grades one reply for each row: {family: {k, n, accuracy, low, high}}"
-    if len(rows) != len(texts): raise LabError(f'{len(rows)} rows but {len(texts)} replies')
-    return tally((row.get('family', 'all'), verify(row, text, lenient)) for row, text in zip(rows, texts))
+    if len(rows) != len(texts):
+        raise LabError(f'{len(rows)} rows but {len(texts)} replies')
+    return tally(
+        (row.get('family', 'all'), verify(row, text, lenient)) for row, text in zip(rows, texts)
+    )
 
 # %% ../../nbs/tasks/03_stats.ipynb #5bff797f
 def paired_difference(a, b, seed: int = 0, draws: int = 2000) -> tuple:
     "(difference, low, high): mean of b - a over the same items, with the 95 % bootstrap interval (percentiles)"
     import numpy as np
-    if len(a) != len(b) or not len(a): raise LabError(f'a paired comparison needs the same items twice, got {len(a)} and {len(b)}')
+
+    if len(a) != len(b) or not len(a):
+        raise LabError(f'a paired comparison needs the same items twice, got {len(a)} and {len(b)}')
     gain = np.asarray(b, float) - np.asarray(a, float)
     rng = np.random.default_rng(seed)
     means = [gain[rng.integers(0, len(gain), len(gain))].mean() for _ in range(draws)]
@@ -49,38 +66,66 @@ def paired_difference(a, b, seed: int = 0, draws: int = 2000) -> tuple:
 # %% ../../nbs/tasks/03_stats.ipynb #7c072f01
 def mcnemar(a, b) -> float:
     "Two-sided exact p-value that two models, right or wrong on the same items, are equally good"
-    up, down = sum(y and not x for x, y in zip(a, b, strict=True)), sum(x and not y for x, y in zip(a, b, strict=True))
+    up, down = (
+        sum(y and not x for x, y in zip(a, b, strict=True)),
+        sum(x and not y for x, y in zip(a, b, strict=True)),
+    )
     n = up + down
-    return min(1.0, 2*sum(math.comb(n, i) for i in range(min(up, down) + 1))/2**n) if n else 1.0
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(up, down) + 1)) / 2**n) if n else 1.0
 
 # %% ../../nbs/tasks/03_stats.ipynb #e3f0378e
 def by_family(rows: list) -> dict:
     "{family: rows}"
     groups = {}
-    for row in rows: groups.setdefault(row.get('family', 'all'), []).append(row)
+    for row in rows:
+        groups.setdefault(row.get('family', 'all'), []).append(row)
     return groups
+
 
 def with_total(hits: dict, rows: list) -> dict:
     "{family: share} of hit counts, 'all' first"
     groups = by_family(rows)
-    return {'all': sum(hits.values())/max(1, len(rows)), **{family: hits[family]/len(groups[family]) for family in hits if family != 'all'}}
+    return {
+        'all': sum(hits.values()) / max(1, len(rows)),
+        **{family: hits[family] / len(groups[family]) for family in hits if family != 'all'},
+    }
+
 
 def majority_baseline(rows: list) -> dict:
     "{family: share} of the answers that are the family's most frequent one, 'all' first"
-    return with_total({family: Counter(normalise_answer(fact(row)) for row in group).most_common(1)[0][1] for family, group in by_family(rows).items()}, rows)
+    return with_total(
+        {
+            family: Counter(normalise_answer(fact(row)) for row in group).most_common(1)[0][1]
+            for family, group in by_family(rows).items()
+        },
+        rows,
+    )
 
 # %% ../../nbs/tasks/03_stats.ipynb #53091574
 def copied_pieces(row: dict) -> dict:
     "{rule: answer}: the pieces of the question by position from the front and from the back, as words and as lines"
     text = row['input'] if row.get('input') else prompt_of(row)
-    words, lines = re.findall(r'[^\s,()=:?]+', text), [line.split(': ')[-1] for line in text.splitlines()]
-    return {f'{name} {i}': pieces[i] for name, pieces in (('word', words), ('line', lines))
-            for i in range(-8, 8) if -len(pieces) <= i < len(pieces)}
+    words, lines = (
+        re.findall(r'[^\s,()=:?]+', text),
+        [line.split(': ')[-1] for line in text.splitlines()],
+    )
+    return {
+        f'{name} {i}': pieces[i]
+        for name, pieces in (('word', words), ('line', lines))
+        for i in range(-8, 8)
+        if -len(pieces) <= i < len(pieces)
+    }
+
 
 def copy_baseline(rows: list) -> dict:
     "{family: share} answered right by always copying the same position of the question, 'all' first"
     hits = {}
     for family, group in by_family(rows).items():
-        right = Counter(rule for row in group for rule, answer in copied_pieces(row).items() if normalise_answer(answer) == normalise_answer(fact(row)))
+        right = Counter(
+            rule
+            for row in group
+            for rule, answer in copied_pieces(row).items()
+            if normalise_answer(answer) == normalise_answer(fact(row))
+        )
         hits[family] = max(right.values(), default=0)
     return with_total(hits, rows)

@@ -9,74 +9,118 @@ __all__ = ['LAYOUTS', 'FIELDS', 'OPEN', 'CLOSE', 'SECONDS', 'VERIFIERS', 'SPEC',
            'problems_of', 'one_each', 'not_asked', 'reasoning_set', 'gym_rows']
 
 # %% ../../nbs/tasks/06_traces.ipynb #e6a89f59
-import json, re, threading
+import json
+import re
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from ..lab.config import LabError, one_of
-from ..corpus.operators import counted, fingerprint
+
 from ..corpus.duplicates import drop_contaminated, near_owners
-from .verify import normalise_answer
-from ..lab.sandbox import run_python
+from ..corpus.operators import counted, fingerprint
 from ..corpus.readers import Reader, find_files
+from ..lab.config import LabError, one_of
+from ..lab.sandbox import run_python
+from .verify import normalise_answer
 
 # %% ../../nbs/tasks/06_traces.ipynb #7e901465
 @dataclass(frozen=True)
 class Trace:
     "A problem, somebody's text, and what it can be checked by."
+
     prompt: str
-    text: str                 # with the thoughts, in whatever form
+    text: str  # with the thoughts, in whatever form
     answer: str | None = None
-    tests: tuple = ()         # Python assertions
+    tests: tuple = ()  # Python assertions
+
 
 def gsm8k(row: dict) -> list:
     "`question`, and an `answer` that ends in `#### 42`; calculator marks <<6*7=42>> are left out"
     text, _, answer = re.sub(r'<<[^>]*>>', '', row['answer']).rpartition('####')
-    return [Trace(row['question'], f'<think>{text.strip()}</think>{answer.strip()}', answer.strip())]
+    return [
+        Trace(row['question'], f'<think>{text.strip()}</think>{answer.strip()}', answer.strip())
+    ]
+
 
 def generations(row: dict) -> list:
     "`problem`, `answer`, and several `generations` of a model (OpenR1-Math)"
     return [Trace(row['problem'], text, str(row['answer'])) for text in row['generations']]
 
+
 def solved(row: dict) -> list:
     "`problem`, `solution`, and an `answer` or none (NuminaMath, MATH)"
-    return [Trace(row['problem'], row['solution'], str(row['answer']) if row.get('answer') is not None else None)]
+    return [
+        Trace(
+            row['problem'],
+            row['solution'],
+            str(row['answer']) if row.get('answer') is not None else None,
+        )
+    ]
+
 
 def conversation_row(row: dict) -> list:
     "`messages` or `conversations`; the last reply answers the last question (OpenThoughts, Bespoke-Stratos)"
-    said = [(m.get('role') or m.get('from'), m.get('content') or m.get('value') or '') for m in row.get('messages') or row['conversations']]
+    said = [
+        (m.get('role') or m.get('from'), m.get('content') or m.get('value') or '')
+        for m in row.get('messages') or row['conversations']
+    ]
     asked = [text for role, text in said if role in ('user', 'human')]
     replies = [text for role, text in said if role in ('assistant', 'gpt')]
     return [Trace(asked[-1], replies[-1], row.get('answer'))] if asked and replies else []
+
 
 def programs(row: dict) -> list:
     "`text` or `prompt`, `code`, and a `test_list` of assertions (MBPP)"
     return [Trace(row.get('text') or row['prompt'], row['code'], tests=tuple(row['test_list']))]
 
+
 def triples(row: dict) -> list:
     "The lab's own `prompt`, `reasoning`, `final`"
-    return [Trace(row['prompt'], f"<think>{row['reasoning']}</think>{row['final']}", row.get('answer'))]
+    return [
+        Trace(row['prompt'], f"<think>{row['reasoning']}</think>{row['final']}", row.get('answer'))
+    ]
 
 # %% ../../nbs/tasks/06_traces.ipynb #8e5bdb37
-LAYOUTS = [(('question', 'answer'), gsm8k), (('problem', 'answer', 'generations'), generations), (('problem', 'solution'), solved), (('prompt', 'reasoning', 'final'), triples),
-           (('code', 'test_list'), programs), (('messages',), conversation_row), (('conversations',), conversation_row)]
+LAYOUTS = [
+    (('question', 'answer'), gsm8k),
+    (('problem', 'answer', 'generations'), generations),
+    (('problem', 'solution'), solved),
+    (('prompt', 'reasoning', 'final'), triples),
+    (('code', 'test_list'), programs),
+    (('messages',), conversation_row),
+    (('conversations',), conversation_row),
+]
 FIELDS = ('prompt', 'text', 'answer', 'tests')
+
 
 def named_fields(spec: dict, row: dict) -> list:
     "A trace by the fields that a spec names"
     tests = row[spec['tests']] if 'tests' in spec else ()
     answer = row[spec['answer']] if 'answer' in spec else None
-    return [Trace(str(row[spec['prompt']]), str(row[spec['text']]), None if answer is None else str(answer), tuple([tests] if isinstance(tests, str) else tests))]
+    return [
+        Trace(
+            str(row[spec['prompt']]),
+            str(row[spec['text']]),
+            None if answer is None else str(answer),
+            tuple([tests] if isinstance(tests, str) else tests),
+        )
+    ]
+
 
 def layout_of(row: dict, spec: dict = {}):
     "The function that makes traces of such a row. LabError when no layout fits"
-    if 'prompt' in spec and 'text' in spec: return partial(named_fields, spec)
+    if 'prompt' in spec and 'text' in spec:
+        return partial(named_fields, spec)
     for fields, make in LAYOUTS:
-        if set(fields) <= row.keys() and (make is not gsm8k or '####' in str(row['answer'])): return make
-    raise LabError(f"traces: no known layout has the fields {', '.join(row)}; name them: {{files: ..., prompt: FIELD, text: FIELD, answer: FIELD}} (known: {'; '.join(' + '.join(fields) for fields, _ in LAYOUTS)})")
+        if set(fields) <= row.keys() and (make is not gsm8k or '####' in str(row['answer'])):
+            return make
+    raise LabError(
+        f"traces: no known layout has the fields {', '.join(row)}; name them: {{files: ..., prompt: FIELD, text: FIELD, answer: FIELD}} (known: {'; '.join(' + '.join(fields) for fields, _ in LAYOUTS)})"
+    )
 
 # %% ../../nbs/tasks/06_traces.ipynb #18817159
 OPEN, CLOSE = ('<think>', '<|begin_of_thought|>'), ('</think>', '<|end_of_thought|>')
+
 
 def parted(text: str) -> tuple:
     "(thoughts, final answer, '') of a text, or ('', '', why not)"
@@ -84,86 +128,151 @@ def parted(text: str) -> tuple:
         if closing in text:
             thoughts, _, final = text.rpartition(closing)
             final = re.sub(r'<\|(begin|end)_of_solution\|>', '', final)
-            return checked_parts(thoughts.rpartition(opening)[2] if opening in thoughts else thoughts, final)
-        if opening in text: return '', '', 'cut off while thinking'
+            return checked_parts(
+                thoughts.rpartition(opening)[2] if opening in thoughts else thoughts, final
+            )
+        if opening in text:
+            return '', '', 'cut off while thinking'
     thoughts, _, final = text.strip().rpartition('\n\n')
     return checked_parts(thoughts, final)
 
+
 def checked_parts(thoughts: str, final: str) -> tuple:
     "Both parts without space around them, or what is missing"
-    if not final.strip(): return '', '', 'no final answer'
-    if not thoughts.strip(): return '', '', 'no thoughts'
+    if not final.strip():
+        return '', '', 'no final answer'
+    if not thoughts.strip():
+        return '', '', 'no thoughts'
     return thoughts.strip(), final.strip(), ''
 
 # %% ../../nbs/tasks/06_traces.ipynb #4b007775
 def exact(final: str, trace: Trace) -> str:
     "'' when the final answer, or what follows its last colon or 'is', is the answer; else why not"
     right = normalise_answer(trace.answer).lower()
-    said = {normalise_answer(part).lower() for part in (final, final.splitlines()[-1], re.split(r'\bis\b|:|=', final)[-1])}
+    said = {
+        normalise_answer(part).lower()
+        for part in (final, final.splitlines()[-1], re.split(r'\bis\b|:|=', final)[-1])
+    }
     return '' if right in said else 'wrong answer'
+
 
 def choice(final: str, trace: Trace) -> str:
     "The same for a letter: the last that stands alone, (B) or B."
     found = re.findall(r'(?<![A-Za-z])\(?([A-J])\)?(?![A-Za-z\'])', final)
     return '' if found and found[-1] == trace.answer.strip('(). ') else 'wrong answer'
 
+
 def math(final: str, trace: Trace) -> str:
     "The same for mathematics, by value. LabError without math-verify"
-    try: from math_verify import parse, verify
-    except ImportError: raise LabError("verifier math: math-verify is not installed: pip install 'k2lab[eval]'") from None
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        raise LabError(
+            "verifier math: math-verify is not installed: pip install 'k2lab[eval]'"
+        ) from None
     from math_verify.errors import TimeoutException
-    spell, limit = lambda text: text if '$' in text else f'${text}$', SECONDS if threading.current_thread() is threading.main_thread() else None      # its clock is a signal
-    try: return '' if verify(parse(spell(trace.answer), parsing_timeout=limit), parse(final, parsing_timeout=limit), timeout_seconds=limit, raise_on_error=True) else 'wrong answer'
-    except TimeoutException: return 'verifier ran out of time'
-    except Exception: return 'verifier failed'           # sympy raises what it likes on what nobody meant as mathematics
 
-SECONDS = 5   # for one answer
+    spell, limit = (
+        lambda text: text if '$' in text else f'${text}$',
+        SECONDS if threading.current_thread() is threading.main_thread() else None,
+    )  # its clock is a signal
+    try:
+        return (
+            ''
+            if verify(
+                parse(spell(trace.answer), parsing_timeout=limit),
+                parse(final, parsing_timeout=limit),
+                timeout_seconds=limit,
+                raise_on_error=True,
+            )
+            else 'wrong answer'
+        )
+    except TimeoutException:
+        return 'verifier ran out of time'
+    except Exception:
+        return 'verifier failed'  # sympy raises what it likes on what nobody meant as mathematics
+
+
+SECONDS = 5  # for one answer
+
 
 def program_of(text: str) -> str:
     "The code of a reply: its last fenced block, or all of it"
     blocks = re.findall(r'```(?:python|py)?\n(.*?)```', text, re.S)
     return blocks[-1] if blocks else text
 
+
 def code(final: str, trace: Trace) -> str:
     "'' when the program passes its tests in the sandbox; a mark that nobody can guess says that the last test was reached"
     import secrets
+
     mark = secrets.token_hex(16)
     lines = '\n'.join(trace.tests)
     done = run_python(f'{program_of(final)}\n{lines}\nprint({mark!r})', timeout=10)
-    if done['status'] == 'timeout': return 'tests ran out of time'
+    if done['status'] == 'timeout':
+        return 'tests ran out of time'
     return '' if done['status'] == 'ok' and done['stdout'].rstrip().endswith(mark) else 'tests fail'
+
 
 VERIFIERS = dict(math=math, exact=exact, choice=choice, code=code)
 
+
 def verifier_for(trace: Trace) -> str:
     "The verifier that a trace calls for, '' when it has nothing to be checked by"
-    if trace.tests: return 'code'
-    if trace.answer is None: return ''
-    return 'choice' if re.fullmatch(r'\(?[A-J]\)?\.?', trace.answer.strip()) and re.search(r'\(?B[).:]', trace.prompt) else 'math' if re.search(r'\d|\\', trace.answer) else 'exact'
+    if trace.tests:
+        return 'code'
+    if trace.answer is None:
+        return ''
+    return (
+        'choice'
+        if re.fullmatch(r'\(?[A-J]\)?\.?', trace.answer.strip())
+        and re.search(r'\(?B[).:]', trace.prompt)
+        else 'math'
+        if re.search(r'\d|\\', trace.answer)
+        else 'exact'
+    )
 
 # %% ../../nbs/tasks/06_traces.ipynb #138bbe73
 SPEC = ('files', 'licence', 'name', 'verifier', *FIELDS)
 
+
 class Loose(Reader):
     "A reader of rows without a fixed format"
+
     def __init__(self, path, on_bad):
         super().__init__(path, 'prompts', on_bad=on_bad)
         self.names = ()
 
+
 def raw_traces(spec: dict) -> tuple:
     "(traces of all files of a spec, counts of reading). LabError for an unknown key, or when no row fits a layout"
-    for key in spec: one_of('key', key, SPEC, 'traces')
+    for key in spec:
+        one_of('key', key, SPEC, 'traces')
     bad, traces, make, rows = Counter(), [], None, 0
     for path in find_files(spec['files']):
         reader = Loose(path, lambda fault: bad.update({'bad row': 1}))
         for _, row in reader.records():
             make, rows = make or layout_of(row, spec), rows + 1
-            try: traces.append(make(row))
-            except (KeyError, TypeError, AttributeError, IndexError): bad['a field is missing'] += 1
-        if reader.partial: raise LabError(reader.partial)
-    if not traces: raise LabError(f"traces: no rows in {spec['files']}")
+            try:
+                traces.append(make(row))
+            except (KeyError, TypeError, AttributeError, IndexError):
+                bad['a field is missing'] += 1
+        if reader.partial:
+            raise LabError(reader.partial)
+    if not traces:
+        raise LabError(f"traces: no rows in {spec['files']}")
     many = [trace for one in traces for trace in one]
-    return many, [dict(step='read', rows_in=rows + bad['bad row'], rows_out=len(traces), removed=dict(bad)), dict(step='replies', rows_in=len(traces), rows_out=len(many), removed={}, repeated=len(many) - len(traces))]
+    return many, [
+        dict(step='read', rows_in=rows + bad['bad row'], rows_out=len(traces), removed=dict(bad)),
+        dict(
+            step='replies',
+            rows_in=len(traces),
+            rows_out=len(many),
+            removed={},
+            repeated=len(many) - len(traces),
+        ),
+    ]
+
 
 def part_and_verify(traces: list, verifier: str | None) -> tuple:
     "(rows with `reasoning`, `final`, `verified`, of traces whose answer holds; counts of both steps)"
@@ -172,66 +281,132 @@ def part_and_verify(traces: list, verifier: str | None) -> tuple:
     gone, rows = Counter(), []
     for trace, thoughts, final in whole:
         name = '' if verifier == 'none' else verifier or verifier_for(trace)
-        if why := VERIFIERS[name](final, trace) if name else '': gone[why] += 1
-        else: rows.append(dict(prompt=trace.prompt, reasoning=thoughts, final=final, **({} if trace.answer is None else dict(answer=trace.answer)), verified=bool(name)))
-    return rows, [counted('part', traces, whole, Counter(why for *_, why in parts if why)), counted('verify', whole, rows, gone)]
+        if why := VERIFIERS[name](final, trace) if name else '':
+            gone[why] += 1
+        else:
+            rows.append(
+                dict(
+                    prompt=trace.prompt,
+                    reasoning=thoughts,
+                    final=final,
+                    **({} if trace.answer is None else dict(answer=trace.answer)),
+                    verified=bool(name),
+                )
+            )
+    return rows, [
+        counted('part', traces, whole, Counter(why for *_, why in parts if why)),
+        counted('verify', whole, rows, gone),
+    ]
 
 # %% ../../nbs/tasks/06_traces.ipynb #86d640bc
 NUMBERS = re.compile(r'\d+(?:[.,]\d+)*')
 
+
 def problems_of(rows: list) -> list:
     "For each row a name of its problem: that of the prompt that stands for it, and its numbers"
     import pyarrow as pa
-    if not rows: return []
-    owner, first = near_owners(pa.chunked_array([[row['prompt'] for row in rows]]), least=.8).tolist(), {}
+
+    if not rows:
+        return []
+    owner, first = (
+        near_owners(pa.chunked_array([[row['prompt'] for row in rows]]), least=0.8).tolist(),
+        {},
+    )
     same = [first.setdefault(fingerprint(row['prompt']), i) for i, row in enumerate(rows)]
     return [(owner[i], *NUMBERS.findall(row['prompt'])) for i, row in zip(same, rows)]
+
 
 def one_each(rows: list, keep: int = 1) -> tuple:
     "(at most `keep` rows of each problem, the shortest verified first; counts)"
     names, groups = [fingerprint(row['prompt']) for row in rows], {}
-    for i, (name, near) in enumerate(zip(names, problems_of(rows))): groups.setdefault(near, []).append(i)
+    for i, (name, near) in enumerate(zip(names, problems_of(rows))):
+        groups.setdefault(near, []).append(i)
     order = lambda i: (not rows[i]['verified'], len(rows[i]['reasoning']), i)
     stays, gone = set(), Counter()
     for group in groups.values():
         ranked = sorted(group, key=order)
         stays.update(ranked[:keep])
-        gone.update('same prompt' if names[i] in {names[j] for j in ranked[:keep]} else 'near-identical prompt' for i in ranked[keep:])
+        gone.update(
+            'same prompt'
+            if names[i] in {names[j] for j in ranked[:keep]}
+            else 'near-identical prompt'
+            for i in ranked[keep:]
+        )
     kept = [row for i, row in enumerate(rows) if i in stays]
     return kept, counted('one of each problem', rows, kept, gone)
+
 
 def not_asked(rows: list, questions: list) -> tuple:
     "(rows whose prompt is none of the evaluation questions and quotes none in rare runs of 13 words; counts)"
     import pyarrow as pa
+
     asked = {fingerprint(question) for question in questions}
     same = [fingerprint(row['prompt']) in asked for row in rows]
-    table = pa.table(dict(text=[row['prompt'] for row in rows], place=range(len(rows)))) if rows else None
-    left = set(drop_contaminated(table, questions)[0]['place'].to_pylist()) if rows and questions else set(range(len(rows)))
+    table = (
+        pa.table(dict(text=[row['prompt'] for row in rows], place=range(len(rows))))
+        if rows
+        else None
+    )
+    left = (
+        set(drop_contaminated(table, questions)[0]['place'].to_pylist())
+        if rows and questions
+        else set(range(len(rows)))
+    )
     kept = [row for i, row in enumerate(rows) if i in left and not same[i]]
-    return kept, counted('decontaminate', rows, kept, {'is an evaluation question': sum(same), 'quotes an evaluation question': len(rows) - len(kept) - sum(same)})
+    return kept, counted(
+        'decontaminate',
+        rows,
+        kept,
+        {
+            'is an evaluation question': sum(same),
+            'quotes an evaluation question': len(rows) - len(kept) - sum(same),
+        },
+    )
 
 # %% ../../nbs/tasks/06_traces.ipynb #cfe605d9
 def reasoning_set(spec: dict, questions: list = (), keep: int = 1) -> tuple:
     "(`reasoning_sft` rows of a set of traces, counts of all steps), clear of the evaluation questions"
-    if 'verifier' in spec: one_of('verifier', spec['verifier'], [*VERIFIERS, 'none'], 'traces')
+    if 'verifier' in spec:
+        one_of('verifier', spec['verifier'], [*VERIFIERS, 'none'], 'traces')
     traces, steps = raw_traces(spec)
     rows, more = part_and_verify(traces, spec.get('verifier'))
     rows, last = one_each(rows, keep)
     rows, clear = not_asked(rows, list(questions))
-    told = dict(family='own', source=spec.get('name', str(spec['files'])), licence=spec.get('licence', 'unknown'))
+    told = dict(
+        family='own',
+        source=spec.get('name', str(spec['files'])),
+        licence=spec.get('licence', 'unknown'),
+    )
     return [{**row, **told} for row in rows], [*steps, *more, last, clear]
 
 # %% ../../nbs/tasks/06_traces.ipynb #d163689f
 def gym_rows(families: dict, seed: int = 0) -> list:
     "Problems {family: how many} of reasoning-gym, no two the same: prompt, answer, family `gym/NAME`, id, and the `entry` that its scorer needs. LabError for an unknown family"
-    if not families: return []
-    try: import reasoning_gym
-    except ImportError: raise LabError("gym: reasoning-gym is not installed: pip install 'k2lab[gym]'") from None
+    if not families:
+        return []
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise LabError("gym: reasoning-gym is not installed: pip install 'k2lab[gym]'") from None
     from reasoning_gym.factory import DATASETS
+
     rows = {}
     for family, n in families.items():
         one_of('family', family, DATASETS, 'gym')
         for entry in reasoning_gym.create_dataset(family, size=n, seed=seed):
-            answer = entry['answer'] if isinstance(entry['answer'], str) else json.dumps(entry['answer'])
-            rows.setdefault(entry['question'], dict(prompt=entry['question'], answer=answer, family=f'gym/{family}', id=f'gym/{family}/{seed}/{entry["metadata"].get("source_index", len(rows))}', entry=json.dumps(entry, default=str), source='reasoning-gym', licence='Apache-2.0'))
+            answer = (
+                entry['answer'] if isinstance(entry['answer'], str) else json.dumps(entry['answer'])
+            )
+            rows.setdefault(
+                entry['question'],
+                dict(
+                    prompt=entry['question'],
+                    answer=answer,
+                    family=f'gym/{family}',
+                    id=f'gym/{family}/{seed}/{entry["metadata"].get("source_index", len(rows))}',
+                    entry=json.dumps(entry, default=str),
+                    source='reasoning-gym',
+                    licence='Apache-2.0',
+                ),
+            )
     return list(rows.values())

@@ -7,17 +7,23 @@ __all__ = ['END', 'EXPRESSION', 'SOLVERS', 'extract', 'normalise_answer', 'extra
            'solve_compare', 'solve_sort', 'solve_count', 'answer_of', 'prompt_of', 'truth', 'fact', 'by_gym', 'verify']
 
 # %% ../../nbs/tasks/02_verify.ipynb #7a675d0a
-import json, math, re
+import json
+import math
+import re
+
 from ..lab.config import LabError
 
 # %% ../../nbs/tasks/02_verify.ipynb #4d194eac
 END = re.compile(r'<\|im_end\|>|\[EOS\]|\[EOT\]|<\|endoftext\|>')
 
+
 def extract(text: str):
     "The final answer of a reply, strictly: all that follows the thoughts. None when the thoughts never end or nothing follows"
     text = END.split(text)[0]
-    if '</think>' in text: text = text.split('</think>', 1)[1]
-    elif '<think>' in text: return None
+    if '</think>' in text:
+        text = text.split('</think>', 1)[1]
+    elif '<think>' in text:
+        return None
     return text.strip() or None
 
 # %% ../../nbs/tasks/02_verify.ipynb #31d48d53
@@ -25,7 +31,8 @@ def normalise_answer(text) -> str:
     "An answer in one spelling: single spaces, none after a comma, no markdown marks or `$` around it, no final full stop"
     text = ' '.join(str(text).split())
     text = re.sub(r'\s*,\s*', ',', text)
-    while text[:1] and text[0] in '`*$' and text[-1] == text[0] and len(text) > 1: text = text[1:-1].strip()
+    while text[:1] and text[0] in '`*$' and text[-1] == text[0] and len(text) > 1:
+        text = text[1:-1].strip()
     return text[:-1].rstrip() if text.endswith('.') else text
 
 # %% ../../nbs/tasks/02_verify.ipynb #f0bf7c68
@@ -34,7 +41,9 @@ def extract_lenient(text: str) -> set:
     text = END.split(text)[0].replace('<think>', '\n').replace('</think>', '\n').strip()
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ['']
     found = [text, lines[0], lines[-1], re.split(r'\bis\b|:|=', lines[-1])[-1]]
-    found += re.findall(r'-?\d+(?:\.\d+)?', text)[-1:] + re.findall(r'-?\d+(?:\s*,\s*\d+)+', text)[-1:]
+    found += (
+        re.findall(r'-?\d+(?:\.\d+)?', text)[-1:] + re.findall(r'-?\d+(?:\s*,\s*\d+)+', text)[-1:]
+    )
     found += re.findall(r'["\'`]([^"\'`]+)["\'`]', text)[:1]
     return {normalise_answer(answer) for answer in found} - {''}
 
@@ -42,29 +51,38 @@ def extract_lenient(text: str) -> set:
 def value(expression: str) -> int:
     "The value of an expression of whole numbers with `+`, `-` and `*` (products first); LabError for anything else"
     text = expression.replace(' ', '')
-    if not re.fullmatch(r'\d+(?:[-+*]\d+)*', text): raise LabError(f'not a sum or product of whole numbers: {expression!r}')
+    if not re.fullmatch(r'\d+(?:[-+*]\d+)*', text):
+        raise LabError(f'not a sum or product of whole numbers: {expression!r}')
     parts = re.findall(r'[-+]?\d+(?:\*\d+)*', text)
-    return sum((-1 if part[0] == '-' else 1)*math.prod(int(n) for n in part.strip('+-').split('*')) for part in parts)
+    return sum(
+        (-1 if part[0] == '-' else 1) * math.prod(int(n) for n in part.strip('+-').split('*'))
+        for part in parts
+    )
 
 # %% ../../nbs/tasks/02_verify.ipynb #69129dfa
 EXPRESSION = r'\d+(?:\s*[-+*]\s*\d+)+'
+
 
 def solve_chain(prompt):
     "The value of the one expression in the question"
     return str(value(re.search(EXPRESSION, prompt)[0]))
 
+
 def solve_compare(prompt):
     "The value of the larger of the expressions in the question"
     return str(max(value(side) for side in re.findall(EXPRESSION, prompt)))
+
 
 def solve_sort(prompt):
     "The numbers of the question in ascending order"
     return ','.join(sorted(re.findall(r'\d+', prompt), key=int))
 
+
 def solve_count(prompt):
     "How often the item named before `in` stands in the list after the colon"
     target, items = re.search(r'(\S+) in: (.*?)[.?]?$', prompt).groups()
     return str(items.split(', ').count(target))
+
 
 SOLVERS = dict(chain=solve_chain, compare=solve_compare, sort=solve_sort, count=solve_count)
 
@@ -72,34 +90,57 @@ SOLVERS = dict(chain=solve_chain, compare=solve_compare, sort=solve_sort, count=
 def answer_of(row: dict) -> str:
     "The reference answer of a row of any format"
     for key in ('answer', 'final', 'output', 'response'):
-        if key in row: return row[key]
-    raise LabError(f'a row without an answer: it has {", ".join(row)}, none of answer, final, output, response')
+        if key in row:
+            return row[key]
+    raise LabError(
+        f'a row without an answer: it has {", ".join(row)}, none of answer, final, output, response'
+    )
+
 
 def prompt_of(row: dict) -> str:
     "The question of a row of any format, as one text"
-    return row['prompt'] if 'prompt' in row else '\n\n'.join(row[key] for key in ('instruction', 'input') if row.get(key))
+    return (
+        row['prompt']
+        if 'prompt' in row
+        else '\n\n'.join(row[key] for key in ('instruction', 'input') if row.get(key))
+    )
 
 # %% ../../nbs/tasks/02_verify.ipynb #352372d0
 def truth(row: dict) -> str:
     "The right answer: computed from the question where its family has a solver, else the row's own"
     solver = SOLVERS.get(row.get('family'))
-    if solver is None: return answer_of(row)
-    try: return solver(row['prompt'])
-    except (TypeError, AttributeError, ValueError): raise LabError(f'not a {row["family"]} question: {row["prompt"]!r}') from None
+    if solver is None:
+        return answer_of(row)
+    try:
+        return solver(row['prompt'])
+    except (TypeError, AttributeError, ValueError):
+        raise LabError(f'not a {row["family"]} question: {row["prompt"]!r}') from None
+
 
 def fact(row: dict) -> str:
     "What a right answer comes down to, where it quotes more than was asked (`None` of `weight=None`): the row's `fact`, else its truth"
     return row.get('fact') or truth(row)
 
+
 def by_gym(row: dict, answer) -> bool:
     "Whether reasoning-gym's scorer of the row's family gives an answer the full score. LabError where it is not installed"
-    try: from reasoning_gym.factory import get_score_answer_fn
-    except ImportError: raise LabError("problems of reasoning-gym need its scorers: pip install 'k2lab[gym]'") from None
-    return get_score_answer_fn(row['family'].removeprefix('gym/'))(answer, json.loads(row['entry'])) >= 1
+    try:
+        from reasoning_gym.factory import get_score_answer_fn
+    except ImportError:
+        raise LabError(
+            "problems of reasoning-gym need its scorers: pip install 'k2lab[gym]'"
+        ) from None
+    return (
+        get_score_answer_fn(row['family'].removeprefix('gym/'))(answer, json.loads(row['entry']))
+        >= 1
+    )
+
 
 def verify(row: dict, text: str, lenient: bool = False) -> bool:
     "Whether a reply answers the row's question; `lenient` takes the most generous reading of the reply"
-    if 'entry' in row: return by_gym(row, extract(text))
+    if 'entry' in row:
+        return by_gym(row, extract(text))
     right, answer = normalise_answer(truth(row)), extract(text)
-    if lenient: return bool({right, normalise_answer(fact(row))} & set(extract_lenient(text)))
+    if lenient:
+        return bool({right, normalise_answer(fact(row))} & set(extract_lenient(text)))
     return answer is not None and normalise_answer(answer) == right

@@ -9,75 +9,150 @@ __all__ = ['LETTERS', 'TURNS', 'WRONG', 'batch_rows', 'token_letters', 'wrong_tu
 # %% ../../nbs/text/05_audit.ipynb #b3ab1a1e
 import re
 from itertools import pairwise
-from .chat import encode, prompt_spans
+
 from ..lab.config import LabError
-from .tokenizer import family_of
+from .chat import encode, prompt_spans
 from .masks import mask_text, shorten
+from .tokenizer import family_of
 
 # %% ../../nbs/text/05_audit.ipynb #3bb09d48
-def _lists(values) -> list: return values if isinstance(values, list) else values.tolist()
+def _lists(values) -> list:
+    return values if isinstance(values, list) else values.tolist()
+
 
 def _places(batch: dict):
     "For each row the places of its samples, padding left out: one sample, or several in a packed row."
     if 'position_ids' in batch:
-        for row in _lists(batch['position_ids']): yield [range(a, b) for a, b in pairwise([*(i for i, p in enumerate(row) if p == 0), len(row)]) if b - a > 1]
+        for row in _lists(batch['position_ids']):
+            yield [
+                range(a, b)
+                for a, b in pairwise([*(i for i, p in enumerate(row) if p == 0), len(row)])
+                if b - a > 1
+            ]
     elif 'attention_mask' in batch:
-        for row in _lists(batch['attention_mask']): yield [[i for i, real in enumerate(row) if real]]
+        for row in _lists(batch['attention_mask']):
+            yield [[i for i, real in enumerate(row) if real]]
     else:
-        for row in batch['input_ids']: yield [range(len(row))]
+        for row in batch['input_ids']:
+            yield [range(len(row))]
+
 
 def batch_rows(batch: dict):
     "(ids, trained) of each sample of a batch, padding left out; the first token is never trained."
-    if 'labels' in batch: trained = [[int(i != -100) for i in r] for r in _lists(batch['labels'])]
-    elif 'completion_mask' in batch: trained = _lists(batch['completion_mask'])
-    else: raise LabError(f"a batch without labels or completion_mask; it has {', '.join(batch)}")
+    if 'labels' in batch:
+        trained = [[int(i != -100) for i in r] for r in _lists(batch['labels'])]
+    elif 'completion_mask' in batch:
+        trained = _lists(batch['completion_mask'])
+    else:
+        raise LabError(f"a batch without labels or completion_mask; it has {', '.join(batch)}")
     for ids, mask, samples in zip(_lists(batch['input_ids']), trained, _places(batch)):
-        for places in samples: yield [ids[i] for i in places], [mask[i] if n else 0 for n, i in enumerate(places)]
+        for places in samples:
+            yield [ids[i] for i in places], [mask[i] if n else 0 for n, i in enumerate(places)]
 
 # %% ../../nbs/text/05_audit.ipynb #30b76d14
-LETTERS = {'<|im_user|>': 'H', '<|im_assistant|>': 'H', '<|im_system|>': 'H', '<|im_start|>': 'H', '<|im_middle|>': 'M', '<|im_end|>': 'E', '<think>': '(', '</think>': ')',
-           **dict.fromkeys(['<tool_call>', '</tool_call>', *(f'<|tool_{part}|>' for part in ('calls_section_begin', 'calls_section_end', 'call_begin', 'call_argument_begin', 'call_end'))], 't')}
+LETTERS = {
+    '<|im_user|>': 'H',
+    '<|im_assistant|>': 'H',
+    '<|im_system|>': 'H',
+    '<|im_start|>': 'H',
+    '<|im_middle|>': 'M',
+    '<|im_end|>': 'E',
+    '<think>': '(',
+    '</think>': ')',
+    **dict.fromkeys(
+        [
+            '<tool_call>',
+            '</tool_call>',
+            *(
+                f'<|tool_{part}|>'
+                for part in (
+                    'calls_section_begin',
+                    'calls_section_end',
+                    'call_begin',
+                    'call_argument_begin',
+                    'call_end',
+                )
+            ),
+        ],
+        't',
+    ),
+}
 _KIMI = r'(Hx+M[xt()]*E)+'
 TURNS = dict(kimi=_KIMI, kimi_instruct=_KIMI, qwen=r'(Hx[xt]*Ex+)*Hx[xt]*E')
+
 
 def token_letters(ids: list[int], names: dict) -> str:
     "A sample as one letter for each token; `names` maps the ids of control tokens to their text."
     return ''.join('x' if i not in names else LETTERS.get(names[i], '!') for i in ids)
 
 # %% ../../nbs/text/05_audit.ipynb #0f11088f
-WRONG = {r'^[^H]': 'something stands before the first turn', r'[^E]$': 'it does not end with <|im_end|>: the reply is cut, or closed by another token', r'!': 'a control token stands inside a turn', r'E[^Hx]': 'something stands between turns'}
+WRONG = {
+    r'^[^H]': 'something stands before the first turn',
+    r'[^E]$': 'it does not end with <|im_end|>: the reply is cut, or closed by another token',
+    r'!': 'a control token stands inside a turn',
+    r'E[^Hx]': 'something stands between turns',
+}
+
 
 def wrong_turns(said: str, family: str) -> str | None:
     "What keeps the letters of a sample from being a chain of turns, or None."
-    if re.fullmatch(TURNS[family], said): return None
-    return next((text for sign, text in WRONG.items() if re.search(sign, said)), 'its turns are not whole; text may have become control tokens')
+    if re.fullmatch(TURNS[family], said):
+        return None
+    return next(
+        (text for sign, text in WRONG.items() if re.search(sign, said)),
+        'its turns are not whole; text may have become control tokens',
+    )
+
 
 def wrong_mask(ids: list[int], mask: list[int], opening: list[int]) -> str | None:
     "What is wrong with the mask of a conversation, or None; `opening` are the ids of the generation prompt."
     start = next((i for i, m in enumerate(mask) if m), None)
-    if start is None: return 'nothing in it is trained'
-    if not mask[-1]: return 'the end of the turn is not trained: the model would never learn to stop'
-    if not all(mask[start:]): return 'prompt and reply are both trained in part'
-    return None if ids[max(start-len(opening), 0):start] == opening else 'what is trained does not begin where the generation prompt ends'
+    if start is None:
+        return 'nothing in it is trained'
+    if not mask[-1]:
+        return 'the end of the turn is not trained: the model would never learn to stop'
+    if not all(mask[start:]):
+        return 'prompt and reply are both trained in part'
+    return (
+        None
+        if ids[max(start - len(opening), 0) : start] == opening
+        else 'what is trained does not begin where the generation prompt ends'
+    )
 
 # %% ../../nbs/text/05_audit.ipynb #e3133ed5
 def generation_prompt(tok) -> list[int]:
     "The ids that open the assistant's turn."
-    ids, heads = encode(tok, prompt_spans([dict(role='user', content='x')], family=family_of(tok)))[0], {i for t, i in tok.get_added_vocab().items() if LETTERS.get(t) == 'H'}
-    return ids[max(n for n, i in enumerate(ids) if i in heads):]
+    ids, heads = (
+        encode(tok, prompt_spans([dict(role='user', content='x')], family=family_of(tok)))[0],
+        {i for t, i in tok.get_added_vocab().items() if LETTERS.get(t) == 'H'},
+    )
+    return ids[max(n for n, i in enumerate(ids) if i in heads) :]
 
 # %% ../../nbs/text/05_audit.ipynb #ebd51e52
 def wrong_labels(batch: dict) -> str | None:
     "What is wrong with the labels of a batch, or None."
     packed = 'position_ids' in batch
-    if packed and 'attention_mask' in batch: return 'packed rows have an attention mask, so that their samples see each other'
-    for row, wants, samples in zip(*map(_lists, (batch['input_ids'], batch['labels'])), _places(batch)):
-        inside, first = {i for places in samples for i in places}, {places[0] for places in samples if places}
+    if packed and 'attention_mask' in batch:
+        return 'packed rows have an attention mask, so that their samples see each other'
+    for row, wants, samples in zip(
+        *map(_lists, (batch['input_ids'], batch['labels'])), _places(batch)
+    ):
+        inside, first = (
+            {i for places in samples for i in places},
+            {places[0] for places in samples if places},
+        )
         for i, want in enumerate(wants):
-            if want == -100: continue
-            if want != row[i]: return f'the label at place {i} is not the id there (the model shifts labels itself)'
-            if i not in inside: return 'padding is trained'
-            if packed and i in first: return 'the first token of a sample is learned from the sample before it'
+            if want == -100:
+                continue
+            if want != row[i]:
+                return (
+                    f'the label at place {i} is not the id there (the model shifts labels itself)'
+                )
+            if i not in inside:
+                return 'padding is trained'
+            if packed and i in first:
+                return 'the first token of a sample is learned from the sample before it'
+
 
 def empty_thoughts(said: list[str]) -> bool:
     "Whether samples with thoughts are there, two at least, and all thoughts are empty; each sample as `letters`, the trained part."
@@ -87,6 +162,7 @@ def empty_thoughts(said: list[str]) -> bool:
 # %% ../../nbs/text/05_audit.ipynb #aea59d60
 class Audit:
     "What is wrong with batches made by a tokenizer: `wrong(batch)` tells the first fault, or None. `parts`: documents may be trained in part."
+
     def __init__(self, tok, parts: bool = False):
         self.parts = parts
         self.tok, self.family, self.opening = tok, family_of(tok), generation_prompt(tok)
@@ -94,9 +170,18 @@ class Audit:
 
     def wrong_sample(self, ids: list, mask: list, said: str) -> str | None:
         "The first fault of one sample, with its text, or None."
-        if 'H' in said: found = wrong_turns(said, self.family) or wrong_mask(ids, mask, self.opening)
-        else: found = None if self.parts or all(mask[1:]) else 'a row without turns is trained only in part'
-        return found and f'{found}: {shorten(mask_text(self.tok, dict(input_ids=ids, completion_mask=mask)), 300)}'
+        if 'H' in said:
+            found = wrong_turns(said, self.family) or wrong_mask(ids, mask, self.opening)
+        else:
+            found = (
+                None
+                if self.parts or all(mask[1:])
+                else 'a row without turns is trained only in part'
+            )
+        return (
+            found
+            and f'{found}: {shorten(mask_text(self.tok, dict(input_ids=ids, completion_mask=mask)), 300)}'
+        )
 
     def wrong(self, batch: dict) -> str | None:
         "The first fault of a batch of lists or tensors, [rows, width], or None."
@@ -105,4 +190,8 @@ class Audit:
             said = token_letters(ids, self.names)
             found = found or self.wrong_sample(ids, mask, said)
             trained.append(''.join(letter for letter, m in zip(said, mask) if m))
-        return found or ('every thought in it is empty: a template deleted the reasoning' if empty_thoughts(trained) else None)
+        return found or (
+            'every thought in it is empty: a template deleted the reasoning'
+            if empty_thoughts(trained)
+            else None
+        )

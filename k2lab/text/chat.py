@@ -8,38 +8,57 @@ __all__ = ['Span', 'text_of', 'turn_spans', 'content_text', 'json_text', 'call_s
            'row_spans', 'pair_spans', 'call_name', 'parse_reply', 'reply_message']
 
 # %% ../../nbs/text/02_chat.ipynb #b3ca4031
-import json, re
+import json
+import re
 from collections import namedtuple
+
 from ..lab.config import LabError
 from .tokenizer import KIMI_SYSTEM, QWEN_SYSTEM, QWEN_TOOLS, check_family, plain_tokenizer
 
 # %% ../../nbs/text/02_chat.ipynb #97f73eb4
 Span = namedtuple('Span', 'text role train special')
 
+
 def text_of(spans: list) -> str:
     "The text of spans, joined: what the model reads."
     return ''.join(s.text for s in spans)
+
 
 def _text(text: str, role: str, train: bool = False) -> list:
     "Zero or one span of ordinary text."
     return [Span(text, role, train, False)] if text else []
 
-def _control(text: str, role: str, train: bool = False) -> list: return [Span(text, role, train, True)]
+
+def _control(text: str, role: str, train: bool = False) -> list:
+    return [Span(text, role, train, True)]
 
 # %% ../../nbs/text/02_chat.ipynb #cee6f090
 def turn_spans(role: str, name: str, body: list) -> list:
     "One K2 turn: header, body spans, `<|im_end|>`."
     head = f"<|im_{role if role in ('user', 'assistant') else 'system'}|>"
-    return [*_control(head, role), *_text(name, role), *_control('<|im_middle|>', role), *body, *_control('<|im_end|>', role)]
+    return [
+        *_control(head, role),
+        *_text(name, role),
+        *_control('<|im_middle|>', role),
+        *body,
+        *_control('<|im_end|>', role),
+    ]
 
 # %% ../../nbs/text/02_chat.ipynb #a7d52473
 def content_text(message: dict, where: str = 'a message') -> str:
     "The text of a message; `LabError` for content that is not text, which `where` places."
     content = message.get('content')
-    if content is None or isinstance(content, str): return content or ''
-    if not isinstance(content, list): raise LabError(f'{where} has content of type {type(content).__name__}; give text, or a list of text parts')
+    if content is None or isinstance(content, str):
+        return content or ''
+    if not isinstance(content, list):
+        raise LabError(
+            f'{where} has content of type {type(content).__name__}; give text, or a list of text parts'
+        )
     odd = [p for p in content if p.get('type') != 'text']
-    if odd: raise LabError(f"{where} has a part of type {odd[0].get('type')!r}; the lab reads text parts only")
+    if odd:
+        raise LabError(
+            f"{where} has a part of type {odd[0].get('type')!r}; the lab reads text parts only"
+        )
     return ''.join(p['text'] for p in content)
 
 # %% ../../nbs/text/02_chat.ipynb #b40ef3a6
@@ -47,123 +66,231 @@ def json_text(value) -> str:
     "Arguments as the template prints them: strings untouched, anything else as JSON."
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
+
 def call_spans(calls: list, train: bool = False) -> list:
     "The tool-call section of a K2 turn; `LabError` for a call without an id."
     spans = _control('<|tool_calls_section_begin|>', 'call', train)
     for call in calls:
-        if not call.get('id'): raise LabError(f"a call of {call['function']['name']!r} has no id; K2 needs one like functions.{call['function']['name']}:0")
-        spans += [*_control('<|tool_call_begin|>', 'call', train), *_text(call['id'], 'call', train), *_control('<|tool_call_argument_begin|>', 'call', train),
-                  *_text(json_text(call['function']['arguments']), 'call', train), *_control('<|tool_call_end|>', 'call', train)]
+        if not call.get('id'):
+            raise LabError(
+                f"a call of {call['function']['name']!r} has no id; K2 needs one like functions.{call['function']['name']}:0"
+            )
+        spans += [
+            *_control('<|tool_call_begin|>', 'call', train),
+            *_text(call['id'], 'call', train),
+            *_control('<|tool_call_argument_begin|>', 'call', train),
+            *_text(json_text(call['function']['arguments']), 'call', train),
+            *_control('<|tool_call_end|>', 'call', train),
+        ]
     return spans + _control('<|tool_calls_section_end|>', 'call', train)
 
 # %% ../../nbs/text/02_chat.ipynb #4c7ca09e
 def check_call(call: dict, ids: bool = True):
     "Refuse a call that must not be learned: arguments that are no JSON object or, with `ids`, an id that is not `functions.NAME:IDX`."
-    name, arguments, number = call['function']['name'], call['function']['arguments'], call.get('id') or ''
+    name, arguments, number = (
+        call['function']['name'],
+        call['function']['arguments'],
+        call.get('id') or '',
+    )
     if ids and not re.fullmatch(rf'functions\.{re.escape(name)}:\d+', number):
-        raise LabError(f'a call of {name!r} that is to be learned has the id {number!r}; K2 writes functions.{name}:0, numbered over the conversation; rename it, in its result too')
-    if ids and '.' in name: raise LabError(f'a tool that is called {name!r} cannot be learned: the parsers of K2 take a dot for the end of a name; rename the tool')
-    try: value = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError as e: raise LabError(f'a call of {name!r} that is to be learned has arguments that are not JSON ({e}): {arguments[:80]!r}') from None
-    if not isinstance(value, dict): raise LabError(f'a call of {name!r} that is to be learned has arguments that are no JSON object: {json_text(arguments)[:80]!r}')
+        raise LabError(
+            f'a call of {name!r} that is to be learned has the id {number!r}; K2 writes functions.{name}:0, numbered over the conversation; rename it, in its result too'
+        )
+    if ids and '.' in name:
+        raise LabError(
+            f'a tool that is called {name!r} cannot be learned: the parsers of K2 take a dot for the end of a name; rename the tool'
+        )
+    try:
+        value = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError as e:
+        raise LabError(
+            f'a call of {name!r} that is to be learned has arguments that are not JSON ({e}): {arguments[:80]!r}'
+        ) from None
+    if not isinstance(value, dict):
+        raise LabError(
+            f'a call of {name!r} that is to be learned has arguments that are no JSON object: {json_text(arguments)[:80]!r}'
+        )
 
 # %% ../../nbs/text/02_chat.ipynb #40f9d43a
 def think_spans(reasoning, family: str, train: bool) -> list:
     "The reasoning between its tags, or nothing if `reasoning` is None."
-    if reasoning is None: return []
+    if reasoning is None:
+        return []
     special = family == 'kimi'
-    return [Span('<think>', 'think', train, special), *_text(reasoning, 'think', train), Span('</think>', 'think', train, special)]
+    return [
+        Span('<think>', 'think', train, special),
+        *_text(reasoning, 'think', train),
+        Span('</think>', 'think', train, special),
+    ]
+
 
 def qwen_call_spans(calls: list, train: bool = False) -> list:
     "Qwen2.5's form of tool calls: one JSON object between tags for each."
     spans = []
     for call in calls:
         arguments = call['function']['arguments']
-        body = json.dumps(dict(name=call['function']['name'], arguments='@'), ensure_ascii=False).replace('"@"', json_text(arguments))
-        spans += [*_text('\n', 'call', train), *_control('<tool_call>', 'call', train), *_text(f'\n{body}\n', 'call', train), *_control('</tool_call>', 'call', train)]
+        body = json.dumps(
+            dict(name=call['function']['name'], arguments='@'), ensure_ascii=False
+        ).replace('"@"', json_text(arguments))
+        spans += [
+            *_text('\n', 'call', train),
+            *_control('<tool_call>', 'call', train),
+            *_text(f'\n{body}\n', 'call', train),
+            *_control('</tool_call>', 'call', train),
+        ]
     return spans
 
 # %% ../../nbs/text/02_chat.ipynb #01ff0676
-def target_spans(content: str, reasoning: str | None = None, tool_calls: list | None = None, family: str = 'kimi') -> list:
+def target_spans(
+    content: str, reasoning: str | None = None, tool_calls: list | None = None, family: str = 'kimi'
+) -> list:
     "What the assistant is trained to say after the generation prompt, ending with `<|im_end|>`; `LabError` for a call that must not be learned."
-    spans = [*think_spans(reasoning, check_family(family), True), *_text(content or '', 'assistant', True)]
-    for call in tool_calls or []: check_call(call, family != 'qwen')
-    if tool_calls and family != 'qwen': spans += call_spans(tool_calls, True)
-    elif tool_calls: spans += qwen_call_spans(tool_calls, True)[0 if spans else 1:]   # no line break before the first call of an empty answer
+    spans = [
+        *think_spans(reasoning, check_family(family), True),
+        *_text(content or '', 'assistant', True),
+    ]
+    for call in tool_calls or []:
+        check_call(call, family != 'qwen')
+    if tool_calls and family != 'qwen':
+        spans += call_spans(tool_calls, True)
+    elif tool_calls:
+        spans += qwen_call_spans(tool_calls, True)[
+            0 if spans else 1 :
+        ]  # no line break before the first call of an empty answer
     return spans + _control('<|im_end|>', 'assistant', True)
 
 # %% ../../nbs/text/02_chat.ipynb #e7016fc6
 def last_answer(messages: list) -> int:
     "Index of the last assistant message without tool calls, -1 if none: thoughts up to it are history."
-    return max((i for i, m in enumerate(messages) if m['role'] == 'assistant' and not m.get('tool_calls')), default=-1)
+    return max(
+        (i for i, m in enumerate(messages) if m['role'] == 'assistant' and not m.get('tool_calls')),
+        default=-1,
+    )
+
 
 def _kimi_body(message: dict, keep: bool, family: str) -> list:
     "The body of one K2 turn; `keep` shows the reasoning, where the family has any."
     role, body = message['role'], content_text(message)
-    if role == 'tool': return _text(f"## Return of {message['tool_call_id']}\n", role) + _text(body, role)
-    if role != 'assistant': return _text(body, role)
+    if role == 'tool':
+        return _text(f"## Return of {message['tool_call_id']}\n", role) + _text(body, role)
+    if role != 'assistant':
+        return _text(body, role)
     thought = (message.get('reasoning_content') or '') if keep else ''
-    return think_spans(thought if family == 'kimi' else None, family, False) + _text(body, role) + (call_spans(message['tool_calls']) if message.get('tool_calls') else [])
+    return (
+        think_spans(thought if family == 'kimi' else None, family, False)
+        + _text(body, role)
+        + (call_spans(message['tool_calls']) if message.get('tool_calls') else [])
+    )
 
 # %% ../../nbs/text/02_chat.ipynb #95eaf0ce
 def _kimi_prompt(messages: list, tools, family: str) -> list:
     "Every turn of a K2 conversation, then the generation prompt."
     last, spans = last_answer(messages), []
-    if tools: spans += turn_spans('system', 'tool_declare', _text(json.dumps(tools, ensure_ascii=False, separators=(',', ':'), sort_keys=True), 'system'))
-    if not messages or messages[0]['role'] != 'system': spans += turn_spans('system', 'system', _text(KIMI_SYSTEM, 'system'))
-    for i, m in enumerate(messages): spans += turn_spans(m['role'], m.get('name') or m['role'], _kimi_body(m, i > last, family))
-    return spans + [*_control('<|im_assistant|>', 'assistant'), *_text('assistant', 'assistant'), *_control('<|im_middle|>', 'assistant')]
+    if tools:
+        spans += turn_spans(
+            'system',
+            'tool_declare',
+            _text(
+                json.dumps(tools, ensure_ascii=False, separators=(',', ':'), sort_keys=True),
+                'system',
+            ),
+        )
+    if not messages or messages[0]['role'] != 'system':
+        spans += turn_spans('system', 'system', _text(KIMI_SYSTEM, 'system'))
+    for i, m in enumerate(messages):
+        spans += turn_spans(m['role'], m.get('name') or m['role'], _kimi_body(m, i > last, family))
+    return spans + [
+        *_control('<|im_assistant|>', 'assistant'),
+        *_text('assistant', 'assistant'),
+        *_control('<|im_middle|>', 'assistant'),
+    ]
 
 # %% ../../nbs/text/02_chat.ipynb #1e96ca1e
 _TAG = re.compile(r'(</?tool_call>)')
 
+
 def _qwen_system(messages: list, tools) -> list:
     "Qwen's system text with the tools it declares; the tags it mentions are control tokens there."
     own = content_text(messages[0]) if messages and messages[0]['role'] == 'system' else QWEN_SYSTEM
-    if not tools: return _text(own, 'system')
+    if not tools:
+        return _text(own, 'system')
     listed = QWEN_TOOLS[0] + ''.join('\n' + json.dumps(t, ensure_ascii=False) for t in tools)
-    return _text(own + listed, 'system') + [Span(p, 'system', False, bool(_TAG.fullmatch(p))) for p in _TAG.split(QWEN_TOOLS[1])]
+    return _text(own + listed, 'system') + [
+        Span(p, 'system', False, bool(_TAG.fullmatch(p))) for p in _TAG.split(QWEN_TOOLS[1])
+    ]
 
 # %% ../../nbs/text/02_chat.ipynb #964da02a
 def _qwen_body(message: dict) -> list:
     "The body of one ChatML turn, line break included."
     role, body = message['role'], content_text(message)
-    if role == 'tool': return _text(f'\n<tool_response>\n{body}\n</tool_response>', role)
-    return _text(f'\n{body}' if body or not message.get('tool_calls') else '', role) + qwen_call_spans(message.get('tool_calls') or [])
+    if role == 'tool':
+        return _text(f'\n<tool_response>\n{body}\n</tool_response>', role)
+    return _text(
+        f'\n{body}' if body or not message.get('tool_calls') else '', role
+    ) + qwen_call_spans(message.get('tool_calls') or [])
+
 
 def _qwen_prompt(messages: list, tools) -> list:
     "Every turn of a ChatML conversation, then the generation prompt."
-    start, end = lambda role: [*_control('<|im_start|>', role), *_text('user' if role == 'tool' else role, role)], lambda role: [*_control('<|im_end|>', role), *_text('\n', role)]
-    spans, rest = [*start('system'), *_text('\n', 'system'), *_qwen_system(messages, tools), *end('system')], messages[bool(messages and messages[0]['role'] == 'system'):]
+    start, end = (
+        lambda role: [
+            *_control('<|im_start|>', role),
+            *_text('user' if role == 'tool' else role, role),
+        ],
+        lambda role: [*_control('<|im_end|>', role), *_text('\n', role)],
+    )
+    spans, rest = (
+        [*start('system'), *_text('\n', 'system'), *_qwen_system(messages, tools), *end('system')],
+        messages[bool(messages and messages[0]['role'] == 'system') :],
+    )
     for i, m in enumerate(rest):
         near = lambda j: m['role'] == 'tool' and 0 <= j < len(rest) and rest[j]['role'] == 'tool'
-        spans += [*([] if near(i - 1) else start(m['role'])), *_qwen_body(m), *([] if near(i + 1) else end(m['role']))]
+        spans += [
+            *([] if near(i - 1) else start(m['role'])),
+            *_qwen_body(m),
+            *([] if near(i + 1) else end(m['role'])),
+        ]
     return spans + start('assistant') + _text('\n', 'assistant')
 
 # %% ../../nbs/text/02_chat.ipynb #584e35ed
 def _check_result(where: str, message: dict, called: list, family: str):
     "Refuse a tool result that answers no call; `called` are the ids of the calls before it."
     number = message.get('tool_call_id')
-    if family != 'qwen' and not number: raise LabError(f'{where} is a tool result without its tool_call_id')
-    if not called: raise LabError(f'{where} is a tool result, but nothing before it calls a tool; put the assistant message with the call before it')
-    if family != 'qwen' and number not in called: raise LabError(f'{where} is the result of {number!r}, which nothing before it calls; called were {", ".join(map(str, called))}')   # ChatML has no ids
+    if family != 'qwen' and not number:
+        raise LabError(f'{where} is a tool result without its tool_call_id')
+    if not called:
+        raise LabError(
+            f'{where} is a tool result, but nothing before it calls a tool; put the assistant message with the call before it'
+        )
+    if family != 'qwen' and number not in called:
+        raise LabError(
+            f'{where} is the result of {number!r}, which nothing before it calls; called were {", ".join(map(str, called))}'
+        )  # ChatML has no ids
+
 
 def check_messages(messages: list, family: str):
     "Refuse what no template can print with a meaning; the message is named by its number from 0."
     called = []
     for i, m in enumerate(messages):
         where, role = f'message {i}', m.get('role')
-        if role not in ('system', 'user', 'assistant', 'tool'): raise LabError(f'{where} has role {role!r}; valid: system, user, assistant, tool')
+        if role not in ('system', 'user', 'assistant', 'tool'):
+            raise LabError(f'{where} has role {role!r}; valid: system, user, assistant, tool')
         content_text(m, where)
-        if m.get('tool_calls') and role != 'assistant': raise LabError(f'{where} has tool calls but role {role!r}; only the assistant calls tools')
-        if role == 'tool': _check_result(where, m, called, family)
+        if m.get('tool_calls') and role != 'assistant':
+            raise LabError(
+                f'{where} has tool calls but role {role!r}; only the assistant calls tools'
+            )
+        if role == 'tool':
+            _check_result(where, m, called, family)
         called += [c.get('id') for c in m.get('tool_calls') or []]
 
 # %% ../../nbs/text/02_chat.ipynb #21d2a162
 def prompt_spans(messages: list, tools: list | None = None, family: str = 'kimi') -> list:
     "All that stands before the reply, generation prompt included; nothing in it is trained. `LabError` for messages that are no conversation."
     check_messages(messages, check_family(family))
-    return _qwen_prompt(messages, tools) if family == 'qwen' else _kimi_prompt(messages, tools, family)
+    return (
+        _qwen_prompt(messages, tools) if family == 'qwen' else _kimi_prompt(messages, tools, family)
+    )
 
 # %% ../../nbs/text/02_chat.ipynb #a4772bcb
 def _grouped(tok, spans: list):
@@ -171,11 +298,19 @@ def _grouped(tok, spans: list):
     known, text, train = tok.get_added_vocab(), '', False
     for s in spans:
         number = known.get(s.text) if s.special else None
-        if s.special and number is None and s.text.startswith('<|'): raise LabError(f'the tokenizer has no control token {s.text}; it has {", ".join(sorted(known)) or "none"}')
-        if text and (number is not None or s.train != train): yield text, train, None; text = ''
-        if number is None: text, train = text + s.text, s.train
-        else: yield s.text, s.train, number
-    if text: yield text, train, None
+        if s.special and number is None and s.text.startswith('<|'):
+            raise LabError(
+                f'the tokenizer has no control token {s.text}; it has {", ".join(sorted(known)) or "none"}'
+            )
+        if text and (number is not None or s.train != train):
+            yield text, train, None
+            text = ''
+        if number is None:
+            text, train = text + s.text, s.train
+        else:
+            yield s.text, s.train, number
+    if text:
+        yield text, train, None
 
 # %% ../../nbs/text/02_chat.ipynb #5764cf22
 def encode(tok, spans: list) -> tuple[list[int], list[int]]:
@@ -183,14 +318,16 @@ def encode(tok, spans: list) -> tuple[list[int], list[int]]:
     plain, ids, mask = plain_tokenizer(tok), [], []
     for text, train, number in _grouped(tok, spans):
         new = [number] if number is not None else plain.encode(text, add_special_tokens=False).ids
-        ids += new; mask += [int(train)] * len(new)
+        ids += new
+        mask += [int(train)] * len(new)
     return ids, mask
 
 # %% ../../nbs/text/02_chat.ipynb #6b6d66e7
 def reply_spans(text: str, family: str = 'kimi') -> list:
     "Trained spans of a reply that is one text, `<think>..</think>answer` or plain."
     head, mark, rest = text.partition('<think>')
-    if head.strip() or not mark: return target_spans(text, family=family)
+    if head.strip() or not mark:
+        return target_spans(text, family=family)
     thought, close, answer = rest.partition('</think>')
     spans = target_spans(answer, thought, family=family)
     return spans if close else [s for s in spans if s.text != '</think>']
@@ -199,33 +336,58 @@ def reply_spans(text: str, family: str = 'kimi') -> list:
 def _row_parts(row: dict, family: str) -> tuple:
     "(user text, target spans) of a row, by the keys it has."
     if {'instruction', 'output'} <= row.keys():
-        return row['instruction'] + (f"\n\n{row['input']}" if row.get('input') else ''), target_spans(row['output'], family=family)
-    if {'prompt', 'reasoning', 'final'} <= row.keys(): return row['prompt'], target_spans(row['final'], row['reasoning'], family=family)
-    if {'prompt', 'response'} <= row.keys(): return row['prompt'], reply_spans(row['response'], family)
-    raise LabError(f"no prompt and reply in a row with keys {', '.join(sorted(row))}; valid: instruction+input+output, prompt+reasoning+final, prompt+response")
+        return row['instruction'] + (
+            f"\n\n{row['input']}" if row.get('input') else ''
+        ), target_spans(row['output'], family=family)
+    if {'prompt', 'reasoning', 'final'} <= row.keys():
+        return row['prompt'], target_spans(row['final'], row['reasoning'], family=family)
+    if {'prompt', 'response'} <= row.keys():
+        return row['prompt'], reply_spans(row['response'], family)
+    raise LabError(
+        f"no prompt and reply in a row with keys {', '.join(sorted(row))}; valid: instruction+input+output, prompt+reasoning+final, prompt+response"
+    )
 
-def _asked(user: str, system: str) -> list: return ([dict(role='system', content=system)] if system else []) + [dict(role='user', content=user)]
+
+def _asked(user: str, system: str) -> list:
+    return ([dict(role='system', content=system)] if system else []) + [
+        dict(role='user', content=user)
+    ]
 
 # %% ../../nbs/text/02_chat.ipynb #f1d407de
 def _answering(target: list, asked: str) -> list:
     "The target; `LabError` if it says nothing after its thoughts."
-    if any(s.role in ('assistant', 'call') and not s.special and s.text.strip() for s in target): return target
-    raise LabError(f'the reply to {asked[:60]!r} has no answer in it: {text_of(target)[:60]!r}; leave the row out')
+    if any(s.role in ('assistant', 'call') and not s.special and s.text.strip() for s in target):
+        return target
+    raise LabError(
+        f'the reply to {asked[:60]!r} has no answer in it: {text_of(target)[:60]!r}; leave the row out'
+    )
+
 
 def row_spans(row: dict, system: str = '', family: str = 'kimi') -> tuple[list, list]:
     "(prompt spans, target spans) of a domain_sft, reasoning_sft or distill_corpus row; the family's default system text if `system` is empty. `LabError` for an empty reply."
     user, target = _row_parts(row, family)
     return prompt_spans(_asked(user, system), family=family), _answering(target, user)
 
+
 def pair_spans(row: dict, system: str = '', family: str = 'kimi') -> tuple[list, list, list]:
     "(prompt, chosen, rejected) spans of a dpo_pairs row; `LabError` for a chosen reply that is empty."
-    return prompt_spans(_asked(row['prompt'], system), family=family), _answering(reply_spans(row['chosen'], family), row['prompt']), reply_spans(row['rejected'], family)
+    return (
+        prompt_spans(_asked(row['prompt'], system), family=family),
+        _answering(reply_spans(row['chosen'], family), row['prompt']),
+        reply_spans(row['rejected'], family),
+    )
 
 # %% ../../nbs/text/02_chat.ipynb #4dbc5e8c
-_CALL = re.compile(r'<\|tool_call_begin\|>\s*(.+?)\s*<\|tool_call_argument_begin\|>\s*(.*?)\s*<\|tool_call_end\|>', re.S)
+_CALL = re.compile(
+    r'<\|tool_call_begin\|>\s*(.+?)\s*<\|tool_call_argument_begin\|>\s*(.*?)\s*<\|tool_call_end\|>',
+    re.S,
+)
 _QWEN_CALL = re.compile(r'<tool_call>\s*(\{.*?\})\s*</tool_call>', re.S)
 
-def _call(number: str, name: str, arguments: str) -> dict: return dict(id=number, type='function', function=dict(name=name, arguments=arguments))
+
+def _call(number: str, name: str, arguments: str) -> dict:
+    return dict(id=number, type='function', function=dict(name=name, arguments=arguments))
+
 
 def call_name(number: str) -> str:
     "The tool's name in a K2 call id: `functions.python:0` is `python`."
@@ -236,11 +398,20 @@ def _split_calls(text: str) -> tuple[str, list]:
     "(text without complete calls, calls); K2's section or Qwen's tags."
     calls = [_call(i, call_name(i), a) for i, a in _CALL.findall(text)]
     rest = _CALL.sub('', text)
-    if calls: rest = re.sub(r'<\|tool_calls_section_(begin|end)\|>', '', rest)
+    if calls:
+        rest = re.sub(r'<\|tool_calls_section_(begin|end)\|>', '', rest)
     for i, m in enumerate(_QWEN_CALL.finditer(text)):
-        try: body = json.loads(m[1])
-        except json.JSONDecodeError: continue      # not a call: it stays in the text
-        calls.append(_call(f"functions.{body.get('name')}:{i}", body.get('name'), json_text(body.get('arguments', {}))))
+        try:
+            body = json.loads(m[1])
+        except json.JSONDecodeError:
+            continue  # not a call: it stays in the text
+        calls.append(
+            _call(
+                f"functions.{body.get('name')}:{i}",
+                body.get('name'),
+                json_text(body.get('arguments', {})),
+            )
+        )
         rest = rest.replace(m[0], '', 1)
     return rest.strip() if calls else rest, calls
 
@@ -250,9 +421,9 @@ def parse_reply(text: str) -> dict:
     text = re.sub(r'(<\|im_end\|>|\[EOS\]|<\|endoftext\|>)\s*$', '', text)
     reasoning = None
     if text.lstrip().startswith('<think>'):
-        thought = text.lstrip()[len('<think>'):]
+        thought = text.lstrip()[len('<think>') :]
         end = re.search(r'</think>|(?=<\|tool_calls_section_begin\|>)|$(?![\s\S])', thought)
-        reasoning, text = thought[:end.start()], thought[end.end():]
+        reasoning, text = thought[: end.start()], thought[end.end() :]
     content, calls = _split_calls(text)
     return dict(reasoning=reasoning, content=content, tool_calls=calls)
 
@@ -260,7 +431,11 @@ def parse_reply(text: str) -> dict:
 def reply_message(text: str) -> dict:
     "A reply as an OpenAI-style assistant message, with `reasoning_content` and `tool_calls` where there are any."
     reply = parse_reply(text)
-    message = dict(role='assistant', content=reply['content'] or (None if reply['tool_calls'] else ''))
-    if reply['reasoning'] is not None: message['reasoning_content'] = reply['reasoning']
-    if reply['tool_calls']: message['tool_calls'] = reply['tool_calls']
+    message = dict(
+        role='assistant', content=reply['content'] or (None if reply['tool_calls'] else '')
+    )
+    if reply['reasoning'] is not None:
+        message['reasoning_content'] = reply['reasoning']
+    if reply['tool_calls']:
+        message['tool_calls'] = reply['tool_calls']
     return message

@@ -7,88 +7,156 @@ __all__ = ['ENGINES', 'NASTY', 'CHECKED', 'encoder', 'flat_ids', 'by_tokenizers'
            'count_tokens', 'encode_stream']
 
 # %% ../../nbs/text/03_encoder.ipynb #5aec0dad
-import json, warnings
+import json
+import warnings
 from functools import lru_cache
+
 from .tokenizer import plain_tokenizer
 
 # %% ../../nbs/text/03_encoder.ipynb #391713a2
 def flat_ids(lists) -> tuple:
     "(ids uint32, ends int64) of lists of ids: text i has ids[ends[i]:ends[i+1]]"
     import numpy as np
+
     ends = np.zeros(len(lists) + 1, np.int64)
     np.cumsum([len(ids) for ids in lists], out=ends[1:])
     return np.fromiter((i for ids in lists for i in ids), np.uint32, int(ends[-1])), ends
 
+
 def by_tokenizers(engine):
     "A function from texts to flat ids by the tokenizer itself"
-    return lambda texts: flat_ids([one.ids for one in engine.encode_batch_fast(texts, add_special_tokens=False)])
+    return lambda texts: flat_ids(
+        [one.ids for one in engine.encode_batch_fast(texts, add_special_tokens=False)]
+    )
+
 
 def by_fastokens(engine):
     "The same by fastokens. ImportError when it is not installed, ValueError when it does not know this kind of tokenizer"
-    import fastokens, numpy as np
+    import fastokens
+    import numpy as np
+
     fast = fastokens.Tokenizer.from_json_str(engine.to_str())
+
     def encode(texts):
         ids, ends = fast.encode_batch_flat(texts)
         return np.frombuffer(ids, np.uint32), np.frombuffer(ends, np.uint64).astype(np.int64)
+
     return encode
+
 
 def by_tiktoken(engine):
     "The same by tiktoken, for tokenizers that merge in the order of their ids"
     import tiktoken
     from transformers.convert_slow_tokenizer import bytes_to_unicode
-    state, byte = json.loads(engine.to_str()), {letter: b for b, letter in bytes_to_unicode().items()}
-    if state['normalizer']: raise ValueError('tiktoken has no normaliser')
+
+    state, byte = (
+        json.loads(engine.to_str()),
+        {letter: b for b, letter in bytes_to_unicode().items()},
+    )
+    if state['normalizer']:
+        raise ValueError('tiktoken has no normaliser')
     pattern = state['pre_tokenizer']['pretokenizers'][0]['pattern']['Regex']
-    ranks = {bytes(byte[letter] for letter in token): i for token, i in state['model']['vocab'].items()}
-    encode = tiktoken.Encoding('k2lab', pat_str=pattern, mergeable_ranks=ranks, special_tokens={}).encode_ordinary
+    ranks = {
+        bytes(byte[letter] for letter in token): i for token, i in state['model']['vocab'].items()
+    }
+    encode = tiktoken.Encoding(
+        'k2lab', pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+    ).encode_ordinary
     return lambda texts: flat_ids([encode(text) for text in texts])
 
-ENGINES = dict(fastokens=by_fastokens, tiktoken=by_tiktoken)   # the quickest first
+
+ENGINES = dict(fastokens=by_fastokens, tiktoken=by_tiktoken)  # the quickest first
 
 # %% ../../nbs/text/03_encoder.ipynb #9a1a404e
-NASTY = ['', ' ', '\n\n \n', 'a  \r\n\r\n b', '\t\tif x:\n        y = 1\n', "I'm you'll WE'VE it's", '1234567890 3.14159 1e-7 0x1F', '\u4f60\u597d\uff0c\u4e16\u754c 2024\u5e74\u53f7', '\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35\u0e0a\u0e32\u0e27\u0e42\u0e25\u0e01',
-         '\u3053\u3093\u306b\u3061\u306f\u3001\u30ab\u30bf\u30ab\u30ca', 'e\u0301 n\u0303 \u0301', '\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea', '<|im_end|><|im_user|>user<|im_middle|> <think></think>', '\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd',
-         '\x00\x01\x7f\ufeff\u00a0\u2028\u3000', 'x'*5000, ' '*5000, '=-'*2000, '!?...---***###', 'HTTPServerError camelCase snake_case \u00dcberGR\u00d6SSE']
+NASTY = [
+    '',
+    ' ',
+    '\n\n \n',
+    'a  \r\n\r\n b',
+    '\t\tif x:\n        y = 1\n',
+    "I'm you'll WE'VE it's",
+    '1234567890 3.14159 1e-7 0x1F',
+    '\u4f60\u597d\uff0c\u4e16\u754c 2024\u5e74\u53f7',
+    '\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35\u0e0a\u0e32\u0e27\u0e42\u0e25\u0e01',
+    '\u3053\u3093\u306b\u3061\u306f\u3001\u30ab\u30bf\u30ab\u30ca',
+    'e\u0301 n\u0303 \u0301',
+    '\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea',
+    '<|im_end|><|im_user|>user<|im_middle|> <think></think>',
+    '\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd',
+    '\x00\x01\x7f\ufeff\u00a0\u2028\u3000',
+    'x' * 5000,
+    ' ' * 5000,
+    '=-' * 2000,
+    '!?...---***###',
+    'HTTPServerError camelCase snake_case \u00dcberGR\u00d6SSE',
+]
 
 # %% ../../nbs/text/03_encoder.ipynb #2bb1c379
-CHECKED = 1000   # texts of the corpus that are encoded by both
+CHECKED = 1000  # texts of the corpus that are encoded by both
+
 
 class Encoder:
     "A function from texts to (ids uint32, ends int64), by the first of `ENGINES` with the tokenizer's ids on `NASTY` and on the first 1,000 texts; `name` tells which"
+
     def __init__(self, tok):
-        self.own, self.name, self.work, self.left = by_tokenizers(plain_tokenizer(tok)), 'tokenizers', None, CHECKED
+        self.own, self.name, self.work, self.left = (
+            by_tokenizers(plain_tokenizer(tok)),
+            'tokenizers',
+            None,
+            CHECKED,
+        )
         for name, make in ENGINES.items():
-            try: work = make(plain_tokenizer(tok))
-            except (ImportError, ValueError, KeyError, TypeError): continue
-            if self.agrees(name, work, NASTY): self.name, self.work = name, work; break
+            try:
+                work = make(plain_tokenizer(tok))
+            except (ImportError, ValueError, KeyError, TypeError):
+                continue
+            if self.agrees(name, work, NASTY):
+                self.name, self.work = name, work
+                break
 
     def agrees(self, name: str, work, texts: list) -> bool:
         "Whether an engine gives the tokenizer's ids; warns when not"
         import numpy as np
+
         (ids, ends), (good, until) = work(texts), self.own(texts)
-        if np.array_equal(ids, good) and np.array_equal(ends, until): return True
-        first = next(i for i in range(len(texts)) if not np.array_equal(ids[ends[i]:ends[i+1]], good[until[i]:until[i+1]]))
+        if np.array_equal(ids, good) and np.array_equal(ends, until):
+            return True
+        first = next(
+            i
+            for i in range(len(texts))
+            if not np.array_equal(ids[ends[i] : ends[i + 1]], good[until[i] : until[i + 1]])
+        )
         warnings.warn(f'{name} is not used: it gives other token ids for {texts[first][:60]!r}')
         return False
 
     def __call__(self, texts: list) -> tuple:
         if self.work and self.left > 0:
-            few = texts[:self.left]
-            parts = (few[at:at + 50] for at in range(0, len(few), 50))      # a tokenizer's own results take a thousand bytes a token
-            if not all(self.agrees(self.name, self.work, part) for part in parts): self.name, self.work = 'tokenizers', None
+            few = texts[: self.left]
+            parts = (
+                few[at : at + 50] for at in range(0, len(few), 50)
+            )  # a tokenizer's own results take a thousand bytes a token
+            if not all(self.agrees(self.name, self.work, part) for part in parts):
+                self.name, self.work = 'tokenizers', None
             self.left -= len(texts)
         return (self.work or self.own)(texts)
 
-encoder = lru_cache(maxsize=8)(Encoder)   # one for each tokenizer
+
+encoder = lru_cache(maxsize=8)(Encoder)  # one for each tokenizer
 
 # %% ../../nbs/text/03_encoder.ipynb #cd0f34aa
 def count_tokens(table, tok, field: str = 'text'):
     "The table with a column `tokens`: how many each text has"
-    import numpy as np, pyarrow as pa
-    return table.append_column('tokens', pa.array(np.diff(encoder(tok)(table[field].to_pylist())[1]), pa.int64()))
+    import numpy as np
+    import pyarrow as pa
+
+    return table.append_column(
+        'tokens', pa.array(np.diff(encoder(tok)(table[field].to_pylist())[1]), pa.int64())
+    )
+
 
 def encode_stream(tok, texts: list, end: int):
     "The ids of all texts as one array (uint32), `end` after each"
     import numpy as np
+
     ids, ends = encoder(tok)(list(texts))
     return np.insert(ids, ends[1:], end)

@@ -9,6 +9,7 @@ __all__ = ['ENTERED', 'chained', 'speech', 'Ledger']
 import hashlib
 from array import array
 from collections import Counter, deque
+
 from ..lab.config import LabError
 from .audit import Audit, batch_rows
 
@@ -16,12 +17,14 @@ from .audit import Audit, batch_rows
 def chained(before: str, ids: list[int]) -> str:
     "SHA-256 of the fingerprint so far and one row of ids (32-bit little-endian numbers), in hex."
     numbers = array('i', ids)
-    if numbers.itemsize != 4: raise LabError(f'this machine has {numbers.itemsize}-byte ints; the stream hash needs 4')
+    if numbers.itemsize != 4:
+        raise LabError(f'this machine has {numbers.itemsize}-byte ints; the stream hash needs 4')
     return hashlib.sha256(bytes.fromhex(before) + numbers.tobytes()).hexdigest()
 
 # %% ../../nbs/text/06_ledger.ipynb #3a390503
 _ENTER = {'<think>': 'think', '<|tool_calls_section_begin|>': 'call', '<tool_call>': 'call'}
 _LEAVE = {'</think>', '<|tool_calls_section_end|>', '</tool_call>', '<|im_middle|>'}
+
 
 def speech(ids: list[int], names: dict):
     "For each id 'think', 'call', 'end' or 'answer'; `names` maps the ids of control tokens to their text. Tags belong to what they enclose."
@@ -30,13 +33,16 @@ def speech(ids: list[int], names: dict):
         name = names.get(i)
         state = _ENTER.get(name, state)
         yield 'end' if name == '<|im_end|>' else state
-        if name in _LEAVE or name == '<|im_end|>': state = 'answer'
+        if name in _LEAVE or name == '<|im_end|>':
+            state = 'answer'
 
 # %% ../../nbs/text/06_ledger.ipynb #a3288fd3
 ENTERED = ('batches', 'packed_rows', 'rows', 'tokens', 'places', 'digest')
 
+
 class Ledger:
     "What was trained: `add` each batch, read `summary()`. With `wait`, a batch counts once `passed` is called for it. `tokens` counts real tokens so far, padding left out."
+
     def __init__(self, tok, wait: bool = False, parts: bool = False):
         self.audit = Audit(tok, parts)
         self.batches = self.packed_rows = self.rows = self.tokens = self.places = 0
@@ -44,13 +50,18 @@ class Ledger:
 
     def add(self, batch: dict):
         "Take a batch of lists or tensors, [rows, width]; `LabError` for one that must not be trained."
-        if found := self.audit.wrong(batch): raise LabError(f'batch {self.batches + len(self.queue) + 1}: {found}')
+        if found := self.audit.wrong(batch):
+            raise LabError(f'batch {self.batches + len(self.queue) + 1}: {found}')
         self.queue.append(batch)
-        if not self.wait: self.passed()
+        if not self.wait:
+            self.passed()
 
     def passed(self):
         "The oldest batch that waits was trained: enter it."
-        if not self.queue: raise LabError('the ledger saw no batch for a training step; set dataloader_num_workers to 0, so that batches are made in this process')
+        if not self.queue:
+            raise LabError(
+                'the ledger saw no batch for a training step; set dataloader_num_workers to 0, so that batches are made in this process'
+            )
         batch = self.queue.popleft()
         self.batches += 1
         self.places += sum(map(len, batch['input_ids']))
@@ -64,8 +75,17 @@ class Ledger:
     def summary(self) -> dict:
         "Batches, rows (samples), tokens, trained tokens in all and by kind of speech, ends of turn learned, share of padding, hash of the stream; `packed_into` rows where samples were packed."
         kinds = {k: self.trained[k] for k in ('think', 'answer', 'call', 'end') if self.trained[k]}
-        return dict(batches=self.batches, rows=self.rows, tokens=self.tokens, trained_tokens=sum(kinds.values()), trained_by_kind=kinds, ends_of_turn=kinds.get('end', 0),
-                    padding_share=round(1 - self.tokens / max(self.places, 1), 4), stream_sha256=self.digest, **({'packed_into': self.packed_rows} if self.packed_rows else {}))
+        return dict(
+            batches=self.batches,
+            rows=self.rows,
+            tokens=self.tokens,
+            trained_tokens=sum(kinds.values()),
+            trained_by_kind=kinds,
+            ends_of_turn=kinds.get('end', 0),
+            padding_share=round(1 - self.tokens / max(self.places, 1), 4),
+            stream_sha256=self.digest,
+            **({'packed_into': self.packed_rows} if self.packed_rows else {}),
+        )
 
     def state(self) -> dict:
         "What was entered so far, as plain values."
@@ -73,12 +93,20 @@ class Ledger:
 
     def restore(self, state: dict):
         "Go on from a stored `state`."
-        for k in ENTERED: setattr(self, k, state[k])
+        for k in ENTERED:
+            setattr(self, k, state[k])
         self.trained = Counter(state['trained'])
 
     def joined(self, states: list):
         "One ledger of what several processes entered, each in its own; their fingerprints are hashed together in order of rank."
         one = Ledger.__new__(Ledger)
-        one.restore({**{k: sum(s[k] for s in states) for k in ENTERED if k != 'digest'}, 'digest': states[0]['digest'], 'trained': sum((Counter(s['trained']) for s in states), Counter())})
-        if len(states) > 1: one.digest = hashlib.sha256(''.join(s['digest'] for s in states).encode()).hexdigest()
+        one.restore(
+            {
+                **{k: sum(s[k] for s in states) for k in ENTERED if k != 'digest'},
+                'digest': states[0]['digest'],
+                'trained': sum((Counter(s['trained']) for s in states), Counter()),
+            }
+        )
+        if len(states) > 1:
+            one.digest = hashlib.sha256(''.join(s['digest'] for s in states).encode()).hexdigest()
         return one

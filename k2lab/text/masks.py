@@ -8,10 +8,11 @@ __all__ = ['encode_row', 'encode_rows', 'mask_runs', 'mask_text', 'shorten', 'ma
 # %% ../../nbs/text/04_masks.ipynb #447a25a2
 import html
 from itertools import groupby
+
+from ..lab.config import LabError
 from .chat import encode, row_spans
 from .encoder import encode_stream
 from .tokenizer import family_of
-from ..lab.config import LabError
 
 # %% ../../nbs/text/04_masks.ipynb #82e9d7cb
 def encode_row(tok, row: dict, system: str = '') -> dict:
@@ -25,29 +26,47 @@ def encode_rows(tok, rows: list, system: str = '', max_length: int = 1024) -> tu
     "(examples, counts): rows that fit into `max_length` tokens, and how many rows and tokens were kept, trained and dropped."
     encoded = [encode_row(tok, r, system) for r in rows]
     kept = [e for e in encoded if len(e['input_ids']) <= max_length]
-    if encoded and not kept: raise LabError(f'none of {len(encoded)} rows fits into {max_length} tokens; the shortest has {min(len(e["input_ids"]) for e in encoded)}')
-    counts = dict(rows=len(kept), dropped=len(encoded) - len(kept), tokens=sum(len(e['input_ids']) for e in kept),
-                  trained_tokens=sum(sum(e['completion_mask']) for e in kept), longest=max((len(e['input_ids']) for e in encoded), default=0))
+    if encoded and not kept:
+        raise LabError(
+            f'none of {len(encoded)} rows fits into {max_length} tokens; the shortest has {min(len(e["input_ids"]) for e in encoded)}'
+        )
+    counts = dict(
+        rows=len(kept),
+        dropped=len(encoded) - len(kept),
+        tokens=sum(len(e['input_ids']) for e in kept),
+        trained_tokens=sum(sum(e['completion_mask']) for e in kept),
+        longest=max((len(e['input_ids']) for e in encoded), default=0),
+    )
     return kept, counts
 
 # %% ../../nbs/text/04_masks.ipynb #bb0732f8
 def mask_runs(tok, example: dict) -> list:
     "(text, trained, control) of each run of tokens that share both."
     known = tok.get_added_vocab().values()
-    keyed = [(i, bool(m), i in known) for i, m in zip(example['input_ids'], example['completion_mask'])]
-    return [(tok.decode([k[0] for k in run]), *key) for key, run in groupby(keyed, key=lambda k: k[1:])]
+    keyed = [
+        (i, bool(m), i in known) for i, m in zip(example['input_ids'], example['completion_mask'])
+    ]
+    return [
+        (tok.decode([k[0] for k in run]), *key) for key, run in groupby(keyed, key=lambda k: k[1:])
+    ]
+
 
 def mask_text(tok, example: dict) -> str:
     "The example as text, the trained part between ⟦ and ⟧."
-    parts = [(''.join(text for text, *_ in run), trained) for trained, run in groupby(mask_runs(tok, example), key=lambda r: r[1])]
+    parts = [
+        (''.join(text for text, *_ in run), trained)
+        for trained, run in groupby(mask_runs(tok, example), key=lambda r: r[1])
+    ]
     return ''.join(f'⟦{text}⟧' if trained else text for text, trained in parts)
 
 # %% ../../nbs/text/04_masks.ipynb #b667abc2
 _LOOK = {True: 'background:#d7f2dc;color:#0b3d17', False: 'color:#8a8a8a'}
 
+
 def shorten(text: str, limit: int) -> str:
     "`text`, its middle replaced by `…` where it is longer than `limit` characters."
-    return text if len(text) <= limit else f'{text[:limit//2]} … {text[-limit//2:]}'
+    return text if len(text) <= limit else f'{text[: limit // 2]} … {text[-limit // 2 :]}'
+
 
 def mask_html(tok, example: dict, limit: int = 600) -> str:
     "The example as HTML: trained text on green, the rest grey, control tokens bold; a run longer than `limit` characters loses its middle."
@@ -60,10 +79,14 @@ def mask_html(tok, example: dict, limit: int = 600) -> str:
 # %% ../../nbs/text/04_masks.ipynb #1def1727
 def chunks(stream: list[int], length: int) -> list[list[int]]:
     "The stream in rows of `length` tokens; the last one holds what is left."
-    return [stream[i:i + length] for i in range(0, len(stream), length)]
+    return [stream[i : i + length] for i in range(0, len(stream), length)]
+
 
 def concatenate(tok, texts: list[str], length: int, end: int | None = None) -> list[dict]:
     "Rows of up to `length` tokens from documents, each followed by `end` (the tokenizer's eos); all tokens are trained."
-    if length < 2: raise LabError(f'length {length}: a row needs at least 2 tokens, one to predict from and one to predict')
+    if length < 2:
+        raise LabError(
+            f'length {length}: a row needs at least 2 tokens, one to predict from and one to predict'
+        )
     ids = encode_stream(tok, texts, tok.eos_token_id if end is None else end).tolist()
     return [dict(input_ids=row, completion_mask=[1] * len(row)) for row in chunks(ids, length)]

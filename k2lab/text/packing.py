@@ -9,23 +9,34 @@ __all__ = ['best_fit', 'pack', 'packed_batch', 'borders', 'by_sample', 'samples_
 import contextlib
 from bisect import bisect_left, insort
 from itertools import pairwise
+
 from ..lab.config import LabError
 
 # %% ../../nbs/text/07_packing.ipynb #ee62cd80
 def best_fit(lengths: list[int], room: int) -> list[list[int]]:
     "Bins of indices into `lengths`, each bin at most `room` in sum: best-fit decreasing, the same for the same lengths; `LabError` for a length over `room`."
-    free, bins, spaces = {}, [], []                # space left -> bins that have it; the spaces in order
+    free, bins, spaces = {}, [], []  # space left -> bins that have it; the spaces in order
+
     def keep(space: int, bin: list):
-        if space not in free: insort(spaces, space); free[space] = []
+        if space not in free:
+            insort(spaces, space)
+            free[space] = []
         free[space].append(bin)
+
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if lengths[i] > room: raise LabError(f'sample {i} has {lengths[i]} tokens and a packed row {room}; raise length, or drop it with encode_rows')
+        if lengths[i] > room:
+            raise LabError(
+                f'sample {i} has {lengths[i]} tokens and a packed row {room}; raise length, or drop it with encode_rows'
+            )
         at = bisect_left(spaces, lengths[i])
-        if at == len(spaces): bins.append([]); space, bin = room, bins[-1]
+        if at == len(spaces):
+            bins.append([])
+            space, bin = room, bins[-1]
         else:
             space = spaces[at]
             bin = free[space].pop()
-            if not free[space]: del free[space], spaces[at]
+            if not free[space]:
+                del free[space], spaces[at]
         bin.append(i)
         keep(space - lengths[i], bin)
     return bins
@@ -36,19 +47,34 @@ def pack(examples: list, room: int) -> list[dict]:
     rows = []
     for bin in best_fit([len(e['input_ids']) for e in examples], room):
         parts = [examples[i] for i in bin]
-        rows.append(dict(input_ids=[t for p in parts for t in p['input_ids']], completion_mask=[m for p in parts for m in p['completion_mask']], seq_lengths=[len(p['input_ids']) for p in parts]))
+        rows.append(
+            dict(
+                input_ids=[t for p in parts for t in p['input_ids']],
+                completion_mask=[m for p in parts for m in p['completion_mask']],
+                seq_lengths=[len(p['input_ids']) for p in parts],
+            )
+        )
     return rows
 
 # %% ../../nbs/text/07_packing.ipynb #2dab2644
 def packed_batch(rows: list, pad: int, flat: bool = False) -> dict:
     "Rows with `input_ids`, `labels`, `seq_lengths` as tensors [rows, width] of `input_ids`, `labels`, `position_ids`; no attention mask. `flat` joins all rows into one."
     import torch
-    if flat: rows = [{k: [x for r in rows for x in r[k]] for k in rows[0]}]
+
+    if flat:
+        rows = [{k: [x for r in rows for x in r[k]] for k in rows[0]}]
     width = max(len(r['input_ids']) for r in rows)
-    filled = lambda values, fill: values + [fill]*(width - len(values))
+    filled = lambda values, fill: values + [fill] * (width - len(values))
     places = [[p for size in r['seq_lengths'] for p in range(size)] for r in rows]
-    labels = [[-100 if p == 0 else label for label, p in zip(r['labels'], at)] for r, at in zip(rows, places)]
-    return dict(input_ids=torch.tensor([filled(r['input_ids'], pad) for r in rows]), labels=torch.tensor([filled(l, -100) for l in labels]), position_ids=torch.tensor([filled(p, 0) for p in places]))
+    labels = [
+        [-100 if p == 0 else label for label, p in zip(r['labels'], at)]
+        for r, at in zip(rows, places)
+    ]
+    return dict(
+        input_ids=torch.tensor([filled(r['input_ids'], pad) for r in rows]),
+        labels=torch.tensor([filled(l, -100) for l in labels]),
+        position_ids=torch.tensor([filled(p, 0) for p in places]),
+    )
 
 # %% ../../nbs/text/07_packing.ipynb #abac5f8a
 def borders(places: list) -> list:
@@ -57,38 +83,78 @@ def borders(places: list) -> list:
     cuts = [i for i, p in enumerate(places[:real]) if p == 0] + [real, len(places)]
     return [(a, b) for a, b in pairwise(cuts) if a < b]
 
+
 def by_sample(module, query, key, value, mask, scaling=None, position_ids=None, **options):
     "Causal attention within each sample of packed rows: query [rows, heads, width, d], key and value with as many heads or a divisor of them; ([rows, width, heads, d of value], None)."
     import torch
     from torch.nn.functional import pad, scaled_dot_product_attention as attend
-    told, width = dict(is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]), value.shape[-1]
-    value = pad(value, (0, query.shape[-1] - width))       # of one size all three, as torch's faster kernels want it; K2's values are narrower
-    rows = [torch.cat([attend(*(t[n:n+1, :, a:b] for t in (query, key, value)), **told) for a, b in borders(places)], 2) for n, places in enumerate(position_ids.tolist())]
+
+    told, width = (
+        dict(is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]),
+        value.shape[-1],
+    )
+    value = pad(
+        value, (0, query.shape[-1] - width)
+    )  # of one size all three, as torch's faster kernels want it; K2's values are narrower
+    rows = [
+        torch.cat(
+            [
+                attend(*(t[n : n + 1, :, a:b] for t in (query, key, value)), **told)
+                for a, b in borders(places)
+            ],
+            2,
+        )
+        for n, places in enumerate(position_ids.tolist())
+    ]
     return torch.cat(rows)[..., :width].transpose(1, 2), None
+
 
 @contextlib.contextmanager
 def samples_apart(model):
     "Inside, a model's attention takes packed rows sample by sample, unless it is FlashAttention, which does so anyway."
     from transformers import AttentionInterface
+
     AttentionInterface.register('by_sample', by_sample)
     kept = model.config._attn_implementation
-    if 'flash' not in kept: model.config._attn_implementation = 'by_sample'
-    try: yield
-    finally: model.config._attn_implementation = kept
+    if 'flash' not in kept:
+        model.config._attn_implementation = 'by_sample'
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = kept
 
 # %% ../../nbs/text/07_packing.ipynb #877e8daf
 def alone(model, row: dict, pad: int) -> float:
     "How far the last sample of a packed row (`input_ids`, `labels`, `seq_lengths`) is from itself alone: norm of the difference of its last logits over their norm."
     import torch
+
     size, training = row['seq_lengths'][-1], model.training
-    last = dict(input_ids=row['input_ids'][-size:], labels=row['labels'][-size:], seq_lengths=[size])
+    last = dict(
+        input_ids=row['input_ids'][-size:], labels=row['labels'][-size:], seq_lengths=[size]
+    )
     model.eval()
-    with torch.no_grad(): one, two = (model(**{k: v.to(model.device) for k, v in packed_batch([r], pad).items() if k != 'labels'}, use_cache=False, logits_to_keep=min(size, 8)).logits.float() for r in (row, last))
+    with torch.no_grad():
+        one, two = (
+            model(
+                **{
+                    k: v.to(model.device)
+                    for k, v in packed_batch([r], pad).items()
+                    if k != 'labels'
+                },
+                use_cache=False,
+                logits_to_keep=min(size, 8),
+            ).logits.float()
+            for r in (row, last)
+        )
     model.train(training)
-    return float((one - two).norm()/two.norm())
+    return float((one - two).norm() / two.norm())
+
 
 def check_alone(model, rows: list, pad: int):
     "`LabError` if the samples of packed rows can see each other in this model."
-    limit = 1e-4 if model.dtype.itemsize == 4 else .05
+    limit = 1e-4 if model.dtype.itemsize == 4 else 0.05
     found = alone(model, max(rows, key=lambda r: len(r['seq_lengths'])), pad)
-    if not found <= limit: raise LabError(f'packing: a sample that shares a row gets other logits than alone ({found:.1e} of their size): this model or its attention ({model.config._attn_implementation}) lets samples see each other; set pack to false')
+    if not found <= limit:
+        raise LabError(
+            f'packing: a sample that shares a row gets other logits than alone ({found:.1e} of their size): this model or its attention ({model.config._attn_implementation}) lets samples see each other; set pack to false'
+        )

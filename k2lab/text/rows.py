@@ -8,8 +8,15 @@ __all__ = ['FORMATS', 'SURROGATE', 'fault', 'Part', 'publishing', 'write_whole',
            'Damaged', 'unpacker', 'unpacked', 'unpack', 'parse_line', 'parse_lines', 'read_rows']
 
 # %% ../../nbs/text/00_rows.ipynb #099d9c3d
-import contextlib, hashlib, io, json, os, re, zlib
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import zlib
 from pathlib import Path
+
 from ..lab.config import LabError, one_of
 from ..lab.files import DISK_FULL, disk_errors, move
 
@@ -22,34 +29,52 @@ FORMATS = {
     'reasoning_sft': ('prompt', 'reasoning', 'final'),
     'dpo_pairs': ('prompt', 'chosen', 'rejected'),
     'distill_corpus': ('prompt', 'response'),
-    'prompts': ('prompt',)}
+    'prompts': ('prompt',),
+}
 
 # %% ../../nbs/text/00_rows.ipynb #75745e46
 SURROGATE = re.compile('[\ud800-\udfff]')
 
+
 def fault(row, format: str = None) -> str:
     "What is wrong with a row of a format, or '' when nothing is"
-    if not isinstance(row, dict): return f'a row must be an object, this is {type(row).__name__}'
+    if not isinstance(row, dict):
+        return f'a row must be an object, this is {type(row).__name__}'
     for field in FORMATS[format] if format else ():
-        if field not in row: return f'no field {field!r}; a {format} row has {", ".join(FORMATS[format])}'
-        if not isinstance(row[field], str): return f'{field!r} must be text, this is {type(row[field]).__name__}'
-        if not row[field].strip() and field != 'input': return f'{field!r} is empty'
-        if SURROGATE.search(row[field]): return f'{field!r} holds half a character (a lone surrogate)'
+        if field not in row:
+            return f'no field {field!r}; a {format} row has {", ".join(FORMATS[format])}'
+        if not isinstance(row[field], str):
+            return f'{field!r} must be text, this is {type(row[field]).__name__}'
+        if not row[field].strip() and field != 'input':
+            return f'{field!r} is empty'
+        if SURROGATE.search(row[field]):
+            return f'{field!r} holds half a character (a lone surrogate)'
     return ''
 
 # %% ../../nbs/text/00_rows.ipynb #c2e7be6c
 class Part(io.RawIOBase):
     "A file on its way to its name; `bytes` and `hash` (SHA-256) are of what was written. LabError when the disk is full"
-    def __init__(self, raw, name: str): self.raw, self.name, self.bytes, self.hash = raw, name, 0, hashlib.sha256()
-    def writable(self): return True
-    def tell(self): return self.bytes
+
+    def __init__(self, raw, name: str):
+        self.raw, self.name, self.bytes, self.hash = raw, name, 0, hashlib.sha256()
+
+    def writable(self):
+        return True
+
+    def tell(self):
+        return self.bytes
+
     def write(self, data) -> int:
         left = memoryview(data).cast('B')
         try:
-            while left: left = left[self.raw.write(left):]
+            while left:
+                left = left[self.raw.write(left) :]
         except OSError as error:
-            if error.errno not in DISK_FULL: raise
-            raise LabError(f'disk full while writing {self.name}: room for at least {len(left):,} more bytes is needed; nothing was published under that name') from error
+            if error.errno not in DISK_FULL:
+                raise
+            raise LabError(
+                f'disk full while writing {self.name}: room for at least {len(left):,} more bytes is needed; nothing was published under that name'
+            ) from error
         self.hash.update(data)
         self.bytes += memoryview(data).nbytes
         return memoryview(data).nbytes
@@ -65,29 +90,43 @@ def publishing(path: Path, empty: bool = True):
             out = Part(raw, path.name)
             yield out
         if out.bytes or empty:
-            with disk_errors(path.name): move(part, path)
-    finally: part.unlink(missing_ok=True)
+            with disk_errors(path.name):
+                move(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
 
 def write_whole(path: Path, data: bytes):
     "Writes a file so that it is whole or not there: temporary name, sync, rename. LabError when the disk is full"
-    with publishing(path) as file: file.write(data)
+    with publishing(path) as file:
+        file.write(data)
 
 # %% ../../nbs/text/00_rows.ipynb #5b81506d
 def zstd():
     "The optional zstandard package; LabError says how to get it"
-    try: import zstandard
-    except ImportError: raise LabError('.zst files need the package zstandard: pip install zstandard') from None
+    try:
+        import zstandard
+    except ImportError:
+        raise LabError('.zst files need the package zstandard: pip install zstandard') from None
     return zstandard
+
 
 class Plain:
     "A compressor that leaves the bytes as they are"
-    def compress(self, data: bytes) -> bytes: return data
-    def flush(self) -> bytes: return b''
+
+    def compress(self, data: bytes) -> bytes:
+        return data
+
+    def flush(self) -> bytes:
+        return b''
+
 
 def packer(name: str):
     "A compressor as the file's ending asks, .gz, .zst or plain: `compress(bytes)` and a last `flush()`, both give bytes"
-    if name.endswith('.gz'): return zlib.compressobj(6, zlib.DEFLATED, 31)
+    if name.endswith('.gz'):
+        return zlib.compressobj(6, zlib.DEFLATED, 31)
     return zstd().ZstdCompressor(3).compressobj() if name.endswith('.zst') else Plain()
+
 
 def compress(data: bytes, name: str) -> bytes:
     "Bytes as the file's ending asks. Compressed files carry no time stamp, so the same rows give the same bytes"
@@ -99,46 +138,66 @@ def manifest_path(path) -> str:
     "Where the manifest of a file or URL is"
     return f'{path}.manifest.json'
 
-def publish_manifest(path, format: str, rows: int, bytes: int, sha256: str, licence: str, origin: str) -> dict:
+
+def publish_manifest(
+    path, format: str, rows: int, bytes: int, sha256: str, licence: str, origin: str
+) -> dict:
     "The manifest of a file of rows, written beside it"
-    manifest = dict(format=format, rows=rows, bytes=bytes, sha256=sha256, licence=licence, origin=origin)
+    manifest = dict(
+        format=format, rows=rows, bytes=bytes, sha256=sha256, licence=licence, origin=origin
+    )
     write_whole(Path(manifest_path(path)), (json.dumps(manifest, indent=1) + '\n').encode())
     return manifest
+
 
 def write_rows(path, rows, format: str, licence: str = 'unknown', origin: str = '') -> dict:
     "Writes rows as .jsonl, .jsonl.gz or .jsonl.zst and the manifest beside it, which is returned. LabError for a bad row; nothing is written then"
     one_of('row format', format, FORMATS)
     path, lines = Path(path), []
     for i, row in enumerate(rows, 1):
-        if reason := fault(row, format): raise LabError(f'{path.name}: row {i} not written: {reason}')
+        if reason := fault(row, format):
+            raise LabError(f'{path.name}: row {i} not written: {reason}')
         lines.append(json.dumps(row, ensure_ascii=False))
     data = compress(''.join(f'{line}\n' for line in lines).encode(), path.name)
     write_whole(path, data)
-    return publish_manifest(path, format, len(lines), len(data), hashlib.sha256(data).hexdigest(), licence, origin)
+    return publish_manifest(
+        path, format, len(lines), len(data), hashlib.sha256(data).hexdigest(), licence, origin
+    )
 
 # %% ../../nbs/text/00_rows.ipynb #3b7026f1
 def read_bytes(path) -> bytes:
     "The bytes of a local file or an fsspec URL. LabError when there is none"
     if '://' in str(path):
         import fsspec
+
         try:
-            with fsspec.open(str(path), 'rb') as f: return f.read()
-        except FileNotFoundError: raise LabError(f'{path}: no such file') from None
-    if not Path(path).is_file(): raise LabError(f'{path}: no such file')
+            with fsspec.open(str(path), 'rb') as f:
+                return f.read()
+        except FileNotFoundError:
+            raise LabError(f'{path}: no such file') from None
+    if not Path(path).is_file():
+        raise LabError(f'{path}: no such file')
     return Path(path).read_bytes()
+
 
 def read_manifest(path):
     "The manifest beside a file or URL, or None when it has none. LabError when it cannot be read"
-    try: text = read_bytes(manifest_path(path))
-    except LabError: return None
-    try: return json.loads(text)
-    except ValueError: raise LabError(f'{manifest_path(path)}: not JSON') from None
+    try:
+        text = read_bytes(manifest_path(path))
+    except LabError:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise LabError(f'{manifest_path(path)}: not JSON') from None
 
 # %% ../../nbs/text/00_rows.ipynb #7af7fdc0
 def check_manifest(path, data: bytes, manifest: dict):
     "LabError when bytes are not those of the manifest"
     if len(data) != manifest['bytes']:
-        raise LabError(f'{path}: {len(data)} bytes, its manifest says {manifest["bytes"]}: the file was cut or changed')
+        raise LabError(
+            f'{path}: {len(data)} bytes, its manifest says {manifest["bytes"]}: the file was cut or changed'
+        )
     if hashlib.sha256(data).hexdigest() != manifest['sha256']:
         raise LabError(f'{path}: its SHA-256 is not the one in its manifest: the file was changed')
 
@@ -146,22 +205,33 @@ def check_manifest(path, data: bytes, manifest: dict):
 class Damaged(LabError):
     "A compressed file that was cut or damaged."
 
+
 def unpacker(name: str):
     "What makes a decompressor for one member of a file, or None when its ending says that it is not compressed"
-    if name.endswith('.gz'): return lambda: zlib.decompressobj(31)
+    if name.endswith('.gz'):
+        return lambda: zlib.decompressobj(31)
     return zstd().ZstdDecompressor().decompressobj if name.endswith('.zst') else None
+
 
 def unpacked(pieces, path):
     "The pieces of a .gz or .zst file unpacked, others as they are; `Damaged` after the last byte that could be had"
     new, one, ended = unpacker(str(path)), None, False
-    if new is None: yield from pieces; return
+    if new is None:
+        yield from pieces
+        return
     for piece in pieces:
-        while piece := piece.lstrip(b'\0') if ended else piece:      # archives may be padded
+        while piece := piece.lstrip(b'\0') if ended else piece:  # archives may be padded
             one, ended = one or new(), False
-            try: yield one.decompress(piece)
-            except Exception as error: raise Damaged(f'{path}: cannot be unpacked, it is cut or damaged ({error})') from None
+            try:
+                yield one.decompress(piece)
+            except Exception as error:
+                raise Damaged(
+                    f'{path}: cannot be unpacked, it is cut or damaged ({error})'
+                ) from None
             piece, one, ended = (one.unused_data, None, True) if one.eof else (b'', one, False)
-    if one: raise Damaged(f'{path}: cannot be unpacked, it is cut or damaged (the end is missing)')
+    if one:
+        raise Damaged(f'{path}: cannot be unpacked, it is cut or damaged (the end is missing)')
+
 
 def unpack(data: bytes, path) -> bytes:
     "The bytes of a .gz or .zst file unpacked, others as they are. `Damaged` when a packed file was cut"
@@ -170,9 +240,12 @@ def unpack(data: bytes, path) -> bytes:
 # %% ../../nbs/text/00_rows.ipynb #48193009
 def parse_line(line: bytes, format: str = None) -> tuple:
     "(row, '') of one line, or (None, reason)"
-    try: row = json.loads(line.decode('utf-8'))
-    except UnicodeDecodeError as error: return None, f'not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}'
-    except (ValueError, RecursionError) as error: return None, f'not JSON: {error}'
+    try:
+        row = json.loads(line.decode('utf-8'))
+    except UnicodeDecodeError as error:
+        return None, f'not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}'
+    except (ValueError, RecursionError) as error:
+        return None, f'not JSON: {error}'
     reason = fault(row, format)
     return (None if reason else row), reason
 
@@ -181,23 +254,35 @@ def parse_lines(data: bytes, path, format: str = None) -> tuple:
     "(rows, faults) of JSONL bytes; a fault is 'file:line: reason'; blank lines are passed over"
     rows, faults = [], []
     for number, line in enumerate(data.removeprefix(b'\xef\xbb\xbf').split(b'\n'), 1):
-        if not line.strip(): continue
+        if not line.strip():
+            continue
         row, reason = parse_line(line, format)
-        if reason: faults.append(f'{path}:{number}: {reason}')
-        else: rows.append(row)
+        if reason:
+            faults.append(f'{path}:{number}: {reason}')
+        else:
+            rows.append(row)
     return rows, faults
 
 # %% ../../nbs/text/00_rows.ipynb #63dd4470
 def read_rows(path, format: str = None, allow_bad: int = 0) -> list:
     "The rows of a JSONL file or URL, checked against format and manifest, bad ones (at most `allow_bad`) left out. LabError: 'file:line: reason'"
-    if format: one_of('row format', format, FORMATS)
+    if format:
+        one_of('row format', format, FORMATS)
     data, manifest = read_bytes(path), read_manifest(path)
-    if manifest: check_manifest(path, data, manifest)
+    if manifest:
+        check_manifest(path, data, manifest)
     rows, faults = parse_lines(unpack(data, path), path, format)
     if len(faults) > allow_bad:
-        more = f' (and {len(faults) - 1} more bad rows; {allow_bad} allowed)' if len(faults) > 1 else ''
+        more = (
+            f' (and {len(faults) - 1} more bad rows; {allow_bad} allowed)'
+            if len(faults) > 1
+            else ''
+        )
         raise LabError(faults[0] + more)
-    if not rows: raise LabError(f'{path}: no rows')
+    if not rows:
+        raise LabError(f'{path}: no rows')
     if manifest and len(rows) + len(faults) != manifest['rows']:
-        raise LabError(f'{path}: {len(rows) + len(faults)} rows, its manifest says {manifest["rows"]}')
+        raise LabError(
+            f'{path}: {len(rows) + len(faults)} rows, its manifest says {manifest["rows"]}'
+        )
     return rows

@@ -9,21 +9,47 @@ __all__ = ['SPECIAL_TOKENS', 'QWEN_TOKENS', 'KEPT_TOKENS', 'KIMI_PATTERN', 'QWEN
            'control_tokens', 'kimi_engine', 'load_kimi_tokenizer', 'tokenizer_in']
 
 # %% ../../nbs/text/01_tokenizer.ipynb #0c5fac67
-import base64, json
+import base64
+import json
 from functools import lru_cache
 from pathlib import Path
+
 from ..lab.config import LabError
 
 # %% ../../nbs/text/01_tokenizer.ipynb #293c2aef
-SPECIAL_TOKENS = ['[BOS]', '[EOS]', '<|im_end|>', '<|im_user|>', '<|im_assistant|>', '<|start_header_id|>', '<|end_header_id|>', '[EOT]', '<|im_system|>',
-    '<|tool_calls_section_begin|>', '<|tool_calls_section_end|>', '<|tool_call_begin|>', '<|tool_call_argument_begin|>', '<|tool_call_end|>', '<|im_middle|>',
-    '<think>', '</think>', '[UNK]', '[PAD]']
+SPECIAL_TOKENS = [
+    '[BOS]',
+    '[EOS]',
+    '<|im_end|>',
+    '<|im_user|>',
+    '<|im_assistant|>',
+    '<|start_header_id|>',
+    '<|end_header_id|>',
+    '[EOT]',
+    '<|im_system|>',
+    '<|tool_calls_section_begin|>',
+    '<|tool_calls_section_end|>',
+    '<|tool_call_begin|>',
+    '<|tool_call_argument_begin|>',
+    '<|tool_call_end|>',
+    '<|im_middle|>',
+    '<think>',
+    '</think>',
+    '[UNK]',
+    '[PAD]',
+]
 QWEN_TOKENS = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<tool_call>', '</tool_call>']
 # special=false in the makers' own files: decoding with skip_special_tokens keeps these
-KEPT_TOKENS = {t for t in SPECIAL_TOKENS if t.startswith('<|tool_') or 'think>' in t} | {'<tool_call>', '</tool_call>'}
+KEPT_TOKENS = {t for t in SPECIAL_TOKENS if t.startswith('<|tool_') or 'think>' in t} | {
+    '<tool_call>',
+    '</tool_call>',
+}
 
 # %% ../../nbs/text/01_tokenizer.ipynb #7f9b81eb
-_UPPER, _LOWER = r'[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]', r'[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]'
+_UPPER, _LOWER = (
+    r'[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]',
+    r'[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]',
+)
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 _WORD = r'[^\r\n\p{L}\p{N}]?'
@@ -34,14 +60,17 @@ QWEN_PATTERN = rf'{_SUFFIX}|{_WORD}\p{{L}}+|\p{{N}}|{_SPACES}'
 def pretokens(text: str, pattern: str) -> list[str]:
     "The pieces of `text` that a byte-pair tokenizer with this `pattern` never merges across."
     from tokenizers import Regex, pre_tokenizers
+
     return [p for p, _ in pre_tokenizers.Split(Regex(pattern), 'isolated').pre_tokenize_str(text)]
 
 # %% ../../nbs/text/01_tokenizer.ipynb #60ebc99a
 KIMI_SYSTEM = 'You are Kimi, an AI assistant created by Moonshot AI.'
 QWEN_SYSTEM = 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.'
-QWEN_TOOLS = ('\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>',
+QWEN_TOOLS = (
+    '\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>',
     '\n</tools>\n\nFor each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n'
-    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>')
+    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>',
+)
 
 # %% ../../nbs/text/01_tokenizer.ipynb #8d1c308c
 CHAT_TEMPLATE = r"""
@@ -69,7 +98,8 @@ _THOUGHT = "{%- if m.role == 'assistant' -%}{{- '<think>' ~ ((m.reasoning_conten
 INSTRUCT_TEMPLATE = CHAT_TEMPLATE.replace(_THOUGHT, '')
 
 # %% ../../nbs/text/01_tokenizer.ipynb #ecabb993
-QWEN_TEMPLATE = r"""
+QWEN_TEMPLATE = (
+    r"""
 {%- macro words(m) -%}{%- if m.content is string -%}{{- m.content -}}{%- elif m.content -%}{%- for part in m.content -%}{{- part.text -}}{%- endfor -%}{%- endif -%}{%- endmacro -%}
 {%- set own = messages and messages[0].role == 'system' -%}
 {{- '<|im_start|>system\n' ~ (words(messages[0]) if own else 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.') -}}
@@ -87,27 +117,51 @@ QWEN_TEMPLATE = r"""
 {%- endfor -%}{{- '<|im_end|>\n' -}}
 {%- endif -%}{%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
-""".strip().replace('QWEN_BEFORE', json.dumps(QWEN_TOOLS[0])).replace('QWEN_AFTER', json.dumps(QWEN_TOOLS[1]))
+""".strip()
+    .replace('QWEN_BEFORE', json.dumps(QWEN_TOOLS[0]))
+    .replace('QWEN_AFTER', json.dumps(QWEN_TOOLS[1]))
+)
 
 # %% ../../nbs/text/01_tokenizer.ipynb #70a16483
-_KIMI = dict(pattern=KIMI_PATTERN, names=dict(bos_token='[BOS]', eos_token='[EOS]', pad_token='[PAD]', unk_token='[UNK]'))
-CHAT_FAMILIES = {'kimi': dict(_KIMI, tokens=SPECIAL_TOKENS, template=CHAT_TEMPLATE),
-            'kimi_instruct': dict(_KIMI, tokens=[t for t in SPECIAL_TOKENS if 'think>' not in t], template=INSTRUCT_TEMPLATE),
-            'qwen': dict(pattern=QWEN_PATTERN, tokens=QWEN_TOKENS, template=QWEN_TEMPLATE, names=dict(eos_token='<|endoftext|>', pad_token='<|endoftext|>'))}
+_KIMI = dict(
+    pattern=KIMI_PATTERN,
+    names=dict(bos_token='[BOS]', eos_token='[EOS]', pad_token='[PAD]', unk_token='[UNK]'),
+)
+CHAT_FAMILIES = {
+    'kimi': dict(_KIMI, tokens=SPECIAL_TOKENS, template=CHAT_TEMPLATE),
+    'kimi_instruct': dict(
+        _KIMI, tokens=[t for t in SPECIAL_TOKENS if 'think>' not in t], template=INSTRUCT_TEMPLATE
+    ),
+    'qwen': dict(
+        pattern=QWEN_PATTERN,
+        tokens=QWEN_TOKENS,
+        template=QWEN_TEMPLATE,
+        names=dict(eos_token='<|endoftext|>', pad_token='<|endoftext|>'),
+    ),
+}
+
 
 def check_family(family: str) -> str:
     "`family`; `LabError` if there is none of that name."
-    if family not in CHAT_FAMILIES: raise LabError(f"no chat family {family!r}; valid: {', '.join(CHAT_FAMILIES)}")
+    if family not in CHAT_FAMILIES:
+        raise LabError(f"no chat family {family!r}; valid: {', '.join(CHAT_FAMILIES)}")
     return family
 
 # %% ../../nbs/text/01_tokenizer.ipynb #4b82b497
 def byte_level(model, pattern: str, normalizer=None):
     "A `tokenizers.Tokenizer` that cuts by `pattern` and works on bytes."
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers as pre
+
     t = Tokenizer(model)
-    t.pre_tokenizer = pre.Sequence([pre.Split(Regex(pattern), 'isolated'), pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    t.pre_tokenizer = pre.Sequence(
+        [
+            pre.Split(Regex(pattern), 'isolated'),
+            pre.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     t.decoder = decoders.ByteLevel()
-    if normalizer: t.normalizer = normalizer
+    if normalizer:
+        t.normalizer = normalizer
     return t
 
 # %% ../../nbs/text/01_tokenizer.ipynb #eab6d8fc
@@ -115,12 +169,28 @@ def build_tokenizer(texts, vocab_size: int, family: str = 'kimi'):
     "A transformers fast tokenizer trained on `texts`, with at most `vocab_size` entries, control tokens included."
     from tokenizers import AddedToken, models, normalizers, pre_tokenizers as pre, trainers
     from transformers import PreTrainedTokenizerFast
-    f = CHAT_FAMILIES[check_family(family)]; learned = vocab_size - len(f['tokens'])
-    if learned < 256: raise LabError(f'vocab_size {vocab_size} leaves no room for the 256 bytes; at least {256 + len(f["tokens"])}')
-    t = byte_level(models.BPE(), f['pattern'], normalizers.NFC() if family == 'qwen' else None)   # Qwen2.5 normalises to NFC, Kimi does not
-    t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=learned, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
-    t.add_tokens([AddedToken(s, normalized=False, special=s not in KEPT_TOKENS) for s in f['tokens']])
-    tok = PreTrainedTokenizerFast(tokenizer_object=t, clean_up_tokenization_spaces=False, **f['names'])
+
+    f = CHAT_FAMILIES[check_family(family)]
+    learned = vocab_size - len(f['tokens'])
+    if learned < 256:
+        raise LabError(
+            f'vocab_size {vocab_size} leaves no room for the 256 bytes; at least {256 + len(f["tokens"])}'
+        )
+    t = byte_level(
+        models.BPE(), f['pattern'], normalizers.NFC() if family == 'qwen' else None
+    )  # Qwen2.5 normalises to NFC, Kimi does not
+    t.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=learned, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False
+        ),
+    )
+    t.add_tokens(
+        [AddedToken(s, normalized=False, special=s not in KEPT_TOKENS) for s in f['tokens']]
+    )
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=t, clean_up_tokenization_spaces=False, **f['names']
+    )
     tok.chat_template = f['template']
     return tok
 
@@ -128,43 +198,81 @@ def build_tokenizer(texts, vocab_size: int, family: str = 'kimi'):
 def family_of(tok) -> str:
     "'kimi' (K2-Thinking), 'kimi_instruct' (K2-Instruct, Moonlight) or 'qwen', by the control tokens the tokenizer has; `LabError` for any other."
     known = tok.get_added_vocab()
-    if '<|im_middle|>' in known: return 'kimi' if '<think>' in known else 'kimi_instruct'
-    if '<|im_start|>' in known: return 'qwen'
-    raise LabError(f'{tok.name_or_path or type(tok).__name__} has neither <|im_middle|> (kimi) nor <|im_start|> (qwen): unknown chat family')
+    if '<|im_middle|>' in known:
+        return 'kimi' if '<think>' in known else 'kimi_instruct'
+    if '<|im_start|>' in known:
+        return 'qwen'
+    raise LabError(
+        f'{tok.name_or_path or type(tok).__name__} has neither <|im_middle|> (kimi) nor <|im_start|> (qwen): unknown chat family'
+    )
 
 # %% ../../nbs/text/01_tokenizer.ipynb #381a0f10
 @lru_cache(maxsize=8)
 def plain_tokenizer(tok):
     "A copy of the tokenizer's engine that knows no control token."
     from tokenizers import Tokenizer
-    if not getattr(tok, 'is_fast', False): raise LabError(f'{type(tok).__name__} is a slow tokenizer; open it with k2lab.models.load.open_tokenizer')
+
+    if not getattr(tok, 'is_fast', False):
+        raise LabError(
+            f'{type(tok).__name__} is a slow tokenizer; open it with k2lab.models.load.open_tokenizer'
+        )
     state = json.loads(tok.backend_tokenizer.to_str())
-    return Tokenizer.from_str(json.dumps({**state, 'added_tokens': [], 'post_processor': None, 'truncation': None, 'padding': None}))
+    return Tokenizer.from_str(
+        json.dumps(
+            {
+                **state,
+                'added_tokens': [],
+                'post_processor': None,
+                'truncation': None,
+                'padding': None,
+            }
+        )
+    )
 
 # %% ../../nbs/text/01_tokenizer.ipynb #88c7785c
 def read_ranks(path) -> dict:
     "`{bytes: rank}` of a tiktoken file, every byte among them; `LabError` with the line that is no token."
     ranks = {}
     for n, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        try: token, rank = line.split(); ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError: raise LabError(f'{path}, line {n}: not a token in base64 and its rank; download the file again') from None
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise LabError(
+                f'{path}, line {n}: not a token in base64 and its rank; download the file again'
+            ) from None
     missing = [b for b in range(256) if bytes([b]) not in ranks]
-    if missing: raise LabError(f'{path}: {len(missing)} of the 256 bytes have no rank; not a byte-level vocabulary')
-    if sorted(ranks.values()) != list(range(len(ranks))): raise LabError(f'{path}: the ranks of {len(ranks)} tokens are not 0 to {len(ranks)-1}; download the file again')
+    if missing:
+        raise LabError(
+            f'{path}: {len(missing)} of the 256 bytes have no rank; not a byte-level vocabulary'
+        )
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise LabError(
+            f'{path}: the ranks of {len(ranks)} tokens are not 0 to {len(ranks) - 1}; download the file again'
+        )
     return ranks
 
 # %% ../../nbs/text/01_tokenizer.ipynb #c2911166
 def merges_of(ranks: dict) -> list:
     "`(left, right)` bytes of every way to make a token of two others, the lowest rank first."
-    return [(t[:cut], t[cut:]) for t in sorted(ranks, key=ranks.get) for cut in range(1, len(t)) if t[:cut] in ranks and t[cut:] in ranks]
+    return [
+        (t[:cut], t[cut:])
+        for t in sorted(ranks, key=ranks.get)
+        for cut in range(1, len(t))
+        if t[:cut] in ranks and t[cut:] in ranks
+    ]
 
 # %% ../../nbs/text/01_tokenizer.ipynb #eb08a0a1
 def control_tokens(config: dict, first: int) -> list:
     "The added tokens of Kimi's tokenizer_config.json in order of id, from `first`, the number of ordinary tokens; `LabError` where they do not begin there."
     from tokenizers import AddedToken
+
     named = {int(i): t for i, t in config.get('added_tokens_decoder', {}).items()}
-    if not named or min(named) != first: raise LabError(f'the vocabulary has {first} tokens, but the control tokens of tokenizer_config.json begin at {min(named, default="none")}; '
-                                                       'one of the two files is cut or another model\'s')
+    if not named or min(named) != first:
+        raise LabError(
+            f'the vocabulary has {first} tokens, but the control tokens of tokenizer_config.json begin at {min(named, default="none")}; '
+            'one of the two files is cut or another model\'s'
+        )
     reserved = lambda i: dict(content=f'<|reserved_token_{i}|>', special=True)
     tokens = [named.get(i) or reserved(i) for i in range(first, max(named) + 1)]
     return [AddedToken(t['content'], normalized=False, special=t['special']) for t in tokens]
@@ -174,24 +282,48 @@ def kimi_engine(ranks: dict, added: list):
     "The `tokenizers.Tokenizer` of ranks and control tokens; `LabError` where a control token is also an ordinary one."
     from tokenizers import models
     from transformers.convert_slow_tokenizer import bytes_to_unicode
-    letters = bytes_to_unicode()      # byte-level BPE spells each byte as one letter
+
+    letters = bytes_to_unicode()  # byte-level BPE spells each byte as one letter
     spell = lambda token: ''.join(letters[b] for b in token)
     merges = [(spell(a), spell(b)) for a, b in merges_of(ranks)]
-    engine = byte_level(models.BPE(vocab={spell(t): r for t, r in ranks.items()}, merges=merges, ignore_merges=True), KIMI_PATTERN)
+    engine = byte_level(
+        models.BPE(
+            vocab={spell(t): r for t, r in ranks.items()}, merges=merges, ignore_merges=True
+        ),
+        KIMI_PATTERN,
+    )
     engine.add_tokens(added)
-    wrong = [t.content for i, t in enumerate(added, len(ranks)) if engine.token_to_id(t.content) != i]
-    if wrong: raise LabError(f'the control token {wrong[0]} is also an ordinary token of the vocabulary, or listed twice')
+    wrong = [
+        t.content for i, t in enumerate(added, len(ranks)) if engine.token_to_id(t.content) != i
+    ]
+    if wrong:
+        raise LabError(
+            f'the control token {wrong[0]} is also an ordinary token of the vocabulary, or listed twice'
+        )
     return engine
 
 # %% ../../nbs/text/01_tokenizer.ipynb #50da047d
 def load_kimi_tokenizer(folder):
     "Kimi's published tokenizer (`tiktoken.model`, `tokenizer_config.json`) as a transformers fast tokenizer with Moonshot's ids and the lab's template; `LabError` for files that are missing or do not fit."
     from transformers import PreTrainedTokenizerFast
-    missing = [f for f in ('tiktoken.model', 'tokenizer_config.json') if not (Path(folder)/f).exists()]
-    if missing: raise LabError(f'{folder}: {" and ".join(missing)} missing; Kimi\'s tokenizer is both files')
-    config, ranks = json.loads((Path(folder)/'tokenizer_config.json').read_text()), read_ranks(Path(folder)/'tiktoken.model')
+
+    missing = [
+        f for f in ('tiktoken.model', 'tokenizer_config.json') if not (Path(folder) / f).exists()
+    ]
+    if missing:
+        raise LabError(
+            f'{folder}: {" and ".join(missing)} missing; Kimi\'s tokenizer is both files'
+        )
+    config, ranks = (
+        json.loads((Path(folder) / 'tokenizer_config.json').read_text()),
+        read_ranks(Path(folder) / 'tiktoken.model'),
+    )
     names = {k: config[k] for k in CHAT_FAMILIES['kimi']['names'] if config.get(k)}
-    tok = PreTrainedTokenizerFast(tokenizer_object=kimi_engine(ranks, control_tokens(config, len(ranks))), clean_up_tokenization_spaces=False, **names)
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=kimi_engine(ranks, control_tokens(config, len(ranks))),
+        clean_up_tokenization_spaces=False,
+        **names,
+    )
     tok.chat_template = CHAT_FAMILIES[family_of(tok)]['template']
     return tok
 
@@ -199,8 +331,12 @@ def load_kimi_tokenizer(folder):
 def tokenizer_in(folder):
     "The fast tokenizer of a folder, from its tokenizer.json or Kimi's tiktoken.model; `LabError` where there is neither or its chat family is unknown."
     from transformers import PreTrainedTokenizerFast
-    if (Path(folder)/'tokenizer.json').exists(): tok = PreTrainedTokenizerFast.from_pretrained(folder)
-    elif (Path(folder)/'tiktoken.model').exists(): tok = load_kimi_tokenizer(folder)
-    else: raise LabError(f'{folder}: no tokenizer there (neither tokenizer.json nor tiktoken.model)')
+
+    if (Path(folder) / 'tokenizer.json').exists():
+        tok = PreTrainedTokenizerFast.from_pretrained(folder)
+    elif (Path(folder) / 'tiktoken.model').exists():
+        tok = load_kimi_tokenizer(folder)
+    else:
+        raise LabError(f'{folder}: no tokenizer there (neither tokenizer.json nor tiktoken.model)')
     family_of(tok)
     return tok

@@ -9,26 +9,49 @@ __all__ = ['progress_callback', 'epoch_order', 'ordered', 'restore_weights', 'ev
 # %% ../../nbs/training/01_callbacks.ipynb #cb51a979
 import time
 from pathlib import Path
-from ..models.adapters import certified, coverage, with_gradient
+
 from ..lab.checkpoint import finalize_checkpoint
+from ..models.adapters import certified, coverage, with_gradient
 from ..models.load import Loading, open_model
 
 # %% ../../nbs/training/01_callbacks.ipynb #b7349a92
-def progress_callback(job, ledger, phase: str = 'train', earlier: float = 0.):
+def progress_callback(job, ledger, phase: str = 'train', earlier: float = 0.0):
     "A trainer callback that logs step, loss, tokens per second and time left to the job; `earlier` are seconds trained before a resume."
     from transformers import TrainerCallback
+
     class Live(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kw): self.began = time.monotonic() - earlier
-        def on_substep_end(self, args, state, control, **kw): ledger.passed()
+        def on_train_begin(self, args, state, control, **kw):
+            self.began = time.monotonic() - earlier
+
+        def on_substep_end(self, args, state, control, **kw):
+            ledger.passed()
+
         def on_step_end(self, args, state, control, **kw):
             ledger.passed()
-            control.should_log |= control.should_save or control.should_training_stop      # a checkpoint keeps no half-summed loss
+            control.should_log |= (
+                control.should_save or control.should_training_stop
+            )  # a checkpoint keeps no half-summed loss
             return control
+
         def on_log(self, args, state, control, logs=None, **kw):
-            if 'loss' not in logs: return
+            if 'loss' not in logs:
+                return
             seconds = time.monotonic() - self.began
-            job.log(phase=phase, step=state.global_step, steps=state.max_steps, loss=logs['loss'], lr=logs.get('learning_rate'), tokens_s=round(ledger.tokens/seconds),
-                    eta_s=round(seconds/state.global_step*(state.max_steps - state.global_step), 1), **{k: logs[f'rewards/{k}'] for k in ('accuracies', 'margins') if f'rewards/{k}' in logs})
+            job.log(
+                phase=phase,
+                step=state.global_step,
+                steps=state.max_steps,
+                loss=logs['loss'],
+                lr=logs.get('learning_rate'),
+                tokens_s=round(ledger.tokens / seconds),
+                eta_s=round(seconds / state.global_step * (state.max_steps - state.global_step), 1),
+                **{
+                    k: logs[f'rewards/{k}']
+                    for k in ('accuracies', 'margins')
+                    if f'rewards/{k}' in logs
+                },
+            )
+
     return Live()
 
 # %% ../../nbs/training/01_callbacks.ipynb #4fd0cf36
@@ -36,22 +59,50 @@ def epoch_order(strategy: str, lengths: list, batch: int, seed: int, epoch: int)
     "Places of the rows in one epoch: in order, at random, or at random with rows of like length together; always the same for the same arguments."
     import torch
     from transformers.trainer_pt_utils import get_length_grouped_indices
-    g = torch.Generator().manual_seed(seed*1_000_003 + epoch)
-    if strategy == 'group_by_length': return get_length_grouped_indices(lengths, batch, generator=g)
-    return list(range(len(lengths))) if strategy == 'sequential' else torch.randperm(len(lengths), generator=g).tolist()
+
+    g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    if strategy == 'group_by_length':
+        return get_length_grouped_indices(lengths, batch, generator=g)
+    return (
+        list(range(len(lengths)))
+        if strategy == 'sequential'
+        else torch.randperm(len(lengths), generator=g).tolist()
+    )
+
 
 def ordered(fit):
     "Give a trainer our order of rows; returns the callback that tells it the epoch."
     from transformers import TrainerCallback
+
     args, rows = fit.args, fit.train_dataset
-    lengths = rows['length'] if 'length' in rows.column_names else [len(ids) for ids in rows['input_ids']]
+    lengths = (
+        rows['length'] if 'length' in rows.column_names else [len(ids) for ids in rows['input_ids']]
+    )
+
     class Order(TrainerCallback):
         epoch = 0
-        def __len__(self): return len(lengths)
-        def __iter__(self): return iter(epoch_order(args.train_sampling_strategy, lengths, args.train_batch_size*args.gradient_accumulation_steps*args.world_size, args.seed, self.epoch))
-        def on_epoch_begin(self, args, state, control, **kw): self.epoch = int(state.epoch)
+
+        def __len__(self):
+            return len(lengths)
+
+        def __iter__(self):
+            return iter(
+                epoch_order(
+                    args.train_sampling_strategy,
+                    lengths,
+                    args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+                    args.seed,
+                    self.epoch,
+                )
+            )
+
+        def on_epoch_begin(self, args, state, control, **kw):
+            self.epoch = int(state.epoch)
+
     order = Order()
-    fit._get_train_sampler = lambda dataset=None: order      # the documented place to change it is a subclass
+    fit._get_train_sampler = lambda dataset=None: (
+        order
+    )  # the documented place to change it is a subclass
     return order
 
 # %% ../../nbs/training/01_callbacks.ipynb #3d2d9a5b
@@ -60,48 +111,85 @@ def restore_weights(model, place: Path):
     saved = open_model(place, Loading(dtype=str(model.dtype).removeprefix('torch.')))
     model.load_state_dict(saved.state_dict())
 
+
 def every_rank(value) -> list:
     "The value that each training process has, in the order of their ranks."
     from accelerate.utils import gather_object
+
     return gather_object([value])
 
-class Finished(Exception): "Raised where a resumed trainer would train on after its last step."
+
+class Finished(Exception):
+    "Raised where a resumed trainer would train on after its last step."
+
 
 def finalizing(fit, ledger, place, began: float, earlier: float, record: dict):
     "A trainer callback that restores what the trainer's own resume leaves out, and seals each checkpoint, with what `record` holds of the coverage."
     from transformers import TrainerCallback
-    split = fit.is_deepspeed_enabled or fit.is_fsdp_enabled       # these load their slices themselves
+
+    split = fit.is_deepspeed_enabled or fit.is_fsdp_enabled  # these load their slices themselves
+
     class Seal(TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, **kw):
-            if place and not split and not hasattr(model, 'peft_config'): restore_weights(model, place)
+            if place and not split and not hasattr(model, 'peft_config'):
+                restore_weights(model, place)
+
         def on_step_begin(self, args, state, control, **kw):
-            if state.global_step >= state.max_steps: raise Finished
+            if state.global_step >= state.max_steps:
+                raise Finished
+
         def on_save(self, args, state, control, **kw):
-            ledgers = every_rank(ledger.state())       # also waits until each process has written its part
-            if state.is_world_process_zero: finalize_checkpoint(Path(args.output_dir)/f'checkpoint-{state.global_step}', {'ledgers': ledgers, 'seconds': time.monotonic() - began + earlier, 'coverage': record['coverage']})
+            ledgers = every_rank(
+                ledger.state()
+            )  # also waits until each process has written its part
+            if state.is_world_process_zero:
+                finalize_checkpoint(
+                    Path(args.output_dir) / f'checkpoint-{state.global_step}',
+                    {
+                        'ledgers': ledgers,
+                        'seconds': time.monotonic() - began + earlier,
+                        'coverage': record['coverage'],
+                    },
+                )
+
     return Seal()
+
 
 def mean_loss(history: list) -> float:
     "The mean loss over all steps, from the trainer's log of `{'step', 'loss'}`, each entry a mean since the one before."
     at = [0, *(h['step'] for h in history if 'loss' in h)]
     losses = [h['loss'] for h in history if 'loss' in h]
-    return sum(loss*(b - a) for loss, a, b in zip(losses, at, at[1:]))/at[-1] if losses else float('nan')
+    return (
+        sum(loss * (b - a) for loss, a, b in zip(losses, at, at[1:])) / at[-1]
+        if losses
+        else float('nan')
+    )
 
 # %% ../../nbs/training/01_callbacks.ipynb #a075d4e6
 def recording(collator, ledger):
     "The collator, with every batch entered in the ledger."
+
     def collate(examples):
         batch = collator(examples)
         ledger.add(batch)
         return batch
+
     return collate
 
 # %% ../../nbs/training/01_callbacks.ipynb #43426850
 def covering(record: dict, load: Loading, earlier: dict):
     "A trainer callback that enters in `record` which parts have adapters, before the first step, and which got a gradient, at it; `LabError` if not as `load` asks. `earlier` is what was entered before a resume."
     from transformers import TrainerCallback
+
     class Covering(TrainerCallback):
-        def on_train_begin(self, args, state, control, model=None, **kw): record['coverage'] = {part: {**earlier.get(part, {}), **c} for part, c in certified(coverage(model), load).items()}
+        def on_train_begin(self, args, state, control, model=None, **kw):
+            record['coverage'] = {
+                part: {**earlier.get(part, {}), **c}
+                for part, c in certified(coverage(model), load).items()
+            }
+
         def on_pre_optimizer_step(self, args, state, control, model=None, **kw):
-            if load.lora_rank and not state.global_step: record['coverage'] = certified(with_gradient(model, record['coverage']), load)
+            if load.lora_rank and not state.global_step:
+                record['coverage'] = certified(with_gradient(model, record['coverage']), load)
+
     return Covering()

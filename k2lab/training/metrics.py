@@ -8,137 +8,220 @@ __all__ = ['ANSWER_TOKENS', 'DATA', 'Score', 'share', 'token_logps', 'row_logps'
            'preference_accuracy', 'generation_speed', 'evaluate_measures', 'reply_tokens']
 
 # %% ../../nbs/training/00_metrics.ipynb #2405ef1b
-import dataclasses, math, random, time
-from ..text.chat import encode, pair_spans, prompt_spans
-from ..text.tokenizer import family_of
+import dataclasses
+import math
+import random
+import time
+
 from ..lab.config import LabError, one_of
+from ..models.load import generate
+from ..models.mla import from_latents
 from ..tasks.stats import wilson
 from ..tasks.verify import prompt_of, verify
-from ..models.mla import from_latents
-from ..models.load import generate
+from ..text.chat import encode, pair_spans, prompt_spans
 from ..text.rows import read_rows
+from ..text.tokenizer import family_of
 
 # %% ../../nbs/training/00_metrics.ipynb #4713d726
 @dataclasses.dataclass(frozen=True)
 class Score:
     "One measured value."
+
     value: float
     low: float
     high: float
     n: int
-    items: tuple = ()      # per item: right or wrong, bits, or tokens; what paired tests need
-    replies: tuple = ()    # what the model said, where it spoke
+    items: tuple = ()  # per item: right or wrong, bits, or tokens; what paired tests need
+    replies: tuple = ()  # what the model said, where it spoke
+
 
 def share(oks: list, replies=()) -> Score:
     "A share of right answers with its Wilson interval."
-    return Score(sum(oks)/len(oks), *wilson(sum(oks), len(oks)), len(oks), tuple(oks), tuple(replies))
+    return Score(
+        sum(oks) / len(oks), *wilson(sum(oks), len(oks)), len(oks), tuple(oks), tuple(replies)
+    )
 
 # %% ../../nbs/training/00_metrics.ipynb #00de1f7f
 def token_logps(model, batch: list, pad: int) -> list:
     "For rows of ids, the log-probability of each id after the first: a list of lists, natural log."
     import torch
+
     width = max(map(len, batch))
-    ids = torch.tensor([r + [pad]*(width-len(r)) for r in batch], device=model.device)
-    mask = torch.tensor([[1]*len(r) + [0]*(width-len(r)) for r in batch], device=model.device)
-    with torch.inference_mode(): logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+    ids = torch.tensor([r + [pad] * (width - len(r)) for r in batch], device=model.device)
+    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in batch], device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
     logp = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
-    return [row[:len(r)-1].tolist() for row, r in zip(logp, batch)]
+    return [row[: len(r) - 1].tolist() for row, r in zip(logp, batch)]
+
 
 def row_logps(model, rows: list, pad: int, tokens: int = 8192) -> list:
     "`token_logps` of many rows, batched by length to about `tokens` a batch, in the order given."
-    order, out, model = sorted(range(len(rows)), key=lambda i: len(rows[i])), [None]*len(rows), model.eval()
+    order, out, model = (
+        sorted(range(len(rows)), key=lambda i: len(rows[i])),
+        [None] * len(rows),
+        model.eval(),
+    )
     while order:
-        n = max(1, tokens//len(rows[order[-1]]))
+        n = max(1, tokens // len(rows[order[-1]]))
         part, order = order[-n:], order[:-n]
-        for i, r in zip(part, token_logps(model, [rows[i] for i in part], pad)): out[i] = r
+        for i, r in zip(part, token_logps(model, [rows[i] for i in part], pad)):
+            out[i] = r
     return out
 
 # %% ../../nbs/training/00_metrics.ipynb #f1bc77ac
 def windows(ids: list, length: int) -> list:
     "Ids cut into rows of `length` that overlap by one, so that every id but the first is predicted once."
-    return [ids[i:i+length+1] for i in range(0, len(ids)-1, length)]
+    return [ids[i : i + length + 1] for i in range(0, len(ids) - 1, length)]
+
 
 def bits_per_byte(model, tok, texts: list, length: int = 256) -> Score:
     "Bits per byte of the documents, with an interval from resampling documents."
-    if not texts: raise LabError('bits per byte of no text')
-    cut = [windows([tok.eos_token_id] + tok(t, add_special_tokens=False)['input_ids'], length) for t in texts]
+    if not texts:
+        raise LabError('bits per byte of no text')
+    cut = [
+        windows([tok.eos_token_id] + tok(t, add_special_tokens=False)['input_ids'], length)
+        for t in texts
+    ]
     logps = iter(row_logps(model, [w for c in cut for w in c], tok.pad_token_id))
-    bits = [-sum(sum(next(logps)) for _ in c)/math.log(2) for c in cut]
+    bits = [-sum(sum(next(logps)) for _ in c) / math.log(2) for c in cut]
     size = [len(t.encode()) for t in texts]
-    return Score(sum(bits)/sum(size), *ratio_interval(bits, size), len(texts), tuple(zip(bits, size)))
+    return Score(
+        sum(bits) / sum(size), *ratio_interval(bits, size), len(texts), tuple(zip(bits, size))
+    )
+
 
 def ratio_interval(tops: list, bottoms: list, rounds: int = 400) -> tuple:
     "95 % interval of sum(tops)/sum(bottoms), items resampled."
     import numpy as np
+
     pick = np.random.default_rng(0).integers(0, len(tops), (rounds, len(tops)))
-    values = np.array(tops)[pick].sum(1)/np.array(bottoms)[pick].sum(1)
+    values = np.array(tops)[pick].sum(1) / np.array(bottoms)[pick].sum(1)
     return tuple(float(x) for x in np.percentile(values, [2.5, 97.5]))
 
 # %% ../../nbs/training/00_metrics.ipynb #5891b2f6
 def prompts_of(tok, rows: list, system: str) -> list:
     "The ids of each row's prompt, generation prompt included."
     family, lead = family_of(tok), [dict(role='system', content=system)] if system else []
-    return [encode(tok, prompt_spans([*lead, dict(role='user', content=prompt_of(r))], family=family))[0] for r in rows]
+    return [
+        encode(tok, prompt_spans([*lead, dict(role='user', content=prompt_of(r))], family=family))[
+            0
+        ]
+        for r in rows
+    ]
+
 
 def answers(model, tok, rows: list, system: str, max_new_tokens: int = 96, on_batch=None) -> Score:
     "Share of rows answered right, with the replies."
-    replies = [r[0] for r in generate(model, tok, prompts_of(tok, rows, system), max_new_tokens, on_batch=on_batch)]
+    replies = [
+        r[0]
+        for r in generate(
+            model, tok, prompts_of(tok, rows, system), max_new_tokens, on_batch=on_batch
+        )
+    ]
     return share([not r.cut and verify(row, r.text) for row, r in zip(rows, replies)], replies)
+
 
 def family_shares(rows: list, oks) -> dict:
     "Share of right answers for each family."
     groups = {}
-    for row, ok in zip(rows, oks): groups.setdefault(row.get('family', 'all'), []).append(ok)
-    return {f: round(sum(v)/len(v), 3) for f, v in sorted(groups.items())}
+    for row, ok in zip(rows, oks):
+        groups.setdefault(row.get('family', 'all'), []).append(ok)
+    return {f: round(sum(v) / len(v), 3) for f, v in sorted(groups.items())}
 
 # %% ../../nbs/training/00_metrics.ipynb #588aa324
 def plain_example(row: dict, solved: bool) -> str:
     "A row as plain text, for a model that knows no chat format."
-    return f"Question: {prompt_of(row)}\nAnswer:" + (f" {row.get('final', row.get('output'))}\n\n" if solved else '')
+    return f"Question: {prompt_of(row)}\nAnswer:" + (
+        f" {row.get('final', row.get('output'))}\n\n" if solved else ''
+    )
 
-def few_shot(model, tok, rows: list, examples: list, shots: int = 2, max_new_tokens: int = 24, seed: int = 0) -> Score:
+
+def few_shot(
+    model, tok, rows: list, examples: list, shots: int = 2, max_new_tokens: int = 24, seed: int = 0
+) -> Score:
     "Share of rows answered right by plain-text continuation after `shots` solved examples of the same family, read leniently."
     rng, texts = random.Random(seed), []
     for row in rows:
         same = [e for e in examples if e['family'] == row['family']]
-        texts.append(''.join(plain_example(e, True) for e in rng.sample(same, shots)) + plain_example(row, False))
-    replies = [r[0] for r in generate(model, tok, [tok(t, add_special_tokens=False)['input_ids'] for t in texts], max_new_tokens)]
-    return share([verify(row, r.text.split('\n\n')[0], lenient=True) for row, r in zip(rows, replies)], replies)
+        texts.append(
+            ''.join(plain_example(e, True) for e in rng.sample(same, shots))
+            + plain_example(row, False)
+        )
+    replies = [
+        r[0]
+        for r in generate(
+            model,
+            tok,
+            [tok(t, add_special_tokens=False)['input_ids'] for t in texts],
+            max_new_tokens,
+        )
+    ]
+    return share(
+        [verify(row, r.text.split('\n\n')[0], lenient=True) for row, r in zip(rows, replies)],
+        replies,
+    )
 
 # %% ../../nbs/training/00_metrics.ipynb #29ff7105
 def target_logps(model, tok, prompts: list, targets: list) -> list:
     "Log-probability of each target (ids) after its prompt (ids)."
     logps = row_logps(model, [p + t for p, t in zip(prompts, targets)], tok.pad_token_id)
-    return [sum(row[-len(t):]) for row, t in zip(logps, targets)]
+    return [sum(row[-len(t) :]) for row, t in zip(logps, targets)]
+
 
 def pair_ids(tok, pairs: list, system: str) -> list:
     "`{'prompt_ids', 'chosen_ids', 'rejected_ids'}` for each row of dpo_pairs."
     family = family_of(tok)
     spans = [pair_spans(row, system, family) for row in pairs]
-    return [dict(zip(('prompt_ids', 'chosen_ids', 'rejected_ids'), (encode(tok, s)[0] for s in parts))) for parts in spans]
+    return [
+        dict(zip(('prompt_ids', 'chosen_ids', 'rejected_ids'), (encode(tok, s)[0] for s in parts)))
+        for parts in spans
+    ]
+
 
 def preference_accuracy(model, tok, pairs: list, system: str) -> Score:
     "Share of pairs whose chosen answer has the higher log-probability."
     ids = pair_ids(tok, pairs, system)
-    chosen, rejected = (target_logps(model, tok, [i['prompt_ids'] for i in ids], [i[k] for i in ids]) for k in ('chosen_ids', 'rejected_ids'))
+    chosen, rejected = (
+        target_logps(model, tok, [i['prompt_ids'] for i in ids], [i[k] for i in ids])
+        for k in ('chosen_ids', 'rejected_ids')
+    )
     return share([c > r for c, r in zip(chosen, rejected)])
 
 # %% ../../nbs/training/00_metrics.ipynb #ec5f5054
 def generation_speed(model, tok, batch: int = 16, new_tokens: int = 64, rounds: int = 3) -> Score:
     "Generated tokens per second, greedy, for a batch of short prompts: median, minimum and maximum of the rounds after one to warm up."
     import torch
+
     ids = torch.full((batch, 16), tok.convert_tokens_to_ids('a'), device=model.device)
     speeds = []
-    for _ in range(rounds+1):
+    for _ in range(rounds + 1):
         began = time.perf_counter()
-        with torch.inference_mode(), from_latents(model): model.eval().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=tok.pad_token_id)
-        speeds.append(batch*new_tokens/(time.perf_counter()-began))
+        with torch.inference_mode(), from_latents(model):
+            model.eval().generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=tok.pad_token_id,
+            )
+        speeds.append(batch * new_tokens / (time.perf_counter() - began))
     speeds = sorted(speeds[1:])
-    return Score(speeds[len(speeds)//2], speeds[0], speeds[-1], rounds)
+    return Score(speeds[len(speeds) // 2], speeds[0], speeds[-1], rounds)
 
 # %% ../../nbs/training/00_metrics.ipynb #3ea0631a
-ANSWER_TOKENS = {'domain_questions': 80, 'reasoning_verified': 160}      # tokens an answer may take at most
-DATA = {'domain_bits_per_byte': 'domain_heldout', 'general_bits_per_byte': 'general_heldout', 'domain_questions': 'domain_questions', 'reasoning_verified': 'reasoning_eval'}
+ANSWER_TOKENS = {
+    'domain_questions': 80,
+    'reasoning_verified': 160,
+}  # tokens an answer may take at most
+DATA = {
+    'domain_bits_per_byte': 'domain_heldout',
+    'general_bits_per_byte': 'general_heldout',
+    'domain_questions': 'domain_questions',
+    'reasoning_verified': 'reasoning_eval',
+}
+
 
 def evaluate_measures(job, model, tok, measures: list) -> dict:
     "`{measure: Score}`; `reasoning_tokens` comes along with `reasoning_verified`. `LabError` for a measure nobody knows, before any is taken."
@@ -146,13 +229,24 @@ def evaluate_measures(job, model, tok, measures: list) -> dict:
     for name in measures:
         began, rows = time.monotonic(), read_rows(job.find(DATA[name]))
         job.log(phase=f'measuring {name}')
-        if name.endswith('bits_per_byte'): out[name] = bits_per_byte(model, tok, [r['text'] for r in rows])
-        else: out[name] = answers(model, tok, rows, job.env['system'], min(ANSWER_TOKENS[name], job.cfg.answer_tokens))
-        if name == 'reasoning_verified': out['reasoning_tokens'] = reply_tokens(out[name])
-        job.record.setdefault('seconds', {})[f'measure {name}'] = round(time.monotonic()-began, 1)
+        if name.endswith('bits_per_byte'):
+            out[name] = bits_per_byte(model, tok, [r['text'] for r in rows])
+        else:
+            out[name] = answers(
+                model, tok, rows, job.env['system'], min(ANSWER_TOKENS[name], job.cfg.answer_tokens)
+            )
+        if name == 'reasoning_verified':
+            out['reasoning_tokens'] = reply_tokens(out[name])
+        job.record.setdefault('seconds', {})[f'measure {name}'] = round(time.monotonic() - began, 1)
     return out
+
 
 def reply_tokens(score: Score) -> Score:
     "Mean length of the replies in tokens."
     lengths = [r.tokens for r in score.replies]
-    return Score(sum(lengths)/len(lengths), *ratio_interval(lengths, [1]*len(lengths)), len(lengths), tuple(lengths))
+    return Score(
+        sum(lengths) / len(lengths),
+        *ratio_interval(lengths, [1] * len(lengths)),
+        len(lengths),
+        tuple(lengths),
+    )

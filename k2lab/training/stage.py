@@ -8,40 +8,63 @@ __all__ = ['Training', 'repeated', 'document_pieces', 'examples_of', 'mixed', 'i
            'ledger_table', 'Supervised', 'supervised']
 
 # %% ../../nbs/training/03_stage.ipynb #2ff10f03
-import dataclasses, random
+import dataclasses
+import random
 from dataclasses import dataclass, field, fields
-from ..models.adapters import apart, certificate, check_saved, gather_tensors, is_split, merge_adapter, moved_adapter, one_process, same_tensors, probe_logits
+
 from ..lab.config import LabError, one_of
 from ..lab.display import Table
-from .trainer import check_trainable, fit_sft, open_for
+from ..lab.records import read_run
+from k2lab.models.adapters import (
+    apart,
+    certificate,
+    check_saved,
+    gather_tensors,
+    is_split,
+    merge_adapter,
+    moved_adapter,
+    one_process,
+    probe_logits,
+    same_tensors,
+)
+from ..models.load import Loading, generate, open_model, save_checkpoint
 from ..tasks.stats import copy_baseline, majority_baseline
 from ..tasks.verify import prompt_of, verify
-from ..lab.records import read_run
-from .metrics import DATA, ANSWER_TOKENS, family_shares, few_shot, prompts_of, evaluate_measures
-from ..models.load import Loading, generate, open_model, save_checkpoint
-from ..text.rows import read_rows
 from ..text.masks import encode_rows, mask_html
+from ..text.rows import read_rows
+from k2lab.training.metrics import (
+    ANSWER_TOKENS,
+    DATA,
+    evaluate_measures,
+    family_shares,
+    few_shot,
+    prompts_of,
+)
+from .trainer import check_trainable, fit_sft, open_for
 
 # %% ../../nbs/training/03_stage.ipynb #fe77c2a6
 @dataclass(frozen=True)
 class Training:
     "What all training stages can be told."
-    init_from: str = ''                   # checkpoint to start from, by name
-    saves: str = ''                       # checkpoint it leaves
-    length: int = 256                     # longest row in tokens
-    optimizer: str = 'adamw'              # adamw | muon
-    load: dict = field(default_factory=dict)      # dtype, four_bit, lora_rank, adapt, backend: see k2lab.models.load.Loading
-    measures: list = field(default_factory=list)  # what to measure before and after
-    answer_tokens: int = 160              # the longest answer that is waited for when measuring
-    seed: int = 0                         # of everything random in this stage
-    processes: int = 1                    # more than one: `accelerate launch`
-    accelerate: str = 'zero3'             # launch file under configs/accelerate
-    trainer: dict = field(default_factory=dict)   # TRL's own options
 
-    backends = ('transformers',)          # what may train it: no field
+    init_from: str = ''  # checkpoint to start from, by name
+    saves: str = ''  # checkpoint it leaves
+    length: int = 256  # longest row in tokens
+    optimizer: str = 'adamw'  # adamw | muon
+    # dtype, four_bit, lora_rank, adapt, backend: see k2lab.models.load.Loading
+    load: dict = field(default_factory=dict)
+    measures: list = field(default_factory=list)  # what to measure before and after
+    answer_tokens: int = 160  # the longest answer that is waited for when measuring
+    seed: int = 0  # of everything random in this stage
+    processes: int = 1  # more than one: `accelerate launch`
+    accelerate: str = 'zero3'  # launch file under configs/accelerate
+    trainer: dict = field(default_factory=dict)  # TRL's own options
+
+    backends = ('transformers',)  # what may train it: no field
 
     def __post_init__(self):
-        for key in self.load: one_of('key', key, [f.name for f in fields(Loading)], 'load')
+        for key in self.load:
+            one_of('key', key, [f.name for f in fields(Loading)], 'load')
         load = Loading(**self.load)
         one_of('backend', load.backend, self.backends, 'load')
         check_trainable(load, self.optimizer, processes=self.processes)
@@ -50,43 +73,72 @@ class Training:
 def repeated(rows: list, n: int, rng) -> list:
     "n of the rows in random order, starting over when they run out."
     out = []
-    while rows and len(out) < n: out += rng.sample(rows, len(rows))
+    while rows and len(out) < n:
+        out += rng.sample(rows, len(rows))
     return out[:n]
 
 # %% ../../nbs/training/03_stage.ipynb #67238882
 def document_pieces(tok, text: str, length: int) -> list:
     "A document as examples of at most `length` tokens, all of them trained, the document end included."
     ids = tok(text, add_special_tokens=False)['input_ids'] + [tok.eos_token_id]
-    return [dict(input_ids=ids[i:i+length], completion_mask=[1]*len(ids[i:i+length])) for i in range(0, len(ids), length)]
+    return [
+        dict(input_ids=ids[i : i + length], completion_mask=[1] * len(ids[i : i + length]))
+        for i in range(0, len(ids), length)
+    ]
+
 
 def examples_of(job, tok, name: str, n: int, rng) -> list:
     "n training examples from the corpus `name`; how many rows were read and left out is recorded."
     rows = repeated(read_rows(job.find(name)), n, rng)
-    if 'text' in rows[0]: examples, counts = [e for r in rows for e in document_pieces(tok, r['text'], job.cfg.length)][:n], {}
-    else: examples, counts = encode_rows(tok, rows, job.env['system'], job.cfg.length)
-    job.record.setdefault('data', {})[name] = dict(counts, asked=n, read=len(rows), examples=len(examples))
+    if 'text' in rows[0]:
+        examples, counts = (
+            [e for r in rows for e in document_pieces(tok, r['text'], job.cfg.length)][:n],
+            {},
+        )
+    else:
+        examples, counts = encode_rows(tok, rows, job.env['system'], job.cfg.length)
+    job.record.setdefault('data', {})[name] = dict(
+        counts, asked=n, read=len(rows), examples=len(examples)
+    )
     return examples
+
 
 def mixed(job, tok, wanted: dict) -> list:
     "Shuffled training examples of all corpora in `wanted` (`{name: examples}`); the first of each is shown with its mask."
     rng = random.Random(job.seed)
     parts = {name: examples_of(job, tok, name, n, rng) for name, n in wanted.items() if n}
-    if not parts: raise LabError(f'{job.stage}: the mixture is empty; name at least one corpus and how many rows')
-    job.show_rows([mask_html(tok, part[i]) for i in (0, 1) for part in parts.values() if i < len(part)])
+    if not parts:
+        raise LabError(
+            f'{job.stage}: the mixture is empty; name at least one corpus and how many rows'
+        )
+    job.show_rows(
+        [mask_html(tok, part[i]) for i in (0, 1) for part in parts.values() if i < len(part)]
+    )
     return rng.sample([e for part in parts.values() for e in part], sum(map(len, parts.values())))
 
 # %% ../../nbs/training/03_stage.ipynb #076aabd2
 def inherited(job, measures: list) -> dict:
     "`{measure: value}` from the record of the run that made `init_from`."
-    run = next((p['run'] for p in job.record['parents'] if p['name'] == job.cfg.init_from and p['run']), None)
-    if not run: return {}
-    return {m['measure']: m['after'] for m in read_run(job.folder.parent/run)['metrics'] if m['measure'] in measures and m['after'] is not None}
+    run = next(
+        (p['run'] for p in job.record['parents'] if p['name'] == job.cfg.init_from and p['run']),
+        None,
+    )
+    if not run:
+        return {}
+    return {
+        m['measure']: m['after']
+        for m in read_run(job.folder.parent / run)['metrics']
+        if m['measure'] in measures and m['after'] is not None
+    }
+
 
 def scores_before(job, model, tok) -> dict:
     "`{measure: value}` of the checkpoint that the stage starts from."
     known = inherited(job, [*job.cfg.measures, 'reasoning_tokens'])
     fresh = evaluate_measures(job, model, tok, [m for m in job.cfg.measures if m not in known])
-    job.record['before_from'] = dict({m: 'parent run' for m in known}, **{m: 'measured' for m in fresh})
+    job.record['before_from'] = dict(
+        {m: 'parent run' for m in known}, **{m: 'measured' for m in fresh}
+    )
     return {**known, **{m: s.value for m, s in fresh.items()}}
 
 # %% ../../nbs/training/03_stage.ipynb #7ad6929b
@@ -94,24 +146,59 @@ def baselines(job, model, tok, name: str, examples: str, n: int = 150) -> dict:
     "What an accuracy is to be compared with: the most frequent answer, copying, and the model before with worked examples and a lenient reader."
     rows = read_rows(job.find(DATA[name]))
     helped = few_shot(model, tok, rows[:n], read_rows(job.find(examples)))
-    return dict(majority=round(majority_baseline(rows)['all'], 4), copy=round(copy_baseline(rows)['all'], 4), few_shot=round(helped.value, 4), few_shot_n=helped.n)
+    return dict(
+        majority=round(majority_baseline(rows)['all'], 4),
+        copy=round(copy_baseline(rows)['all'], 4),
+        few_shot=round(helped.value, 4),
+        few_shot_n=helped.n,
+    )
 
 # %% ../../nbs/training/03_stage.ipynb #7ba13d70
 def log_samples(job, model, tok, when: str, n: int = 4):
     "The model's answers to the first held-out questions of each measured set, into samples.jsonl."
     for name in (m for m in job.cfg.measures if m in ANSWER_TOKENS):
         rows = read_rows(job.find(DATA[name]))[:n]
-        for row, (reply,) in zip(rows, generate(model, tok, prompts_of(tok, rows, job.env['system']), min(ANSWER_TOKENS[name], job.cfg.answer_tokens))):
-            job.sample(when=when, prompt=prompt_of(row), text=reply.text, ok=verify(row, reply.text) and not reply.cut, family=row.get('family'))
+        for row, (reply,) in zip(
+            rows,
+            generate(
+                model,
+                tok,
+                prompts_of(tok, rows, job.env['system']),
+                min(ANSWER_TOKENS[name], job.cfg.answer_tokens),
+            ),
+        ):
+            job.sample(
+                when=when,
+                prompt=prompt_of(row),
+                text=reply.text,
+                ok=verify(row, reply.text) and not reply.cut,
+                family=row.get('family'),
+            )
 
 # %% ../../nbs/training/03_stage.ipynb #4641688d
 def evaluate_and_publish(job, model, tok, known: dict, **more):
     "Measure, report before and after, show samples, publish the checkpoint; returns the scores. `more[measure]` joins that measure's line."
     scores = evaluate_measures(job, model, tok, job.cfg.measures)
     for name, score in scores.items():
-        families = family_shares(read_rows(job.find(DATA[name])), score.items) if name in ANSWER_TOKENS else None
+        families = (
+            family_shares(read_rows(job.find(DATA[name])), score.items)
+            if name in ANSWER_TOKENS
+            else None
+        )
         cut = sum(r.cut for r in score.replies) if name in ANSWER_TOKENS else None
-        job.measure(name, known.get(name), score.value, score.low, score.high, score.n, **{k: v for k, v in dict(families=families, cut=cut, **more.get(name, {})).items() if v is not None})
+        job.measure(
+            name,
+            known.get(name),
+            score.value,
+            score.low,
+            score.high,
+            score.n,
+            **{
+                k: v
+                for k, v in dict(families=families, cut=cut, **more.get(name, {})).items()
+                if v is not None
+            },
+        )
     log_samples(job, model, tok, 'after')
     publish_model(job, model, tok)
     return scores
@@ -119,15 +206,19 @@ def evaluate_and_publish(job, model, tok, known: dict, **more):
 # %% ../../nbs/training/03_stage.ipynb #bf58b0fd
 def probe_adapter(model) -> tuple:
     "`(logits of the trained model, logits without its adapter or None)`."
-    if not hasattr(model, 'peft_config'): return probe_logits(model), None
-    with model.disable_adapter(): base = probe_logits(model)
+    if not hasattr(model, 'peft_config'):
+        return probe_logits(model), None
+    with model.disable_adapter():
+        base = probe_logits(model)
     return probe_logits(model), base
+
 
 def publish_adapter(job, model, weights: dict):
     "Keep a trained adapter as `<saves>_adapter`, every tensor of it checked."
     with job.publishing(f'{job.cfg.saves}_adapter') as place:
         model.save_pretrained(place, state_dict=weights)
         check_saved(model, place)
+
 
 def save_certified(job, model, tok, weights: dict | None, said=None):
     "Fold in the adapter, save, open again and compare, also with the logits that another backend `said`; the certificate goes into the record."
@@ -137,38 +228,83 @@ def save_certified(job, model, tok, weights: dict | None, said=None):
     with job.publishing(job.cfg.saves) as place:
         save_checkpoint(model, tok, place, weights=weights)
         again = open_model(place, Loading(dtype=dtype))
-        told = same_tensors(weights, again) if weights else certificate(trained, probe_logits(model), probe_logits(again.to(model.device)), base, dtype)
-    if said is not None: told['backend'] = apart(said, trained)
+        told = (
+            same_tensors(weights, again)
+            if weights
+            else certificate(
+                trained, probe_logits(model), probe_logits(again.to(model.device)), base, dtype
+            )
+        )
+    if said is not None:
+        told['backend'] = apart(said, trained)
     job.record['export'] = told
-    job.check('the saved model is the trained one', True, ', '.join(f'{k} {v:.2g}' for k, v in told.items()))
+    job.check(
+        'the saved model is the trained one',
+        True,
+        ', '.join(f'{k} {v:.2g}' for k, v in told.items()),
+    )
+
 
 def publish_model(job, model, tok):
     "The trained model as a checkpoint that the next stage opens, with the certificate that it is; of several processes all give their slices, and the first writes."
     load, split, adapted = Loading(**job.cfg.load), is_split(model), hasattr(model, 'peft_config')
-    weights = gather_tensors(model, 'lora_' if adapted else '', job.first) if split or adapted else None
-    if not job.first: return
+    weights = (
+        gather_tensors(model, 'lora_' if adapted else '', job.first) if split or adapted else None
+    )
+    if not job.first:
+        return
     with one_process():
-        if adapted: publish_adapter(job, model, weights)
+        if adapted:
+            publish_adapter(job, model, weights)
         said = probe_logits(model) if load.backend != 'transformers' and not load.four_bit else None
-        if adapted and (split or load.four_bit or load.backend != 'transformers'): model = moved_adapter(model, open_model(job.find(job.cfg.init_from), dataclasses.replace(load, four_bit=False)), weights)
+        if adapted and (split or load.four_bit or load.backend != 'transformers'):
+            model = moved_adapter(
+                model,
+                open_model(job.find(job.cfg.init_from), dataclasses.replace(load, four_bit=False)),
+                weights,
+            )
         save_certified(job, model, tok, None if adapted else weights, said)
 
 # %% ../../nbs/training/03_stage.ipynb #ff010e18
 def ledger_table(job) -> Table:
     "One line for each phase of training: samples, tokens, learned tokens by kind, ends of turn, padding, parts trained, fingerprint of the stream."
+
     def line(phase, t):
         kinds = ', '.join(f'{k} {n:,}' for k, n in t['trained_by_kind'].items())
-        parts = ', '.join(f'{part} {c["adapted"]} of {c["layers"]}' for part, c in t['coverage'].items() if c['adapted']) or 'all'
+        parts = (
+            ', '.join(
+                f'{part} {c["adapted"]} of {c["layers"]}'
+                for part, c in t['coverage'].items()
+                if c['adapted']
+            )
+            or 'all'
+        )
         rows = f'{t["rows"]:,}' + (f' in {t["packed_into"]:,} rows' if 'packed_into' in t else '')
-        return [phase, rows, f'{t["tokens"]:,}', f'{t["trained_tokens"]:,} ({kinds})', f'{t["ends_of_turn"]:,}', f'{100*t["padding_share"]:.1f} %', parts, t['stream_sha256'][:12]]
-    return Table(['phase', 'samples', 'tokens', 'learned', 'ends of turn', 'padding', 'parts', 'stream'], [line(*kv) for kv in job.record['training'].items()])
+        return [
+            phase,
+            rows,
+            f'{t["tokens"]:,}',
+            f'{t["trained_tokens"]:,} ({kinds})',
+            f'{t["ends_of_turn"]:,}',
+            f'{100 * t["padding_share"]:.1f} %',
+            parts,
+            t['stream_sha256'][:12],
+        ]
+
+    return Table(
+        ['phase', 'samples', 'tokens', 'learned', 'ends of turn', 'padding', 'parts', 'stream'],
+        [line(*kv) for kv in job.record['training'].items()],
+    )
 
 # %% ../../nbs/training/03_stage.ipynb #f57a45f9
 @dataclass(frozen=True)
 class Supervised(Training):
     "A training stage on rows with a reply."
-    mix: dict = field(default_factory=dict)       # how many examples of each corpus: {domain_sft: 8000, domain: 500}
-    pack: bool = False                            # short examples share rows of `length` tokens, and none reads another
+
+    # how many examples of each corpus: {domain_sft: 8000, domain: 500}
+    mix: dict = field(default_factory=dict)
+    # short examples share rows of `length` tokens, and none reads another
+    pack: bool = False
 
     backends = ('transformers', 'unsloth')
 
@@ -176,11 +312,21 @@ class Supervised(Training):
         super().__post_init__()
         check_trainable(Loading(**self.load), self.optimizer, self.pack)
 
+
 def supervised(job, headline: str, solved: str):
     "Open, measure, train on the mixture, measure again, publish. `headline` gets baselines, with worked examples from the corpus `solved`."
     cfg, load = job.cfg, Loading(**job.cfg.load)
     model, tok = open_for(job, cfg.init_from, load)
     known, compared = scores_before(job, model, tok), baselines(job, model, tok, headline, solved)
     log_samples(job, model, tok, 'before')
-    model = fit_sft(job, model, tok, mixed(job, tok, cfg.mix), cfg.trainer, cfg.optimizer, load, room=cfg.length if cfg.pack else 0)
+    model = fit_sft(
+        job,
+        model,
+        tok,
+        mixed(job, tok, cfg.mix),
+        cfg.trainer,
+        cfg.optimizer,
+        load,
+        room=cfg.length if cfg.pack else 0,
+    )
     evaluate_and_publish(job, model, tok, known, **{headline: dict(baseline=compared)})

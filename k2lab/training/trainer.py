@@ -7,146 +7,306 @@ __all__ = ['LAB_DEFAULTS', 'options', 'optimizer_for', 'check_trainable', 'balan
            'collator_for', 'adapter_for', 'fit_sft', 'loads_onto', 'own_ledger', 'finish_fit', 'fit_dpo', 'open_for']
 
 # %% ../../nbs/training/02_trainer.ipynb #250829bf
-import contextlib, dataclasses, time
+import contextlib
+import dataclasses
+import time
 from pathlib import Path
-from ..models.adapters import check_bits, lora, weight_bits
+
 from ..lab.checkpoint import newest_checkpoint, step_of
 from ..lab.config import LabError, did_you_mean
+from ..models.adapters import check_bits, lora, weight_bits
 from ..models.fast_lora import check_fast, open_fast, unsloth_first, with_fast_adapter
-from .callbacks import Finished, covering, every_rank, progress_callback, mean_loss, ordered, recording, finalizing
 from ..models.load import Loading, check_window, open_model, open_tokenizer, trained_counts
-from ..text.packing import check_alone, pack, packed_batch, samples_apart
 from ..text.ledger import Ledger
+from ..text.packing import check_alone, pack, packed_batch, samples_apart
+from k2lab.training.callbacks import (
+    Finished,
+    covering,
+    every_rank,
+    finalizing,
+    mean_loss,
+    ordered,
+    progress_callback,
+    recording,
+)
 
 # %% ../../nbs/training/02_trainer.ipynb #d790fc1d
-LAB_DEFAULTS = dict(report_to='none', disable_tqdm=True, save_strategy='steps', save_steps=500, save_total_limit=2, logging_steps=10, gradient_checkpointing=False, lr_scheduler_type='cosine', dataloader_pin_memory=False)
+LAB_DEFAULTS = dict(
+    report_to='none',
+    disable_tqdm=True,
+    save_strategy='steps',
+    save_steps=500,
+    save_total_limit=2,
+    logging_steps=10,
+    gradient_checkpointing=False,
+    lr_scheduler_type='cosine',
+    dataloader_pin_memory=False,
+)
+
 
 def options(kind, trainer: dict, **ours):
     "A trainer config of class `kind`: the lab's defaults, then `ours`, then the stage file's `trainer` block. `LabError` for an unknown name."
     import torch
+
     valid = {f.name for f in dataclasses.fields(kind) if f.init}
     unknown = [k for k in trainer if k not in valid]
-    if unknown: raise LabError(f'trainer: {kind.__name__} has no option {unknown[0]!r}{did_you_mean(unknown[0], valid)}; its names are those of TRL')
-    if trainer.get('save_only_model'): raise LabError('trainer: save_only_model leaves nothing to resume from; leave it out')
+    if unknown:
+        raise LabError(
+            f'trainer: {kind.__name__} has no option {unknown[0]!r}{did_you_mean(unknown[0], valid)}; its names are those of TRL'
+        )
+    if trainer.get('save_only_model'):
+        raise LabError('trainer: save_only_model leaves nothing to resume from; leave it out')
     gpu = torch.cuda.is_available()
     return kind(**{**LAB_DEFAULTS, 'use_cpu': not gpu, 'bf16': gpu, **ours, **trainer})
 
 # %% ../../nbs/training/02_trainer.ipynb #de4fbf6f
 def optimizer_for(model, name: str, opts):
     "`(optimizer, None)` for a trainer; the scheduler is left to the trainer."
-    if name == 'adamw': return (None, None)
-    if name != 'muon': raise LabError(f'optimizer {name!r}{did_you_mean(name, ("adamw", "muon"))}; valid: adamw, muon')
+    if name == 'adamw':
+        return (None, None)
+    if name != 'muon':
+        raise LabError(
+            f'optimizer {name!r}{did_you_mean(name, ("adamw", "muon"))}; valid: adamw, muon'
+        )
     from k2lab.training.muon import Muon
+
     return (Muon(model, lr=opts.learning_rate, weight_decay=opts.weight_decay), None)
 
 # %% ../../nbs/training/02_trainer.ipynb #5fcfc626
 def check_trainable(load: Loading, optimizer: str, packed: bool = False, processes: int = 1):
     "`LabError` for a way of loading that leaves the optimizer nothing to train, or that its backend cannot train so."
-    if load.four_bit and not load.lora_rank: raise LabError('load: four_bit weights cannot be trained; give lora_rank as well')
-    if load.lora_rank and optimizer == 'muon': raise LabError('optimizer: muon does not train adapters (lora_rank); use adamw')
+    if load.four_bit and not load.lora_rank:
+        raise LabError('load: four_bit weights cannot be trained; give lora_rank as well')
+    if load.lora_rank and optimizer == 'muon':
+        raise LabError('optimizer: muon does not train adapters (lora_rank); use adamw')
     check_fast(load, packed, processes)
 
 # %% ../../nbs/training/02_trainer.ipynb #d086856a
 def balance_router(model, rate: float) -> list:
     "Hooks that nudge every router's `e_score_correction_bias` towards equal load while training; returns handles to remove."
     import torch
+
     def nudge(gate, inputs, output):
-        if not gate.training: return
+        if not gate.training:
+            return
         load = torch.bincount(output[2].flatten(), minlength=gate.num_experts).float()
-        gate.e_score_correction_bias += rate*torch.sign(load.mean() - load)
-        gate.load = .98*getattr(gate, 'load', 0) + load
-    return [m.register_forward_hook(nudge) for n, m in model.named_modules() if n.endswith('mlp.gate')]
+        gate.e_score_correction_bias += rate * torch.sign(load.mean() - load)
+        gate.load = 0.98 * getattr(gate, 'load', 0) + load
+
+    return [
+        m.register_forward_hook(nudge) for n, m in model.named_modules() if n.endswith('mlp.gate')
+    ]
+
 
 def expert_load(model) -> list:
     "Load of the busiest expert over the mean, one number for each layer of experts; 1.0 is perfect balance."
     gates = [m for n, m in model.named_modules() if hasattr(m, 'load')]
-    return [round(float(g.load.max()/g.load.mean()), 2) for g in gates]
+    return [round(float(g.load.max() / g.load.mean()), 2) for g in gates]
 
 # %% ../../nbs/training/02_trainer.ipynb #315769be
 def examples_with_labels(examples: list) -> list:
     "`completion_mask` turned into labels: the id where it is 1, -100 where it is 0."
-    return [{**{k: v for k, v in e.items() if k != 'completion_mask'}, 'labels': [i if m else -100 for i, m in zip(e['input_ids'], e['completion_mask'])]} for e in examples]
+    return [
+        {
+            **{k: v for k, v in e.items() if k != 'completion_mask'},
+            'labels': [i if m else -100 for i, m in zip(e['input_ids'], e['completion_mask'])],
+        }
+        for e in examples
+    ]
+
 
 def collator_for(model, tok, packed: bool):
     "What makes a batch of rows with labels: TRL's collator, or the one for packed rows."
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
     flat = 'flash' in model.config._attn_implementation
-    return (lambda rows: packed_batch(rows, tok.pad_token_id, flat)) if packed else DataCollatorForLanguageModeling(tok.pad_token_id)
+    return (
+        (lambda rows: packed_batch(rows, tok.pad_token_id, flat))
+        if packed
+        else DataCollatorForLanguageModeling(tok.pad_token_id)
+    )
+
 
 def adapter_for(model, load: Loading, trainer: dict, seed: int) -> tuple:
     "`(model, the adapter that a trainer is to put on it, its options)`; Unsloth puts its adapter on itself, and has its own ways of chunking the loss and of recomputing activations."
-    if load.backend != 'unsloth': return model, lora(model, load), {'loss_type': 'chunked_nll', **trainer}
+    if load.backend != 'unsloth':
+        return model, lora(model, load), {'loss_type': 'chunked_nll', **trainer}
     model = with_fast_adapter(model, load, trainer.get('gradient_checkpointing', False), seed)
     return model, None, {'loss_type': 'nll', **trainer, 'gradient_checkpointing': False}
 
-def fit_sft(job, model, tok, examples: list, trainer: dict, optimizer: str = 'adamw', load=Loading(), phase: str = 'train', room: int = 0, parts: bool = False):
+
+def fit_sft(
+    job,
+    model,
+    tok,
+    examples: list,
+    trainer: dict,
+    optimizer: str = 'adamw',
+    load=Loading(),
+    phase: str = 'train',
+    room: int = 0,
+    parts: bool = False,
+):
     "Train on `[{'input_ids', 'completion_mask'}]`, packed into rows of `room` tokens if that is not 0; `parts` allows documents that are trained in part; returns the trained model. Ledger and coverage go into the job's record."
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
+
     check_trainable(load, optimizer, bool(room))
     model, adapter, trainer = adapter_for(model, load, trainer, job.seed)
     rows = examples_with_labels(pack(examples, room) if room else examples)
-    opts = options(SFTConfig, trainer, output_dir=str(job.folder/'trainer'/phase), seed=job.seed, max_length=None, train_sampling_strategy='random' if room else 'group_by_length')
+    opts = options(
+        SFTConfig,
+        trainer,
+        output_dir=str(job.folder / 'trainer' / phase),
+        seed=job.seed,
+        max_length=None,
+        train_sampling_strategy='random' if room else 'group_by_length',
+    )
     ledger = Ledger(tok, wait=True, parts=parts)
     collate = recording(collator_for(model, tok, bool(room)), ledger)
     with samples_apart(model) if room else contextlib.nullcontext():
-        if room: check_alone(model, rows, tok.pad_token_id)
+        if room:
+            check_alone(model, rows, tok.pad_token_id)
         model.train()
-        fit = SFTTrainer(model, opts, train_dataset=Dataset.from_list(rows), processing_class=tok, peft_config=adapter,
-                         data_collator=collate, optimizers=optimizer_for(model, optimizer, opts))
+        fit = SFTTrainer(
+            model,
+            opts,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tok,
+            peft_config=adapter,
+            data_collator=collate,
+            optimizers=optimizer_for(model, optimizer, opts),
+        )
         return finish_fit(job, fit, ledger, phase, load)
 
 # %% ../../nbs/training/02_trainer.ipynb #6fbb4dc4
 def loads_onto(args):
     "Let a process on a CPU load its optimizer: transformers 5.17 has `cpu:0` for it, which torch.load does not know."
     import torch
-    if args.device.type == 'cpu': args.__dict__['_setup_devices'] = torch.device('cpu')
+
+    if args.device.type == 'cpu':
+        args.__dict__['_setup_devices'] = torch.device('cpu')
+
 
 def own_ledger(place, ledgers: list, args) -> dict:
     "The ledger that this process left in a checkpoint; `LabError` where another number of processes wrote it."
-    if len(ledgers) != args.world_size: raise LabError(f'{place}: written by {len(ledgers)} processes and resumed by {args.world_size}; resume with processes={len(ledgers)}')
+    if len(ledgers) != args.world_size:
+        raise LabError(
+            f'{place}: written by {len(ledgers)} processes and resumed by {args.world_size}; resume with processes={len(ledgers)}'
+        )
     return ledgers[args.process_index]
+
 
 def finish_fit(job, fit, ledger, phase: str, load=Loading()):
     "Run the trainer, from its newest checkpoint if there is one; enter what was trained, loss, steps, time, coverage and ledger in the job's record; give back the trained model."
     from transformers.trainer_callback import PrinterCallback
-    with fit.accelerator.main_process_first(): place, state = newest_checkpoint(Path(fit.args.output_dir))
-    earlier, began = state.get('seconds', 0.), time.monotonic()
-    if place: ledger.restore(own_ledger(place, state['ledgers'], fit.args)); job.resumed(phase, step_of(place))
+
+    with fit.accelerator.main_process_first():
+        place, state = newest_checkpoint(Path(fit.args.output_dir))
+    earlier, began = state.get('seconds', 0.0), time.monotonic()
+    if place:
+        ledger.restore(own_ledger(place, state['ledgers'], fit.args))
+        job.resumed(phase, step_of(place))
     told = job.record.setdefault('training', {}).setdefault(phase, {})
     loads_onto(fit.args)
     fit.remove_callback(PrinterCallback)
-    for callback in (ordered(fit), progress_callback(job, ledger, phase, earlier), finalizing(fit, ledger, place, began, earlier, told), covering(told, load, state.get('coverage', {}))): fit.add_callback(callback)
-    with contextlib.suppress(Finished): fit.train(resume_from_checkpoint=str(place) if place else None)
-    seconds, ledger = round(time.monotonic() - began + earlier, 3), ledger.joined(every_rank(ledger.state()))
-    told |= dict(loss=mean_loss(fit.state.log_history), steps=fit.state.global_step, seconds=seconds, tokens_s=round(ledger.tokens/seconds), trained_parameters=trained_counts(fit.model), **ledger.summary())
-    if load.lora_rank: job.check(f'{phase}: adapters where asked, none elsewhere', True, ', '.join(f'{part} {c["adapted"]} of {c["layers"]}' + (f', {c["gradient"]} with a gradient' if 'gradient' in c else '') for part, c in told['coverage'].items() if c['adapted']))
+    for callback in (
+        ordered(fit),
+        progress_callback(job, ledger, phase, earlier),
+        finalizing(fit, ledger, place, began, earlier, told),
+        covering(told, load, state.get('coverage', {})),
+    ):
+        fit.add_callback(callback)
+    with contextlib.suppress(Finished):
+        fit.train(resume_from_checkpoint=str(place) if place else None)
+    seconds, ledger = (
+        round(time.monotonic() - began + earlier, 3),
+        ledger.joined(every_rank(ledger.state())),
+    )
+    told |= dict(
+        loss=mean_loss(fit.state.log_history),
+        steps=fit.state.global_step,
+        seconds=seconds,
+        tokens_s=round(ledger.tokens / seconds),
+        trained_parameters=trained_counts(fit.model),
+        **ledger.summary(),
+    )
+    if load.lora_rank:
+        job.check(
+            f'{phase}: adapters where asked, none elsewhere',
+            True,
+            ', '.join(
+                f'{part} {c["adapted"]} of {c["layers"]}'
+                + (f', {c["gradient"]} with a gradient' if 'gradient' in c else '')
+                for part, c in told['coverage'].items()
+                if c['adapted']
+            ),
+        )
     return fit.model
 
 # %% ../../nbs/training/02_trainer.ipynb #8dac71cf
-def fit_dpo(job, model, reference, tok, pairs: list, trainer: dict, load=Loading(), optimizer: str = 'adamw', phase: str = 'train'):
+def fit_dpo(
+    job,
+    model,
+    reference,
+    tok,
+    pairs: list,
+    trainer: dict,
+    load=Loading(),
+    optimizer: str = 'adamw',
+    phase: str = 'train',
+):
     "Train on `[{'prompt_ids', 'chosen_ids', 'rejected_ids'}]` against a frozen reference; returns the trained model."
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
     from trl.trainer.dpo_trainer import DataCollatorForPreference
-    opts = options(DPOConfig, trainer, output_dir=str(job.folder/'trainer'/phase), seed=job.seed, max_length=None, train_sampling_strategy='group_by_length', remove_unused_columns=False)
-    ledger, placeholder = Ledger(tok, wait=True), Dataset.from_list([dict(prompt='a', chosen='b', rejected='c')])
+
+    opts = options(
+        DPOConfig,
+        trainer,
+        output_dir=str(job.folder / 'trainer' / phase),
+        seed=job.seed,
+        max_length=None,
+        train_sampling_strategy='group_by_length',
+        remove_unused_columns=False,
+    )
+    ledger, placeholder = (
+        Ledger(tok, wait=True),
+        Dataset.from_list([dict(prompt='a', chosen='b', rejected='c')]),
+    )
     check_trainable(load, optimizer)
-    fit = DPOTrainer(model, reference, opts, train_dataset=placeholder, processing_class=tok, peft_config=lora(model, load),
-                     data_collator=recording(DataCollatorForPreference(tok.pad_token_id), ledger), optimizers=optimizer_for(model, optimizer, opts))
-    fit.train_dataset = Dataset.from_list([dict(p, length=len(p['prompt_ids']) + max(len(p['chosen_ids']), len(p['rejected_ids']))) for p in pairs])
+    fit = DPOTrainer(
+        model,
+        reference,
+        opts,
+        train_dataset=placeholder,
+        processing_class=tok,
+        peft_config=lora(model, load),
+        data_collator=recording(DataCollatorForPreference(tok.pad_token_id), ledger),
+        optimizers=optimizer_for(model, optimizer, opts),
+    )
+    fit.train_dataset = Dataset.from_list(
+        [
+            dict(p, length=len(p['prompt_ids']) + max(len(p['chosen_ids']), len(p['rejected_ids'])))
+            for p in pairs
+        ]
+    )
     return finish_fit(job, fit, ledger, phase, load)
 
 # %% ../../nbs/training/02_trainer.ipynb #b8dc27a8
 def open_for(job, name: str, load=Loading()):
     "`(model, tokenizer)` of a checkpoint found by name, with the threads that the scale asks for; what its weights take in memory goes into the job's record."
-    if load.backend == 'unsloth': unsloth_first()
+    if load.backend == 'unsloth':
+        unsloth_first()
     import torch
-    if job.env.get('threads'): torch.set_num_threads(job.env['threads'])
+
+    if job.env.get('threads'):
+        torch.set_num_threads(job.env['threads'])
     place = job.find(name)
     model = (open_fast if load.backend == 'unsloth' else open_model)(place, load)
     sizes = weight_bits(model)
     job.record.setdefault('weights', {})[name] = {part: c['bytes'] for part, c in sizes.items()}
-    if load.four_bit: job.check(f'{name}: linear layers in 4 bits', True, check_bits(sizes, load))
+    if load.four_bit:
+        job.check(f'{name}: linear layers in 4 bits', True, check_bits(sizes, load))
     check_window(model, tok := open_tokenizer(place), place, vars(job.cfg).get('length', 0))
     return model, tok
