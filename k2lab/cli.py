@@ -1,6 +1,6 @@
 """The `k2lab` command: stages by their names, the pipeline, and the runs they left. Nothing heavy is imported until a stage runs."""
 
-import argparse, os, shutil, sys, textwrap, time
+import argparse, os, re, shutil, sys, textwrap, time
 from pathlib import Path
 
 from k2lab.lab.config import (

@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -258,6 +259,12 @@ def test_data_card_counts_bytes_of_utf8():
 # puzzles and grading --------------------------------------------------------------------------------------------------
 
 
+def steps_right(text: str) -> tuple[int, int]:
+    "How many of the equations like `52+7=59` that a text states are true, and how many there are."
+    stated = re.findall(rf'(?<![\d*+-])({verify.EXPRESSION})\s*=\s*(-?\d+)', text)
+    return sum(verify.value(left) == int(right) for left, right in stated), len(stated)
+
+
 @pytest.mark.parametrize('family', puzzles.PUZZLE_FAMILIES)
 def test_there_are_enough_puzzles_and_all_are_right(family):
     judged = puzzles.make_puzzles(600, 10_000_000, (family,))
@@ -267,7 +274,7 @@ def test_there_are_enough_puzzles_and_all_are_right(family):
     )
     for row in judged + train[:400]:
         assert verify.verify(row, f"<think>{row['reasoning']}</think>{row['final']}<|im_end|>")
-        true, stated = verify.steps_right(row['reasoning'])
+        true, stated = steps_right(row['reasoning'])
         assert true == stated and (stated > 0) == (family in ('chain', 'compare'))
     assert (
         stats.majority_baseline(train)['all'] < 0.25 and stats.copy_baseline(judged)['all'] < 0.25

@@ -374,7 +374,7 @@ def test_a_chain_is_not_one_cluster():
 def test_strangers_that_share_a_key_are_not_joined(monkeypatch):
     texts = pa.chunked_array([[sentence(random.Random(i), 30) for i in range(5)]])
     monkeypatch.setattr(
-        kernels,
+        duplicates,
         'band_keys',
         lambda hashes, ends, bands, rows: np.zeros((len(ends) - 1, bands), np.uint64),
     )

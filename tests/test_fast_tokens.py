@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from k2lab.models.load import open_tokenizer, shipped
-from k2lab.text import encoder
+from k2lab.text import encoder as engines
 from k2lab.text.encoder import ENGINES, NASTY, Encoder, count_tokens, encode_stream, encoder
 from k2lab.text.masks import concatenate
 from k2lab.text.tokenizer import plain_tokenizer
@@ -77,10 +77,10 @@ def test_an_engine_that_is_wrong_once_is_not_used_and_this_is_said(monkeypatch):
     for trip in (NASTY[8], 'an ordinary page with one odd word'):
 
         def lying(engine):
-            honest = encoder.by_tokenizers(engine)
+            honest = engines.by_tokenizers(engine)
             return lambda texts: honest([text + '!' if text == trip else text for text in texts])
 
-        monkeypatch.setattr(encoder, 'ENGINES', dict(lying=lying))
+        monkeypatch.setattr(engines, 'ENGINES', dict(lying=lying))
         texts = ['one', 'an ordinary page with one odd word', 'two']
         with pytest.warns(UserWarning, match='lying is not used: it gives other token ids for'):
             one = Encoder(tok)
@@ -90,7 +90,7 @@ def test_an_engine_that_is_wrong_once_is_not_used_and_this_is_said(monkeypatch):
 
 def test_the_first_thousand_texts_are_compared_and_no_more(monkeypatch):
     compared = []
-    monkeypatch.setattr(encoder, 'ENGINES', dict(same=encoder.by_tokenizers))
+    monkeypatch.setattr(engines, 'ENGINES', dict(same=engines.by_tokenizers))
     one = Encoder(TOKS['k2'])
     own_way = one.own
     one.own = lambda texts: compared.append(len(texts)) or own_way(texts)

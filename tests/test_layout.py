@@ -295,6 +295,7 @@ LIGHT = sorted(
         'k2lab.bench.peers',
         'k2lab.corpus.kernels',
         'k2lab.corpus.signals',
+        'k2lab.training.muon',
     }
 )
 

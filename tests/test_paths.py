@@ -81,7 +81,7 @@ def trained(stage: str, **changes) -> dict:
         return is_split(model)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('k2lab.models.adapters.is_split', watching)
+        patch.setattr('k2lab.training.stage.is_split', watching)
         job = start(stage, 'smoke', changes={'measures': ['domain_bits_per_byte'], **changes})
         importlib.import_module(f'k2lab.{stage}').work(job)
     return dict(

@@ -378,7 +378,8 @@ def run_workers(todo: deque, plan: Plan, folder, workers: int, done):
 def ray_data(workers: int):
     "Ray Data, connected and quiet. LabError when it is not installed"
     try:
-        import ray, ray.data
+        import ray
+        import ray.data
     except ImportError:
         raise LabError("engine ray: Ray is not installed: pip install 'k2lab[ray]'") from None
     env = dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p), **threads())
