@@ -1,18 +1,24 @@
 # make demo   the whole pipeline at nano scale, then where its report is
 # make test   everything that must hold before a commit
+# make test-quick   the part without trainings, kills and notebooks (under two minutes)
 # make test-faults  every fault injected, hundreds of kills (about an hour)
+# make test-pythons  `make test` on every Python from 3.11 to 3.13 that is on the PATH
+# make lint   ruff and pyright
+# make notebooks    execute the notebooks and store what they show
 # make lab    JupyterLab on the notebooks, on this machine only
 # make export the package from the notebooks
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults lab export clean-runs
+.PHONY: help setup demo test test-quick test-faults test-pythons lint notebooks lab export clean-runs
 
 # the first Python between 3.11 and 3.13 wins
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info < (3,14))' 2>/dev/null && echo $$p && break; done)
-BIN := .venv/bin
-READY := .venv/.ready
-TESTED := .venv/.tested
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TESTED := $(VENV)/.tested
+PLAIN := k2lab/__main__.py k2lab/cli.py k2lab/bench $(addprefix k2lab/,corpus/kernels.py corpus/signals.py lab/sandbox.py lab/slurm.py models/mla.py serving/server.py training/muon.py)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -23,7 +29,7 @@ setup: $(READY)
 
 $(READY): pyproject.toml configs/constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: K2 Lab needs Python 3.11, 3.12 or 3.13; none of them is on the PATH" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; \
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "make: $(PYTHON) cannot create a virtual environment; on Debian: apt install python3-venv" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c configs/constraints.txt -e '.[dev]'
 	@touch $(READY)
@@ -36,11 +42,30 @@ $(TESTED): $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c configs/constraints.txt -e '.[test]' || echo "make: not all of '.[test]' could be installed; tests that need it will be skipped" >&2
 	@touch $(TESTED)
 
-# notebooks under test leave their runs in a folder of their own, so that runs/ holds what a person made
+# notebooks and tests leave their runs in a folder of their own, so that runs/ holds what a person made
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:warnings -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+ASIDE = runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export K2LAB_LAB_RUNS_PATH="$$runs" && set -x
+
 test: $(TESTED)
 	$(BIN)/python tests/in_sync.py
-	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export K2LAB_LAB_RUNS_PATH="$$runs" && set -x && \
-	  $(BIN)/nbdev-test && $(BIN)/python -m pytest -q tests
+	@$(ASIDE) && $(BIN)/python tests/notebooks.py --workers $(WORKERS) && $(PYTEST) tests
+
+test-quick: $(TESTED)
+	@$(ASIDE) && $(PYTEST) -m 'not slow' tests
+
+# each Python gets an environment of its own, .venv-3.12
+test-pythons:
+	@for p in 3.11 3.12 3.13; do if python$$p -c '' 2>/dev/null; then $(MAKE) test PYTHON=python$$p VENV=.venv-$$p || exit 1; else echo "no python$$p here"; fi; done
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check nbs tests $(PLAIN)
+	$(BIN)/pyright
+
+notebooks: $(TESTED)
+	@$(ASIDE) && $(BIN)/python tests/notebooks.py --workers $(WORKERS) --write
+	$(BIN)/nbdev-clean
 
 test-faults: $(TESTED)
 	K2LAB_FAULTS=full $(BIN)/python -m pytest -q -s tests/test_faults.py tests/test_resume.py tests/test_distributed.py

@@ -8,6 +8,36 @@ from textwrap import dedent
 
 import pytest
 
+# files whose tests train, kill or wait, the longest first: they start first, so that no worker ends with one alone
+SLOW = [
+    'faults',
+    'resume',
+    'distributed',
+    'slurm',
+    'refine',
+    'run',
+    'cli',
+    'traces',
+    'paths',
+    'unsloth',
+    'vllm',
+    'data',
+]
+
+
+def weight(item) -> int:
+    "The place of a test's file in `SLOW`; files that are not there come last."
+    name = item.path.stem.removeprefix('test_')
+    return SLOW.index(name) if name in SLOW else len(SLOW)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=weight)
+    for item in items:
+        if weight(item) < len(SLOW):
+            item.add_marker('slow')
+
+
 MODULE = '''
 from dataclasses import dataclass, field
 @dataclass(frozen=True)
