@@ -338,9 +338,11 @@ def functions():
 
 
 def test_functions_stay_small():
+    "At the width of `ruff format`, 100; lines are not saved by making them long."
     found = dict(functions())
-    assert median(found.values()) <= 8
-    assert {name: n for name, n in found.items() if n > 40} == {}
+    lengths = sorted(found.values())
+    assert median(lengths) <= 10 and lengths[int(0.9 * len(lengths))] <= 24
+    assert {name: n for name, n in found.items() if n > 78} == {}
 
 
 def test_public_functions_say_what_they_return():
