@@ -47,15 +47,18 @@ def comments(cls) -> dict:
     "`{field: the comment behind it, or above it}` of a dataclass and those it inherits from."
     import inspect
 
-    found, above = {}, []
+    meanings, above, name = {}, [], ''
     for line in '\n'.join(inspect.getsource(c) for c in reversed(cls.__mro__[:-1])).splitlines():
-        if alone := re.match(r' {4}# (.*)', line):
-            above.append(alone[1])
-            continue
-        if field := re.match(r' {4}(\w+) *:[^#]*(?:# (.*))?$', line):
-            found[field[1]] = field[2] or ' '.join(above)
-        above = []
-    return found
+        field = re.match(r' {4}(\w+) *:[^#]*(?:# (.*))?$', line)
+        closing = re.match(r' {4}\)  # (.*)$', line)
+        if field:
+            name, comment = field[1], field[2] or ' '.join(above)
+            meanings[name] = comment or meanings.get(name, '')
+        elif closing:
+            meanings[name] = closing[1]
+        alone = re.match(r' {4}# (.*)', line)
+        above = [*above, alone[1]] if alone else []
+    return meanings
 
 
 def stage_help(stage: str) -> str:

@@ -25,6 +25,7 @@ class Config:
     checkpoints: dict = field(
         default_factory=lambda: dict(k2_think_dpo='Kimi-K2-Base', k2_student_7b='k2_think_dpo')
     )
+    # what is measured of each
     measures: dict = field(
         default_factory=lambda: dict(
             k2_think_dpo=[
@@ -32,7 +33,7 @@ class Config:
                 'general_bits_per_byte',
                 'domain_questions',
                 'reasoning_verified',
-            ],  # what is measured of each
+            ],
             k2_student_7b=['domain_questions', 'reasoning_verified'],
         )
     )

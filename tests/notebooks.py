@@ -68,7 +68,7 @@ def shown(outputs: list) -> list:
     kept = []
     for out in outputs:
         if out['output_type'] == 'stream':
-            if out['name'] == 'stdout':
+            if out['name'] == 'stdout' and 'real_accelerator' not in joined(out['text']):
                 kept.append({'output_type': 'stream', 'text': joined(out['text'])})
         elif out['output_type'] in ('execute_result', 'display_data'):
             data = {kind: joined(value) for kind, value in out['data'].items()}
