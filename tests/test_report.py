@@ -413,11 +413,13 @@ def test_text_is_escaped_and_elements_are_not():
 
 
 def test_readme_is_the_index_notebook():
-    cells = json.loads((ROOT / 'nbs/index.ipynb').read_text())['cells']
-    assert {c['cell_type'] for c in cells} == {'markdown'}
-    assert (ROOT / 'README.md').read_text() == '\n\n'.join(
-        ''.join(c['source']).strip() for c in cells
-    ) + '\n'
+    from readme import from_root, readme
+
+    assert (ROOT / 'README.md').read_text() == readme()
+    assert from_root('[a](lab/00.ipynb#x) [b](../LOG.md) [c](https://d.e) [f](#g)') == (
+        '[a](nbs/lab/00.ipynb#x) [b](LOG.md) [c](https://d.e) [f](#g)'
+    )
+    assert from_root('[a](b)\n```\nc[0](d)\n```') == '[a](nbs/b)\n```\nc[0](d)\n```'
 
 
 def test_readme_names_every_notebook_and_scale():
