@@ -505,7 +505,7 @@ def test_a_tiktoken_file_saved_and_opened(tmp_path):
         and again.get_added_vocab() == tok.get_added_vocab()
     )
     assert (
-        again.chat_template == tok.chat_template == CHAT_FAMILIES['kimi']['template']
+        again.chat_template == tok.chat_template == CHAT_FAMILIES['kimi'].template
         and again.eos_token == '[EOS]'
     )
     instruct = load_kimi_tokenizer(
@@ -513,7 +513,7 @@ def test_a_tiktoken_file_saved_and_opened(tmp_path):
     )
     assert (
         family_of(instruct) == 'kimi_instruct'
-        and instruct.chat_template == CHAT_FAMILIES['kimi_instruct']['template']
+        and instruct.chat_template == CHAT_FAMILIES['kimi_instruct'].template
     )
 
 
