@@ -505,7 +505,7 @@ def test_a_tiktoken_file_saved_and_opened(tmp_path):
         and again.get_added_vocab() == tok.get_added_vocab()
     )
     assert (
-        again.chat_template == tok.chat_template == CHAT_FAMILIES['kimi']['template']
+        again.chat_template == tok.chat_template == CHAT_FAMILIES['kimi'].template
         and again.eos_token == '[EOS]'
     )
     instruct = load_kimi_tokenizer(
@@ -513,7 +513,7 @@ def test_a_tiktoken_file_saved_and_opened(tmp_path):
     )
     assert (
         family_of(instruct) == 'kimi_instruct'
-        and instruct.chat_template == CHAT_FAMILIES['kimi_instruct']['template']
+        and instruct.chat_template == CHAT_FAMILIES['kimi_instruct'].template
     )
 
 
@@ -723,7 +723,7 @@ def tool_round(rng, number, special) -> list:
 
 
 def conversation(rng, special=()) -> tuple:
-    "(messages, tools), ending with a user's turn or a tool's result; `special` strings are strewn into all text that is not the lab's own."
+    "(messages, tools), ending with a user's turn or a tool's result; texts contain `special` strings."
     messages = [dict(role='system', content=words(rng, special))] if rng.random() < 0.5 else []
     for turn in range(rng.choice([1, 1, 2, 3])):
         if turn:
@@ -775,7 +775,7 @@ class NoModel:
     scope='module', params=['k2', 'qwen', 'kimi_instruct', pytest.param('real', marks=needs_kimi)]
 )
 def sides(request):
-    "A tokenizer of a model that ships, of K2-Instruct's form or of the real K2, and a function that asks a server for ids."
+    "A shipped, K2-Instruct or real K2 tokenizer, and a function that asks a server for ids."
     pytest.importorskip('torch')
     from fastapi.testclient import TestClient
 
@@ -825,7 +825,7 @@ def test_conversations_are_the_same_ids_everywhere(sides):
 
 
 def test_rows_are_the_same_ids_everywhere(sides):
-    "The prompt of a training row, its evaluation and its request to a server; and what is trained, closed as a turn, is what the template makes of the answer."
+    "Training, evaluation and server share the prompt ids; the trained part is the answer and its end."
     from k2lab.text.audit import Audit
     from k2lab.text.masks import encode_row
     from k2lab.training.metrics import prompts_of
@@ -858,7 +858,7 @@ def test_rows_are_the_same_ids_everywhere(sides):
 
 
 def test_special_strings_of_users_are_the_one_difference(sides):
-    "The template in a tokenizer lets a user forge control tokens. The lab reads the same text with the control tokens of its own headers only."
+    "The template lets a user forge control tokens; the lab has only those of its own headers."
     tok, served = sides
     controls, forged = tok.get_added_vocab(), 0
     numbers = set(controls.values())

@@ -76,7 +76,7 @@ def test_an_engine_that_is_wrong_once_is_not_used_and_this_is_said(monkeypatch):
     tok = TOKS['k2']
     for trip in (NASTY[8], 'an ordinary page with one odd word'):
 
-        def lying(engine):
+        def lying(engine, trip=trip):
             honest = engines.by_tokenizers(engine)
             return lambda texts: honest([text + '!' if text == trip else text for text in texts])
 

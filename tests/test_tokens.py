@@ -301,7 +301,7 @@ def stream_hash(examples: list) -> str:
     return reduce(chained, (e['input_ids'] for e in examples), '')
 
 
-# ---- packing -------------------------------------------------------------------------------------------------------------------
+# ---- packing ----
 
 
 def test_best_fit_loses_nothing_and_fills_rows():
@@ -367,7 +367,7 @@ def test_a_model_that_lets_samples_see_each_other_is_refused():
         check_alone(model, rows, tok.pad_token_id)
 
 
-# ---- the audit: faults that leave the loss falling ---------------------------------------------------------------------------------
+# ---- the audit: faults that leave the loss falling ----
 
 THINKING = [
     dict(prompt=f'{n} + 3?', reasoning=f'{n} + 3 = {n + 3}', final=str(n + 3)) for n in (12, 4)

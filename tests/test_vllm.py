@@ -1,4 +1,7 @@
-"""Real vLLM serves what the lab writes: `K2LAB_VLLM=/path/to/python pytest tests/test_vllm.py` with the interpreter of an environment that has vLLM (its CPU build will do)."""
+"""Real vLLM serves what the lab writes: `K2LAB_VLLM=/path/to/python pytest tests/test_vllm.py`.
+
+The interpreter is that of an environment that has vLLM (its CPU build will do).
+"""
 
 import os
 
@@ -49,7 +52,7 @@ OPTIONS = dict(
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory) -> dict:
-    "The same small K2 as the lab saves it, in 8 and in 4 bits as it is published, both converted, with a merged adapter; and a Qwen."
+    "A small K2 as the lab saves it, in 8 and 4 bits, both converted, with a merged adapter; and a Qwen."
     home, tok = tmp_path_factory.mktemp('vllm'), open_tokenizer(shipped('k2'))
     from transformers import AutoModelForCausalLM
 

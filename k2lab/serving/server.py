@@ -1,7 +1,8 @@
 """A small OpenAI-compatible server for small models: FastAPI in front of transformers.
 
-It speaks the part of vLLM's wire format that the lab uses, on a machine without a GPU: completions (text or token ids, echo, log-probabilities, n, stop),
-chat (tools, reasoning, streaming), /tokenize, /v1/models, /health. A field it does not know is refused by name, never ignored.
+It speaks the part of vLLM's wire format that the lab uses, on a machine without a GPU:
+completions (text or token ids, echo, log-probabilities, n, stop), chat (tools, reasoning,
+streaming), /tokenize, /v1/models, /health. Unknown fields are refused by name, never ignored.
 One request is computed at a time. `python -m k2lab.serving.server PLACE --name NAME`, with the key in $K2LAB_API_KEY.
 """
 
@@ -182,7 +183,7 @@ def token_texts(engine, ids: list, as_ids: bool) -> list:
 
 
 def logprobs_block(engine, ask: CompletionAsk, ids: list, rows: list) -> dict:
-    "OpenAI's `logprobs` object for tokens `ids`; a row is None where nothing comes before the token. The chosen token is always among the top ones."
+    "OpenAI's `logprobs` object for `ids`, chosen tokens among the top; a row is None for a first token."
     texts = token_texts(engine, ids, ask.return_tokens_as_token_ids)
     tops, chosen = [], []
     for i, text, row in zip(ids, texts, rows):
@@ -270,7 +271,7 @@ def chat(engine, ask: ChatAsk, ids: list, limit: int) -> dict:
 
 
 def settled(text: str) -> dict:
-    "`{'reasoning_content', 'content'}` as far as no later token can change them: no half character, no half tag, no space before a possible tool call."
+    "`{'reasoning_content', 'content'}` that no later token can change: no half characters or tags."
     text = text.rstrip('\ufffd')
     held = max((n for tag in TAGS for n in range(1, len(tag)) if text.endswith(tag[:n])), default=0)
     text = text[: len(text) - held] if held else text

@@ -16,39 +16,38 @@ from .tokenizer import family_of
 
 # %% ../../nbs/text/04_masks.ipynb #82e9d7cb
 def encode_row(tok, row: dict, system: str = '') -> dict:
-    "One row as `{'input_ids', 'completion_mask'}`; trained are the reply and its end of turn."
+    "One row as `{'input_ids', 'completion_mask'}`; the reply and its end of turn are trained."
     prompt, target = row_spans(row, system, family_of(tok))
     ids, mask = encode(tok, prompt + target)
     return dict(input_ids=ids, completion_mask=mask)
 
 # %% ../../nbs/text/04_masks.ipynb #49bcbf0c
 def encode_rows(tok, rows: list, system: str = '', max_length: int = 1024) -> tuple[list, dict]:
-    "(examples, counts): rows that fit into `max_length` tokens, and how many rows and tokens were kept, trained and dropped."
+    "(examples, counts): the rows that fit into `max_length` tokens; counts of rows and tokens."
     encoded = [encode_row(tok, r, system) for r in rows]
-    kept = [e for e in encoded if len(e['input_ids']) <= max_length]
+    lengths = [len(e['input_ids']) for e in encoded]
+    kept = [e for e, length in zip(encoded, lengths) if length <= max_length]
     if encoded and not kept:
         raise LabError(
-            f'none of {len(encoded)} rows fits into {max_length} tokens; the shortest has {min(len(e["input_ids"]) for e in encoded)}'
+            f'none of {len(encoded)} rows fits into {max_length} tokens; '
+            f'the shortest has {min(lengths)}'
         )
-    counts = dict(
+    return kept, dict(
         rows=len(kept),
         dropped=len(encoded) - len(kept),
-        tokens=sum(len(e['input_ids']) for e in kept),
+        tokens=sum(length for length in lengths if length <= max_length),
         trained_tokens=sum(sum(e['completion_mask']) for e in kept),
-        longest=max((len(e['input_ids']) for e in encoded), default=0),
+        longest=max(lengths, default=0),
     )
-    return kept, counts
 
 # %% ../../nbs/text/04_masks.ipynb #bb0732f8
 def mask_runs(tok, example: dict) -> list:
     "(text, trained, control) of each run of tokens that share both."
     known = tok.get_added_vocab().values()
-    keyed = [
-        (i, bool(m), i in known) for i, m in zip(example['input_ids'], example['completion_mask'])
-    ]
-    return [
-        (tok.decode([k[0] for k in run]), *key) for key, run in groupby(keyed, key=lambda k: k[1:])
-    ]
+    pairs = zip(example['input_ids'], example['completion_mask'])
+    keyed = [(i, bool(m), i in known) for i, m in pairs]
+    runs = groupby(keyed, key=lambda k: k[1:])
+    return [(tok.decode([k[0] for k in run]), *key) for key, run in runs]
 
 
 def mask_text(tok, example: dict) -> str:
@@ -60,7 +59,8 @@ def mask_text(tok, example: dict) -> str:
     return ''.join(f'⟦{text}⟧' if trained else text for text, trained in parts)
 
 # %% ../../nbs/text/04_masks.ipynb #b667abc2
-_LOOK = {True: 'background:#d7f2dc;color:#0b3d17', False: 'color:#8a8a8a'}
+_LOOK = {True: 'background:rgba(46,160,67,.3);color:inherit', False: 'color:inherit;opacity:.65'}
+_BOX = 'font:15px/1.5 monospace;white-space:pre-wrap;overflow-wrap:anywhere;margin:.4em 0'
 
 
 def shorten(text: str, limit: int) -> str:
@@ -69,24 +69,25 @@ def shorten(text: str, limit: int) -> str:
 
 
 def mask_html(tok, example: dict, limit: int = 600) -> str:
-    "The example as HTML: trained text on green, the rest grey, control tokens bold; a run longer than `limit` characters loses its middle."
+    "The example as HTML: trained text on green, the rest faded, control tokens bold; runs over `limit` shortened."
     parts = []
     for text, trained, control in mask_runs(tok, example):
         look = _LOOK[trained] + (';font-weight:bold' if control else '')
         parts.append(f'<span style="{look}">{html.escape(shorten(text, limit))}</span>')
-    return f'<div style="font:15px/1.5 monospace;white-space:pre-wrap;margin:.4em 0">{"".join(parts)}</div>'
+    return f'<div style="{_BOX}">{"".join(parts)}</div>'
 
 # %% ../../nbs/text/04_masks.ipynb #1def1727
 def chunks(stream: list[int], length: int) -> list[list[int]]:
-    "The stream in rows of `length` tokens; the last one holds what is left."
+    "The stream in rows of `length` tokens; the last one holds the rest."
     return [stream[i : i + length] for i in range(0, len(stream), length)]
 
 
 def concatenate(tok, texts: list[str], length: int, end: int | None = None) -> list[dict]:
-    "Rows of up to `length` tokens from documents, each followed by `end` (the tokenizer's eos); all tokens are trained."
+    "Rows of up to `length` tokens from documents, each followed by `end` (default: eos); all tokens are trained."
     if length < 2:
         raise LabError(
-            f'length {length}: a row needs at least 2 tokens, one to predict from and one to predict'
+            f'length {length}: a row needs at least 2 tokens, '
+            'one to predict from and one to predict'
         )
     ids = encode_stream(tok, texts, tok.eos_token_id if end is None else end).tolist()
     return [dict(input_ids=row, completion_mask=[1] * len(row)) for row in chunks(ids, length)]

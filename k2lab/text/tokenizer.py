@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'QWEN_TOKENS', 'KEPT_TOKENS', 'KIMI_PATTERN', 'QWEN_PATTERN', 'KIMI_SYSTEM', 'QWEN_SYSTEM',
-           'QWEN_TOOLS', 'CHAT_TEMPLATE', 'INSTRUCT_TEMPLATE', 'QWEN_TEMPLATE', 'CHAT_FAMILIES', 'pretokens',
-           'check_family', 'byte_level', 'build_tokenizer', 'family_of', 'plain_tokenizer', 'read_ranks', 'merges_of',
-           'control_tokens', 'kimi_engine', 'load_kimi_tokenizer', 'tokenizer_in']
+           'QWEN_TOOLS', 'CHAT_TEMPLATE', 'INSTRUCT_TEMPLATE', 'QWEN_TEMPLATE', 'CHAT_FAMILIES', 'KIMI_FILES',
+           'pretokens', 'unwrapped', 'ChatFamily', 'check_family', 'byte_level', 'trained_engine', 'fast_tokenizer',
+           'build_tokenizer', 'family_of', 'plain_tokenizer', 'check_ranks', 'read_ranks', 'merges_of',
+           'control_tokens', 'check_added', 'kimi_engine', 'load_kimi_tokenizer', 'tokenizer_in']
 
 # %% ../../nbs/text/01_tokenizer.ipynb #0c5fac67
 import base64
 import json
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -53,7 +55,8 @@ _UPPER, _LOWER = (
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 _WORD = r'[^\r\n\p{L}\p{N}]?'
-KIMI_PATTERN = rf'[\p{{Han}}]+|{_WORD}{_UPPER}*{_LOWER}+{_SUFFIX}?|{_WORD}{_UPPER}+{_LOWER}*{_SUFFIX}?|\p{{N}}{{1,3}}|{_SPACES}'
+_WORDS = rf'{_WORD}{_UPPER}*{_LOWER}+{_SUFFIX}?|{_WORD}{_UPPER}+{_LOWER}*{_SUFFIX}?'
+KIMI_PATTERN = rf'[\p{{Han}}]+|{_WORDS}|\p{{N}}{{1,3}}|{_SPACES}'
 QWEN_PATTERN = rf'{_SUFFIX}|{_WORD}\p{{L}}+|\p{{N}}|{_SPACES}'
 
 # %% ../../nbs/text/01_tokenizer.ipynb #46a9e6d4
@@ -67,43 +70,67 @@ def pretokens(text: str, pattern: str) -> list[str]:
 KIMI_SYSTEM = 'You are Kimi, an AI assistant created by Moonshot AI.'
 QWEN_SYSTEM = 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.'
 QWEN_TOOLS = (
-    '\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>',
-    '\n</tools>\n\nFor each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n'
+    '\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n'
+    'You are provided with function signatures within <tools></tools> XML tags:\n<tools>',
+    '\n</tools>\n\nFor each function call, return a json object with function name and arguments '
+    'within <tool_call></tool_call> XML tags:\n<tool_call>\n'
     '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>',
 )
 
 # %% ../../nbs/text/01_tokenizer.ipynb #8d1c308c
-CHAT_TEMPLATE = r"""
-{%- macro words(m) -%}{%- if m.content is string -%}{{- m.content -}}{%- elif m.content -%}{%- for part in m.content -%}{{- part.text -}}{%- endfor -%}{%- endif -%}{%- endmacro -%}
+def unwrapped(template: str) -> str:
+    "A template without the line breaks before indented lines, which only keep lines short here."
+    return template.strip().replace('\n  ', '')
+
+
+CHAT_TEMPLATE = unwrapped(r"""
+{%- macro words(m) -%}{%- if m.content is string -%}{{- m.content -}}{%- elif m.content -%}
+  {%- for part in m.content -%}{{- part.text -}}{%- endfor -%}{%- endif -%}{%- endmacro -%}
 {%- set ns = namespace(last=-1) -%}
-{%- for m in messages -%}{%- if m.role == 'assistant' and not m.tool_calls -%}{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}
-{%- if tools -%}{{- '<|im_system|>tool_declare<|im_middle|>' ~ tools | tojson(separators=(',', ':'), sort_keys=True) ~ '<|im_end|>' -}}{%- endif -%}
-{%- if not messages or messages[0].role != 'system' -%}{{- '<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|>' -}}{%- endif -%}
+{%- for m in messages -%}{%- if m.role == 'assistant' and not m.tool_calls -%}
+  {%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}
+{%- if tools -%}
+  {{- '<|im_system|>tool_declare<|im_middle|>'
+   ~ tools | tojson(separators=(',', ':'), sort_keys=True) ~ '<|im_end|>' -}}
+  {%- endif -%}
+{%- if not messages or messages[0].role != 'system' -%}
+  {{- '<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|>' -}}
+  {%- endif -%}
 {%- for m in messages -%}
-{{- '<|im_' ~ (m.role if m.role in ['user', 'assistant'] else 'system') ~ '|>' ~ (m.name or m.role) ~ '<|im_middle|>' -}}
+{{- '<|im_' ~ (m.role if m.role in ['user', 'assistant'] else 'system') ~ '|>'
+   ~ (m.name or m.role) ~ '<|im_middle|>' -}}
 {%- if m.role == 'tool' -%}{{- '## Return of ' ~ m.tool_call_id ~ '\n' -}}{%- endif -%}
-{%- if m.role == 'assistant' -%}{{- '<think>' ~ ((m.reasoning_content or '') if loop.index0 > ns.last else '') ~ '</think>' -}}{%- endif -%}
+{%- if m.role == 'assistant' -%}
+  {{- '<think>' ~ ((m.reasoning_content or '') if loop.index0 > ns.last else '') ~ '</think>' -}}
+  {%- endif -%}
 {{- words(m) -}}
 {%- if m.role == 'assistant' and m.tool_calls -%}{{- '<|tool_calls_section_begin|>' -}}
 {%- for c in m.tool_calls -%}{%- set a = c.function.arguments -%}
-{{- '<|tool_call_begin|>' ~ c.id ~ '<|tool_call_argument_begin|>' ~ (a if a is string else a | tojson) ~ '<|tool_call_end|>' -}}
+{{- '<|tool_call_begin|>' ~ c.id ~ '<|tool_call_argument_begin|>'
+   ~ (a if a is string else a | tojson) ~ '<|tool_call_end|>' -}}
 {%- endfor -%}{{- '<|tool_calls_section_end|>' -}}{%- endif -%}
 {{- '<|im_end|>' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_assistant|>assistant<|im_middle|>' -}}{%- endif -%}
-""".strip()
+""")
 
 # %% ../../nbs/text/01_tokenizer.ipynb #d11126ad
-_THOUGHT = "{%- if m.role == 'assistant' -%}{{- '<think>' ~ ((m.reasoning_content or '') if loop.index0 > ns.last else '') ~ '</think>' -}}{%- endif -%}\n"
+_THOUGHT = (
+    "{%- if m.role == 'assistant' -%}{{- '<think>' ~ "
+    "((m.reasoning_content or '') if loop.index0 > ns.last else '') ~ '</think>' -}}{%- endif -%}\n"
+)
 INSTRUCT_TEMPLATE = CHAT_TEMPLATE.replace(_THOUGHT, '')
 
 # %% ../../nbs/text/01_tokenizer.ipynb #ecabb993
 QWEN_TEMPLATE = (
-    r"""
-{%- macro words(m) -%}{%- if m.content is string -%}{{- m.content -}}{%- elif m.content -%}{%- for part in m.content -%}{{- part.text -}}{%- endfor -%}{%- endif -%}{%- endmacro -%}
+    unwrapped(r"""
+{%- macro words(m) -%}{%- if m.content is string -%}{{- m.content -}}{%- elif m.content -%}
+  {%- for part in m.content -%}{{- part.text -}}{%- endfor -%}{%- endif -%}{%- endmacro -%}
 {%- set own = messages and messages[0].role == 'system' -%}
-{{- '<|im_start|>system\n' ~ (words(messages[0]) if own else 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.') -}}
-{%- if tools -%}{{- QWEN_BEFORE -}}{%- for t in tools -%}{{- '\n' ~ t | tojson -}}{%- endfor -%}{{- QWEN_AFTER -}}{%- endif -%}
+{{- '<|im_start|>system\n'
+   ~ (words(messages[0]) if own else 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.') -}}
+{%- if tools -%}{{- QWEN_BEFORE -}}{%- for t in tools -%}{{- '\n' ~ t | tojson -}}{%- endfor -%}
+  {{- QWEN_AFTER -}}{%- endif -%}
 {{- '<|im_end|>\n' -}}
 {%- for m in (messages[1:] if own else messages) -%}
 {%- if m.role == 'tool' -%}
@@ -113,31 +140,34 @@ QWEN_TEMPLATE = (
 {%- else -%}
 {{- '<|im_start|>' ~ m.role ~ ('\n' ~ words(m) if words(m) or not m.tool_calls else '') -}}
 {%- for c in m.tool_calls or [] -%}{%- set a = c.function.arguments -%}
-{{- '\n<tool_call>\n{"name": ' ~ c.function.name | tojson ~ ', "arguments": ' ~ (a if a is string else a | tojson) ~ '}\n</tool_call>' -}}
+{{- '\n<tool_call>\n{"name": ' ~ c.function.name | tojson ~ ', "arguments": '
+   ~ (a if a is string else a | tojson) ~ '}\n</tool_call>' -}}
 {%- endfor -%}{{- '<|im_end|>\n' -}}
 {%- endif -%}{%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
-""".strip()
+""")
     .replace('QWEN_BEFORE', json.dumps(QWEN_TOOLS[0]))
     .replace('QWEN_AFTER', json.dumps(QWEN_TOOLS[1]))
 )
 
 # %% ../../nbs/text/01_tokenizer.ipynb #70a16483
-_KIMI = dict(
-    pattern=KIMI_PATTERN,
-    names=dict(bos_token='[BOS]', eos_token='[EOS]', pad_token='[PAD]', unk_token='[UNK]'),
-)
+@dataclass(frozen=True)
+class ChatFamily:
+    "What the tokenizers of one family have in common."
+
+    pattern: str  # where text is cut before merging
+    tokens: list[str]  # control tokens in order of id
+    template: str  # Jinja chat template
+    names: dict[str, str]  # roles of control tokens: bos_token, eos_token ...
+
+
+_KIMI_NAMES = dict(bos_token='[BOS]', eos_token='[EOS]', pad_token='[PAD]', unk_token='[UNK]')
+_QWEN_NAMES = dict(eos_token='<|endoftext|>', pad_token='<|endoftext|>')
+_NO_THINK = [t for t in SPECIAL_TOKENS if 'think>' not in t]
 CHAT_FAMILIES = {
-    'kimi': dict(_KIMI, tokens=SPECIAL_TOKENS, template=CHAT_TEMPLATE),
-    'kimi_instruct': dict(
-        _KIMI, tokens=[t for t in SPECIAL_TOKENS if 'think>' not in t], template=INSTRUCT_TEMPLATE
-    ),
-    'qwen': dict(
-        pattern=QWEN_PATTERN,
-        tokens=QWEN_TOKENS,
-        template=QWEN_TEMPLATE,
-        names=dict(eos_token='<|endoftext|>', pad_token='<|endoftext|>'),
-    ),
+    'kimi': ChatFamily(KIMI_PATTERN, SPECIAL_TOKENS, CHAT_TEMPLATE, _KIMI_NAMES),
+    'kimi_instruct': ChatFamily(KIMI_PATTERN, _NO_THINK, INSTRUCT_TEMPLATE, _KIMI_NAMES),
+    'qwen': ChatFamily(QWEN_PATTERN, QWEN_TOKENS, QWEN_TEMPLATE, _QWEN_NAMES),
 }
 
 
@@ -165,45 +195,58 @@ def byte_level(model, pattern: str, normalizer=None):
     return t
 
 # %% ../../nbs/text/01_tokenizer.ipynb #eab6d8fc
-def build_tokenizer(texts, vocab_size: int, family: str = 'kimi'):
-    "A transformers fast tokenizer trained on `texts`, with at most `vocab_size` entries, control tokens included."
-    from tokenizers import AddedToken, models, normalizers, pre_tokenizers as pre, trainers
+def trained_engine(texts, size: int, family: str):
+    "A byte-level BPE engine of a family, trained on `texts` to at most `size` tokens."
+    from tokenizers import models, normalizers, pre_tokenizers as pre, trainers
+
+    # Qwen2.5 normalises to NFC, Kimi does not
+    normalizer = normalizers.NFC() if family == 'qwen' else None
+    engine = byte_level(models.BPE(), CHAT_FAMILIES[family].pattern, normalizer)
+    alphabet = pre.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    engine.train_from_iterator(texts, trainer)
+    return engine
+
+
+def fast_tokenizer(engine, names: dict[str, str], template: str):
+    "A transformers fast tokenizer of an engine; `names` are its `bos_token`, `eos_token` and so on."
     from transformers import PreTrainedTokenizerFast
 
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=engine, clean_up_tokenization_spaces=False, **names
+    )
+    tok.chat_template = template
+    return tok
+
+
+def build_tokenizer(texts, vocab_size: int, family: str = 'kimi'):
+    "A transformers fast tokenizer trained on `texts`: at most `vocab_size` entries, control tokens included."
+    from tokenizers import AddedToken
+
     f = CHAT_FAMILIES[check_family(family)]
-    learned = vocab_size - len(f['tokens'])
+    learned = vocab_size - len(f.tokens)
     if learned < 256:
         raise LabError(
-            f'vocab_size {vocab_size} leaves no room for the 256 bytes; at least {256 + len(f["tokens"])}'
+            f'vocab_size {vocab_size} leaves no room for the 256 bytes; '
+            f'at least {256 + len(f.tokens)}'
         )
-    t = byte_level(
-        models.BPE(), f['pattern'], normalizers.NFC() if family == 'qwen' else None
-    )  # Qwen2.5 normalises to NFC, Kimi does not
-    t.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=learned, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False
-        ),
+    engine = trained_engine(texts, learned, family)
+    engine.add_tokens(
+        [AddedToken(s, normalized=False, special=s not in KEPT_TOKENS) for s in f.tokens]
     )
-    t.add_tokens(
-        [AddedToken(s, normalized=False, special=s not in KEPT_TOKENS) for s in f['tokens']]
-    )
-    tok = PreTrainedTokenizerFast(
-        tokenizer_object=t, clean_up_tokenization_spaces=False, **f['names']
-    )
-    tok.chat_template = f['template']
-    return tok
+    return fast_tokenizer(engine, f.names, f.template)
 
 # %% ../../nbs/text/01_tokenizer.ipynb #fd7523e9
 def family_of(tok) -> str:
-    "'kimi' (K2-Thinking), 'kimi_instruct' (K2-Instruct, Moonlight) or 'qwen', by the control tokens the tokenizer has; `LabError` for any other."
+    "'kimi' (K2-Thinking), 'kimi_instruct' (K2-Instruct, Moonlight) or 'qwen'; `LabError` for any other."
     known = tok.get_added_vocab()
     if '<|im_middle|>' in known:
         return 'kimi' if '<think>' in known else 'kimi_instruct'
     if '<|im_start|>' in known:
         return 'qwen'
     raise LabError(
-        f'{tok.name_or_path or type(tok).__name__} has neither <|im_middle|> (kimi) nor <|im_start|> (qwen): unknown chat family'
+        f'{tok.name_or_path or type(tok).__name__} has neither <|im_middle|> (kimi) '
+        'nor <|im_start|> (qwen): unknown chat family'
     )
 
 # %% ../../nbs/text/01_tokenizer.ipynb #381a0f10
@@ -217,21 +260,26 @@ def plain_tokenizer(tok):
             f'{type(tok).__name__} is a slow tokenizer; open it with k2lab.models.load.open_tokenizer'
         )
     state = json.loads(tok.backend_tokenizer.to_str())
-    return Tokenizer.from_str(
-        json.dumps(
-            {
-                **state,
-                'added_tokens': [],
-                'post_processor': None,
-                'truncation': None,
-                'padding': None,
-            }
-        )
-    )
+    off = dict(added_tokens=[], post_processor=None, truncation=None, padding=None)
+    return Tokenizer.from_str(json.dumps({**state, **off}))
 
 # %% ../../nbs/text/01_tokenizer.ipynb #88c7785c
-def read_ranks(path) -> dict:
-    "`{bytes: rank}` of a tiktoken file, every byte among them; `LabError` with the line that is no token."
+def check_ranks(path, ranks: dict[bytes, int]):
+    "`LabError` if a byte has no rank or the ranks do not count from 0."
+    missing = [b for b in range(256) if bytes([b]) not in ranks]
+    if missing:
+        raise LabError(
+            f'{path}: {len(missing)} of the 256 bytes have no rank; not a byte-level vocabulary'
+        )
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise LabError(
+            f'{path}: the ranks of {len(ranks)} tokens are not 0 to {len(ranks) - 1}; '
+            'download the file again'
+        )
+
+
+def read_ranks(path) -> dict[bytes, int]:
+    "`{bytes: rank}` of a tiktoken file, all 256 bytes included; `LabError` names a line that is no token."
     ranks = {}
     for n, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
@@ -241,95 +289,85 @@ def read_ranks(path) -> dict:
             raise LabError(
                 f'{path}, line {n}: not a token in base64 and its rank; download the file again'
             ) from None
-    missing = [b for b in range(256) if bytes([b]) not in ranks]
-    if missing:
-        raise LabError(
-            f'{path}: {len(missing)} of the 256 bytes have no rank; not a byte-level vocabulary'
-        )
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise LabError(
-            f'{path}: the ranks of {len(ranks)} tokens are not 0 to {len(ranks) - 1}; download the file again'
-        )
+    check_ranks(path, ranks)
     return ranks
 
 # %% ../../nbs/text/01_tokenizer.ipynb #c2911166
-def merges_of(ranks: dict) -> list:
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     "`(left, right)` bytes of every way to make a token of two others, the lowest rank first."
     return [
         (t[:cut], t[cut:])
-        for t in sorted(ranks, key=ranks.get)
+        for t in sorted(ranks, key=lambda t: ranks[t])
         for cut in range(1, len(t))
         if t[:cut] in ranks and t[cut:] in ranks
     ]
 
 # %% ../../nbs/text/01_tokenizer.ipynb #eb08a0a1
 def control_tokens(config: dict, first: int) -> list:
-    "The added tokens of Kimi's tokenizer_config.json in order of id, from `first`, the number of ordinary tokens; `LabError` where they do not begin there."
+    "The added tokens of Kimi's tokenizer_config.json by id; `LabError` if they do not begin at id `first`."
     from tokenizers import AddedToken
 
     named = {int(i): t for i, t in config.get('added_tokens_decoder', {}).items()}
     if not named or min(named) != first:
         raise LabError(
-            f'the vocabulary has {first} tokens, but the control tokens of tokenizer_config.json begin at {min(named, default="none")}; '
-            'one of the two files is cut or another model\'s'
+            f'the vocabulary has {first} tokens, but the control tokens of tokenizer_config.json '
+            f'begin at {min(named, default="none")}; one of the two files is cut or another model\'s'
         )
-    reserved = lambda i: dict(content=f'<|reserved_token_{i}|>', special=True)
-    tokens = [named.get(i) or reserved(i) for i in range(first, max(named) + 1)]
-    return [AddedToken(t['content'], normalized=False, special=t['special']) for t in tokens]
+    add = lambda text, special: AddedToken(text, normalized=False, special=special)
+    return [
+        add(named[i]['content'], named[i]['special'])
+        if i in named
+        else add(f'<|reserved_token_{i}|>', True)
+        for i in range(first, max(named) + 1)
+    ]
 
 # %% ../../nbs/text/01_tokenizer.ipynb #549ce2e3
-def kimi_engine(ranks: dict, added: list):
-    "The `tokenizers.Tokenizer` of ranks and control tokens; `LabError` where a control token is also an ordinary one."
+def check_added(engine, added: list, first: int):
+    "`LabError` if the added tokens do not have the ids from `first` on."
+    for i, token in enumerate(added, first):
+        if engine.token_to_id(token.content) != i:
+            raise LabError(
+                f'the control token {token.content} is also an ordinary token of the vocabulary, '
+                'or listed twice'
+            )
+
+
+def kimi_engine(ranks: dict[bytes, int], added: list):
+    "The `tokenizers.Tokenizer` of ranks and control tokens; `LabError` if a control token is also an ordinary one."
     from tokenizers import models
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = bytes_to_unicode()  # byte-level BPE spells each byte as one letter
     spell = lambda token: ''.join(letters[b] for b in token)
     merges = [(spell(a), spell(b)) for a, b in merges_of(ranks)]
-    engine = byte_level(
-        models.BPE(
-            vocab={spell(t): r for t, r in ranks.items()}, merges=merges, ignore_merges=True
-        ),
-        KIMI_PATTERN,
-    )
+    vocab = {spell(t): r for t, r in ranks.items()}
+    engine = byte_level(models.BPE(vocab=vocab, merges=merges, ignore_merges=True), KIMI_PATTERN)
     engine.add_tokens(added)
-    wrong = [
-        t.content for i, t in enumerate(added, len(ranks)) if engine.token_to_id(t.content) != i
-    ]
-    if wrong:
-        raise LabError(
-            f'the control token {wrong[0]} is also an ordinary token of the vocabulary, or listed twice'
-        )
+    check_added(engine, added, len(ranks))
     return engine
 
 # %% ../../nbs/text/01_tokenizer.ipynb #50da047d
-def load_kimi_tokenizer(folder):
-    "Kimi's published tokenizer (`tiktoken.model`, `tokenizer_config.json`) as a transformers fast tokenizer with Moonshot's ids and the lab's template; `LabError` for files that are missing or do not fit."
-    from transformers import PreTrainedTokenizerFast
+KIMI_FILES = ('tiktoken.model', 'tokenizer_config.json')
 
-    missing = [
-        f for f in ('tiktoken.model', 'tokenizer_config.json') if not (Path(folder) / f).exists()
-    ]
+
+def load_kimi_tokenizer(folder):
+    "Kimi's published files as a fast tokenizer with Moonshot's ids; `LabError` if one is missing or does not fit."
+    ranks_file, config_file = (Path(folder) / name for name in KIMI_FILES)
+    missing = [name for name in KIMI_FILES if not (Path(folder) / name).exists()]
     if missing:
         raise LabError(
             f'{folder}: {" and ".join(missing)} missing; Kimi\'s tokenizer is both files'
         )
-    config, ranks = (
-        json.loads((Path(folder) / 'tokenizer_config.json').read_text()),
-        read_ranks(Path(folder) / 'tiktoken.model'),
-    )
-    names = {k: config[k] for k in CHAT_FAMILIES['kimi']['names'] if config.get(k)}
-    tok = PreTrainedTokenizerFast(
-        tokenizer_object=kimi_engine(ranks, control_tokens(config, len(ranks))),
-        clean_up_tokenization_spaces=False,
-        **names,
-    )
-    tok.chat_template = CHAT_FAMILIES[family_of(tok)]['template']
+    config, ranks = json.loads(config_file.read_text()), read_ranks(ranks_file)
+    names = {k: config[k] for k in _KIMI_NAMES if config.get(k)}
+    engine = kimi_engine(ranks, control_tokens(config, len(ranks)))
+    tok = fast_tokenizer(engine, names, CHAT_TEMPLATE)
+    tok.chat_template = CHAT_FAMILIES[family_of(tok)].template
     return tok
 
 # %% ../../nbs/text/01_tokenizer.ipynb #64f3a629
 def tokenizer_in(folder):
-    "The fast tokenizer of a folder, from its tokenizer.json or Kimi's tiktoken.model; `LabError` where there is neither or its chat family is unknown."
+    "The fast tokenizer of a folder (tokenizer.json or Kimi's files); `LabError` for none or an unknown family."
     from transformers import PreTrainedTokenizerFast
 
     if (Path(folder) / 'tokenizer.json').exists():
