@@ -33,7 +33,7 @@ VICTIMS = ('runner', 'kernel', 'trainer')
 STAGE = '''
 import time
 from dataclasses import dataclass, field
-from k2lab.lab.checkpoint import newest, seal, step_of
+from k2lab.lab.checkpoint import finalize_checkpoint, newest_checkpoint, step_of
 @dataclass(frozen=True)
 class Config:
     init_from: str = 'zero'   # number to start from
@@ -45,11 +45,11 @@ class Config:
 def save(place, value):
     place.mkdir(parents=True, exist_ok=True)
     for name in ('model.txt', 'optimizer.txt'): (place/name).write_text(str(value)); time.sleep(.02)
-    seal(place, {'value': value})
+    finalize_checkpoint(place, {'value': value})
 def train(job):
     value = first = int(job.find(job.cfg.init_from).read_text())
     time.sleep(.1)
-    place, state = newest(job.folder/'trainer/train')
+    place, state = newest_checkpoint(job.folder/'trainer/train')
     done = step_of(place) if place else 0
     if place: value = state['value']; job.resumed('train', done)
     for step in range(done + 1, job.cfg.steps + 1):
