@@ -264,7 +264,7 @@ class Reader:
         )
 
     def _raw(self, file):
-        "The bytes of the open file in pieces, small ones if it is packed, for a piece can unfold to a thousand times its size"
+        "The bytes of the open file in pieces; small ones if it is packed, which can unfold a thousandfold."
         size = PIECE if unpacker(self.path) is None else PIECE // 16
         piece = file.read(size)
         if not self.start and piece.startswith(LFS):
@@ -438,10 +438,13 @@ class Reader:
             self.compare(before[0], manifest)
 
     def compare(self, size: int, manifest: dict):
-        "Says in `partial` when the file is not the one of its manifest, by size or, if all of it was read, by rows"
+        "Sets `partial` if size, or rows where all was read, differ from the manifest."
         rows = self.rows + self.bad
         if size != manifest['bytes']:
-            self.partial = f"{self.path}: {size} bytes, its manifest says {manifest['bytes']}: the file was cut or changed"
+            self.partial = (
+                f"{self.path}: {size} bytes, its manifest says {manifest['bytes']}: "
+                'the file was cut or changed'
+            )
         elif not self.start and self.stop is None and rows != manifest['rows']:
             self.partial = f"{self.path}: {rows} rows, its manifest says {manifest['rows']}"
 
@@ -464,7 +467,7 @@ class Reader:
             yield as_table(values)
 
     def rest(self, row: dict, dumps) -> str:
-        "What is left of a row as JSON text; read again by the standard library where the fast one would change a number"
+        "The rest of a row as JSON text; reparsed by the standard library if a number would change."
         if self.line is None:
             return dumps_exactly(row).decode()
         left = b'' if self.exact else dumps(row)
