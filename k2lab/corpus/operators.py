@@ -182,7 +182,7 @@ def word_grams(words: list, n: int) -> set:
 
 
 def gram_index(texts: list, n: int = 13, least: int = 5) -> tuple:
-    "({run of words: numbers of the texts it is in}, number of runs of each text); a text of `least` to n words is one run"
+    "({run of words: numbers of texts}, runs of each text); a text of `least` to n words is one run."
     owners, sizes = defaultdict(set), []
     for i, text in enumerate(texts):
         words = words_in(text)
@@ -226,7 +226,7 @@ def clear_of(found: list, owners: dict, sizes: list, common: int, share: float) 
 def decontaminate(
     rows: list, texts: list, n: int = 13, common: int = 10, share: float = 0.2
 ) -> tuple:
-    "(rows that cover less than `share` of every evaluation text in runs that at most `common` rows have, counts)."
+    "(rows that cover less than `share` of every evaluation text in runs of at most `common` rows, counts)."
     owners, sizes = gram_index(texts, n)
     kept = [rows[i] for i in clear_of(found_grams(rows, owners), owners, sizes, common, share)]
     return kept, counted(
