@@ -1,14 +1,21 @@
-"""Compiled kernels over UTF-8 bytes that find duplicates and contamination, each with a twin in plain Python that says what it computes.
+"""Compiled kernels over UTF-8 bytes that find duplicates and contamination, each with a twin in
+plain Python that says what it computes.
 
-Texts come as Arrow keeps them: `data`, the bytes of all texts, and `ends`, n+1 offsets into it. Results come in the same shape. All hashes are unsigned 64-bit integers
-whose sums and products wrap around (in numba only unsigned ones may). Kernels are the functions with an underscore; they are compiled at first use, and nothing heavy is imported before."""
+Texts come as Arrow keeps them: `data`, the bytes of all texts, and `ends`, n+1 offsets into it.
+Results come in the same shape. All hashes are unsigned 64-bit integers
+whose sums and products wrap around (in numba only unsigned ones may). Kernels are the functions
+with an underscore; they are compiled at first use, and nothing heavy is imported before."""
 
 import re, warnings
 from functools import cache
 
 from k2lab.lab.config import LabError
 
-UNSPACED = '\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff'  # Thai, Lao, Burmese, Khmer, Kana, Han
+# Thai, Lao, Burmese, Khmer, Kana, Han
+UNSPACED = (
+    '\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u31f0-\u31ff\u3400-\u4dbf'
+    '\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff'
+)
 WORD = re.compile(rf'(?=\w)[{UNSPACED}]|[^\W{UNSPACED}]+')
 CODE_POINTS = 0x40000  # no letter lies above
 SEED, PRIME = 0xCBF29CE484222325, 0x100000001B3  # FNV-1a's
@@ -17,7 +24,7 @@ WRAP, U = 2**64, None  # U becomes numpy.uint64 when the first kernel is compile
 
 
 def gram_words(text: str) -> list:
-    "The words of a text in lower case, without punctuation. Each character of a script that is written without spaces is a word of its own, so that runs of words are runs of characters there."
+    "The words of a text in lower case, without punctuation; in scripts without spaces each character is one."
     return WORD.findall(
         text.replace('\u0130', 'i').lower().replace('\u03c2', '\u03c3')
     )  # the two letters whose lower case is not one letter, always the same
@@ -55,7 +62,7 @@ def jaccard(a, b) -> float:
     return len(a & b) / len(a | b) if a or b else 0.0
 
 
-# ---- machinery ----------------------------------------------------------------------------------------------------------------
+# ---- machinery --------------------
 
 
 @cache
@@ -148,7 +155,7 @@ def word_classes():
     )
 
 
-# ---- spelling -----------------------------------------------------------------------------------------------------------------
+# ---- spelling --------------------
 
 
 def _tidied(data, ends, out, out_ends, plain):
@@ -241,7 +248,7 @@ def folded(data, ends) -> list:
     ]
 
 
-# ---- words and runs of words --------------------------------------------------------------------------------------------------
+# ---- words and runs of words --------------------
 
 
 def _word_hashes(data, ends, table, out, out_ends):
@@ -333,7 +340,7 @@ def gram_hashes(hashes, ends, n: int) -> tuple:
     ], out_ends
 
 
-# ---- MinHash ------------------------------------------------------------------------------------------------------------------
+# ---- MinHash --------------------
 
 
 def factors(k: int) -> list:
@@ -389,7 +396,7 @@ def band_keys(grams, ends, bands: int = 14, rows: int = 8):
     return keys
 
 
-# ---- sets of runs -------------------------------------------------------------------------------------------------------------
+# ---- sets of runs --------------------
 
 
 def _distinct(grams, ends, out_ends):
@@ -472,7 +479,7 @@ def plain_united(parent, left, right):
     return parent
 
 
-# ---- finding known runs -------------------------------------------------------------------------------------------------------
+# ---- finding known runs --------------------
 
 SLOTS = 22  # bits of the filter's address: half a megabyte, which stays in the cache
 
