@@ -72,14 +72,18 @@ def numba():
         import numba
     except ImportError:
         return warnings.warn(
-            'numba is not installed: plain Python does the work of k2lab.corpus.kernels, about a hundred times as slowly; pip install numba'
+            'numba is not installed: plain Python does the work of k2lab.corpus.kernels, '
+            'about a hundred times as slowly; pip install numba',
+            stacklevel=2,
         )
     return numba
 
 
 @cache
 def machine(kernel, small: str = ''):
-    "A kernel as machine code, kept on disk for later processes; variables named in `small` have 32 bits. None without numba."
+    """A kernel as machine code, kept on disk for later processes; variables named in `small` have 32 bits.
+
+    None without numba."""
     global U
     if not numba():
         return None
@@ -109,7 +113,9 @@ BATCH_BYTES = 1 << 24  # bytes of text in a batch, about
 
 
 def text_batches(column, room: int = BATCH_BYTES):
-    "Yields an Arrow column of texts as `(data, ends)`, without copying it, of about `room` bytes each or one text. LabError for a missing text."
+    """Yields an Arrow column of texts as `(data, ends)`, without copying it, of about `room` bytes each or one text.
+
+    `LabError` if a text is missing."""
     import numpy as np, pyarrow as pa
 
     first = 0
@@ -195,7 +201,9 @@ def _tidied(data, ends, out, out_ends, plain):
 
 
 def tidied(data, ends):
-    "(data, ends, which texts are ASCII) of texts in the spelling of `k2lab.corpus.operators.normal`, as far as it is a matter of ASCII characters: line ends, control characters, spaces, blank lines. None without numba."
+    """(data, ends, which texts are ASCII) of texts spelled as `k2lab.corpus.operators.normal` does.
+
+    Only for ASCII: line ends, control characters, spaces, blank lines. None without numba."""
     import numpy as np
 
     if not machine(_tidied):
@@ -381,7 +389,9 @@ def _band_keys(grams, ends, a, b, seen, rows, keys):
 
 
 def band_keys(grams, ends, bands: int = 14, rows: int = 8):
-    "Keys (texts, bands) of texts that are not empty, by their runs of words: `bands_of` the `least`. Texts of Jaccard similarity s share a key of a band with probability s**rows."
+    """Keys (texts, bands) of texts that are not empty, by their runs of words: `bands_of` the `least`.
+
+    Texts of Jaccard similarity s share a key of a band with probability s**rows."""
     import numpy as np
 
     if not machine(_band_keys):
@@ -462,7 +472,9 @@ def _unite(left, right, parent):
 
 
 def united(parent, left, right):
-    "The components after left[i] and right[i] are joined: for each member the lowest of its component, as `parent` holds it before."
+    """The components after left[i] and right[i] are joined.
+
+    For each member the lowest of its component, as `parent` holds it before."""
     if not machine(_unite):
         return plain_united(parent, left, right)
     parent = parent.copy()
@@ -514,7 +526,9 @@ def _known_grams(grams, ends, bits, index, rows, places):
 
 
 def known_grams(grams, ends, index, bits) -> tuple:
-    "(numbers of texts, places in the index) of the runs that are in an index of sorted hashes, which has the sieve `bits`."
+    """(numbers of texts, places in the index) of the runs that an index of sorted hashes holds.
+
+    `bits` is the sieve of the index."""
     import numpy as np
 
     if not machine(_known_grams):

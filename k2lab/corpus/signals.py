@@ -127,7 +127,9 @@ def line_counts(text: str) -> list:
 
 
 def top_run(words: list, n: int) -> int:
-    "Characters in all places of the most frequent run of n words, spaces between them counted; of equally frequent ones the longest; 0 when none occurs twice."
+    """Characters in all places of the most frequent run of n words, spaces between them counted.
+
+    Of equally frequent ones the longest; 0 when none occurs twice."""
     seen = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
     most = max(seen.values(), default=0)
     return (
@@ -138,7 +140,9 @@ def top_run(words: list, n: int) -> int:
 
 
 def copied_runs(words: list, n: int) -> int:
-    "Characters of the runs of n words that have occurred before, read from left to right; a run that is counted is passed over."
+    """Characters of the runs of n words that have occurred before, read from left to right.
+
+    A run that is counted is passed over."""
     seen, total, i = set(), 0, 0
     while i <= len(words) - n:
         run = tuple(words[i : i + n])
@@ -157,7 +161,10 @@ def run_counts(text: str) -> list:
 
 
 def line_facts(text: str) -> list:
-    "For each line that is not blank (characters, words, longest word, sentences, whether it ends like a sentence, whether it ends in '...'): a sentence ends where a word ends in one of `ENDERS`, and at the line's end."
+    """Six facts of each line that is not blank.
+
+    (characters, words, longest word, sentences, whether it ends like a sentence, whether it ends in
+    '...'). A sentence ends where a word ends in one of `ENDERS`, and at the line's end."""
     out = []
     for line in (line for part in paragraph_lines(text) for line in part):
         tokens = line.split()
@@ -175,7 +182,9 @@ def line_facts(text: str) -> list:
 
 
 def phrase_places(data: bytes, phrases: list) -> list:
-    "(place, number of the phrase) of all places where one of the phrases (in lower case) begins, letters A-Z in either case."
+    """(place, number of the phrase) of all places where a phrase begins.
+
+    Phrases are in lower case; letters A-Z of the text match in either case."""
     low = data.lower()
     return sorted(
         (i, k)
@@ -436,7 +445,10 @@ def found_words(data, ends) -> tuple:
 
 
 def found_lines(data, ends) -> tuple:
-    "(hashes, spans, ends, facts) of all lines of texts: spans are (first byte, end, first character), facts are those of `line_facts` with the last character; 0 characters for a blank line."
+    """(hashes, spans, ends, facts) of all lines of texts.
+
+    Spans are (first byte, end, first character), facts are those of `line_facts` with the last
+    character; 0 characters for a blank line."""
     import numpy as np
 
     room = int((data[ends[0] : ends[-1]] == 10).sum()) + len(ends)
