@@ -1,10 +1,11 @@
-"Duplicates and contamination: kernels against their twins, and operators against definitions, labelled corpora and the plain operators."
+"Duplicates and contamination: kernels against twins, operators against definitions and labelled corpora."
 
 import hashlib
 import json
 import random
 import subprocess
 import sys
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -182,7 +183,9 @@ def test_components_are_the_twins(monkeypatch):
         parent = np.arange(n)
         for _ in range(3):
             left, right = rng.integers(0, n, (2, max(1, n // 4)))
-            fast, plain = both(monkeypatch, lambda: kernels.united(parent, left, right))
+            fast, plain = both(
+                monkeypatch, partial(kernels.united, parent, left, right)
+            )
             assert same(fast, plain) and (parent[fast] == fast).all() or (fast[fast] == fast).all()
             parent = fast
 
@@ -575,7 +578,7 @@ def test_removing_what_is_removed_removes_nothing_more():
         assert operator(once)[0].equals(once)
 
 
-# ---- spelling -----------------------------------------------------------------------------------------------------------------
+# ---- spelling --------------------
 
 ODD = [
     'a',

@@ -1,4 +1,6 @@
-"""Corpora that do not fit into memory: broken files lose only what is broken, and no kill, full disk or other number of workers loses or doubles a row."""
+"""Corpora that do not fit into memory: broken files lose only what is broken.
+
+No kill, full disk or other number of workers loses or doubles a row."""
 
 import gzip
 import json
@@ -56,7 +58,7 @@ def rejected(folder) -> list:
     ]
 
 
-# ---- operators, which workers import from here ---------------------------------------------------------------------------------
+# ---- operators, which workers import from here --------------------
 
 
 def slow(table, seconds: float):
@@ -99,7 +101,7 @@ def noisy(table):
     return table, [dict(step='a', removed={'x': 0}), dict(step='b', removed={})]
 
 
-# ---- seventeen kinds of broken file --------------------------------------------------------------------------------------------
+# ---- seventeen kinds of broken file --------------------
 
 HALF_GZ, HALF_ZST = (
     compress(
@@ -347,7 +349,7 @@ def test_both_parsers_give_the_same_bytes(tmp_path, monkeypatch):
     assert read() == fast and len(fast[1]) == 9 + 1  # a BOM in the middle of a file is none
 
 
-# ---- kinds, archives, places ---------------------------------------------------------------------------------------------------
+# ---- kinds, archives, places --------------------
 
 
 @pytest.mark.parametrize('ending', ['.jsonl', '.jsonl.gz', '.jsonl.zst', '.parquet'])
@@ -521,7 +523,7 @@ def test_wherever_a_file_is_cut_into_ranges_each_line_is_read_once(tmp_path):
         ), size
 
 
-# ---- units: workers, kills, changes --------------------------------------------------------------------------------------------
+# ---- units: workers, kills, changes --------------------
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def digest16():
 
 
 def fingerprints(table, field: str = 'text'):
-    "Yields 16 bytes for each row, the same for texts that differ only in case and white space. LabError for a missing text"
+    "Yields 16 bytes a row, equal for texts that differ in case and white space only; `LabError` if one is missing."
     digest = digest16()
     for data, ends in text_batches(table[field]):
         yield from map(digest, folded(data, ends))
@@ -59,7 +59,7 @@ def cluster_sizes(sizes) -> dict:
 
 
 def drop_copies(table, field: str = 'text') -> tuple:
-    "(rows without later copies, counts with the number of clusters of each size); fingerprints in a column `mark` are taken as they are"
+    "(rows without later copies, counts with cluster sizes); a column `mark` holds ready fingerprints."
     seen, stays = Counter(), []
     for mark in (
         table['mark'].to_pylist() if 'mark' in table.column_names else fingerprints(table, field)
@@ -79,7 +79,7 @@ def run_batches(column, n: int):
 
 
 def sketch(column, n: int = 5) -> tuple:
-    "(numbers of the rows with n words or more, their keys as uint64 (rows, 14)): all that finding near-copies needs to know of most texts"
+    "(numbers of the rows with n words or more, their keys as uint64 (rows, 14))."
     import numpy as np
 
     first, rows, keys = 0, [np.empty(0, np.int64)], [np.empty((0, BANDS), np.uint64)]
@@ -158,8 +158,8 @@ def stars(component, sizes, sets, least: float):
     return owner
 
 # %% ../../nbs/corpus/05_duplicates.ipynb #488bd619
-def near_owners(column, n: int = 5, least: float = 0.7, sketched: tuple = None):
-    "For each row the row that stays for it, itself if it stays; `least` 0 joins all that share a key without looking; `sketched`: `sketch` of the rows to look at"
+def near_owners(column, n: int = 5, least: float = 0.7, sketched: tuple | None = None):
+    "For each row the row that stays for it; `least` 0 joins all that share a key unverified."
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -178,18 +178,20 @@ def near_owners(column, n: int = 5, least: float = 0.7, sketched: tuple = None):
 
 # %% ../../nbs/corpus/05_duplicates.ipynb #a72b7840
 def check_clusters(sizes, column, n: int, alarm: float, floor: int):
-    "LabError when a cluster holds more than the share `alarm` of n rows, if n is at least `floor`; `sizes` counts the rows of each cluster by the row that stays"
+    "`LabError` if a cluster holds more than the share `alarm` of n rows, from `floor` rows on."
     row = int(sizes.argmax()) if n else 0
     if n < floor or sizes[row] <= alarm * n:
         return
     begins = ' '.join(column[row].as_py()[:200].split())[:80]
     raise LabError(
-        f'near dedup: the cluster of row {row} ({begins!r}...) holds {sizes[row]} of {n} rows, more than {alarm:.1%}: remove such pages or their boilerplate first, or allow it with alarm={sizes[row] / n + 0.001:.3f}'
+        f'near dedup: the cluster of row {row} ({begins!r}...) holds {sizes[row]} of {n} rows, '
+        f'more than {alarm:.1%}: remove such pages or their boilerplate first, '
+        f'or allow it with alarm={sizes[row] / n + 0.001:.3f}'
     )
 
 
 def rows_of(table, field: str, column) -> tuple:
-    "(column of texts, numbers of the table's rows in it): a table without texts says in its column `row` which ones of `column` it means"
+    "(column of texts, numbers of the table's rows in it), by its column `row` if it has no texts."
     import numpy as np
 
     return (
@@ -218,7 +220,7 @@ def drop_near(
     floor: int = 5000,
     column=None,
 ) -> tuple:
-    "(rows without those that are like a longer one that stays, counts with the number of clusters of each size). Alike: Jaccard of their runs of n words at least `least`. LabError when a cluster is too large"
+    "(rows without near-copies of a longer row, counts with cluster sizes); `LabError` if a cluster is too large."
     import numpy as np
 
     column, rows = rows_of(table, field, column)
@@ -231,7 +233,7 @@ def drop_near(
 
 # %% ../../nbs/corpus/05_duplicates.ipynb #81e7380f
 def run_index(texts: list, n: int = 13, least: int = 5) -> tuple:
-    "(sorted hashes of the runs of the texts, {place: numbers of the texts it is in}, runs of each text, lengths of runs); a text of `least` to n words is one run"
+    "(sorted run hashes, {place: numbers of texts}, runs of each text, lengths of runs)."
     import numpy as np
 
     found = [np.empty(0, np.uint64)] * len(texts)
@@ -283,7 +285,7 @@ def drop_contaminated(
     field: str = 'text',
     column=None,
 ) -> tuple:
-    "(rows that cover less than `share` of every evaluation text in rare runs of n words, counts); texts: a list, or {evaluation: list}; decisions of `corpus.decontaminate`"
+    "(rows that cover under `share` of each evaluation text in rare runs, counts); texts: list or {name: list}."
     named = texts if isinstance(texts, dict) else {'evaluation': texts}
     names = [name for name, part in named.items() for _ in part]
     index, owners, sizes, lengths = run_index([text for part in named.values() for text in part], n)

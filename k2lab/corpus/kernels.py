@@ -1,14 +1,21 @@
-"""Compiled kernels over UTF-8 bytes that find duplicates and contamination, each with a twin in plain Python that says what it computes.
+"""Compiled kernels over UTF-8 bytes that find duplicates and contamination, each with a twin in
+plain Python that says what it computes.
 
-Texts come as Arrow keeps them: `data`, the bytes of all texts, and `ends`, n+1 offsets into it. Results come in the same shape. All hashes are unsigned 64-bit integers
-whose sums and products wrap around (in numba only unsigned ones may). Kernels are the functions with an underscore; they are compiled at first use, and nothing heavy is imported before."""
+Texts come as Arrow keeps them: `data`, the bytes of all texts, and `ends`, n+1 offsets into it.
+Results come in the same shape. All hashes are unsigned 64-bit integers
+whose sums and products wrap around (in numba only unsigned ones may). Kernels are the functions
+with an underscore; they are compiled at first use, and nothing heavy is imported before."""
 
 import re, warnings
 from functools import cache
 
 from k2lab.lab.config import LabError
 
-UNSPACED = '\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff'  # Thai, Lao, Burmese, Khmer, Kana, Han
+# Thai, Lao, Burmese, Khmer, Kana, Han
+UNSPACED = (
+    '\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u31f0-\u31ff\u3400-\u4dbf'
+    '\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff'
+)
 WORD = re.compile(rf'(?=\w)[{UNSPACED}]|[^\W{UNSPACED}]+')
 CODE_POINTS = 0x40000  # no letter lies above
 SEED, PRIME = 0xCBF29CE484222325, 0x100000001B3  # FNV-1a's
@@ -17,7 +24,7 @@ WRAP, U = 2**64, None  # U becomes numpy.uint64 when the first kernel is compile
 
 
 def gram_words(text: str) -> list:
-    "The words of a text in lower case, without punctuation. Each character of a script that is written without spaces is a word of its own, so that runs of words are runs of characters there."
+    "The words of a text in lower case, without punctuation; in scripts without spaces each character is one."
     return WORD.findall(
         text.replace('\u0130', 'i').lower().replace('\u03c2', '\u03c3')
     )  # the two letters whose lower case is not one letter, always the same
@@ -55,7 +62,7 @@ def jaccard(a, b) -> float:
     return len(a & b) / len(a | b) if a or b else 0.0
 
 
-# ---- machinery ----------------------------------------------------------------------------------------------------------------
+# ---- machinery --------------------
 
 
 @cache
@@ -65,14 +72,18 @@ def numba():
         import numba
     except ImportError:
         return warnings.warn(
-            'numba is not installed: plain Python does the work of k2lab.corpus.kernels, about a hundred times as slowly; pip install numba'
+            'numba is not installed: plain Python does the work of k2lab.corpus.kernels, '
+            'about a hundred times as slowly; pip install numba',
+            stacklevel=2,
         )
     return numba
 
 
 @cache
 def machine(kernel, small: str = ''):
-    "A kernel as machine code, kept on disk for later processes; variables named in `small` have 32 bits. None without numba."
+    """A kernel as machine code, kept on disk for later processes; variables named in `small` have 32 bits.
+
+    None without numba."""
     global U
     if not numba():
         return None
@@ -102,7 +113,9 @@ BATCH_BYTES = 1 << 24  # bytes of text in a batch, about
 
 
 def text_batches(column, room: int = BATCH_BYTES):
-    "Yields an Arrow column of texts as `(data, ends)`, without copying it, of about `room` bytes each or one text. LabError for a missing text."
+    """Yields an Arrow column of texts as `(data, ends)`, without copying it, of about `room` bytes each or one text.
+
+    `LabError` if a text is missing."""
     import numpy as np, pyarrow as pa
 
     first = 0
@@ -148,7 +161,7 @@ def word_classes():
     )
 
 
-# ---- spelling -----------------------------------------------------------------------------------------------------------------
+# ---- spelling --------------------
 
 
 def _tidied(data, ends, out, out_ends, plain):
@@ -188,7 +201,9 @@ def _tidied(data, ends, out, out_ends, plain):
 
 
 def tidied(data, ends):
-    "(data, ends, which texts are ASCII) of texts in the spelling of `k2lab.corpus.operators.normal`, as far as it is a matter of ASCII characters: line ends, control characters, spaces, blank lines. None without numba."
+    """(data, ends, which texts are ASCII) of texts spelled as `k2lab.corpus.operators.normal` does.
+
+    Only for ASCII: line ends, control characters, spaces, blank lines. None without numba."""
     import numpy as np
 
     if not machine(_tidied):
@@ -241,7 +256,7 @@ def folded(data, ends) -> list:
     ]
 
 
-# ---- words and runs of words --------------------------------------------------------------------------------------------------
+# ---- words and runs of words --------------------
 
 
 def _word_hashes(data, ends, table, out, out_ends):
@@ -333,7 +348,7 @@ def gram_hashes(hashes, ends, n: int) -> tuple:
     ], out_ends
 
 
-# ---- MinHash ------------------------------------------------------------------------------------------------------------------
+# ---- MinHash --------------------
 
 
 def factors(k: int) -> list:
@@ -374,7 +389,9 @@ def _band_keys(grams, ends, a, b, seen, rows, keys):
 
 
 def band_keys(grams, ends, bands: int = 14, rows: int = 8):
-    "Keys (texts, bands) of texts that are not empty, by their runs of words: `bands_of` the `least`. Texts of Jaccard similarity s share a key of a band with probability s**rows."
+    """Keys (texts, bands) of texts that are not empty, by their runs of words: `bands_of` the `least`.
+
+    Texts of Jaccard similarity s share a key of a band with probability s**rows."""
     import numpy as np
 
     if not machine(_band_keys):
@@ -389,7 +406,7 @@ def band_keys(grams, ends, bands: int = 14, rows: int = 8):
     return keys
 
 
-# ---- sets of runs -------------------------------------------------------------------------------------------------------------
+# ---- sets of runs --------------------
 
 
 def _distinct(grams, ends, out_ends):
@@ -455,7 +472,9 @@ def _unite(left, right, parent):
 
 
 def united(parent, left, right):
-    "The components after left[i] and right[i] are joined: for each member the lowest of its component, as `parent` holds it before."
+    """The components after left[i] and right[i] are joined.
+
+    For each member the lowest of its component, as `parent` holds it before."""
     if not machine(_unite):
         return plain_united(parent, left, right)
     parent = parent.copy()
@@ -472,7 +491,7 @@ def plain_united(parent, left, right):
     return parent
 
 
-# ---- finding known runs -------------------------------------------------------------------------------------------------------
+# ---- finding known runs --------------------
 
 SLOTS = 22  # bits of the filter's address: half a megabyte, which stays in the cache
 
@@ -507,7 +526,9 @@ def _known_grams(grams, ends, bits, index, rows, places):
 
 
 def known_grams(grams, ends, index, bits) -> tuple:
-    "(numbers of texts, places in the index) of the runs that are in an index of sorted hashes, which has the sieve `bits`."
+    """(numbers of texts, places in the index) of the runs that an index of sorted hashes holds.
+
+    `bits` is the sieve of the index."""
     import numpy as np
 
     if not machine(_known_grams):

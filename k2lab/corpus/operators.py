@@ -23,7 +23,7 @@ def held_out(key: str, percent: float) -> bool:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], 'big') % 10_000 < percent * 100
 
 # %% ../../nbs/corpus/04_operators.ipynb #0374f780
-def counted(step: str, rows: list, kept: list, removed: dict = None) -> dict:
+def counted(step: str, rows: list, kept: list, removed: dict | None = None) -> dict:
     "The counts of one step; the number removed is in `removed` by reason"
     return dict(
         step=step,
@@ -34,7 +34,7 @@ def counted(step: str, rows: list, kept: list, removed: dict = None) -> dict:
 
 # %% ../../nbs/corpus/04_operators.ipynb #2281057a
 def sizes(table) -> dict:
-    "{unit: numbers of each row} of a table: columns `bytes` and `tokens`; bytes are counted where there is a `text` instead"
+    "{unit: numbers of each row} by the columns `bytes` and `tokens`; bytes are counted from `text` if missing."
     import pyarrow.compute as pc
 
     found = {
@@ -49,7 +49,7 @@ SHOWN = 2  # rows of each reason that are named by their `place`, where the tabl
 
 
 def sorted_out(step: str, table, why, reasons: list, before=None, **more) -> tuple:
-    "(the rows for which `why` is negative, counts: rows, bytes and tokens in, out and removed by reason); `before`: the table as it was, if the step changed texts"
+    "(rows with negative `why`, counts by reason); `before`: the table before the step changed texts."
     import numpy as np
     import pyarrow as pa
 
@@ -82,7 +82,7 @@ CONTROL = bytes({*range(32), 127} - {*b'\t\n\r'})  # bytes that UTF-8 uses for n
 
 
 def normal(text: str) -> str:
-    "A text in one spelling: NFC, LF line ends, no control characters, byte order marks or lone surrogates, no spaces at line ends, at most one blank line"
+    "A text in NFC with LF line ends, without control characters, trailing spaces or double blank lines."
     data = text.encode('utf-8', 'ignore').translate(None, CONTROL)
     if b'\r' in data:
         data = data.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
@@ -138,7 +138,7 @@ def normal_column(column):
 
 
 def normalise_table(table, field: str = 'text') -> tuple:
-    "(the table with texts in one spelling, counts with the number of texts changed); a row with no text left is removed as 'empty'. Decisions of `normalise`"
+    "(the table with texts in one spelling, counts with the number changed), as `normalise` decides."
     import numpy as np
     import pyarrow.compute as pc
 
@@ -182,7 +182,7 @@ def word_grams(words: list, n: int) -> set:
 
 
 def gram_index(texts: list, n: int = 13, least: int = 5) -> tuple:
-    "({run of words: numbers of the texts it is in}, number of runs of each text); a text of `least` to n words is one run"
+    "({run of words: numbers of texts}, runs of each text); a text of `least` to n words is one run."
     owners, sizes = defaultdict(set), []
     for i, text in enumerate(texts):
         words = words_in(text)
@@ -210,7 +210,7 @@ def covers(shared: set, owners: dict, sizes: list, share: float) -> bool:
 
 # %% ../../nbs/corpus/04_operators.ipynb #c89dcf8c
 def clear_of(found: list, owners: dict, sizes: list, common: int, share: float) -> list:
-    "Indices of the rows that stay, given each row's shared runs; repeated until nothing changes, for each removal makes runs rarer"
+    "Indices of the rows that stay, given each row's shared runs; repeated until nothing changes."
     left, before = list(range(len(found))), None
     while before != len(left):
         before = len(left)
@@ -226,7 +226,7 @@ def clear_of(found: list, owners: dict, sizes: list, common: int, share: float) 
 def decontaminate(
     rows: list, texts: list, n: int = 13, common: int = 10, share: float = 0.2
 ) -> tuple:
-    "(rows that cover less than `share` of every evaluation text in rare runs of n words, counts); rare: in at most `common` of the rows returned"
+    "(rows that cover less than `share` of every evaluation text in runs of at most `common` rows, counts)."
     owners, sizes = gram_index(texts, n)
     kept = [rows[i] for i in clear_of(found_grams(rows, owners), owners, sizes, common, share)]
     return kept, counted(
@@ -247,12 +247,13 @@ def whole_shares(weights: dict, n: int) -> dict:
 
 
 def mix_rows(pools: dict, weights: dict, n: int, seed: int = 0, epochs: int = 1) -> tuple:
-    "(n rows from the pools {name: rows} by weight, shuffled, none more than `epochs` times; counts). LabError when a pool is too small"
+    "(n shuffled rows from the pools by weight, none over `epochs` times, counts); `LabError` if a pool is too small."
     want = whole_shares(weights, n)
     for name, k in want.items():
         if k > epochs * len(pools[name]):
             raise LabError(
-                f'mixture: {name} has {len(pools[name])} rows, its share is {k}: lower its weight or the total, or let rows come up in more than {epochs} epoch{"s" if epochs > 1 else ""}'
+                f'mixture: {name} has {len(pools[name])} rows, its share is {k}: lower its weight or the total, '
+                f'or let rows come up in more than {epochs} epoch{"s" if epochs > 1 else ""}'
             )
     rng = random.Random(f'mixture {seed}')
     rows = [
@@ -277,7 +278,8 @@ def conserved(steps: list) -> str:
         if step['rows_in'] + step.get('repeated', 0) != step['rows_out'] + gone:
             return f'{step["step"]}: {step["rows_in"]} in, {step["rows_out"]} out, {gone} removed'
         if i and steps[i - 1]['rows_out'] != step['rows_in']:
-            return f'{step["step"]}: {step["rows_in"]} in, but {steps[i - 1]["step"]} gave {steps[i - 1]["rows_out"]}'
+            before = steps[i - 1]
+            return f'{step["step"]}: {step["rows_in"]} in, but {before["step"]} gave {before["rows_out"]}'
     return ''
 
 # %% ../../nbs/corpus/04_operators.ipynb #0c6c5afd

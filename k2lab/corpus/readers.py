@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FILE_KINDS', 'CHANGE_MARKS', 'PIECE', 'BLOCK', 'BATCH', 'LINE', 'LFS', 'ROUNDED', 'WAYS', 'kind_of', 'find_files',
            'Unread', 'stamp', 'open_raw', 'split_lines', 'codec', 'dumps_exactly', 'loads_exactly', 'second_opinion',
-           'html_text', 'plain_text', 'page_text', 'Reader', 'unfolded', 'as_table']
+           'html_text', 'plain_text', 'page_text', 'unfolded', 'as_table', 'Reader']
 
 # %% ../../nbs/corpus/00_readers.ipynb #53d98013
 import csv
@@ -15,8 +15,6 @@ import json
 import os
 import re
 from pathlib import Path
-
-from fastcore.basics import patch
 
 from ..lab.config import LabError, one_of
 from k2lab.text.rows import (
@@ -35,7 +33,7 @@ FILE_KINDS = ('.jsonl', '.parquet', '.csv', '.txt', '.md', '.rst', '.html', '.ht
 
 
 def kind_of(path) -> str:
-    "The kind of a file by its name, packed (.gz, .zst) or not; LabError when it is none of `KINDS`"
+    "The kind of a file by its name, packed (.gz, .zst) or not; `LabError` if it is none of `KINDS`"
     kind = Path(re.sub(r'\.(gz|zst)$', '', str(path))).suffix.lower()
     if kind not in FILE_KINDS:
         raise LabError(f'source file {path}: kind {kind!r} is not one of {", ".join(FILE_KINDS)}')
@@ -43,7 +41,7 @@ def kind_of(path) -> str:
 
 
 def find_files(pattern: str) -> list:
-    "The files of a path, a glob or an fsspec URL (which may hold a *), sorted; LabError when nothing matches"
+    "The files of a path, a glob or an fsspec URL (which may hold a *), sorted; `LabError` if nothing matches"
     if '://' in pattern:
         import fsspec
 
@@ -122,7 +120,7 @@ def split_lines(pieces, most: int = LINE):
 
 # %% ../../nbs/corpus/00_readers.ipynb #cde2a7e2
 def codec() -> tuple:
-    "(loads, dumps) between bytes and values: orjson's where it is installed, else the standard library's; ValueError for half characters"
+    "(loads, dumps) of bytes: orjson's, else the standard library's; `ValueError` for half characters."
     try:
         import orjson
     except ImportError:
@@ -179,7 +177,7 @@ def html_text(page: str) -> str:
 
 # %% ../../nbs/corpus/00_readers.ipynb #0e47f017
 def plain_text(data: bytes) -> str:
-    "The text of a file in UTF-8, or in UTF-16 if it says so in its first two bytes; UnicodeDecodeError when it is neither"
+    "The text of a UTF-8 file, or UTF-16 with a byte order mark; `UnicodeDecodeError` if it is neither."
     return data.decode('utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig').replace(
         '\r\n', '\n'
     )
@@ -203,17 +201,32 @@ LFS = b'version https://git-lfs.github.com/spec/'
 ROUNDED = re.compile(rb'\d[eE][+-]?\d')  # how orjson writes whole numbers that it could not keep
 
 
+def unfolded(row: dict) -> dict:
+    "A row of a parquet file of ours as it was before it became columns"
+    extra = json.loads(row.pop('extra', None) or '{}')
+    return extra | {name: value for name, value in row.items() if value is not None}
+
+
+def as_table(values: dict):
+    "Columns of text as a `pyarrow.Table`"
+    import pyarrow as pa
+
+    return pa.table({name: pa.array(column, pa.string()) for name, column in values.items()})
+
+
 class Reader:
-    "The rows of a file, or of the lines that begin in its bytes [start, stop). `on_bad` is called with {file, offset, line, bytes, reason}; without it a bad row is a LabError"
+    """The rows of a file, or of the lines that begin in its bytes [start, stop).
+
+    `on_bad` is called with {file, offset, line, bytes, reason}; without it a bad row is a `LabError`."""
 
     def __init__(
         self,
         path,
         format: str = 'domain',
         columns=(),
-        fill: dict = None,
+        fill: dict | None = None,
         start: int = 0,
-        stop: int = None,
+        stop: int | None = None,
         on_bad=None,
     ):
         self.path, self.kind, self.format = str(path), kind_of(path), format
@@ -250,256 +263,225 @@ class Reader:
             )
         )
 
-# %% ../../nbs/corpus/00_readers.ipynb #443ab254
-@patch
-def _raw(self: Reader, file):
-    "The bytes of the open file in pieces, small ones if it is packed, for a piece can unfold to a thousand times its size"
-    size = PIECE if unpacker(self.path) is None else PIECE // 16
-    piece = file.read(size)
-    if not self.start and piece.startswith(LFS):
-        self.partial, piece = (
-            f'{self.path}: a Git LFS pointer, not the file itself (git lfs pull)',
-            b'',
-        )
-    while piece:
-        yield piece
+    def _raw(self, file):
+        "The bytes of the open file in pieces; small ones if it is packed, which can unfold a thousandfold."
+        size = PIECE if unpacker(self.path) is None else PIECE // 16
         piece = file.read(size)
-
-
-@patch
-def _pieces(self: Reader):
-    "The bytes of the file from just before `start` on, unpacked; a damaged file ends early"
-    try:
-        with open_raw(self.path) as file:
-            if self.start:
-                file.seek(self.start - 1)
-            yield from unpacked(self._raw(file), self.path)
-    except Damaged as error:
-        self.partial = str(error)
-    except OSError as error:
-        raise Unread(f'{self.path}: cannot be read ({error.strerror or error})') from None
-
-# %% ../../nbs/corpus/00_readers.ipynb #ec6775db
-@patch
-def _lines(self: Reader):
-    "(number, offset, line) of each line that begins in the range; too long ones are rejected"
-    at, number = max(self.start - 1, 0), 0
-    begin = None if self.start else 0
-    for size, line in split_lines(self._pieces()):
-        if at >= self.start:
-            number += 1
-            if line is None:
-                self.reject(number, at, size, f'a line of {size:,} bytes; at most {LINE:,}')
-            else:
-                yield number, at, line.removeprefix(b'\xef\xbb\xbf') if at == 0 else line
-        at += size
-        if begin is None:
-            begin = at
-        self.span = (begin, at)
-        if self.stop is not None and at >= self.stop:
-            break
-
-# %% ../../nbs/corpus/00_readers.ipynb #f4ff2a0c
-@patch
-def _jsonl(self: Reader):
-    "(number, offset, row) of each line of JSON; blank lines are passed over"
-    loads, _ = codec()
-    for number, at, line in self._lines():
-        self.line, self.exact = line, False
-        try:
-            row = loads(line)
-        except ValueError:
-            if not line.strip():
-                continue
-            row, reason = second_opinion(line)
-            self.exact = True
-            if reason:
-                self.reject(number, at, len(line), reason)
-                continue
-        yield number, at, row
-
-
-@patch
-def _document(self: Reader):
-    "The one row of a text, markdown or html file"
-    data = bytearray()
-    for piece in self._pieces():
-        data += piece
-        if len(data) > LINE:
-            return self.reject(1, 0, len(data), f'a document of more than {LINE:,} bytes')
-    if not data or self.partial:
-        return
-    try:
-        yield (
-            1,
-            0,
-            dict(
-                text=page_text(bytes(data))
-                if self.kind.startswith('.htm')
-                else plain_text(bytes(data))
-            ),
-        )
-    except UnicodeDecodeError as error:
-        self.reject(
-            1, 0, len(data), f'not UTF-8: byte {error.start + 1} is 0x{data[error.start]:02x}'
-        )
-
-# %% ../../nbs/corpus/00_readers.ipynb #ed21fc00
-@patch
-def _csv(self: Reader):
-    "(line, offset, row) of each row of a CSV file with a header"
-    first, seen = None, (1, 0)
-
-    def text():
-        nonlocal first, seen
-        for number, at, line in self._lines():
-            first, seen = first or (number, at), (number, at)
-            yield line.decode('utf-8', 'surrogateescape') + '\n'
-
-    csv.field_size_limit(LINE)
-    rows, header = csv.reader(text(), strict=True), None
-    while True:
-        first = None
-        try:
-            values = next(rows, None)
-        except csv.Error as error:
-            if 'end of data' in str(error):
-                self.partial = f'{self.path}: the quote in line {first[0]} is never closed'
-            self.reject(*(first or seen), 0, f'not CSV: {error}')
-            continue
-        if values is None:
-            return
-        if header is None:
-            header = values
-            continue
-        if not values:
-            continue
-        if len(values) != len(header):
-            self.reject(*first, 0, f'{len(values)} fields, the header has {len(header)}')
-        elif SURROGATE.search(''.join(values)):
-            self.reject(*first, 0, 'not UTF-8')
-        else:
-            yield *first, dict(zip(header, values))
-
-# %% ../../nbs/corpus/00_readers.ipynb #e55a611a
-def unfolded(row: dict) -> dict:
-    "A row of a parquet file of ours as it was before it became columns"
-    extra = json.loads(row.pop('extra', None) or '{}')
-    return extra | {name: value for name, value in row.items() if value is not None}
-
-# %% ../../nbs/corpus/00_readers.ipynb #4e12c378
-@patch
-def _parquet(self: Reader):
-    "(number, number, row) of each row of a parquet file, read in batches of about 4 MB"
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with open_raw(self.path) as raw:
-            if raw.read(len(LFS)) == LFS:
-                raise pa.ArrowInvalid('a Git LFS pointer, not the file itself: git lfs pull')
-            file = pq.ParquetFile(raw)
-            size = sum(
-                file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)
+        if not self.start and piece.startswith(LFS):
+            self.partial, piece = (
+                f'{self.path}: a Git LFS pointer, not the file itself (git lfs pull)',
+                b'',
             )
-            ours = b'k2lab' in (file.schema_arrow.metadata or {})
-            for batch in file.iter_batches(
-                max(1, min(4096, BATCH * file.metadata.num_rows // max(size, 1))), use_threads=False
-            ):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, number, unfolded(row) if ours else row
-    except (pa.ArrowException, OSError) as error:
-        if '://' in self.path or isinstance(error, FileNotFoundError):
-            raise Unread(f'{self.path}: cannot be read ({error})') from None
-        self.partial = f'{self.path}: not a whole parquet file ({str(error).splitlines()[0]})'
+        while piece:
+            yield piece
+            piece = file.read(size)
 
-# %% ../../nbs/corpus/00_readers.ipynb #e375d2b1
+    def _pieces(self):
+        "The bytes of the file from just before `start` on, unpacked; a damaged file ends early"
+        try:
+            with open_raw(self.path) as file:
+                if self.start:
+                    file.seek(self.start - 1)
+                yield from unpacked(self._raw(file), self.path)
+        except Damaged as error:
+            self.partial = str(error)
+        except OSError as error:
+            raise Unread(f'{self.path}: cannot be read ({error.strerror or error})') from None
+
+    def _lines(self):
+        "(number, offset, line) of each line that begins in the range; too long ones are rejected"
+        at, number = max(self.start - 1, 0), 0
+        begin = None if self.start else 0
+        for size, line in split_lines(self._pieces()):
+            if at >= self.start:
+                number += 1
+                if line is None:
+                    self.reject(number, at, size, f'a line of {size:,} bytes; at most {LINE:,}')
+                else:
+                    yield number, at, line.removeprefix(b'\xef\xbb\xbf') if at == 0 else line
+            at += size
+            if begin is None:
+                begin = at
+            self.span = (begin, at)
+            if self.stop is not None and at >= self.stop:
+                break
+
+    def _jsonl(self):
+        "(number, offset, row) of each line of JSON; blank lines are passed over"
+        loads, _ = codec()
+        for number, at, line in self._lines():
+            self.line, self.exact = line, False
+            try:
+                row = loads(line)
+            except ValueError:
+                if not line.strip():
+                    continue
+                row, reason = second_opinion(line)
+                self.exact = True
+                if reason:
+                    self.reject(number, at, len(line), reason)
+                    continue
+            yield number, at, row
+
+    def _document(self):
+        "The one row of a text, markdown or html file"
+        data = bytearray()
+        for piece in self._pieces():
+            data += piece
+            if len(data) > LINE:
+                return self.reject(1, 0, len(data), f'a document of more than {LINE:,} bytes')
+        if not data or self.partial:
+            return
+        try:
+            yield (
+                1,
+                0,
+                dict(
+                    text=page_text(bytes(data))
+                    if self.kind.startswith('.htm')
+                    else plain_text(bytes(data))
+                ),
+            )
+        except UnicodeDecodeError as error:
+            self.reject(
+                1, 0, len(data), f'not UTF-8: byte {error.start + 1} is 0x{data[error.start]:02x}'
+            )
+
+    def _csv(self):
+        "(line, offset, row) of each row of a CSV file with a header"
+        first, seen = None, (1, 0)
+
+        def text():
+            nonlocal first, seen
+            for number, at, line in self._lines():
+                first, seen = first or (number, at), (number, at)
+                yield line.decode('utf-8', 'surrogateescape') + '\n'
+
+        csv.field_size_limit(LINE)
+        rows, header = csv.reader(text(), strict=True), None
+        while True:
+            first = None
+            try:
+                values = next(rows, None)
+            except csv.Error as error:
+                if 'end of data' in str(error):
+                    self.partial = f'{self.path}: the quote in line {first[0]} is never closed'
+                self.reject(*(first or seen), 0, f'not CSV: {error}')
+                continue
+            if values is None:
+                return
+            if header is None:
+                header = values
+                continue
+            if not values:
+                continue
+            if len(values) != len(header):
+                self.reject(*first, 0, f'{len(values)} fields, the header has {len(header)}')
+            elif SURROGATE.search(''.join(values)):
+                self.reject(*first, 0, 'not UTF-8')
+            else:
+                yield *first, dict(zip(header, values))
+
+    def _parquet(self):
+        "(number, number, row) of each row of a parquet file, read in batches of about 4 MB"
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        number = 0
+        try:
+            with open_raw(self.path) as raw:
+                if raw.read(len(LFS)) == LFS:
+                    raise pa.ArrowInvalid('a Git LFS pointer, not the file itself: git lfs pull')
+                file = pq.ParquetFile(raw)
+                size = sum(
+                    file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)
+                )
+                ours = b'k2lab' in (file.schema_arrow.metadata or {})
+                for batch in file.iter_batches(
+                    max(1, min(4096, BATCH * file.metadata.num_rows // max(size, 1))),
+                    use_threads=False,
+                ):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield number, number, unfolded(row) if ours else row
+        except (pa.ArrowException, OSError) as error:
+            if '://' in self.path or isinstance(error, FileNotFoundError):
+                raise Unread(f'{self.path}: cannot be read ({error})') from None
+            self.partial = f'{self.path}: not a whole parquet file ({str(error).splitlines()[0]})'
+
+    def records(self):
+        "(line number, row) of each row whose fields are text, after `fill`; `Unread` if the file changes meanwhile."
+        before, manifest = (
+            stamp(self.path),
+            read_manifest(self.path) if '://' not in self.path else None,
+        )
+        names, fill = self.names, [*self.fill.items()]
+        for number, at, row in WAYS.get(self.kind, Reader._document)(self):
+            good = row.__class__ is dict
+            if good:
+                for name, value in fill:
+                    if row.get(name) is None:
+                        row[name] = value
+                for name in names:
+                    if row.get(name).__class__ is not str:
+                        good = False
+            if good:
+                self.rows += 1
+                yield number, row
+            else:
+                self.reject(
+                    number, at, 0 if self.line is None else len(self.line), fault(row, self.format)
+                )
+        if stamp(self.path) != before:
+            raise Unread(f'{self.path}: changed while it was read')
+        if manifest:
+            self.compare(before[0], manifest)
+
+    def compare(self, size: int, manifest: dict):
+        "Sets `partial` if size, or rows where all was read, differ from the manifest."
+        rows = self.rows + self.bad
+        if size != manifest['bytes']:
+            self.partial = (
+                f"{self.path}: {size} bytes, its manifest says {manifest['bytes']}: "
+                'the file was cut or changed'
+            )
+        elif not self.start and self.stop is None and rows != manifest['rows']:
+            self.partial = f"{self.path}: {rows} rows, its manifest says {manifest['rows']}"
+
+    def tables(self):
+        "The good rows as `pyarrow.Table`s of about 4 MB: the format's fields, `columns`, and `extra`, all text"
+        _, dumps = codec()
+        values, size = {name: [] for name in (*self.names, *self.columns, 'extra')}, 0
+        for _, row in self.records():
+            for name in self.names:
+                value = row.pop(name)
+                values[name].append(value)
+                size += len(value)
+            for name in self.columns:
+                values[name].append(row.pop(name) if isinstance(row.get(name), str) else None)
+            values['extra'].append(self.rest(row, dumps) if row else None)
+            if size >= BATCH:
+                yield as_table(values)
+                values, size = {name: [] for name in values}, 0
+        if values['extra']:
+            yield as_table(values)
+
+    def rest(self, row: dict, dumps) -> str:
+        "The rest of a row as JSON text; reparsed by the standard library if a number would change."
+        if self.line is None:
+            return dumps_exactly(row).decode()
+        left = b'' if self.exact else dumps(row)
+        if self.exact or ROUNDED.search(left):
+            whole = json.loads(self.line)
+            left = dumps_exactly(
+                {name: whole[name] for name in row if name in whole}
+                | {name: row[name] for name in row if name not in whole}
+            )
+        return left.decode()
+
+
 WAYS = {
     '.jsonl': Reader._jsonl,
     '.csv': Reader._csv,
     '.parquet': Reader._parquet,
 }  # other kinds are one document each
-
-
-@patch
-def records(self: Reader):
-    "(number, row) of each row whose fields are text (an empty one is for operators to remove), numbered by line; missing fields that have a `fill` are filled. `Unread` when the file changes meanwhile"
-    before, manifest = (
-        stamp(self.path),
-        read_manifest(self.path) if '://' not in self.path else None,
-    )
-    names, fill = self.names, [*self.fill.items()]
-    for number, at, row in WAYS.get(self.kind, Reader._document)(self):
-        good = row.__class__ is dict
-        if good:
-            for name, value in fill:
-                if row.get(name) is None:
-                    row[name] = value
-            for name in names:
-                if row.get(name).__class__ is not str:
-                    good = False
-        if good:
-            self.rows += 1
-            yield number, row
-        else:
-            self.reject(
-                number, at, 0 if self.line is None else len(self.line), fault(row, self.format)
-            )
-    if stamp(self.path) != before:
-        raise Unread(f'{self.path}: changed while it was read')
-    if manifest:
-        self.compare(before[0], manifest)
-
-# %% ../../nbs/corpus/00_readers.ipynb #7d0d8f72
-@patch
-def compare(self: Reader, size: int, manifest: dict):
-    "Says in `partial` when the file is not the one of its manifest, by size or, if all of it was read, by rows"
-    rows = self.rows + self.bad
-    if size != manifest['bytes']:
-        self.partial = f"{self.path}: {size} bytes, its manifest says {manifest['bytes']}: the file was cut or changed"
-    elif not self.start and self.stop is None and rows != manifest['rows']:
-        self.partial = f"{self.path}: {rows} rows, its manifest says {manifest['rows']}"
-
-
-@patch
-def tables(self: Reader):
-    "The good rows as `pyarrow.Table`s of about 4 MB: the format's fields, `columns`, and `extra`, all text"
-    _, dumps = codec()
-    values, size = {name: [] for name in (*self.names, *self.columns, 'extra')}, 0
-    for _, row in self.records():
-        for name in self.names:
-            value = row.pop(name)
-            values[name].append(value)
-            size += len(value)
-        for name in self.columns:
-            values[name].append(row.pop(name) if isinstance(row.get(name), str) else None)
-        values['extra'].append(self.rest(row, dumps) if row else None)
-        if size >= BATCH:
-            yield as_table(values)
-            values, size = {name: [] for name in values}, 0
-    if values['extra']:
-        yield as_table(values)
-
-# %% ../../nbs/corpus/00_readers.ipynb #8ca52b4a
-@patch
-def rest(self: Reader, row: dict, dumps) -> str:
-    "What is left of a row as JSON text; read again by the standard library where the fast one would change a number"
-    if self.line is None:
-        return dumps_exactly(row).decode()
-    left = b'' if self.exact else dumps(row)
-    if self.exact or ROUNDED.search(left):
-        whole = json.loads(self.line)
-        left = dumps_exactly(
-            {name: whole[name] for name in row if name in whole}
-            | {name: row[name] for name in row if name not in whole}
-        )
-    return left.decode()
-
-
-def as_table(values: dict):
-    "Columns of text as a `pyarrow.Table`"
-    import pyarrow as pa
-
-    return pa.table({name: pa.array(column, pa.string()) for name, column in values.items()})

@@ -1,7 +1,12 @@
-"""Compiled kernels that count what quality rules ask of a text, each with a twin in plain Python that says what it counts.
+"""Compiled kernels that count what quality rules ask of a text, each with a twin in plain Python
+that says what it counts.
 
-Texts come as in `k2lab.corpus.kernels`: `data`, the bytes of all texts (valid UTF-8), and `ends`, n+1 offsets. Everything that is counted is a whole number, so that kernel and twin can be compared exactly; the shares of it are made once, in `k2lab.corpus.quality`.
-A word is what stands between white space: the definition of the Gopher paper, under which code and formulas keep their words whole. A character of a script that is written without spaces is a word, with the punctuation that follows it."""
+Texts come as in `k2lab.corpus.kernels`: `data`, the bytes of all texts (valid UTF-8), and `ends`,
+n+1 offsets. Everything that is counted is a whole number, so that kernel and twin can be compared
+exactly; the shares of it are made once, in `k2lab.corpus.quality`.
+A word is what stands between white space: the definition of the Gopher paper, under which code and
+formulas keep their words whole. A character of a script that is written without spaces is a word,
+with the punctuation that follows it."""
 
 import re
 from collections import Counter
@@ -58,7 +63,7 @@ READ = 1 << 40  # a mark on the count of a run that was read and not passed over
 U = None  # numpy.uint64, when a kernel is compiled
 
 
-# ---- plain Python: what is counted --------------------------------------------------------------------------------------------
+# ---- plain Python: what is counted --------------------
 
 
 def words(text: str) -> list:
@@ -122,7 +127,9 @@ def line_counts(text: str) -> list:
 
 
 def top_run(words: list, n: int) -> int:
-    "Characters in all places of the most frequent run of n words, spaces between them counted; of equally frequent ones the longest; 0 when none occurs twice."
+    """Characters in all places of the most frequent run of n words, spaces between them counted.
+
+    Of equally frequent ones the longest; 0 when none occurs twice."""
     seen = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
     most = max(seen.values(), default=0)
     return (
@@ -133,7 +140,9 @@ def top_run(words: list, n: int) -> int:
 
 
 def copied_runs(words: list, n: int) -> int:
-    "Characters of the runs of n words that have occurred before, read from left to right; a run that is counted is passed over."
+    """Characters of the runs of n words that have occurred before, read from left to right.
+
+    A run that is counted is passed over."""
     seen, total, i = set(), 0, 0
     while i <= len(words) - n:
         run = tuple(words[i : i + n])
@@ -152,7 +161,10 @@ def run_counts(text: str) -> list:
 
 
 def line_facts(text: str) -> list:
-    "For each line that is not blank (characters, words, longest word, sentences, whether it ends like a sentence, whether it ends in '...'): a sentence ends where a word ends in one of `ENDERS`, and at the line's end."
+    """Six facts of each line that is not blank.
+
+    (characters, words, longest word, sentences, whether it ends like a sentence, whether it ends in
+    '...'). A sentence ends where a word ends in one of `ENDERS`, and at the line's end."""
     out = []
     for line in (line for part in paragraph_lines(text) for line in part):
         tokens = line.split()
@@ -170,7 +182,9 @@ def line_facts(text: str) -> list:
 
 
 def phrase_places(data: bytes, phrases: list) -> list:
-    "(place, number of the phrase) of all places where one of the phrases (in lower case) begins, letters A-Z in either case."
+    """(place, number of the phrase) of all places where a phrase begins.
+
+    Phrases are in lower case; letters A-Z of the text match in either case."""
     low = data.lower()
     return sorted(
         (i, k)
@@ -179,7 +193,7 @@ def phrase_places(data: bytes, phrases: list) -> list:
     )
 
 
-# ---- kernels ------------------------------------------------------------------------------------------------------------------
+# ---- kernels --------------------
 
 
 @cache
@@ -211,17 +225,8 @@ def compiled(kernel):
 def _words(data, ends, table, stops, hashes, sizes, word_ends, out):
     k = 0
     for d in range(len(out)):
-        i, stop, size, alone, alpha, dots, said, h, row = (
-            ends[d],
-            ends[d + 1],
-            0,
-            0,
-            0,
-            0,
-            0,
-            U(0),
-            out[d],
-        )
+        i, stop, row = ends[d], ends[d + 1], out[d]
+        size, alone, alpha, dots, said, h = 0, 0, 0, 0, 0, U(0)
         while i <= stop:
             c, width = int(data[i]) if i < stop else 32, 1
             if c >= 0x80:
@@ -231,9 +236,8 @@ def _words(data, ends, table, stops, hashes, sizes, word_ends, out):
                     c = c << 6 | (data[j] & 0x3F)
             f = table[c] if c < len(table) else 0
             row[0] += i < stop
-            if size and (
-                f & 9 or (alone and f & 4)
-            ):  # white space or a character of its own ends a word, and a letter one that was alone
+            # white space or a character of its own ends a word; a letter ends one that was alone
+            if size and (f & 9 or (alone and f & 4)):
                 h = (h ^ h >> U(29)) * U(STIR)
                 hashes[k], sizes[k] = h ^ h >> U(32), size
                 row[1] += 1
@@ -266,18 +270,8 @@ def _words(data, ends, table, stops, hashes, sizes, word_ends, out):
 def _lines(data, ends, table, hashes, spans, line_ends, facts):
     k = 0
     for d in range(len(ends) - 1):
-        i, stop, start, size, known, h, word, last, dots, pending = (
-            ends[d],
-            ends[d + 1],
-            -1,
-            0,
-            0,
-            U(SEED),
-            0,
-            0,
-            0,
-            0,
-        )
+        i, stop, start, size, known, h = ends[d], ends[d + 1], -1, 0, 0, U(SEED)
+        word, last, dots, pending = 0, 0, 0, 0
         while i <= stop:
             c, width = int(data[i]) if i < stop else 10, 1
             if c >= 0x80:
@@ -336,20 +330,14 @@ def _copies(hashes, sizes, ends, keys, marks, out):
 def _runs(hashes, sizes, ends, keys, marks, counts, places, slots, grams, out):
     stamp = 0
     for d in range(len(ends) - 1):
-        words, size, n, mask = (
-            hashes[ends[d] : ends[d + 1]],
-            sizes[ends[d] : ends[d + 1]],
-            ends[d + 1] - ends[d],
-            15,
-        )
+        first, stop = ends[d], ends[d + 1]
+        words, size, n, mask = hashes[first:stop], sizes[first:stop], stop - first, 15
         while mask < 2 * n:
             mask = 2 * mask + 1
         for p in range(n):
             places[p], grams[p] = p, (words[p] ^ words[p] >> U(29)) * U(BASE)
         left = n
-        for g in range(
-            2, 11
-        ):  # a run can occur twice only where the shorter run that it begins with does
+        for g in range(2, 11):  # a run occurs twice only if the shorter run that begins it does
             stamp, kept, most, longest, total, free = stamp + 1, 0, 1, 0, 0, 0
             for q in range(left):
                 p = places[q]
@@ -420,7 +408,7 @@ def _phrases(data, phrases, starts, first, places, which):
     return k
 
 
-# ---- what is asked for --------------------------------------------------------------------------------------------------------
+# ---- what is asked for --------------------
 
 
 def table_size(ends) -> int:
@@ -457,7 +445,10 @@ def found_words(data, ends) -> tuple:
 
 
 def found_lines(data, ends) -> tuple:
-    "(hashes, spans, ends, facts) of all lines of texts: spans are (first byte, end, first character), facts are those of `line_facts` with the last character; 0 characters for a blank line."
+    """(hashes, spans, ends, facts) of all lines of texts.
+
+    Spans are (first byte, end, first character), facts are those of `line_facts` with the last
+    character; 0 characters for a blank line."""
     import numpy as np
 
     room = int((data[ends[0] : ends[-1]] == 10).sum()) + len(ends)

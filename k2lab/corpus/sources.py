@@ -143,7 +143,7 @@ def python_nodes(package: str | None = None):
 
 # %% ../../nbs/corpus/03_sources.ipynb #99cbe80a
 def functions(package: str | None = None) -> list:
-    "Every public documented function of a package (None: the standard library) that takes at least one parameter, as `Function`s."
+    "Public documented functions with parameters of a package (None: the standard library)."
     rows = [
         Function(
             name.split('.')[-1],
@@ -197,7 +197,7 @@ def python_documents(package: str | None = None):
 
 # %% ../../nbs/corpus/03_sources.ipynb #93c74118
 def file_documents(files: str, licence: str = 'unknown'):
-    "Documents of the files that match a glob, a path or an fsspec URL; `LabError` when nothing matches, a kind is unknown, a row is bad or a file was cut"
+    "Documents of a path, glob or URL; `LabError` if nothing matches, a row is bad or a file was cut."
     for path in find_files(files):
         reader = Reader(path, fill=dict(licence=licence))
         for number, row in reader.records():

@@ -53,8 +53,8 @@ class Piece:
 UNIT, FILES = 64 << 20, 1000  # bytes and files of a unit, about
 
 
-def file_pieces(path: str, size: int = UNIT, fill: dict = None) -> list:
-    "A file as pieces: ranges of `size` bytes if it is plain JSONL, else the whole. A file that is one document gets its path as `key`"
+def file_pieces(path: str, size: int = UNIT, fill: dict | None = None) -> list:
+    "Ranges of `size` bytes of plain JSONL, else the whole file; a one-document file gets its path as `key`."
     (whole, mark), told = (
         stamp(path),
         tuple(((fill or {}) | ({} if kind_of(path) in WAYS else dict(key=path))).items()),
@@ -125,7 +125,7 @@ def operator_of(plan: Plan):
 
 @cache
 def code_of(operator: str) -> str:
-    "A hash of the code that reads, works and writes: the package, the operator's own file, and what extracts text from html"
+    "A hash of the package, the operator's own file and the version of the html extractor."
     from importlib.metadata import PackageNotFoundError, version
 
     file = getattr(importlib.import_module(operator.partition(':')[0]), '__file__', None)
@@ -172,7 +172,8 @@ def worked(operate, table, plan: Plan) -> tuple:
     out, counts = operate(table, **plan.config)
     if table.num_rows != out.num_rows + removed(counts):
         raise LabError(
-            f'{plan.operator}: {table.num_rows} rows in, {out.num_rows} out, {removed(counts)} removed: the difference is unaccounted for'
+            f'{plan.operator}: {table.num_rows} rows in, {out.num_rows} out, '
+            f'{removed(counts)} removed: the difference is unaccounted for'
         )
     return out, counts
 
@@ -206,7 +207,7 @@ def piece_receipt(piece: Piece, reader: Reader) -> dict:
 
 
 def work_unit(unit: tuple, plan: Plan, folder) -> dict:
-    "Works on one unit and leaves its shards, its rejects and, last, its receipt, which is returned: all that an engine has to call"
+    "Works on one unit; leaves its shards, its rejects and, last, its receipt, which is returned."
     folder, key, operate, counts, pieces, began = (
         Path(folder),
         key_of(unit, plan),
@@ -262,7 +263,7 @@ def receipt_of(unit: tuple, plan: Plan, folder):
 
 # %% ../../nbs/corpus/02_units.ipynb #c28934bd
 def work_from_stdin():
-    "The work of a worker process: a plan and a folder, then one unit a line, answered by `{}` or `{'unread' or 'error': text}`"
+    "A worker process: reads a plan and a folder, then units; answers `{}` or `{'unread' or 'error': text}`."
     answers, asked = os.fdopen(os.dup(1), 'w'), queue.SimpleQueue()
     os.dup2(2, 1)  # what an operator prints must not look like an answer
 
@@ -413,7 +414,8 @@ def check_spans(pieces: list):
             continue
         if piece['span'][0] != ends.get(piece['path'], 0):
             raise LabError(
-                f"{piece['path']}: bytes {ends.get(piece['path'], 0)} to {piece['span'][0]} were read by nobody, or twice"
+                f"{piece['path']}: bytes {ends.get(piece['path'], 0)} to {piece['span'][0]} "
+                'were read by nobody, or twice'
             )
         ends[piece['path']] = piece['span'][1]
     for piece in pieces:
@@ -438,7 +440,8 @@ def check_whole(pieces: list, allow_partial: bool):
     partial = list(dict.fromkeys(p['partial'] for p in pieces if p['partial']))
     if partial and not allow_partial:
         raise LabError(
-            f'{len(partial)} file{"s" if len(partial) > 1 else ""} not whole (allow_partial takes what there is): {"; ".join(partial[:3])}'
+            f'{len(partial)} file{"s" if len(partial) > 1 else ""} not whole '
+            f'(allow_partial takes what there is): {"; ".join(partial[:3])}'
         )
 
 
@@ -448,11 +451,14 @@ def check_bad(pieces: list, folder, max_bad: float):
     if bad > max_bad * (bad + rows):
         worst = max(pieces, key=lambda p: p['rejected'])
         raise LabError(
-            f"{bad} of {bad + rows} rows are bad ({bad / (bad + rows):.2%}, allowed {max_bad:.2%}), most of them ({worst['rejected']}) in {worst['path']}, {first_bad(folder, worst['path'])}; each is named in {folder}/rejects"
+            f'{bad} of {bad + rows} rows are bad ({bad / (bad + rows):.2%}, allowed {max_bad:.2%}), '
+            f"most of them ({worst['rejected']}) in {worst['path']}, "
+            f"{first_bad(folder, worst['path'])}; each is named in {folder}/rejects"
         )
     if not rows:
         raise LabError(
-            f'no rows in {", ".join(p["path"] for p in pieces[:3])}{f" and {len(pieces) - 3} more files" if len(pieces) > 3 else ""}'
+            f'no rows in {", ".join(p["path"] for p in pieces[:3])}'
+            f'{f" and {len(pieces) - 3} more files" if len(pieces) > 3 else ""}'
         )
 
 
@@ -464,7 +470,8 @@ def first_bad(folder, file: str) -> str:
         for line in path.read_text(encoding='utf-8').splitlines()
     )
     row = min((row for row in rows if row['file'] == file), key=lambda row: row['offset'])
-    return f"{'byte ' + str(row['offset']) if row.get('line') is None else 'line ' + str(row['line'])}: {row['reason']}"
+    place = f"byte {row['offset']}" if row.get('line') is None else f"line {row['line']}"
+    return f"{place}: {row['reason']}"
 
 # %% ../../nbs/corpus/02_units.ipynb #249e9df5
 SHARDS_FILE = 'shards.json'
@@ -473,7 +480,7 @@ SHARDS_FILE = 'shards.json'
 def finalize_corpus(
     units: list, plan: Plan, folder, max_bad: float = 0.001, allow_partial: bool = False
 ) -> dict:
-    "Checks the books of finished units, removes what earlier plans left, and writes `shards.json`, which is returned: the shards in order and their digest"
+    "Checks finished units, removes what earlier plans left, and writes and returns `shards.json`."
     folder = Path(folder)
     receipts = [receipt_of(unit, plan, folder) or no_receipt(unit) for unit in units]
     pieces, shards = (
@@ -541,7 +548,7 @@ def run_units(
     allow_partial: bool = False,
     log=lambda **kv: None,
 ) -> dict:
-    "Works on all units that have no receipt, here, by several processes or by Ray, and seals the folder: the index. LabError when something is missing, bad or unaccounted for"
+    "Works on all units without a receipt and returns the index; `LabError` if rows are missing or bad."
     folder, unread = Path(folder), []
     for name in ('receipts', 'rejects'):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -565,7 +572,8 @@ def run_units(
             done(todo[0], try_unit(todo.popleft(), plan, folder))
         if unread:
             raise LabError(
-                f'{len(unread)} of {len(units)} units could not be read, the others are done: {"; ".join(unread[:3])}'
+                f'{len(unread)} of {len(units)} units could not be read, the others are done: '
+                f'{"; ".join(unread[:3])}'
             )
         return finalize_corpus(units, plan, folder, max_bad, allow_partial)
 

@@ -11,14 +11,12 @@ import json
 from itertools import repeat
 from pathlib import Path
 
-from fastcore.basics import patch
-
 from .readers import BLOCK, codec, dumps_exactly
 from ..lab.config import LabError, one_of
 from ..text.rows import FORMATS, packer, publish_manifest, publishing
 
 # %% ../../nbs/corpus/01_writers.ipynb #156fa3cb
-def merged_line(columns: dict, extra: str) -> bytes:
+def merged_line(columns: dict, extra: str | None) -> bytes:
     "A row as a line: its columns that are not null, and the other keys of its `extra`"
     own = {name: value for name, value in columns.items() if value is not None}
     return dumps_exactly({**own, **json.loads(extra or '{}'), **own})
@@ -112,7 +110,9 @@ SHARD_BYTES = 256 << 20
 
 
 class Shards:
-    "Tables into files `<name>-000<ending>`, ..., each closed once it holds `room` bytes; `done` has the manifests with the names. An error leaves no half file"
+    """Tables into files `<name>-000<ending>`, ..., each closed once it holds `room` bytes.
+
+    `done` has the manifests with the names. An error leaves no half file."""
 
     def __init__(
         self,
@@ -124,14 +124,11 @@ class Shards:
         licence: str = 'unknown',
         origin: str = '',
     ):
-        self.folder, self.name, self.format, self.room, self.said = (
-            Path(folder),
-            name,
-            one_of('row format', format, FORMATS),
-            room,
-            (licence, origin),
-        )
-        self.ending, self.done, self.out = one_of('ending', ending, ENDINGS), [], None
+        self.folder, self.name, self.room = Path(folder), name, room
+        self.format = one_of('row format', format, FORMATS)
+        self.said = (licence, origin)
+        self.ending = one_of('ending', ending, ENDINGS)
+        self.done, self.out = [], None
 
     def __enter__(self):
         return self
@@ -153,45 +150,39 @@ class Shards:
         if self.part.bytes >= self.room:
             self.close()
 
-# %% ../../nbs/corpus/01_writers.ipynb #b00125f7
-@patch
-def begin(self: Shards, schema):
-    "Begins the next file"
-    self.path, self.rows, self.stack = (
-        self.folder / f'{self.name}-{len(self.done):03}{self.ending}',
-        0,
-        contextlib.ExitStack(),
-    )
-    self.part = self.stack.enter_context(publishing(self.path))
-    self.out = ENDINGS[self.ending](self.part, schema)
-
-
-@patch
-def close(self: Shards):
-    "Gives the open file, if there is one, its name and its manifest"
-    if not self.out:
-        return
-    with self.stack:
-        self.out.close()
-    self.out = None
-    self.done.append(
-        dict(
-            name=self.path.name,
-            **publish_manifest(
-                self.path,
-                self.format,
-                self.rows,
-                self.part.bytes,
-                self.part.hash.hexdigest(),
-                *self.said,
-            ),
+    def begin(self, schema):
+        "Begins the next file"
+        self.path, self.rows, self.stack = (
+            self.folder / f'{self.name}-{len(self.done):03}{self.ending}',
+            0,
+            contextlib.ExitStack(),
         )
-    )
+        self.part = self.stack.enter_context(publishing(self.path))
+        self.out = ENDINGS[self.ending](self.part, schema)
 
+    def close(self):
+        "Gives the open file, if there is one, its name and its manifest"
+        if not self.out:
+            return
+        with self.stack:
+            self.out.close()
+        self.out = None
+        self.done.append(
+            dict(
+                name=self.path.name,
+                **publish_manifest(
+                    self.path,
+                    self.format,
+                    self.rows,
+                    self.part.bytes,
+                    self.part.hash.hexdigest(),
+                    *self.said,
+                ),
+            )
+        )
 
-@patch
-def drop(self: Shards, *error):
-    "Forgets the open file"
-    with contextlib.suppress(LabError, OSError):
-        self.out.close()
-    self.stack.__exit__(*error)
+    def drop(self, *error):
+        "Forgets the open file"
+        with contextlib.suppress(LabError, OSError):
+            self.out.close()
+        self.stack.__exit__(*error)
