@@ -613,7 +613,7 @@ MISSING = dict(package='no_such_package')
                 dict(question_sources=[MISSING]),
             )
         ),
-        (dict(refine=dict(least=10**6)), 'no document of networkx 3.6.1 passes'),
+        (dict(refine=dict(least=10**6), limit=20), 'no document of networkx 3.6.1 passes'),
         (dict(refine=dict(lest=5)), "did you mean 'least'"),
         (dict(refine=dict(near=2)), 'a Jaccard similarity'),
         (dict(heldout_percent=100), 'leave 0 to train on'),
