@@ -616,7 +616,7 @@ MISSING = dict(package='no_such_package')
         (dict(refine=dict(least=10**6), limit=20), 'no document of networkx 3.6.1 passes'),
         (dict(refine=dict(lest=5)), "did you mean 'least'"),
         (dict(refine=dict(near=2)), 'a Jaccard similarity'),
-        (dict(heldout_percent=100), 'leave 0 to train on'),
+        (dict(heldout_percent=100, limit=40), 'leave 0 to train on'),
         (dict(own_rows=['nowhere.jsonl']), 'nowhere.jsonl: no such file'),
         (dict(mode='reasoning', families=['sums']), "unknown puzzle family 'sums'"),
         (dict(mode='resoning'), 'mode must be'),
