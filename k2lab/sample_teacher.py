@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['work', 'Config', 'ask_locally', 'ask_server', 'replayed', 'asked_rows', 'pair_up', 'preference_rows', 'verified_rows',
-           'sample', 'note', 'leave']
+           'sample', 'note', 'publish_corpus', 'leave']
 
 # %% ../nbs/50_sample_teacher.ipynb #dcdfed16
 import random
@@ -23,7 +23,7 @@ from .training.trainer import open_for
 # %% ../nbs/50_sample_teacher.ipynb #9b473d86
 @dataclass(frozen=True)
 class Config:
-    "Who is asked what, how often, and what is kept."
+    "Which model is asked, what, how often, and what is kept."
 
     mode: Literal['preferences', 'distill'] = 'preferences'  # what the answers are for
     # the checkpoint that answers, by mode
@@ -104,9 +104,8 @@ def replayed(job, rows: list) -> list:
     }
     missing = [prompt_of(r) for r in rows if prompt_of(r) not in recorded]
     if missing:
-        raise LabError(
-            f'{job.cfg.replay}: no recorded answer to {len(missing)} of {len(rows)} prompts, the first is {missing[0][:60]!r}'
-        )
+        lacking = f'no recorded answer to {len(missing)} of {len(rows)} prompts'
+        raise LabError(f'{job.cfg.replay}: {lacking}, the first is {missing[0][:60]!r}')
     return [recorded[prompt_of(r)] for r in rows]
 
 
@@ -189,7 +188,7 @@ work = sample
 
 # %% ../nbs/50_sample_teacher.ipynb #e69497d2
 def note(job, rows: list, replies: list, oks: list):
-    "Counts of what was asked and found, and the first answers as samples."
+    "Record the counts of prompts and answers, and the first answers as samples."
     all_ok, said = [ok for part in oks for ok in part], [r for part in replies for r in part]
     job.record['sampling'] = dict(
         prompts=len(rows),
@@ -210,23 +209,24 @@ def note(job, rows: list, replies: list, oks: list):
         )
 
 
+def publish_corpus(job, name: str, rows: list):
+    "Write one corpus; `LabError` with the counts if it is empty."
+    s, teacher = job.record['sampling'], job.cfg.teacher[job.cfg.mode]
+    if not rows:
+        counts = f'{s["right"]} of {s["answers"]} answers were right, {s["cut"]} were cut off'
+        hint = 'ask more prompts or a better checkpoint'
+        raise LabError(f'{name}: nothing to keep: {counts}; {hint}')
+    s[name] = len(rows)
+    kind = 'distill_corpus' if name == 'distill_corpus' else 'dpo_pairs'
+    with job.publishing(name, '.jsonl') as path:
+        write_rows(path, rows, kind, 'Apache-2.0', f'sampled from {teacher}')
+
+
 def leave(job, **corpora):
-    "Publish each corpus; an empty one is an error that says what was found instead."
+    "Publish each corpus; `LabError` if one is empty."
     s = job.record['sampling']
     for name, rows in corpora.items():
-        if not rows:
-            raise LabError(
-                f'{name}: nothing to keep: {s["right"]} of {s["answers"]} answers were right, {s["cut"]} were cut off; ask more prompts or a better checkpoint'
-            )
-        job.record['sampling'][name] = len(rows)
-        with job.publishing(name, '.jsonl') as path:
-            write_rows(
-                path,
-                rows,
-                'distill_corpus' if name == 'distill_corpus' else 'dpo_pairs',
-                'Apache-2.0',
-                f'sampled from {job.cfg.teacher[job.cfg.mode]}',
-            )
+        publish_corpus(job, name, rows)
     job.show_rows(next(iter(corpora.values()))[:5])
     job.check(
         'answers were verified',

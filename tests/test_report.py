@@ -1,4 +1,6 @@
-"""The report: which runs it takes, what it says when runs are missing or goals are missed, and a README that is its notebook."""
+"""The report: which runs it takes, what it says when runs are missing or goals are missed,
+and a README that is its notebook.
+"""
 
 import json
 import re

@@ -13,21 +13,20 @@ from .results import change, kind
 
 # %% ../../nbs/reports/01_charts.ipynb #57f4c1e7
 def el(name: str, *inside, **attributes) -> Html:
-    "An HTML or SVG element; text inside is escaped, elements are not. A trailing `_` in an attribute's name is dropped, others become `-`."
-    told = ''.join(
+    "An element with its text escaped; in attribute names a trailing `_` is dropped, others become `-`."
+    written = ''.join(
         f' {k.strip("_").replace("_", "-")}="{html.escape(str(v))}"'
         for k, v in attributes.items()
         if v is not None
     )
     if name in ('br', 'meta'):
-        return Html(f'<{name}{told}>')  # the void elements that are used here
-    return Html(
-        f"<{name}{told}>{''.join(x if isinstance(x, Html) else html.escape(str(x)) for x in inside)}</{name}>"
-    )
+        return Html(f'<{name}{written}>')  # the void elements that are used here
+    content = ''.join(x if isinstance(x, Html) else html.escape(str(x)) for x in inside)
+    return Html(f'<{name}{written}>{content}</{name}>')
 
 
 def html_table(header: list, rows: list, numbers=()) -> Html:
-    "A table that scrolls by itself when the page is narrow; columns in `numbers` are aligned right. A row is a list of cells."
+    "A table of lists of cells that scrolls on a narrow page; columns in `numbers` are aligned right."
     cls = lambda i: 'num' if i in numbers else None
     head = el('tr', *(el('th', h, class_=cls(i)) for i, h in enumerate(header)))
     body = [el('tr', *(el('td', c, class_=cls(i)) for i, c in enumerate(row))) for row in rows]
@@ -38,7 +37,7 @@ BLUE, ORANGE, RED, INK, PALE = '#0072b2', '#c98200', '#b3440a', '#1b1f24', '#d9d
 
 
 def beside(line: dict) -> dict:
-    "What a value is to be compared with: majority, copy, few-shot and control, those that are there."
+    "The values to compare with: majority, copy, few-shot and control, as far as the line has them."
     known = {
         k.replace('_', '-'): v for k, v in (line.get('baseline') or {}).items() if k != 'few_shot_n'
     }

@@ -167,10 +167,13 @@ def headline(goals: list, found: list, scale: str) -> str:
     "The page's first sentence."
     count = lambda mark: sum(g['mark'] == mark for g in goals)
     if not found:
-        return f'There are no complete runs at the scale {scale} in this campaign yet, so there is nothing to report.'
+        where = f'at the scale {scale} in this campaign yet'
+        return f'There are no complete runs {where}, so there is nothing to report.'
     if not goals or count('na') == len(goals):
-        return f'{len(found)} complete runs. The goals do not apply at the scale {scale}: its models are there to test the machinery.'
-    return f"{count('ok')} of {len(goals) - count('na')} goals reached, {count('missed')} not reached, {count('open')} not measured."
+        why = 'its models are there to test the machinery'
+        return f'{len(found)} complete runs. The goals do not apply at the scale {scale}: {why}.'
+    total, missed, unknown = len(goals) - count('na'), count('missed'), count('open')
+    return f'{count("ok")} of {total} goals reached, {missed} not reached, {unknown} not measured.'
 
 # %% ../../nbs/reports/02_page.ipynb #e70e0dd7
 def losses(record: dict) -> dict:
@@ -316,13 +319,13 @@ def baseline_table(card: dict) -> Html:
         [k] + [with_unit('domain_questions', shares.get(f)) for f in names] for k, shares in known
     ]
     return Html(
-        el('p', 'What the evaluation questions yield without understanding them:', class_='note')
+        el('p', 'Scores of trivial baselines:', class_='note')
         + html_table(['baseline', *names], rows, range(1, len(names) + 1))
     )
 
 
 def pictures(card: dict) -> Html:
-    "What was done to the corpora of a card, to be unfolded"
+    "What was done to the corpora of a card, folded."
     shown = card_report(card)
     return (
         el('details', el('summary', 'what was done to the documents'), shown) if shown else Html('')
@@ -345,7 +348,7 @@ def cards(found: list) -> Html:
 # %% ../../nbs/reports/02_page.ipynb #f7a24a6e
 def sampling_table(found: list) -> Html:
     "Prompts, answers, right ones and what was kept, for each run that sampled."
-    told = [(r, r['sampling']) for r in found if r.get('sampling')]
+    sampled = [(r, r['sampling']) for r in found if r.get('sampling')]
     kept = lambda s: ', '.join(
         f'{v:,} {k}'
         for k, v in s.items()
@@ -353,7 +356,7 @@ def sampling_table(found: list) -> Html:
     )
     rows = [
         [name_of(r), *(f'{s.get(k, 0):,}' for k in ('prompts', 'answers', 'right', 'cut')), kept(s)]
-        for r, s in told
+        for r, s in sampled
     ]
     return (
         Html(
@@ -524,7 +527,7 @@ def run_list(found: list, aside: list) -> Html:
         for r in [*found, *aside]
     ]
     return html_table(
-        ['run', 'stage', 'state', 'checks that hold', 'wall time', 'peak memory'], rows, (3, 4, 5)
+        ['run', 'stage', 'state', 'checks passed', 'wall time', 'peak memory'], rows, (3, 4, 5)
     )
 
 # %% ../../nbs/reports/02_page.ipynb #c4d6866f
@@ -570,7 +573,7 @@ def sections(found: list, aside: list, goals: list, n: int) -> list:
         ),
         (
             'Lineage',
-            'Arcs lead down from the run that made something to the runs that used it: models in blue, data in grey.',
+            'Arcs lead down from a run to the runs that used its output: models in blue, data in grey.',
             lineage(found),
         ),
         (
