@@ -613,9 +613,9 @@ MISSING = dict(package='no_such_package')
                 dict(question_sources=[MISSING]),
             )
         ),
-        (dict(refine=dict(least=10**6)), 'no document of networkx 3.6.1 passes'),
-        (dict(refine=dict(lest=5)), "did you mean 'least'"),
-        (dict(refine=dict(near=2)), 'a Jaccard similarity'),
+        (dict(refine=dict(min_chars=10**6)), 'no document of networkx 3.6.1 passes'),
+        (dict(refine=dict(min_char=5)), "did you mean 'min_chars'"),
+        (dict(refine=dict(near_duplicate_jaccard=2)), 'a Jaccard similarity'),
         (dict(heldout_percent=100), 'leave 0 to train on'),
         (dict(own_rows=['nowhere.jsonl']), 'nowhere.jsonl: no such file'),
         (dict(mode='reasoning', families=['sums']), "unknown puzzle family 'sums'"),

@@ -47,42 +47,56 @@ from ..text.tokenizer import tokenizer_in
 # %% ../../nbs/corpus/08_pipeline.ipynb #2c6bdf5a
 @dataclass(frozen=True)
 class Refining:
-    "What is done to documents, in this order; a step that is null or false is left out."
+    "What is done to documents, in this order; a step that is null or false is skipped."
 
     licences: list | None = None  # licences that are allowed, as the documents spell them
-    least: int = 80  # characters a document must have
-    most: int = 10_000_000  # characters it may have
+    min_chars: int = 80  # shorter documents are dropped
+    max_chars: int = 10_000_000  # longer ones are dropped
     c4_lines: bool = False  # keep only lines that look like sentences (C4)
-    # rules: domain, gopher, fineweb or {signal: [least, most]}
+    # rules: domain, gopher, fineweb or {signal: [lowest, highest]}
     quality: str | dict | None = 'domain'
     signals: bool = False  # keep the numbers that the rules look at as columns
     languages: list | None = None  # ISO 639 codes, [en, de]
-    sure: float = 0.65  # probability that a language must have
-    private: bool = True  # put <EMAIL> and so on in the place of private data
-    # <PERSON> and <LOCATION> too, by presidio, if it is installed: slow
-    names: bool = False
+    min_language_score: float = 0.65  # least probability of one of these languages
+    redact: bool = True  # replace private data by its kind, <EMAIL>
+    # <PERSON> and <LOCATION> too, by presidio if it is installed: slow
+    redact_names: bool = False
     tokenizer: str = ''  # folder of a model: its tokens are counted, too
-    # how like a longer document one may be: Jaccard of their runs of 5 words
-    near: float | None = 0.7
-    # largest share of all documents that may be one cluster of near copies
-    alarm: float = 0.01
+    # similarity to a longer document above which one is dropped: Jaccard of their word 5-grams
+    near_duplicate_jaccard: float | None = 0.7
+    # largest share of all documents that one cluster of near-duplicates may have
+    max_cluster_share: float = 0.01
+
+    renamed = {
+        'least': 'min_chars',
+        'most': 'max_chars',
+        'sure': 'min_language_score',
+        'near': 'near_duplicate_jaccard',
+        'alarm': 'max_cluster_share',
+        'private': 'redact',
+        'names': 'redact_names',
+    }  # no field
 
     def __post_init__(self):
+        near = self.near_duplicate_jaccard
         if self.quality:
             rules_of(self.quality)
-        if self.near is not None and not 0 < self.near <= 1:
+        if near is not None and not 0 < near <= 1:
             raise LabError(
-                f'refine: near is {self.near}; a Jaccard similarity above 0 and up to 1, or null'
+                f'refine: near_duplicate_jaccard is {near}; '
+                'a Jaccard similarity above 0 and up to 1, or null'
             )
         if isinstance(self.languages, str) or isinstance(self.licences, str):
             raise LabError('refine: languages and licences are lists, [en]')
 
 
-def refining(told: dict) -> Refining:
-    "`Refining` from a block of a stage file; LabError for an unknown key"
-    for key in told:
+def refining(settings: dict) -> Refining:
+    "`Refining` from a block of a stage file; `LabError` for an unknown or renamed key."
+    for key in settings:
+        if new := Refining.renamed.get(key):
+            raise LabError(f"refine: '{key}' is now called '{new}'")
         one_of('key', key, Refining.__dataclass_fields__, 'refine')
-    return Refining(**told)
+    return Refining(**settings)
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #403f02dd
 WIDE = {'words', 'characters', 'tokens'}  # signals that range over orders of magnitude
@@ -213,12 +227,12 @@ def local_steps(told: Refining) -> list:
         normalise_table,
         told.c4_lines and c4_lines,
         count,
-        partial(drop_lengths, least=told.least, most=told.most),
+        partial(drop_lengths, least=told.min_chars, most=told.max_chars),
         told.quality and partial(drop_poor_counted, rules=told.quality, keep=told.signals),
-        told.languages and partial(drop_languages, wanted=told.languages, least=told.sure),
+        told.languages and partial(drop_languages, wanted=told.languages, least=told.min_language_score),
         *(
             partial(redacted_table, redact=one, tokenizer=told.tokenizer)
-            for one, asked in ((redact, told.private), (redact_names, told.names))
+            for one, asked in ((redact, told.redact), (redact_names, told.redact_names))
             if asked
         ),
     ]
@@ -404,12 +418,17 @@ def shown(made, before, step) -> tuple:
 def unique(made: Refined, told: Refining) -> tuple:
     "(index without copies and near copies, counts)"
     index, copies = shown(made, made.index, drop_copies)
-    if told.near is None:
+    if told.near_duplicate_jaccard is None:
         return index, [copies]
     index, near = shown(
         made,
         index,
-        partial(drop_near, least=told.near, alarm=told.alarm, column=made.texts['text']),
+        partial(
+            drop_near,
+            least=told.near_duplicate_jaccard,
+            alarm=told.max_cluster_share,
+            column=made.texts['text'],
+        ),
     )
     return index, [copies, near]
 
@@ -532,7 +551,7 @@ def lowest_hashed(index, n: int):
 # %% ../../nbs/corpus/08_pipeline.ipynb #67fd0313
 def cuts_of(told: Refining) -> dict:
     "{signal: (least, most)} of what the rules keep"
-    return dict(characters=(told.least, told.most)) | (
+    return dict(characters=(told.min_chars, told.max_chars)) | (
         dict(rules_of(told.quality)) if told.quality else {}
     )
 
