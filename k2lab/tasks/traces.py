@@ -108,15 +108,17 @@ def named_fields(spec: dict, row: dict) -> list:
     ]
 
 
-def layout_of(row: dict, spec: dict = {}):
-    "The function that makes traces of such a row. LabError when no layout fits"
-    if 'prompt' in spec and 'text' in spec:
+def layout_of(row: dict, spec: dict | None = None):
+    "The function that makes traces of such a row; `LabError` if no layout fits."
+    if spec and 'prompt' in spec and 'text' in spec:
         return partial(named_fields, spec)
     for fields, make in LAYOUTS:
         if set(fields) <= row.keys() and (make is not gsm8k or '####' in str(row['answer'])):
             return make
+    known = '; '.join(' + '.join(fields) for fields, _ in LAYOUTS)
     raise LabError(
-        f"traces: no known layout has the fields {', '.join(row)}; name them: {{files: ..., prompt: FIELD, text: FIELD, answer: FIELD}} (known: {'; '.join(' + '.join(fields) for fields, _ in LAYOUTS)})"
+        f"traces: no known layout has the fields {', '.join(row)}; name them: "
+        f"{{files: ..., prompt: FIELD, text: FIELD, answer: FIELD}} (known: {known})"
     )
 
 # %% ../../nbs/tasks/06_traces.ipynb #18817159
@@ -204,7 +206,7 @@ def program_of(text: str) -> str:
 
 
 def code(final: str, trace: Trace) -> str:
-    "'' when the program passes its tests in the sandbox; a mark that nobody can guess says that the last test was reached"
+    "'' if the program passes its tests in the sandbox; a random mark shows that it reached the end."
     import secrets
 
     mark = secrets.token_hex(16)
@@ -330,7 +332,7 @@ def problems_of(rows: list) -> list:
 def one_each(rows: list, keep: int = 1) -> tuple:
     "(at most `keep` rows of each problem, the shortest verified first; counts)"
     names, groups = [fingerprint(row['prompt']) for row in rows], {}
-    for i, (name, near) in enumerate(zip(names, problems_of(rows))):
+    for i, near in enumerate(problems_of(rows)):
         groups.setdefault(near, []).append(i)
     order = lambda i: (not rows[i]['verified'], len(rows[i]['reasoning']), i)
     stays, gone = set(), Counter()
