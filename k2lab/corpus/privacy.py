@@ -185,7 +185,7 @@ def ssn(text: bytes, start: int, end: int) -> int:
 
 
 def phone(text: bytes, start: int, end: int) -> int:
-    "The end of a telephone number of 7 to 15 digits (E.164); a sum like a+4915112345678 or a decimal number is none"
+    "The end of a telephone number of 7 to 15 digits (E.164), not of a sum or a decimal number."
     said, ahead = text[start:end], text[max(start - 1, 0) : start]
     digits = len(re.sub(rb'(?s:x.*|ext.*)|\D', b'', said))
     number = (
@@ -322,13 +322,15 @@ PRIVATE_KINDS = [
 # %% ../../nbs/corpus/06_privacy.ipynb #f2b08359
 @cache
 def engine() -> tuple:
-    "(a function from bytes to the numbers of the kinds that may be in them, the compiled patterns): by re2 or, where it is missing, by `re`"
+    "(function from bytes to the kinds that may be in them, compiled patterns), by re2 or `re`."
     patterns = [pattern for _, pattern, _ in PRIVATE_KINDS]
     try:
         import re2
     except ImportError:
         warnings.warn(
-            'google-re2 is not installed: Python looks for private parts itself, about forty times as slowly; pip install google-re2'
+            'google-re2 is not installed: Python looks for private parts itself, '
+            'about forty times as slowly; pip install google-re2',
+            stacklevel=2,
         )
         return lambda text: range(len(PRIVATE_KINDS)), [re.compile(pattern) for pattern in patterns]
     told = re2.Options()
@@ -369,7 +371,7 @@ def redacted(text: bytes, parts: list) -> bytes:
 
 # %% ../../nbs/corpus/06_privacy.ipynb #6e038eff
 def redact(table, field: str = 'text') -> tuple:
-    "(the table with private parts of a column replaced by `<KIND>`, counts with the number of parts by kind and of rows changed)"
+    "(table with private parts replaced by `<KIND>`, counts of parts by kind and of rows changed)."
     import pyarrow as pa
 
     found, chunks, changed = Counter(), [], 0
@@ -403,7 +405,8 @@ def analyzer():
     missing = [name for name in ('presidio_analyzer', SPACY) if not find_spec(name)]
     if missing:
         raise LabError(
-            f'names are found by presidio, and {" and ".join(missing)} is not installed: pip install presidio-analyzer; python -m spacy download {SPACY}'
+            f'names are found by presidio, and {" and ".join(missing)} is not installed: '
+            f'pip install presidio-analyzer; python -m spacy download {SPACY}'
         )
     from presidio_analyzer import AnalyzerEngine
 
@@ -411,7 +414,7 @@ def analyzer():
 
 
 def names_in(text: str, least: float = 0.5) -> list:
-    "(start, end, kind) in characters of the persons and places in a text that presidio gives at least that score; of two that overlap the likelier"
+    "(start, end, kind) in characters of persons and places that reach a score, none overlapping."
     found, out = (
         analyzer().analyze(
             text=text, language='en', entities=['PERSON', 'LOCATION'], score_threshold=least

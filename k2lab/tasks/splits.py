@@ -55,7 +55,7 @@ def package_functions(specs: list) -> list:
 def split_functions(
     sources: list, more: list, heldout_percent: float, more_percent: float
 ) -> tuple:
-    "(training, held-out functions) by key, without twins; `more` sources only join the training side."
+    "(training, held-out functions) by key, without twins; `more` sources only train."
     domain = package_functions(sources)
     held = [f for f in domain if held_out(f.key, heldout_percent)]
     train = [f for f in domain if not held_out(f.key, heldout_percent)]
@@ -81,7 +81,7 @@ def without(rows: list, judged: list) -> list:
 
 # %% ../../nbs/tasks/04_splits.ipynb #cfae55c4
 def check_apart(job, judged: list, training: dict):
-    "Checks that no question judged on occurs in any training list {name: rows}, and that none is easy to guess"
+    "Checks that no evaluation question is in a training list {name: rows}, or easy to guess."
     asked = {fingerprint(prompt_of(row)) for row in judged}
     for name, rows in training.items():
         hits = sum(fingerprint(prompt_of(row)) in asked for row in rows)
@@ -106,7 +106,7 @@ ENOUGH = 30  # questions a family must have before the share of an answer says a
 
 
 def check_held(job, held: list, name: str, made: Refined, index):
-    "Checks that none of the held-out texts occurs in the documents of an index, as a whole or in rare runs of its words"
+    "Checks that no held-out text occurs in the documents of an index, whole or in rare word runs."
     import pyarrow as pa
 
     copies = {*fingerprints(pa.table(dict(text=held)))} & {*index['mark'].to_pylist()}
