@@ -115,7 +115,7 @@ def test_a_key_that_is_longer_than_what_is_shown_is_not_shown_in_part(tmp_path):
         [dict(text=page(random.Random(1)), source='x'), dict(text=f'{key} ' * 3, source='x')],
     )
     made = refine(
-        [dict(files=f'{tmp_path}/a.jsonl')], ['a'], Refining(most=1000), tmp_path / 'work'
+        [dict(files=f'{tmp_path}/a.jsonl')], ['a'], Refining(max_chars=1000), tmp_path / 'work'
     )
     assert ['<PRIVATE_KEY> <PRIVATE_KEY> <PRIVATE_KEY>'] == [
         text.strip()
@@ -256,7 +256,9 @@ def test_a_mixture_has_the_numbers_asked_for(library, tmp_path):
     [
         (dict(qualty='gopher'), "did you mean 'quality'"),
         (dict(quality='best'), 'gopher'),
-        (dict(near=7), 'Jaccard'),
+        (dict(near_duplicate_jaccard=7), 'Jaccard'),
+        (dict(near=0.7), "'near' is now called 'near_duplicate_jaccard'"),
+        (dict(least=5), "'least' is now called 'min_chars'"),
         (dict(languages='en'), 'are lists'),
         (dict(quality=dict(wrds=[1, 2])), "did you mean 'words'"),
         (dict(quality=dict(words=[9, 2])), 'a rule is'),

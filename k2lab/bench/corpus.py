@@ -256,7 +256,7 @@ def chain_of(path: str, exam_path: str, tokenizer: str, folder: str) -> tuple:
     from k2lab.text.rows import publishing
     from k2lab.corpus.writers import Lines
 
-    told, tok = Refining(quality='gopher', least=1, alarm=1), tokenizer_at(tokenizer)
+    told, tok = Refining(quality='gopher', min_chars=1, max_cluster_share=1), tokenizer_at(tokenizer)
     made = refine([dict(files=path, licence='unknown')], ['bench'], told, folder)
     index, steps = unique(made, told)
     index, last = without_contaminated(made, index, dict(exam=json.load(open(exam_path))))

@@ -127,7 +127,7 @@ UNITS = dict(rows='documents', bytes='kB', tokens='thousand tokens')
 
 
 def left_after(steps: list, unit: str) -> list:
-    "What was there and what each step left of it; where a step does not know the unit yet, what the first one that does began with"
+    "The amount at the start and after each step; the first known amount where none is known yet."
     first = next(step[f'{unit}_in'] for step in steps if f'{unit}_in' in step)
     return [
         n / (1 if unit == 'rows' else 1000)
@@ -212,7 +212,7 @@ def histogram_on(ax, name: str, edges: list, counts: list, cuts: list):
 
 # %% ../../nbs/corpus/09_card.ipynb #a2f90ee1
 def counts_of(entry: dict) -> dict:
-    "{title: {name: number}} of what steps counted beside rows: clusters by size, private parts by kind, documents that quoted evaluation sets"
+    "{title: {name: number}} of counts beside rows: clusters, private parts, quoted evaluation sets."
     out = {}
     for step in entry.get('steps', []):
         if step.get('clusters'):
@@ -488,7 +488,8 @@ def entry_text(entry: dict) -> str:
     tokens = f", {entry['tokens']:,} tokens" if 'tokens' in entry else ''
     parts = [
         f"## {entry['name']}",
-        f"{entry['documents']:,} documents, {entry['bytes']:,} bytes{tokens}. Licence: {entry['licence']}. From: {cell(entry['origin'])}.",
+        f"{entry['documents']:,} documents, {entry['bytes']:,} bytes{tokens}. "
+        f"Licence: {entry['licence']}. From: {cell(entry['origin'])}.",
     ]
     if entry.get('sources'):
         parts.append(markdown_table(SOURCE_HEADER, source_rows(entry)))
@@ -517,10 +518,11 @@ def entry_text(entry: dict) -> str:
     return '\n\n'.join(parts)
 
 
-def readme(card: dict, name: str, record: dict = {}) -> str:
+def readme(card: dict, name: str, record: dict | None = None) -> str:
     "A README with the hub's front matter; `record` is the run's, for code version, seed and campaign"
     import yaml
 
+    record = record or {}
     code = record.get('code', {})
     made = ', '.join(
         f'{what} {value}'
@@ -537,7 +539,8 @@ def readme(card: dict, name: str, record: dict = {}) -> str:
             [
                 f'---\n{head}---',
                 f'# {name}',
-                f"Prepared by K2 Lab{f' ({made})' if made else ''}. Each file has a manifest with its SHA-256 beside it; `card.json` has every number on this page.",
+                f"Prepared by K2 Lab{f' ({made})' if made else ''}. Each file has a manifest "
+                'with its SHA-256 beside it; `card.json` has every number on this page.',
                 *map(entry_text, card['corpora']),
             ]
         )

@@ -6,8 +6,9 @@
 __all__ = ['WIDE', 'LENGTH', 'tokenizer_at', 'INDEX_COLUMNS', 'SLICE', 'Refining', 'refining', 'edges_of', 'histogram',
            'histograms', 'shortened', 'stepped', 'counted_tokens', 'redacted_table', 'begun', 'drop_poor_counted',
            'local_steps', 'with_keys', 'refined', 'source_files', 'refine_source', 'mapped', 'index_of', 'Refined',
-           'refine', 'read_step', 'all_steps', 'gone_of', 'shown', 'unique', 'without_contaminated', 'texts_of',
-           'tables_of', 'in_order', 'mix', 'times', 'publish_texts', 'lowest_hashed', 'cuts_of', 'seen', 'texts_card']
+           'refine', 'log_source', 'read_step', 'all_steps', 'gone_of', 'shown', 'unique', 'without_contaminated',
+           'texts_of', 'tables_of', 'in_order', 'mix', 'times', 'publish_texts', 'lowest_hashed', 'cuts_of', 'seen',
+           'texts_card']
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #a23b8481
 import json
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from k2lab.corpus.duplicates import (
     BANDS,
@@ -47,42 +49,56 @@ from ..text.tokenizer import tokenizer_in
 # %% ../../nbs/corpus/08_pipeline.ipynb #2c6bdf5a
 @dataclass(frozen=True)
 class Refining:
-    "What is done to documents, in this order; a step that is null or false is left out."
+    "What is done to documents, in this order; a step that is null or false is skipped."
 
     licences: list | None = None  # licences that are allowed, as the documents spell them
-    least: int = 80  # characters a document must have
-    most: int = 10_000_000  # characters it may have
+    min_chars: int = 80  # shorter documents are dropped
+    max_chars: int = 10_000_000  # longer ones are dropped
     c4_lines: bool = False  # keep only lines that look like sentences (C4)
-    # rules: domain, gopher, fineweb or {signal: [least, most]}
+    # rules: domain, gopher, fineweb or {signal: [lowest, highest]}
     quality: str | dict | None = 'domain'
     signals: bool = False  # keep the numbers that the rules look at as columns
     languages: list | None = None  # ISO 639 codes, [en, de]
-    sure: float = 0.65  # probability that a language must have
-    private: bool = True  # put <EMAIL> and so on in the place of private data
-    # <PERSON> and <LOCATION> too, by presidio, if it is installed: slow
-    names: bool = False
+    min_language_score: float = 0.65  # least probability of one of these languages
+    redact: bool = True  # replace private data by its kind, <EMAIL>
+    # <PERSON> and <LOCATION> too, by presidio if it is installed: slow
+    redact_names: bool = False
     tokenizer: str = ''  # folder of a model: its tokens are counted, too
-    # how like a longer document one may be: Jaccard of their runs of 5 words
-    near: float | None = 0.7
-    # largest share of all documents that may be one cluster of near copies
-    alarm: float = 0.01
+    # similarity to a longer document above which one is dropped: Jaccard of their word 5-grams
+    near_duplicate_jaccard: float | None = 0.7
+    # largest share of all documents that one cluster of near-duplicates may have
+    max_cluster_share: float = 0.01
+
+    renamed = {
+        'least': 'min_chars',
+        'most': 'max_chars',
+        'sure': 'min_language_score',
+        'near': 'near_duplicate_jaccard',
+        'alarm': 'max_cluster_share',
+        'private': 'redact',
+        'names': 'redact_names',
+    }  # no field
 
     def __post_init__(self):
+        near = self.near_duplicate_jaccard
         if self.quality:
             rules_of(self.quality)
-        if self.near is not None and not 0 < self.near <= 1:
+        if near is not None and not 0 < near <= 1:
             raise LabError(
-                f'refine: near is {self.near}; a Jaccard similarity above 0 and up to 1, or null'
+                f'refine: near_duplicate_jaccard is {near}; '
+                'a Jaccard similarity above 0 and up to 1, or null'
             )
         if isinstance(self.languages, str) or isinstance(self.licences, str):
             raise LabError('refine: languages and licences are lists, [en]')
 
 
-def refining(told: dict) -> Refining:
-    "`Refining` from a block of a stage file; LabError for an unknown key"
-    for key in told:
+def refining(settings: dict) -> Refining:
+    "`Refining` from a block of a stage file; `LabError` for an unknown or renamed key."
+    for key in settings:
+        if new := Refining.renamed.get(key):
+            raise LabError(f"refine: '{key}' is now called '{new}'")
         one_of('key', key, Refining.__dataclass_fields__, 'refine')
-    return Refining(**told)
+    return Refining(**settings)
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #403f02dd
 WIDE = {'words', 'characters', 'tokens'}  # signals that range over orders of magnitude
@@ -98,7 +114,7 @@ def edges_of(signal: str) -> list:
 
 
 def histogram(signal: str, values) -> list:
-    "Numbers of the values in each bin; what lies beyond the last border is in the last bin, what is not a number in none"
+    "The count of each bin; the outer bins take values beyond the borders, NaN is not counted."
     import numpy as np
 
     edges = np.array(edges_of(signal), float)
@@ -131,7 +147,7 @@ def shortened(text: str) -> str:
 
 
 def stepped(step, table, texts) -> tuple:
-    "(table, counts) of a step, with some of the documents that it removed: {reason: {fingerprint: beginning of the text}}; `texts` are those of all places"
+    "(table, counts) of a step; counts hold samples of removed documents, by reason and fingerprint."
     after, counts = step(table)
     places = counts.pop('shown', {})
     beginnings = {
@@ -161,7 +177,7 @@ def counted_tokens(table, tokenizer: str) -> tuple:
 
 
 def redacted_table(table, redact, tokenizer: str) -> tuple:
-    "The table and counts of a step that changes texts; those that it changed have their tokens counted again"
+    "The table and counts of a step that changes texts; tokens of changed texts are recounted."
     import pyarrow.compute as pc
 
     after, counts = redact(table)
@@ -213,12 +229,13 @@ def local_steps(told: Refining) -> list:
         normalise_table,
         told.c4_lines and c4_lines,
         count,
-        partial(drop_lengths, least=told.least, most=told.most),
+        partial(drop_lengths, least=told.min_chars, most=told.max_chars),
         told.quality and partial(drop_poor_counted, rules=told.quality, keep=told.signals),
-        told.languages and partial(drop_languages, wanted=told.languages, least=told.sure),
+        told.languages
+        and partial(drop_languages, wanted=told.languages, least=told.min_language_score),
         *(
             partial(redacted_table, redact=one, tokenizer=told.tokenizer)
-            for one, asked in ((redact, told.private), (redact_names, told.names))
+            for one, asked in ((redact, told.redact), (redact_names, told.redact_names))
             if asked
         ),
     ]
@@ -226,7 +243,7 @@ def local_steps(told: Refining) -> list:
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #1e4feb9c
 def with_keys(table):
-    "The table with what later questions need: a key, a fingerprint of each text, and its keys of near-duplicates, null where a text is too short for them"
+    "The table with `key`, fingerprint `mark` and near-duplicate `bands`, null for short texts."
     import numpy as np
     import pyarrow as pa
 
@@ -257,8 +274,8 @@ def refined(table, **told) -> tuple:
     return with_keys(table), steps
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #7405685e
-def source_files(spec: dict, folder: Path, limit: int = None) -> tuple:
-    "(patterns of files, what rows that lack it are given) of a source; documents that are no files yet, and the first `limit` ones, are written to `folder`"
+def source_files(spec: dict, folder: Path, limit: int | None = None) -> tuple:
+    "(file patterns, default fields of rows) of a source; documents not in files go to `folder`."
     if 'files' in spec and limit is None:
         told = {key: value for key, value in spec.items() if key in ('files', 'licence', 'weight')}
         if told != spec:
@@ -276,7 +293,7 @@ def source_files(spec: dict, folder: Path, limit: int = None) -> tuple:
 
 
 def refine_source(
-    spec: dict, told: Refining, folder, limit: int = None, format: str = 'domain', **how
+    spec: dict, told: Refining, folder, limit: int | None = None, format: str = 'domain', **how
 ) -> dict:
     "Works on all units of a source and returns the index of its folder; `how` goes to `run_units`"
     folder = Path(folder)
@@ -300,7 +317,7 @@ def mapped(paths: list):
 
 
 def index_of(table, specs: list):
-    "The index of a table of documents: `row`, `spec` (the number of the source), `bytes` and those columns of `INDEX` that there are"
+    "The index of documents: `row`, `spec` (number of the source), `bytes`, `INDEX_COLUMNS`."
     import numpy as np
     import pyarrow as pa
 
@@ -316,12 +333,12 @@ def index_of(table, specs: list):
 
 @dataclass
 class Refined:
-    "Documents that passed one by one: `texts` is mapped from disk, `index` has a row for each, `steps` the counts so far, `names` the sources."
+    "Documents that passed the steps for single documents."
 
-    texts: object
-    index: object
-    steps: list
-    names: list
+    texts: Any  # table of documents, mapped from disk
+    index: Any  # table with a row for each document
+    steps: list  # counts so far
+    names: list  # of the sources
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #7a2801c4
 def refine(
@@ -329,14 +346,14 @@ def refine(
     names: list,
     told: Refining,
     folder,
-    limit: int = None,
+    limit: int | None = None,
     log=lambda **kv: None,
     **how,
 ) -> Refined:
     "Works on all sources. LabError when one cannot be read, or has too many bad rows"
     folders, found = [Path(folder) / f'{i:02}' for i in range(len(specs))], []
     for i, (spec, place) in enumerate(zip(specs, folders)):
-        say = lambda phase, **kv: log(phase=f'{names[i]}: {phase}', **kv)
+        say = partial(log_source, log, names[i])
         log(phase=f'reading {names[i]}')
         found.append(refine_source(spec, told, place, limit, log=say, **how))
     texts = (
@@ -352,6 +369,11 @@ def refine(
         [read_step(found), *all_steps(found)],
         list(names),
     )
+
+
+def log_source(log, name: str, phase: str, **kv):
+    "Logs a phase with the name of its source before it."
+    log(phase=f'{name}: {phase}', **kv)
 
 
 def read_step(found: list) -> dict:
@@ -404,12 +426,17 @@ def shown(made, before, step) -> tuple:
 def unique(made: Refined, told: Refining) -> tuple:
     "(index without copies and near copies, counts)"
     index, copies = shown(made, made.index, drop_copies)
-    if told.near is None:
+    if told.near_duplicate_jaccard is None:
         return index, [copies]
     index, near = shown(
         made,
         index,
-        partial(drop_near, least=told.near, alarm=told.alarm, column=made.texts['text']),
+        partial(
+            drop_near,
+            least=told.near_duplicate_jaccard,
+            alarm=told.max_cluster_share,
+            column=made.texts['text'],
+        ),
     )
     return index, [copies, near]
 
@@ -462,7 +489,7 @@ def in_order(texts, rows):
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #258f563d
 def mix(made: Refined, index, weights: list, n: int, seed: int = 0, epochs: int = 1) -> tuple:
-    "(index of n documents in a random order, by weight of their sources, None: by their number; counts, {source: share asked for and times that a document comes up at most})"
+    "(index of n documents in random order, counts, {source: {asked: share, epochs: at most}})."
     import numpy as np
     import pyarrow as pa
 
@@ -532,7 +559,7 @@ def lowest_hashed(index, n: int):
 # %% ../../nbs/corpus/08_pipeline.ipynb #67fd0313
 def cuts_of(told: Refining) -> dict:
     "{signal: (least, most)} of what the rules keep"
-    return dict(characters=(told.least, told.most)) | (
+    return dict(characters=(told.min_chars, told.max_chars)) | (
         dict(rules_of(told.quality)) if told.quality else {}
     )
 
@@ -562,7 +589,12 @@ def seen(steps: list, told: Refining) -> tuple:
 
 
 def texts_card(
-    name: str, made: Refined, index, steps: list = (), told: Refining = Refining(), mixed: dict = {}
+    name: str,
+    made: Refined,
+    index,
+    steps: list = (),
+    told: Refining = Refining(),
+    mixed: dict | None = None,
 ) -> dict:
     "The card of the documents of an index"
     import numpy as np
@@ -577,7 +609,7 @@ def texts_card(
             documents=int((spec == i).sum()),
             **{unit: int(values[spec == i].sum()) for unit, values in amounts.items()},
             licence=' AND '.join(sorted(set(licences[spec == i]))),
-            **mixed.get(name, {}),
+            **(mixed or {}).get(name, {}),
         )
         for i, name in enumerate(made.names)
         if (spec == i).any()

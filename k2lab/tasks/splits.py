@@ -27,16 +27,17 @@ def sides(made: Refined, told: Refining, heldout_percent: float) -> tuple:
 
 # %% ../../nbs/tasks/04_splits.ipynb #53c33ff2
 def split_texts(
-    made: Refined, told: Refining, heldout_percent: float, eval_sets: dict = {}
+    made: Refined, told: Refining, heldout_percent: float, eval_sets: dict | None = None
 ) -> tuple:
-    "(index of the documents to train on, index of the held-out ones, counts); the first quote neither the second nor an evaluation text {name: texts}"
+    "(training index, held-out index, counts); training quotes neither held-out nor eval texts."
     train, held, steps = sides(made, told, heldout_percent)
     kept, last = without_contaminated(
-        made, train, {'held-out documents': texts_of(made, held), **eval_sets}
+        made, train, {'held-out documents': texts_of(made, held), **(eval_sets or {})}
     )
     if not len(kept) or not len(held):
         raise LabError(
-            f'{steps[0]["rows_in"]} documents of {", ".join(made.names)} leave {len(kept)} to train on and {len(held)} held out: name more sources, or change the share held out ({heldout_percent} %)'
+            f'{steps[0]["rows_in"]} documents of {", ".join(made.names)} leave {len(kept)} to train on '
+            f'and {len(held)} held out: name more sources, or change the share held out ({heldout_percent} %)'
         )
     return kept, held, [*made.steps, *steps, last]
 
@@ -54,7 +55,7 @@ def package_functions(specs: list) -> list:
 def split_functions(
     sources: list, more: list, heldout_percent: float, more_percent: float
 ) -> tuple:
-    "(functions to train on, held-out functions): by key, twins of held-out ones removed; `more` sources only train, less the `more_percent` that are held out elsewhere"
+    "(training, held-out functions) by key, without twins; `more` sources only train."
     domain = package_functions(sources)
     held = [f for f in domain if held_out(f.key, heldout_percent)]
     train = [f for f in domain if not held_out(f.key, heldout_percent)]
@@ -80,7 +81,7 @@ def without(rows: list, judged: list) -> list:
 
 # %% ../../nbs/tasks/04_splits.ipynb #cfae55c4
 def check_apart(job, judged: list, training: dict):
-    "Checks that no question judged on occurs in any training list {name: rows}, and that none is easy to guess"
+    "Checks that no evaluation question is in a training list {name: rows}, or easy to guess."
     asked = {fingerprint(prompt_of(row)) for row in judged}
     for name, rows in training.items():
         hits = sum(fingerprint(prompt_of(row)) in asked for row in rows)
@@ -96,7 +97,8 @@ def check_apart(job, judged: list, training: dict):
     job.check(
         'no family is right in over a quarter by its most frequent answer',
         max(shares, default=0) <= 0.25,
-        f'{max(shares, default=0):.2f}, the most of {len(shares)} families with at least {ENOUGH} questions',
+        f'{max(shares, default=0):.2f}, the most of {len(shares)} families '
+        f'with at least {ENOUGH} questions',
     )
 
 
@@ -104,7 +106,7 @@ ENOUGH = 30  # questions a family must have before the share of an answer says a
 
 
 def check_held(job, held: list, name: str, made: Refined, index):
-    "Checks that none of the held-out texts occurs in the documents of an index, as a whole or in rare runs of its words"
+    "Checks that no held-out text occurs in the documents of an index, whole or in rare word runs."
     import pyarrow as pa
 
     copies = {*fingerprints(pa.table(dict(text=held)))} & {*index['mark'].to_pylist()}

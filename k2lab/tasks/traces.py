@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['LAYOUTS', 'FIELDS', 'OPEN', 'CLOSE', 'SECONDS', 'VERIFIERS', 'SPEC', 'NUMBERS', 'Trace', 'gsm8k', 'generations',
            'solved', 'conversation_row', 'programs', 'triples', 'named_fields', 'layout_of', 'parted', 'checked_parts',
-           'exact', 'choice', 'math', 'program_of', 'code', 'verifier_for', 'Loose', 'raw_traces', 'part_and_verify',
-           'problems_of', 'one_each', 'not_asked', 'reasoning_set', 'gym_rows']
+           'exact', 'choice', 'math', 'program_of', 'code', 'verifier_for', 'Loose', 'check_trace_source', 'raw_traces',
+           'reading_counts', 'part_and_verify', 'problems_of', 'one_each', 'not_asked', 'reasoning_set', 'check_gym',
+           'gym_row', 'gym_rows']
 
 # %% ../../nbs/tasks/06_traces.ipynb #e6a89f59
 import json
@@ -18,7 +19,7 @@ from functools import partial
 
 from ..corpus.duplicates import drop_contaminated, near_owners
 from ..corpus.operators import counted, fingerprint
-from ..corpus.readers import Reader, find_files
+from ..corpus.readers import Reader, find_files, kind_of, stamp
 from ..lab.config import LabError, one_of
 from ..lab.sandbox import run_python
 from .verify import normalise_answer
@@ -107,15 +108,17 @@ def named_fields(spec: dict, row: dict) -> list:
     ]
 
 
-def layout_of(row: dict, spec: dict = {}):
-    "The function that makes traces of such a row. LabError when no layout fits"
-    if 'prompt' in spec and 'text' in spec:
+def layout_of(row: dict, spec: dict | None = None):
+    "The function that makes traces of such a row; `LabError` if no layout fits."
+    if spec and 'prompt' in spec and 'text' in spec:
         return partial(named_fields, spec)
     for fields, make in LAYOUTS:
         if set(fields) <= row.keys() and (make is not gsm8k or '####' in str(row['answer'])):
             return make
+    known = '; '.join(' + '.join(fields) for fields, _ in LAYOUTS)
     raise LabError(
-        f"traces: no known layout has the fields {', '.join(row)}; name them: {{files: ..., prompt: FIELD, text: FIELD, answer: FIELD}} (known: {'; '.join(' + '.join(fields) for fields, _ in LAYOUTS)})"
+        f"traces: no known layout has the fields {', '.join(row)}; name them: "
+        f"{{files: ..., prompt: FIELD, text: FIELD, answer: FIELD}} (known: {known})"
     )
 
 # %% ../../nbs/tasks/06_traces.ipynb #18817159
@@ -203,7 +206,7 @@ def program_of(text: str) -> str:
 
 
 def code(final: str, trace: Trace) -> str:
-    "'' when the program passes its tests in the sandbox; a mark that nobody can guess says that the last test was reached"
+    "'' if the program passes its tests in the sandbox; a random mark shows that it reached the end."
     import secrets
 
     mark = secrets.token_hex(16)
@@ -244,10 +247,22 @@ class Loose(Reader):
         self.names = ()
 
 
-def raw_traces(spec: dict) -> tuple:
-    "(traces of all files of a spec, counts of reading). LabError for an unknown key, or when no row fits a layout"
+def check_trace_source(spec: dict):
+    "`LabError` if a spec has an unknown key or verifier, or its files are missing."
     for key in spec:
         one_of('key', key, SPEC, 'traces')
+    if spec.get('verifier') is not None:
+        one_of('verifier', spec['verifier'], (*VERIFIERS, 'none'), 'traces')
+    if 'files' not in spec:
+        raise LabError(f'traces: {spec} names no files')
+    for path in find_files(spec['files']):
+        kind_of(path)
+        stamp(path)
+
+
+def raw_traces(spec: dict) -> tuple[list[Trace], list[dict]]:
+    "(traces of all files of a spec, counts of reading); `LabError` if no row fits a layout."
+    check_trace_source(spec)
     bad, traces, make, rows = Counter(), [], None, 0
     for path in find_files(spec['files']):
         reader = Loose(path, lambda fault: bad.update({'bad row': 1}))
@@ -262,16 +277,14 @@ def raw_traces(spec: dict) -> tuple:
     if not traces:
         raise LabError(f"traces: no rows in {spec['files']}")
     many = [trace for one in traces for trace in one]
-    return many, [
-        dict(step='read', rows_in=rows + bad['bad row'], rows_out=len(traces), removed=dict(bad)),
-        dict(
-            step='replies',
-            rows_in=len(traces),
-            rows_out=len(many),
-            removed={},
-            repeated=len(many) - len(traces),
-        ),
-    ]
+    return many, reading_counts(rows, len(traces), len(many), bad)
+
+
+def reading_counts(rows: int, good: int, replies: int, bad: Counter) -> list[dict]:
+    "The counts of the steps `read` and `replies`."
+    read = dict(step='read', rows_in=rows + bad['bad row'], rows_out=good, removed=dict(bad))
+    more = dict(step='replies', rows_in=good, rows_out=replies, removed={}, repeated=replies - good)
+    return [read, more]
 
 
 def part_and_verify(traces: list, verifier: str | None) -> tuple:
@@ -319,7 +332,7 @@ def problems_of(rows: list) -> list:
 def one_each(rows: list, keep: int = 1) -> tuple:
     "(at most `keep` rows of each problem, the shortest verified first; counts)"
     names, groups = [fingerprint(row['prompt']) for row in rows], {}
-    for i, (name, near) in enumerate(zip(names, problems_of(rows))):
+    for i, near in enumerate(problems_of(rows)):
         groups.setdefault(near, []).append(i)
     order = lambda i: (not rows[i]['verified'], len(rows[i]['reasoning']), i)
     stays, gone = set(), Counter()
@@ -380,33 +393,43 @@ def reasoning_set(spec: dict, questions: list = (), keep: int = 1) -> tuple:
     return [{**row, **told} for row in rows], [*steps, *more, last, clear]
 
 # %% ../../nbs/tasks/06_traces.ipynb #d163689f
-def gym_rows(families: dict, seed: int = 0) -> list:
-    "Problems {family: how many} of reasoning-gym, no two the same: prompt, answer, family `gym/NAME`, id, and the `entry` that its scorer needs. LabError for an unknown family"
+def check_gym(families: dict):
+    "`LabError` if reasoning-gym is asked for and not installed, or does not know a family."
     if not families:
-        return []
+        return
     try:
-        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
     except ImportError:
         raise LabError("gym: reasoning-gym is not installed: pip install 'k2lab[gym]'") from None
-    from reasoning_gym.factory import DATASETS
+    for family in families:
+        one_of('family', family, DATASETS, 'gym')
+
+
+def gym_row(entry: dict, family: str, name: str) -> dict:
+    "A problem of reasoning-gym as a row; its scorer needs the `entry`."
+    answer = entry['answer']
+    return dict(
+        prompt=entry['question'],
+        answer=answer if isinstance(answer, str) else json.dumps(answer),
+        family=f'gym/{family}',
+        id=f'gym/{family}/{name}',
+        entry=json.dumps(entry, default=str),
+        source='reasoning-gym',
+        licence='Apache-2.0',
+    )
+
+
+def gym_rows(families: dict, seed: int = 0) -> list[dict]:
+    "Problems {family: how many} of reasoning-gym, no two the same."
+    if not families:
+        return []
+    check_gym(families)
+    import reasoning_gym
 
     rows = {}
     for family, n in families.items():
-        one_of('family', family, DATASETS, 'gym')
         for entry in reasoning_gym.create_dataset(family, size=n, seed=seed):
-            answer = (
-                entry['answer'] if isinstance(entry['answer'], str) else json.dumps(entry['answer'])
-            )
-            rows.setdefault(
-                entry['question'],
-                dict(
-                    prompt=entry['question'],
-                    answer=answer,
-                    family=f'gym/{family}',
-                    id=f'gym/{family}/{seed}/{entry["metadata"].get("source_index", len(rows))}',
-                    entry=json.dumps(entry, default=str),
-                    source='reasoning-gym',
-                    licence='Apache-2.0',
-                ),
-            )
+            number = entry['metadata'].get('source_index', len(rows))
+            row = gym_row(entry, family, f'{seed}/{number}')
+            rows.setdefault(row['prompt'], row)
     return list(rows.values())
