@@ -62,7 +62,7 @@ LAB_DEFAULTS = dict(
 
 
 def options(kind, trainer: dict, **ours):
-    "A config of class `kind`: the lab's defaults, `ours`, then the stage's `trainer` block; `LabError` for an unknown name."
+    "A config of class `kind`: lab defaults, `ours`, then the stage's `trainer`; `LabError` for an unknown name."
     import torch
 
     valid = {f.name for f in dataclasses.fields(kind) if f.init}
