@@ -42,7 +42,7 @@ def scale_of_weights(scale, shape, block):
 
 # %% ../../nbs/models/00_quantized.ipynb #ddfe626f
 def dequantised_fp8(weight, scale_inv, block=(128, 128)):
-    "bfloat16 [rows, cols] from e4m3 [rows, cols] and its factors, one for each block (DeepSeek-V3 report, section 3.3)."
+    "bfloat16 [rows, cols] from e4m3 [rows, cols] and a factor for each block (DeepSeek-V3 report, section 3.3)."
     return (weight.float() * scale_of_weights(scale_inv, weight.shape, block)).bfloat16()
 
 # %% ../../nbs/models/00_quantized.ipynb #732749d4
