@@ -1,4 +1,4 @@
-"Adapters: what was asked for is what is there, what learns, what is saved and what is published; each fault is seeded here and must be found."
+"Adapters asked for are there, learn, are saved and published; each fault is seeded here and must be noticed."
 
 import pytest
 
@@ -62,7 +62,7 @@ def one_step(model) -> dict:
     return with_gradient(model, coverage(model))
 
 
-# ---- coverage: 10 faults and more -------------------------------------------------------------------------------------------------
+# ---- coverage: 10 faults and more --------------------------------------------------------------------------
 
 
 def deepseek(load):
@@ -199,7 +199,7 @@ def test_training_all_weights_is_never_an_alarm():
     assert certified(coverage(base()), Loading())['routed']['others'] == 2
 
 
-# ---- what was saved ----------------------------------------------------------------------------------------------------------------
+# ---- what was saved ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
@@ -235,7 +235,7 @@ def test_a_fault_of_the_saved_adapter_is_found(fault, trained, tmp_path):
         check_saved(trained, tmp_path)
 
 
-# ---- the export certificate: 8 faults ----------------------------------------------------------------------------------------------
+# ---- the export certificate: 8 faults ----------------------------------------------------------------------
 
 
 def balanced():
@@ -342,7 +342,7 @@ def test_logits_that_cannot_be_compared_are_far_apart():
     )
 
 
-# ---- 4 bits ------------------------------------------------------------------------------------------------------------------------
+# ---- 4 bits ------------------------------------------------------------------------------------------------
 
 
 def test_bits_are_counted_on_the_loaded_model():

@@ -1,4 +1,4 @@
-"Checkpoints in the formats K2 is published in: tiny ones of the same shape, written here, opened, converted, and broken in every way that was thought of."
+"Tiny checkpoints in the formats K2 is published in: written here, opened, converted, and broken in many ways."
 
 import json
 import re
@@ -87,7 +87,7 @@ FOUR = {
 CODE = 'from pathlib import Path\nPath(__file__).with_name("ran").touch()\n'
 
 
-# ---- the way back, for these tests only ---------------------------------------------------------------------------------------
+# ---- the way back, for these tests only --------------------------------------------------------------------
 
 
 def blocks(w, down: int, across: int):
@@ -130,7 +130,7 @@ def quantised_int4(w) -> tuple:
     return (packed - (packed >= 2**31).long() * 2**32).to(torch.int32), scale, plain
 
 
-# ---- tiny checkpoints ---------------------------------------------------------------------------------------------------------
+# ---- tiny checkpoints --------------------------------------------------------------------------------------
 
 
 def write(folder: Path, config: dict, tensors: dict, files: int = 3):
@@ -234,7 +234,7 @@ def same(a: dict, b: dict) -> bool:
     )
 
 
-# ---- kernels ------------------------------------------------------------------------------------------------------------------
+# ---- kernels -----------------------------------------------------------------------------------------------
 
 
 def test_kernels_at_shapes_that_the_blocks_do_not_divide():
@@ -275,7 +275,7 @@ def test_the_real_config_of_k2_6():
     ) == (61, 7168, 64.0, 1.0)
 
 
-# ---- opened and saved again ---------------------------------------------------------------------------------------------------
+# ---- opened and saved again --------------------------------------------------------------------------------
 
 
 @FORMATS
@@ -353,7 +353,7 @@ def test_no_folder_is_written_over_and_a_plain_one_is_not_converted(made, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ['.next.part', 'taken']
 
 
-# ---- faults -------------------------------------------------------------------------------------------------------------------
+# ---- faults ------------------------------------------------------------------------------------------------
 
 Q, EXPERT, KV = (
     'model.layers.0.self_attn.q_a_proj.weight',
@@ -597,7 +597,7 @@ def test_faults_in_files(fault, made, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['bad']
 
 
-# ---- code, and where checkpoints come from ------------------------------------------------------------------------------------
+# ---- code, and where checkpoints come from -----------------------------------------------------------------
 
 
 @FORMATS

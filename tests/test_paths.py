@@ -1,4 +1,4 @@
-"Ways through the lab that a laptop seldom takes: adapters, 4-bit weights, the harness, launch files, and what `qlora` and `full` ask for."
+"Paths that a laptop seldom takes: adapters, 4-bit weights, the harness, launch files, scales `qlora` and `full`."
 
 import importlib
 import json
@@ -106,7 +106,7 @@ def by_hand(base, state: dict, scale: int = 2) -> dict:
     return weights
 
 
-# ---- LoRA ----------------------------------------------------------------------------------------------------------------------
+# ---- LoRA --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
@@ -144,7 +144,7 @@ def test_a_published_adapter_is_a_whole_model_that_says_the_same(adapted):
 
 
 def test_a_deepseek_checkpoint_gets_its_adapter_where_asked(tmp_path):
-    "PEFT moves the adapter of a `deepseek_v3` model to the routed experts; Moonlight, the model of scale qlora, is one."
+    "PEFT moves the adapter of a `deepseek_v3` model, such as Moonlight (scale qlora), to the routed experts."
     folder = Path(shutil.copytree(smoke_model('k2'), tmp_path / 'moon'))
     config = json.loads((folder / 'config.json').read_text())
     (folder / 'config.json').write_text(
@@ -239,7 +239,7 @@ def test_rows_and_tokens_that_the_model_has_no_place_for_are_refused():
         trained('train_sft_domain', length=4096)
 
 
-# ---- 4 bits --------------------------------------------------------------------------------------------------------------------
+# ---- 4 bits ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
@@ -282,7 +282,7 @@ def test_an_adapter_trained_on_four_bits_is_published_in_full_precision(four_bit
     )  # NF4 rounds each weight by up to a tenth of its block's largest: two readings of the same base
 
 
-# ---- DPO with an adapter: the reference is the base with the adapter switched off; the control trains the same parts ----------------
+# ---- DPO with an adapter: the reference is the base with the adapter switched off; the control trains the sa
 
 
 def test_dpo_trains_an_adapter_and_so_does_its_control():
@@ -311,7 +311,7 @@ def test_of_several_processes_the_first_one_publishes():
     )
 
 
-# ---- the harness -----------------------------------------------------------------------------------------------------------------
+# ---- the harness -------------------------------------------------------------------------------------------
 
 TASK = '''
 task: {name}
@@ -367,7 +367,7 @@ def test_the_harness_runs_tasks_of_your_own(tmp_path):
         evaluate(start('evaluate', 'smoke', changes={**told, 'harness_tasks': 'nowhere'}))
 
 
-# ---- what qlora and full ask for -------------------------------------------------------------------------------------------------
+# ---- what qlora and full ask for ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name', ['cpu', 'ddp', 'fsdp2', 'zero2', 'zero3'])

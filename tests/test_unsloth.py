@@ -1,4 +1,4 @@
-"The Unsloth backend: one clear line where it cannot be used, and, where it is installed, the same rows, stream and record as without it."
+"The Unsloth backend: one clear error if it cannot be used; if installed, the same rows, stream and record."
 
 import json
 import os
@@ -11,6 +11,7 @@ import pytest
 
 from k2lab.lab.config import LabError
 from k2lab.lab.job import start
+from k2lab.models.fast_lora import check_collator
 
 LOAD = {'load.backend': 'unsloth', 'load.lora_rank': 4, 'load.adapt': '[attention, dense]'}
 here = bool(find_spec('unsloth'))
@@ -33,6 +34,15 @@ def runs(tmp_path, monkeypatch):
 def test_what_it_cannot_do_is_refused_before_there_is_a_run(changes, line):
     with pytest.raises(LabError, match=line):
         start('distill_to_student', 'smoke', changes=changes)
+
+
+def test_a_collator_that_bypasses_the_ledger_is_refused():
+    class Fit:
+        data_collator = dict
+
+    check_collator(Fit, dict)
+    with pytest.raises(LabError, match='replaced the collator by type, so what is trained'):
+        check_collator(Fit, list)
 
 
 @pytest.mark.skipif(here, reason='unsloth is installed')

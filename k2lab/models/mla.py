@@ -8,8 +8,9 @@ NAME = 'mla_absorbed'
 def absorbed(module, query, latent, value, mask, scaling, **options):
     """Attention of one new token on cached latents; of several tokens as usual.
 
-    query [B, H, Q, nope+rope]; latent [B, 1, L, rank+rope]; value [B, 1, L, rank], the first `rank` of the latent. Returns ([B, Q, H, v], None).
-    For Q = 1 `kv_b_proj` is applied to the query and to the result, B*H vectors each, and not to the B*L latents: the same sums in another order
+    query [B, H, Q, nope+rope]; latent [B, 1, L, rank+rope]; value [B, 1, L, rank], the first `rank`
+    of the latent. Returns ([B, Q, H, v], None). For Q = 1 `kv_b_proj` is applied to the query and to the
+    result, B*H vectors each, and not to the B*L latents: the same sums in another order
     (DeepSeek-V2, arXiv 2405.04434, section 2.1.2)."""
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -42,7 +43,9 @@ def latents(kv, rope):
 
 
 def plain_layers(model) -> list:
-    "The latent attention layers, if each caches latents (transformers has done so since `expand_kv`) and its `kv_b_proj` is a plain linear layer: an adapter or 4-bit weights would be passed over."
+    """The latent attention layers, if each caches latents and its `kv_b_proj` is a plain linear layer, else none.
+
+    An adapter or 4-bit weights would be bypassed. transformers caches latents since it has `expand_kv`."""
     from torch.nn import Linear
 
     layers = [m for m in model.modules() if type(m).__name__ == 'DeepseekV3Attention']

@@ -4,7 +4,7 @@ import torch
 
 
 def orthogonalise(G, steps: int = 5):
-    "The nearest semi-orthogonal matrices to `G` (..., m, n), by Newton-Schulz in bfloat16. Source: Jordan et al., Muon (2024)."
+    "The nearest semi-orthogonal matrices to `G` (..., m, n), by Newton-Schulz in bfloat16 (Jordan et al., 2024)."
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = G.size(-2) > G.size(-1)
     X = (G.mT if tall else G).bfloat16()
@@ -19,7 +19,7 @@ STACK = 2**24  # numbers that are orthogonalised in one call at most
 
 
 def stacks(updates: list) -> list:
-    "Lists of places in `updates` (..., m, n): matrices of one shape, lying or standing, together hold at most `STACK` numbers."
+    "Lists of indices of `updates` (..., m, n) of one shape or its transpose, at most `STACK` numbers together."
     open_, out = {}, []
     for i, u in enumerate(updates):
         key = tuple(sorted(u.shape[-2:]))
@@ -51,7 +51,8 @@ def orthogonalise_all(updates: list) -> list:
 class Muon(torch.optim.Optimizer):
     """Muon with Moonlight's update scale (arXiv 2502.16982), so that AdamW's learning rates carry over.
 
-    torch.optim.Muon takes two-dimensional parameters only; here a stack of expert matrices (E, m, n) is orthogonalised expert by expert.
+    torch.optim.Muon takes two-dimensional parameters only; here a stack of expert matrices (E, m, n)
+    is orthogonalised expert by expert.
     Embeddings, head, router, norms and biases get AdamW."""
 
     def __init__(
