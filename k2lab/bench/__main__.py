@@ -99,7 +99,9 @@ def request(words: list[str]) -> tuple[Callable, dict]:
         raise LabError(f'no benchmark named; valid: {valid}')
     name = words[0]
     if name not in BENCHMARKS:
-        raise LabError(f"unknown benchmark '{name}'{did_you_mean(name, BENCHMARKS)}; valid: {valid}")
+        raise LabError(
+            f"unknown benchmark '{name}'{did_you_mean(name, BENCHMARKS)}; valid: {valid}"
+        )
     return BENCHMARKS[name][0], vars(parser_of(name).parse_args(words[1:]))
 
 

@@ -75,9 +75,7 @@ ENCODERS = {'ours': our_encoder, 'tokenizers': by_tokenizers, 'tiktoken': by_tik
 def timed_round(tok, texts: list, hashes: set[bytes]) -> dict[str, float]:
     "CPU seconds of each encoder; adds the hash of its rows to `hashes`."
     calls = {name: make(tok, texts) for name, make in ENCODERS.items()}
-    return {
-        name: cpu_seconds(lambda call=call: hashes.add(call())) for name, call in calls.items()
-    }
+    return {name: cpu_seconds(lambda call=call: hashes.add(call())) for name, call in calls.items()}
 
 
 def tokens(megabytes: float = 20, rounds: int = 3):
