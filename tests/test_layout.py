@@ -40,11 +40,13 @@ PLAIN = {
         f'bench.{name}'
         for name in (
             '__main__',
+            'chain',
             'corpus',
             'harness',
             'peers',
             'privacy',
             'quality',
+            'readers',
             'runner',
             'tokens',
             'training',

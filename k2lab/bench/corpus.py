@@ -1,348 +1,288 @@
-"""Duplicates, readers and the whole way from files to tokens against other tools: `python -m k2lab.bench corpus`, `shards`, `chain`."""
+"""Duplicates and decontamination against other tools: `python -m k2lab.bench corpus`."""
 
-import json, os, random, statistics, subprocess, sys, tempfile, time
-from pathlib import Path
+import json
+import random
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 from k2lab.bench.harness import (
-    COPY_KINDS,
+    Timing,
     by_peer,
-    eval_passages,
-    in_turns,
     installed_texts,
     median_and_range,
-    print_peers,
+    megabytes_of,
+    speed,
+    write_lines,
 )
 
+COPY_KINDS = ('copy', 'format', 'words', 'cut', 'boilerplate', 'far')
+LEAK_KINDS = ('verbatim', 'upper', 'partial')
+WORDS_CHANGED = dict(copy=0, words=0.015, far=0.2)
 
-def altered_copy(text: str, kind: str, rng) -> str:
-    "A text once more: as it is, or changed in one of the ways in which near-copies come about; `far` is changed too much to be one."
-    words = text.split(' ')
+
+def eval_passages(texts: list[str], known: list[str]) -> list[str]:
+    "Passages of 40 to 60 words from texts that share no run of 13 words with the known ones."
+    import pyarrow as pa
+
+    from k2lab.corpus.duplicates import found_runs, run_index
+
+    long = [text for text in texts if len(text.split()) > 100]
+    passages = [' '.join(re.findall(r'\w+', text)[5 : 45 + len(text) % 20]) for text in long]
+    index, owners, _, lengths = run_index(passages)
+    matches = found_runs(pa.array(known), index, lengths).values()
+    shared = {i for places in matches for place in places for i in owners[place]}
+    return [passage for i, passage in enumerate(passages) if i not in shared]
+
+
+def altered_copy(text: str, kind: str, rng: random.Random) -> str:
+    "A copy of a text, changed in one of the ways in which near-copies arise; `far` is too different to be one."
     if kind == 'format':
         return ' '.join(text.upper().split())
     if kind == 'cut':
         return text[: int(0.88 * len(text))]
     if kind == 'boilerplate':
-        return (
-            text
-            + f'\nCopyright of revision {rng.random()}. All rights are reserved by their owners.'
-        )
-    for i in rng.sample(
-        range(len(words)), int(dict(copy=0, words=0.015, far=0.2)[kind] * len(words))
-    ):
+        return f'{text}\nCopyright of revision {rng.random()}. All rights are reserved by their owners.'
+    words = text.split(' ')
+    for i in rng.sample(range(len(words)), int(WORDS_CHANGED[kind] * len(words))):
         words[i] = rng.choice(words)
     return ' '.join(words)
 
 
 def leaked(text: str, kind: str, host: str) -> str:
     "A host document with an evaluation text in it: `verbatim`, in `upper` case, or `partial`, 26 words of it."
-    words = text.split(' ')
-    return f'{host}\n{dict(verbatim=text, upper=text.upper(), partial=" ".join(words[2:28]))[kind]}\nend'
+    partial = ' '.join(text.split(' ')[2:28])
+    return f'{host}\n{dict(verbatim=text, upper=text.upper(), partial=partial)[kind]}\nend'
 
 
-def made_corpus(megabytes: float, pages: bool = False) -> tuple:
-    "`(texts, {row: (kind, row it was made from)}, exam, {row: kind of leak})`: installed texts with a tenth injected copies and some leaked evaluation texts."
+class Row(NamedTuple):
+    "A text, how it was made (None: an installed text) and the number of the text it was made from."
+
+    text: str
+    kind: str | None
+    source: int
+
+
+@dataclass(frozen=True)
+class InjectedCorpus:
+    "Texts, `{row: (kind, row of the original)}` of copies, evaluation texts, `{row: kind}` of leaks."
+
+    texts: list[str]
+    copies: dict[int, tuple[str, int]]
+    exam: list[str]
+    leaks: dict[int, str]
+
+
+def copies_of(base: list[str], rng: random.Random) -> Iterator[Row]:
+    "Altered copies of a tenth of the texts."
+    for i in rng.sample(range(len(base)), len(base) // 10):
+        kind = rng.choice(COPY_KINDS)
+        yield Row(altered_copy(base[i], kind, rng), kind, i)
+
+
+def leaks_of(exam: list[str], base: list[str], rng: random.Random) -> Iterator[Row]:
+    "Each evaluation text inside a document."
+    for i, text in enumerate(exam):
+        kind = LEAK_KINDS[i % 3]
+        host = base[rng.randrange(len(base))][:300] + str(rng.random())
+        yield Row(leaked(text, kind, host), f'leak {kind}', i)
+
+
+def injected(rows: list[Row], exam: list[str]) -> InjectedCorpus:
+    "The rows as a corpus with the places of its copies and leaks."
+    place = {row.source: i for i, row in enumerate(rows) if row.kind is None}
+    copies: dict[int, tuple[str, int]] = {}
+    leaks: dict[int, str] = {}
+    for i, (_, kind, source) in enumerate(rows):
+        if kind in COPY_KINDS:
+            copies[i] = kind, place[source]
+        elif kind:
+            leaks[i] = kind
+    return InjectedCorpus([row.text for row in rows], copies, exam, leaks)
+
+
+def made_corpus(megabytes: float, pages: bool = False) -> InjectedCorpus:
+    "Installed texts with a tenth of injected copies and up to 300 leaked evaluation texts."
     rng, texts = random.Random(11), installed_texts(megabytes + 2, pages)
     aside, base = texts[:600], texts[600:]
     exam = eval_passages(aside, base)[:300]
-    made = [(text, None, i) for i, text in enumerate(base)]
-    made += [
-        (altered_copy(base[i], kind, rng), kind, i)
-        for i in rng.sample(range(len(base)), len(base) // 10)
-        for kind in [rng.choice(COPY_KINDS)]
-    ]
-    made += [
-        (
-            leaked(text, kind, base[rng.randrange(len(base))][:300] + str(rng.random())),
-            f'leak {kind}',
-            i,
-        )
-        for i, text in enumerate(exam)
-        for kind in [('verbatim', 'upper', 'partial')[i % 3]]
-    ]
-    rng.shuffle(made)
-    place = {source: row for row, (_, kind, source) in enumerate(made) if kind is None}
-    copies = {
-        row: (kind, place[source])
-        for row, (_, kind, source) in enumerate(made)
-        if kind in COPY_KINDS
-    }
-    return (
-        [text for text, _, _ in made],
-        copies,
-        exam,
-        {row: kind for row, (_, kind, _) in enumerate(made) if kind and kind not in COPY_KINDS},
-    )
+    rows = [Row(text, None, i) for i, text in enumerate(base)]
+    rows += copies_of(base, rng)
+    rows += leaks_of(exam, base, rng)
+    rng.shuffle(rows)
+    return injected(rows, exam)
 
 
-def true_pairs(texts: list, least: float = 0.7):
-    "(left, right, Jaccard) of all pairs of texts of at least that Jaccard similarity, found exactly: two such texts share one of their (1 - least) rarest runs."
-    import numpy as np, pyarrow as pa
-    from k2lab.corpus.duplicates import run_sets
-    from k2lab.corpus.kernels import jaccards
+def write_exam(exam: list[str], folder: str) -> str:
+    "Write the evaluation texts as a JSON list; returns the path."
+    path = f'{folder}/exam.json'
+    with open(path, 'w') as out:
+        json.dump(exam, out)
+    return path
 
-    runs, ends = run_sets(pa.array(texts, pa.large_string()), 5)
-    doc, (_, of, spread) = (
-        np.repeat(np.arange(len(texts)), np.diff(ends)),
-        np.unique(runs, return_inverse=True, return_counts=True),
-    )
-    order = np.lexsort((of, spread[of], doc))
-    rank = np.arange(len(doc)) - ends[doc]
-    rare = order[rank < (1 - least) * np.diff(ends)[doc] + 1]
-    rare = rare[np.argsort(of[rare], kind='stable')]
+
+class Pairs(NamedTuple):
+    "Pairs of similar texts as arrays: row numbers and Jaccard similarity."
+
+    left: Any
+    right: Any
+    jaccard: Any
+
+
+def candidates(rare, doc, of, n: int):
+    "Unique `(left, right)` rows of the pairs that share one of the rare runs, of n texts."
+    import numpy as np
+
     pairs = [np.empty(0, np.int64)]
     for apart in range(1, int(np.bincount(of[rare]).max())):
         same = of[rare][apart:] == of[rare][:-apart]
         low, high = np.sort(np.stack((doc[rare][:-apart][same], doc[rare][apart:][same])), axis=0)
-        pairs.append(np.unique(low * len(texts) + high))
-    left, right = np.divmod(np.unique(np.concatenate(pairs)), len(texts))
-    found = jaccards(runs, ends, left, right)
-    return left[found >= least], right[found >= least], found[found >= least]
+        pairs.append(np.unique(low * n + high))
+    return np.divmod(np.unique(np.concatenate(pairs)), n)
 
 
-def recall_and_precision(kept: list, n: int, pairs: tuple) -> str:
-    "Recall over the pairs of Jaccard 0.8 and more (one of the two is gone), precision over the rows removed: a row 0.7 like it exists, and one is kept."
+def true_pairs(texts: list[str], least: float = 0.7) -> Pairs:
+    "All pairs of at least that Jaccard similarity, exactly: two such texts share one of their (1 - least) rarest runs."
+    import numpy as np
+    import pyarrow as pa
+
+    from k2lab.corpus.duplicates import run_sets
+    from k2lab.corpus.kernels import jaccards
+
+    runs, ends = run_sets(pa.array(texts, pa.large_string()), 5)
+    doc = np.repeat(np.arange(len(texts)), np.diff(ends))
+    _, of, spread = np.unique(runs, return_inverse=True, return_counts=True)
+    order = np.lexsort((of, spread[of], doc))
+    rank = np.arange(len(doc)) - ends[doc]
+    rare = order[rank < (1 - least) * np.diff(ends)[doc] + 1]
+    rare = rare[np.argsort(of[rare], kind='stable')]
+    left, right = candidates(rare, doc, of, len(texts))
+    similarity = jaccards(runs, ends, left, right)
+    close = similarity >= least
+    return Pairs(left[close], right[close], similarity[close])
+
+
+def recall_and_precision(kept: list[int], n: int, pairs: Pairs) -> str:
+    "Recall over pairs of Jaccard 0.8 (one of the two is removed), precision over removed rows (a row 0.7 like it exists, and one is kept)."
     import numpy as np
 
     stays = np.isin(np.arange(n), kept)
-    left, right, found = pairs
-    close, gone = found >= 0.8, np.flatnonzero(~stays)
-    near = np.union1d(left, right)
+    left, right, jaccard = pairs
+    removed = np.flatnonzero(~stays)
+    recall = np.mean(~(stays[left] & stays[right])[jaccard >= 0.8])
+    precision = np.isin(removed, np.union1d(left, right)).mean()
     kept_for = np.union1d(left[stays[right]], right[stays[left]])
-    return f'removed {len(gone)}, recall {np.mean(~(stays[left] & stays[right])[close]):.4f}, precision {np.isin(gone, near).mean():.4f}, with one kept {np.isin(gone, kept_for).mean():.4f}'
+    one_kept = np.isin(removed, kept_for).mean()
+    return (
+        f'removed {len(removed)}, recall {recall:.4f}, '
+        f'precision {precision:.4f}, with one kept {one_kept:.4f}'
+    )
 
 
-def corpus_work(exam: list) -> dict:
-    "What is measured: {what: (our operator, peers beside it)}."
+class Task(NamedTuple):
+    "An operator of ours and the peers measured beside it."
+
+    operator: Callable
+    peers: tuple[str, ...]
+
+
+def corpus_tasks(exam: list[str]) -> dict[str, Task]:
+    "What is measured, by name."
     from k2lab.corpus.duplicates import drop_contaminated, drop_copies, drop_near
 
+    by_keys = lambda table: drop_near(table, least=0, alarm=1)
+    verified = lambda table: drop_near(table, alarm=1)
+    clean = lambda table: drop_contaminated(table, exam)
     return {
-        'exact copies': (drop_copies, []),
-        'near-copies, keys only': (
-            lambda t: drop_near(t, least=0, alarm=1),
-            ['datatrove', 'text_dedup', 'datasketch'],
-        ),
-        'near-copies, verified': (
-            lambda t: drop_near(t, alarm=1),
-            ['text_dedup_verified', 'datasketch'],
-        ),
-        'decontamination': (lambda t: drop_contaminated(t, exam), ['datatrove_decontaminate']),
+        'exact copies': Task(drop_copies, ()),
+        'near-copies, keys only': Task(by_keys, ('datatrove', 'text_dedup', 'datasketch')),
+        'near-copies, verified': Task(verified, ('text_dedup_verified', 'datasketch')),
+        'decontamination': Task(clean, ('datatrove_decontaminate',)),
     }
 
 
-def print_corpus(work: dict, times: dict, texts: list, leaks: dict, pairs: tuple):
-    "Prints speed, ratios and quality."
-    size = sum(len(text.encode()) for text in texts) / 1e6
-    share = lambda kind, kept: (
-        sum(leaks[row] == kind for row in leaks.keys() - set(kept))
-        / list(leaks.values()).count(kind)
-    )
+def by_us(operator: Callable, path: str) -> Timing:
+    "The measurement of an operator of ours, from the JSONL file to the table that is kept."
+    import pyarrow.json
 
-    def quality(what, kept):
-        if what.startswith('near'):
-            return recall_and_precision(kept, len(texts), pairs)
-        recall = (
-            [f'recall {kind} {share(kind, kept):.3f}' for kind in sorted(set(leaks.values()))]
-            if what == 'decontamination'
-            else []
-        )
-        return ', '.join([f'removed {len(texts) - len(kept)}', *recall])
+    began = time.process_time()
+    options = pyarrow.json.ReadOptions(use_threads=False, block_size=1 << 26)
+    kept = operator(pyarrow.json.read_json(path, options))[0]
+    return time.process_time() - began, kept['id'].to_pylist()
 
-    for what, (_, peers) in work.items():
-        ours = [seconds for seconds, _ in times[what]]
-        print(
-            f'{what}: {median_and_range(ours)} s, {size / statistics.median(ours):.0f} MB/s; {quality(what, times[what][0][1])}'
-        )
+
+def in_turns(
+    path: str, tasks: dict[str, Task], rounds: int, exam_path: str
+) -> dict[str, list[Timing]]:
+    "The measurements of our operators and of all peers, one after another in each round."
+    peers = dict.fromkeys(peer for task in tasks.values() for peer in task.peers)
+    out: dict[str, list[Timing]] = {name: [] for name in [*tasks, *peers]}
+    for task in tasks.values():
+        by_us(task.operator, path)  # compiles the kernels before anything is timed
+    for i in range(rounds):
+        for name, task in tasks.items():
+            out[name].append(by_us(task.operator, path))
         for peer in peers:
-            if times[peer][0][0] is None:
-                print(f'  {peer}: did not run: {times[peer][0][1]}')
+            if i == 0 or out[peer][0][0] is not None:
+                exam = [exam_path] if 'decontaminate' in peer else []
+                out[peer].append(by_peer(peer, path, *exam))
+        print(f'round {i + 1} of {rounds}', file=sys.stderr)
+    return out
+
+
+def removal_quality(task: str, kept: list[int], made: InjectedCorpus, pairs: Pairs) -> str:
+    "How right the removals of a task were, in words."
+    if task.startswith('near'):
+        return recall_and_precision(kept, len(made.texts), pairs)
+    parts = [f'removed {len(made.texts) - len(kept)}']
+    if task == 'decontamination':
+        kinds, gone = list(made.leaks.values()), made.leaks.keys() - set(kept)
+        for kind in sorted(set(kinds)):
+            share = sum(made.leaks[row] == kind for row in gone) / kinds.count(kind)
+            parts.append(f'recall {kind} {share:.3f}')
+    return ', '.join(parts)
+
+
+def print_corpus(
+    tasks: dict[str, Task], times: dict[str, list[Timing]], made: InjectedCorpus, pairs: Pairs
+):
+    "Print speed, ratios and quality."
+    size = megabytes_of(made.texts)
+    for name, task in tasks.items():
+        ours = [seconds or 0 for seconds, _ in times[name]]
+        quality = removal_quality(name, times[name][0][1], made, pairs)
+        print(f'{name}: {speed(size, ours)}; {quality}')
+        for peer in task.peers:
+            first, kept = times[peer][0]
+            if first is None:
+                print(f'  {peer}: did not run: {kept}')
                 continue
-            theirs = [seconds for seconds, _ in times[peer]]
-            print(
-                f'  {peer}: {median_and_range(theirs)} s, {statistics.median(theirs) / statistics.median(ours):.0f} times as long; {quality(what, times[peer][0][1])}'
-            )
+            theirs = [seconds for seconds, _ in times[peer] if seconds is not None]
+            ratio = statistics.median(theirs) / statistics.median(ours)
+            quality = removal_quality(name, kept, made, pairs)
+            print(f'  {peer}: {median_and_range(theirs)} s, {ratio:.0f} times as long; {quality}')
 
 
-def corpus(megabytes: str = '20', rounds: str = '3'):
-    "Speed and quality of `k2lab.corpus.duplicates` on one core, on texts of the installed packages with injected copies and leaks."
-    texts, copies, exam, leaks = made_corpus(float(megabytes))
-    pairs = true_pairs(texts)
+def corpus(megabytes: float = 20, rounds: int = 3):
+    "Print speed and quality of `k2lab.corpus.duplicates` on one core, on installed texts with injected copies and leaks."
+    made = made_corpus(megabytes)
+    pairs = true_pairs(made.texts)
+    rows = [dict(id=i, text=text) for i, text in enumerate(made.texts)]
     with tempfile.TemporaryDirectory() as folder:
-        path, exam_path = f'{folder}/corpus.jsonl', f'{folder}/exam.json'
-        with open(path, 'w') as out:
-            out.writelines(json.dumps(dict(id=i, text=text)) + '\n' for i, text in enumerate(texts))
-        with open(exam_path, 'w') as out:
-            json.dump(exam, out)
+        path = write_lines(f'{folder}/corpus.jsonl', rows)
+        exam_path = write_exam(made.exam, folder)
         print(
-            f'{sum(len(t.encode()) for t in texts) / 1e6:.1f} MB, {len(texts)} texts, {len(copies)} copies of {len(COPY_KINDS)} kinds and {len(leaks)} leaks injected, {len(pairs[0])} pairs of Jaccard 0.7 and more',
+            f'{megabytes_of(made.texts):.1f} MB, {len(made.texts)} texts, '
+            f'{len(made.copies)} copies of {len(COPY_KINDS)} kinds '
+            f'and {len(made.leaks)} leaks injected, '
+            f'{len(pairs.left)} pairs of Jaccard 0.7 and more',
             flush=True,
         )
-        work = corpus_work(exam)
-        print_corpus(work, in_turns(path, work, int(rounds), exam_path), texts, leaks, pairs)
-
-
-def copy_seconds(path: str) -> float:
-    "CPU seconds from a JSONL file through Arrow tables to shards with their manifests and hashes, imports excluded."
-    from k2lab.corpus.units import Plan, plan_units, run_units
-
-    with tempfile.TemporaryDirectory() as at:
-        Path(at, 'one.jsonl').write_text('{"text": "what is imported on the way is there now"}')
-        run_units(plan_units(f'{at}/one.jsonl'), Plan(), f'{at}/one')
-        began = time.process_time()
-        run_units(plan_units(path), Plan(), f'{at}/all')
-        return time.process_time() - began
-
-
-def copied_by_us(path: str) -> float:
-    "The same in a process of its own, as the peer has one: in a heap full of texts every line would be a cache miss."
-    return float(
-        subprocess.run(
-            [
-                sys.executable,
-                '-c',
-                f'from k2lab.bench import copy_seconds; print(copy_seconds({path!r}))',
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    )
-
-
-def shards(megabytes: str = '60', rounds: str = '3'):
-    "Speed of reading and writing JSONL on one core, on texts of the installed packages, short ones and ones of about 5 kB."
-    texts = installed_texts(float(megabytes))
-    with tempfile.TemporaryDirectory() as folder:
-        for name, each in (('as they are', 1), ('joined by threes', 3)):
-            path = f'{folder}/{each}.jsonl'
-            with open(path, 'w') as out:
-                out.writelines(
-                    json.dumps(
-                        dict(text='\n'.join(texts[i : i + each]), source='installed'),
-                        ensure_ascii=False,
-                    )
-                    + '\n'
-                    for i in range(0, len(texts), each)
-                )
-            size, times = (
-                os.path.getsize(path) / 1e6,
-                [
-                    (copied_by_us(path), *by_peer('datatrove_copy', path))
-                    for _ in range(int(rounds))
-                ],
-            )
-            ours = [t[0] for t in times]
-            print(
-                f'{name}, {len(texts) // each} texts, {size:.0f} MB: {median_and_range(ours)} s, {size / statistics.median(ours):.0f} MB/s'
-            )
-            if times[0][1] is None:
-                print(f'  datatrove: did not run: {times[0][2]}')
-            else:
-                print(
-                    f'  datatrove: {median_and_range([t[1] for t in times])} s, {statistics.median(t[1] for t in times) / statistics.median(ours):.1f} times as long',
-                    flush=True,
-                )
-
-
-def chain_of(path: str, exam_path: str, tokenizer: str, folder: str) -> tuple:
-    "(steps, rows kept, tokens) of the lab's chain: Gopher's rules, private data, copies, near copies, evaluation texts, JSON lines, tokens."
-    from k2lab.text.encoder import encode_stream
-    from k2lab.corpus.pipeline import (
-        Refining,
-        without_contaminated,
-        refine,
-        tables_of,
-        tokenizer_at,
-        unique,
-    )
-    from k2lab.text.rows import publishing
-    from k2lab.corpus.writers import Lines
-
-    told, tok = Refining(quality='gopher', min_chars=1, max_cluster_share=1), tokenizer_at(tokenizer)
-    made = refine([dict(files=path, licence='unknown')], ['bench'], told, folder)
-    index, steps = unique(made, told)
-    index, last = without_contaminated(made, index, dict(exam=json.load(open(exam_path))))
-    rows, count = [], 0
-    with (
-        publishing(Path(folder) / 'out.jsonl') as part,
-        publishing(Path(folder) / 'out.bin') as ids,
-    ):
-        out = Lines(part, made.texts.schema)
-        for table in tables_of(made, index):
-            out.write(table)
-            chained = encode_stream(tok, table['text'].to_pylist(), tok.eos_token_id)
-            ids.write(chained.tobytes())
-            count += len(chained)
-            rows += [json.loads(more)['id'] for more in table['extra'].to_pylist()]
-        out.close()
-    return [*made.steps, *steps, last], rows, count
-
-
-def one_chain(path: str, exam_path: str, tokenizer: str) -> dict:
-    "CPU seconds, peak memory and rows kept of the lab's chain; meant for a process of its own. Machine code is made and the tokenizer's engine compared on a part of the file first."
-    from k2lab.text.encoder import encoder
-    from k2lab.lab.provenance import peak_gib
-    from k2lab.corpus.pipeline import tokenizer_at
-
-    os.environ.update(RAYON_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false', OMP_NUM_THREADS='1')
-    with tempfile.TemporaryDirectory() as folder:
-        with open(path, 'rb') as whole, open(f'{folder}/part.jsonl', 'wb') as part:
-            part.writelines(line for line, _ in zip(whole, range(4000)))
-        chain_of(f'{folder}/part.jsonl', exam_path, tokenizer, f'{folder}/warm')
-        encoder(tokenizer_at(tokenizer)).left = 0
-        began = time.process_time()
-        steps, rows, count = chain_of(path, exam_path, tokenizer, f'{folder}/work')
-        return dict(
-            seconds=time.process_time() - began,
-            peak_gib=peak_gib(),
-            steps=steps,
-            rows=rows,
-            tokens=count,
-        )
-
-
-def chain(megabytes: str = '20', rounds: str = '3'):
-    "From JSON lines to a corpus and its tokens on one core, against datatrove's blocks for the same steps, with and without its own word tokenizer; CPU seconds. Documents are pages: the docstrings of a file."
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-    from k2lab.corpus.operators import conserved, funnel
-    from k2lab.models.load import shipped
-
-    texts, _, exam, leaks = made_corpus(float(megabytes), pages=True)
-    tokenizer, peers = (
-        os.environ.get('K2LAB_KIMI') or str(shipped('k2')),
-        ['datatrove_chain', 'datatrove_chain_split'],
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        path, exam_path = f'{folder}/corpus.jsonl', f'{folder}/exam.json'
-        with open(path, 'w') as out:
-            out.writelines(
-                json.dumps(dict(id=i, text=text, source='bench')) + '\n'
-                for i, text in enumerate(texts)
-            )
-        with open(exam_path, 'w') as out:
-            json.dump(exam, out)
-        size, alone = (
-            os.path.getsize(path) / 1e6,
-            lambda: (
-                ProcessPoolExecutor(1, mp_context=get_context('spawn'))
-                .submit(one_chain, path, exam_path, tokenizer)
-                .result()
-            ),
-        )
-        runs = [
-            (
-                alone(),
-                {
-                    peer: by_peer(peer, path, exam_path, f'{shipped("k2")}/tokenizer.json')
-                    for peer in peers
-                },
-            )
-            for _ in range(int(rounds))
-        ]
-    ours, first = [run['seconds'] for run, _ in runs], runs[0][0]
-    print(
-        f'{size:.1f} MB: {median_and_range(ours)} s, {size / statistics.median(ours):.1f} MB/s, peak {max(run["peak_gib"] for run, _ in runs):.2f} GiB, {len(first["rows"])} of {len(texts)} documents kept, {first["tokens"]} tokens; '
-        f'books balance: {not conserved(first["steps"])}; leaks left: {len(leaks.keys() & set(first["rows"]))} of {len(leaks)}'
-    )
-    for step in funnel(first['steps']):
-        print('  ', *step)
-    print_peers(ours, {peer: [run[1][peer] for run in runs] for peer in peers})
+        tasks = corpus_tasks(made.exam)
+        times = in_turns(path, tasks, rounds, exam_path)
+        print_corpus(tasks, times, made, pairs)

@@ -1,175 +1,124 @@
-"""What the benchmarks share: texts, peers, turns and their tables."""
+"""What the benchmarks share: installed texts, other tools in processes of their own, and lines of results."""
 
-import json, math, os, random, re, statistics, subprocess, sys, sysconfig, time
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-
-def median_and_range(values: list, digits: int = 2) -> str:
-    "`median (lowest to highest)`."
-    return f'{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})'
-
-
-TRAINER_OPTIONS = dict(
-    per_device_train_batch_size=8,
-    learning_rate=1e-4,
-    num_train_epochs=1,
-    logging_steps=1000,
-    save_strategy='no',
-    gradient_checkpointing=False,
-)
-
-
-def texts(n: int, shape: str) -> list:
-    "n seeded question-and-answer rows: of `even` length, or `mixed` (log-normal), many short and few long, as instruction sets are."
-    rng = random.Random(0)
-    words = 'the graph has nodes and edges so 12 + 30 = 42 and neighbors of a are b c path sum first then answer'.split()
-    size = (
-        (lambda: 60)
-        if shape == 'even'
-        else (lambda: min(700, 1 + int(rng.lognormvariate(math.log(40), 1.1))))
-    )
-    return [
-        dict(
-            prompt=' '.join(rng.choices(words, k=8)),
-            response=' '.join(rng.choices(words, k=size())),
-        )
-        for _ in range(n)
-    ]
-
+# (CPU seconds, numbers of the rows kept) of one measurement, or (None, why it did not run)
+Timing = tuple[float | None, Any]
 
 DOCSTRING = re.compile(r'(?:"""|\'\'\')(.{200,}?)(?:"""|\'\'\')', re.S)
 
 
-COPY_KINDS = ('copy', 'format', 'words', 'cut', 'boilerplate', 'far')
+def median_and_range(values: list, digits: int = 2) -> str:
+    "`median (lowest to highest)`."
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f'{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})'
 
 
-def installed_texts(megabytes: float, pages: bool = False) -> list:
-    "Docstrings (or all docstrings of a file as one page) and documents of the installed packages and the standard library, no two equal, in a seeded order, at most `megabytes` of them."
-    found = {}
-    for folder in (sysconfig.get_path('purelib'), sysconfig.get_path('stdlib')):
-        for path in sorted(Path(folder).rglob('*')):
-            if path.suffix not in ('.py', '.md', '.rst', '.txt') or not path.is_file():
-                continue
-            text = path.read_text('utf-8', 'ignore')
-            said = DOCSTRING.findall(text) if path.suffix == '.py' else [text]
-            found.update(dict.fromkeys(['\n\n'.join(said)] if pages and said else said))
-    texts, room = sorted(found), megabytes * 1e6
+def speed(size: float, seconds: list, digits: int = 0) -> str:
+    "Seconds and MB/s of the rounds, for `size` megabytes."
+    rate = size / statistics.median(seconds)
+    return f'{median_and_range(seconds)} s, {rate:.{digits}f} MB/s'
+
+
+def megabytes_of(texts: list) -> float:
+    "The size of texts in megabytes of UTF-8."
+    return sum(len(text.encode()) for text in texts) / 1e6
+
+
+def installed_files() -> Iterator[Path]:
+    "Source files and documents of the installed packages and the standard library."
+    for scheme in ('purelib', 'stdlib'):
+        for path in sorted(Path(sysconfig.get_path(scheme)).rglob('*')):
+            if path.suffix in ('.py', '.md', '.rst', '.txt') and path.is_file():
+                yield path
+
+
+def texts_in(path: Path, pages: bool) -> list[str]:
+    "The docstrings of a source file, joined to one page if `pages`; a document as it is."
+    text = path.read_text('utf-8', 'ignore')
+    parts = DOCSTRING.findall(text) if path.suffix == '.py' else [text]
+    return ['\n\n'.join(parts)] if pages and parts else parts
+
+
+def installed_texts(megabytes: float, pages: bool = False) -> list[str]:
+    "Different installed texts in a seeded order, at most `megabytes` of them; docstrings of a file as one page if `pages`."
+    texts = sorted({text for path in installed_files() for text in texts_in(path, pages)})
     random.Random(7).shuffle(texts)
+    room = megabytes * 1e6
     return [text for text in texts if (room := room - len(text.encode())) > 0]
 
 
-def eval_passages(texts: list, known: list) -> list:
-    "Passages of 40 to 60 words from texts that share no run of 13 words with the known ones."
-    import pyarrow as pa
-    from k2lab.corpus.duplicates import found_runs, run_index
+def write_lines(path: str, rows: list[dict]) -> str:
+    "Write rows as JSON lines; returns the path."
+    with open(path, 'w') as out:
+        out.writelines(json.dumps(row) + '\n' for row in rows)
+    return path
 
-    passages = [
-        ' '.join(re.findall(r'\w+', text)[5 : 45 + len(text) % 20])
-        for text in texts
-        if len(text.split()) > 100
-    ]
-    index, owners, _, lengths = run_index(passages)
-    shared = {
-        i
-        for places in found_runs(pa.array(known), index, lengths).values()
-        for place in places
-        for i in owners[place]
-    }
-    return [passage for i, passage in enumerate(passages) if i not in shared]
+
+def as_jsonl(texts: list, folder: str) -> str:
+    "The path of a new file with a row for each text, numbered from '0'."
+    rows = [dict(id=str(i), text=text) for i, text in enumerate(texts)]
+    return write_lines(f'{folder}/corpus.jsonl', rows)
 
 
 def peer_python(module: str) -> str:
-    "The interpreter of $K2LAB_PEERS (several, parted as in $PATH) that can import a module, or ''."
+    "The interpreter in $K2LAB_PEERS (separated as in $PATH) that can import a module, or ''."
     for python in filter(None, os.environ.get('K2LAB_PEERS', '').split(os.pathsep)):
         if not subprocess.run([python, '-c', f'import {module}'], capture_output=True).returncode:
             return python
     return ''
 
 
-def by_peer(name: str, *told) -> tuple:
-    "The same of a peer, in its own process; (None, why) when it cannot run."
-    python = peer_python(
-        'datatrove' if name.startswith('datatrove') else name.removesuffix('_verified')
-    )
+def by_peer(name: str, *arguments: str) -> Timing:
+    "The measurement of a function of peers.py in its own process; `(None, reason)` if it cannot run."
+    module = 'datatrove' if name.startswith('datatrove') else name.removesuffix('_verified')
+    python = peer_python(module)
     if not python:
         return None, 'not installed (K2LAB_PEERS names no Python that has it)'
+    script = str(Path(__file__).with_name('peers.py'))
     done = subprocess.run(
-        [python, str(Path(__file__).with_name('peers.py')), name, *told],
+        [python, script, name, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, 'PYTHONPATH': ''},
     )
     if done.returncode:
         return None, done.stderr.strip().splitlines()[-1]
-    said = json.loads(done.stdout.splitlines()[-1])
-    return said['seconds'], said['kept']
+    reply = json.loads(done.stdout.splitlines()[-1])
+    return reply['seconds'], reply['kept']
 
 
-def in_turns(path: str, work: dict, rounds: int, exam_path: str) -> dict:
-    "{name: [(CPU seconds, rows kept) of each round]} of our operators and all peers, one after another in each round."
-    peers = dict.fromkeys(peer for _, beside in work.values() for peer in beside)
-    out = {name: [] for name in [*work, *peers]}
-    for what, (operator, _) in work.items():
-        by_us(operator, path)  # machine code is made before anything is timed
-    for i in range(rounds):
-        for what, (operator, _) in work.items():
-            out[what].append(by_us(operator, path))
-        for peer in peers:
-            if i == 0 or out[peer][0][0] is not None:
-                out[peer].append(
-                    by_peer(peer, path, *([exam_path] if 'decontaminate' in peer else []))
-                )
-        print(f'round {i + 1} of {rounds}', file=sys.stderr)
-    return out
+def print_peers(ours: list[float], peers: dict[str, list[Timing]]):
+    "Print how much longer each peer took than our seconds of each round."
+    for name, timings in peers.items():
+        seconds = [second for second, _ in timings if second is not None]
+        if timings[0][0] is None:
+            print(f'  {name}: did not run: {timings[0][1]}')
+            continue
+        ratio = statistics.median(seconds) / statistics.median(ours)
+        print(f'  {name}: {median_and_range(seconds)} s, {ratio:.1f} times as long', flush=True)
 
 
-def cpu_seconds(work) -> float:
+def cpu_seconds(work: Callable) -> float:
     "CPU seconds that a call takes in this process."
     began = time.process_time()
     work()
     return time.process_time() - began
 
 
-def as_jsonl(texts: list, folder: str) -> str:
-    "A file with a row for each text, numbered from 0."
-    path = f'{folder}/corpus.jsonl'
-    with open(path, 'w') as out:
-        out.writelines(
-            json.dumps(dict(id=str(i), text=text)) + '\n' for i, text in enumerate(texts)
-        )
-    return path
-
-
-def print_peers(ours: list, peers: dict):
-    "Prints how much longer the peers took: {name: [(seconds or None, rows kept or why not)]}."
-    for name, times in peers.items():
-        if times[0][0] is None:
-            print(f'  {name}: did not run: {times[0][1]}')
-        else:
-            print(
-                f'  {name}: {median_and_range([t[0] for t in times])} s, {statistics.median(t[0] for t in times) / statistics.median(ours):.1f} times as long',
-                flush=True,
-            )
-
-
-def plainly(work):
-    "A call without compiled kernels, so that the twins in plain Python do the work."
-    from k2lab.corpus import signals
-
-    real, signals.compiled = signals.compiled, lambda kernel: None
-    try:
-        return work()
-    finally:
-        signals.compiled = real
-
-
-def by_us(work, path: str) -> tuple:
-    "(CPU seconds, rows kept) of an operator of ours, from the JSONL file to the table that is kept."
-    import pyarrow.json
-
-    began = time.process_time()
-    table = pyarrow.json.read_json(
-        path, pyarrow.json.ReadOptions(use_threads=False, block_size=1 << 26)
-    )
-    kept = work(table)[0]
-    return time.process_time() - began, kept['id'].to_pylist()
+def in_new_process(work: Callable, *arguments):
+    "What a call returns in a fresh process, whose peak memory is only its own."
+    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
+        return pool.submit(work, *arguments).result()

@@ -1,11 +1,14 @@
 """The encoder against other tokenizers: `python -m k2lab.bench tokens`."""
 
-import os, statistics
-from k2lab.bench.harness import cpu_seconds, installed_texts, median_and_range, print_peers
+import os
+from collections.abc import Callable
+from unittest.mock import patch
+
+from k2lab.bench.harness import cpu_seconds, installed_texts, megabytes_of, print_peers, speed
 
 
 def kimi():
-    "The tokenizer of the folder $K2LAB_KIMI, Kimi's own, or the one that ships with the lab."
+    "The tokenizer in the folder $K2LAB_KIMI, Kimi's own, or the one that ships with the lab."
     from k2lab.models.load import shipped
     from k2lab.text.tokenizer import tokenizer_in
 
@@ -13,67 +16,84 @@ def kimi():
 
 
 def in_rows(ids, length: int = 4096) -> bytes:
-    "SHA-256 of a stream of ids cut into rows; the last one is left out."
-    import hashlib, numpy as np
+    "SHA-256 of a stream of ids cut into rows; an incomplete last row is left out."
+    import hashlib
+
+    import numpy as np
 
     rows = np.asarray(ids, np.uint32)[: len(ids) // length * length].reshape(-1, length)
     return hashlib.sha256(rows.tobytes()).digest()
 
 
-def encoders(tok, texts: list) -> dict:
-    "{name: a call that makes a new engine and gives a call that encodes and chains the texts, to the hash of the rows}; each does what its documents show for many texts."
-    from itertools import chain
-    from unittest.mock import patch
-    from k2lab.text.encoder import ENGINES, encoder, encode_stream
+def chained(lists, end: int) -> bytes:
+    "`in_rows` of lists of ids, each followed by the end token."
+    return in_rows([i for ids in lists for i in (*ids, end)])
+
+
+def our_encoder(tok, texts: list) -> Callable[[], bytes]:
+    "A call that encodes the texts by a new engine of the lab."
+    from k2lab.text.encoder import encode_stream, encoder
+
+    encoder.cache_clear()
+    encoder(tok).left = 0  # already compared
+    return lambda: in_rows(encode_stream(tok, texts, tok.eos_token_id))
+
+
+def by_tokenizers(tok, texts: list) -> Callable[[], bytes]:
+    "The same by Hugging Face's tokenizers, in batches as its documents show."
     from k2lab.text.tokenizer import plain_tokenizer
 
-    chained = lambda lists: in_rows([i for ids in lists for i in chain(ids, (tok.eos_token_id,))])
+    plain_tokenizer.cache_clear()
+    plain = plain_tokenizer(tok)
 
-    def ours():
-        encoder.cache_clear()
-        encoder(tok).left = 0  # compared already
-        return lambda: in_rows(encode_stream(tok, texts, tok.eos_token_id))
+    def work() -> bytes:
+        encodings = plain.encode_batch_fast(texts, add_special_tokens=False)
+        return chained((one.ids for one in encodings), tok.eos_token_id)
 
-    def by_tokenizers():
-        plain_tokenizer.cache_clear()
-        plain = plain_tokenizer(tok)
-        return lambda: chained(
-            one.ids for one in plain.encode_batch_fast(texts, add_special_tokens=False)
-        )
-
-    def by_tiktoken():
-        with patch('k2lab.text.encoder.flat_ids', lambda lists: lists):
-            encode = ENGINES['tiktoken'](plain_tokenizer(tok))
-
-        def work():
-            with patch('k2lab.text.encoder.flat_ids', lambda lists: lists):
-                return chained(encode(texts))
-
-        return work
-
-    return dict(ours=ours, tokenizers=by_tokenizers, tiktoken=by_tiktoken)
+    return work
 
 
-def tokens(megabytes: str = '20', rounds: str = '3'):
-    "Speed of `k2lab.text.encoder.encode_stream` on one core against Hugging Face's tokenizers and tiktoken, ids compared; Kimi's vocabulary if $K2LAB_KIMI names its folder."
+def by_tiktoken(tok, texts: list) -> Callable[[], bytes]:
+    "The same by tiktoken, in batches as its documents show."
+    from k2lab.text.encoder import ENGINES
+    from k2lab.text.tokenizer import plain_tokenizer
+
+    as_lists = patch('k2lab.text.encoder.flat_ids', lambda lists: lists)
+    with as_lists:
+        encode = ENGINES['tiktoken'](plain_tokenizer(tok))
+
+    def work() -> bytes:
+        with as_lists:
+            return chained(encode(texts), tok.eos_token_id)
+
+    return work
+
+
+ENCODERS = {'ours': our_encoder, 'tokenizers': by_tokenizers, 'tiktoken': by_tiktoken}
+
+
+def timed_round(tok, texts: list, hashes: set[bytes]) -> dict[str, float]:
+    "CPU seconds of each encoder; adds the hash of its rows to `hashes`."
+    calls = {name: make(tok, texts) for name, make in ENCODERS.items()}
+    return {name: cpu_seconds(lambda call=call: hashes.add(call())) for name, call in calls.items()}
+
+
+def tokens(megabytes: float = 20, rounds: int = 3):
+    "Print the speed of `encode_stream` on one core against tokenizers and tiktoken; the ids are compared."
     os.environ.update(RAYON_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false')
     from k2lab.text.encoder import Encoder
 
-    tok, texts = kimi(), installed_texts(float(megabytes))
-    work, size = encoders(tok, texts), sum(len(text.encode()) for text in texts) / 1e6
+    tok, texts = kimi(), installed_texts(megabytes)
+    size = megabytes_of(texts)
     checked = cpu_seconds(lambda: Encoder(tok)(texts[:1000]))
     print(
-        f'{size:.1f} MB, {len(texts)} texts, {len(tok)} tokens in the vocabulary; to open the engine and compare it on 1,000 texts takes {checked:.1f} s',
+        f'{size:.1f} MB, {len(texts)} texts, {len(tok)} tokens in the vocabulary; '
+        f'opening the engine and comparing it on 1,000 texts takes {checked:.1f} s',
         flush=True,
     )
-    times, hashes = [], set()
-    for _ in range(int(rounds)):
-        calls = {name: make() for name, make in work.items()}
-        times.append(
-            {name: cpu_seconds(lambda: hashes.add(call())) for name, call in calls.items()}
-        )
-    ours = [t['ours'] for t in times]
-    print(
-        f'encoded and chained: {median_and_range(ours)} s, {size / statistics.median(ours):.0f} MB/s; the same rows of ids from all: {len(hashes) == 1}'
-    )
-    print_peers(ours, {name: [(t[name], None) for t in times] for name in work if name != 'ours'})
+    hashes: set[bytes] = set()
+    times = [timed_round(tok, texts, hashes) for _ in range(rounds)]
+    ours = [one['ours'] for one in times]
+    print(f'encoded and chained: {speed(size, ours)}; all rows the same: {len(hashes) == 1}')
+    others = [name for name in ENCODERS if name != 'ours']
+    print_peers(ours, {name: [(one[name], None) for one in times] for name in others})
