@@ -1,6 +1,15 @@
-"""The `k2lab` command: stages by their names, the pipeline, and the runs they left. Nothing heavy is imported until a stage runs."""
+"""The `k2lab` command: stages by name, the pipeline, and their runs. Heavy packages are imported only when a stage runs."""
 
-import argparse, os, re, shutil, sys, textwrap, time
+import argparse
+import dataclasses
+import inspect
+import itertools
+import os
+import re
+import shutil
+import sys
+import textwrap
+import time
 from pathlib import Path
 
 from k2lab.lab.config import (
@@ -19,35 +28,33 @@ from k2lab.lab.display import clock, describe, short
 
 USAGE = """usage: k2lab pipeline [--scale S] [--campaign C] [--from STAGE] [--to STAGE] [--seed N]
        k2lab STAGE [--scale S] [--campaign C] [--on slurm] [field=value ...]
-       k2lab runs [--campaign C]
-       k2lab show RUN           what a run did, and what went into it
-       k2lab watch RUN          its progress, wherever it runs
-       k2lab resume RUN         go on with one that was killed or failed
-       k2lab reproduce RUN      do a complete one again and compare
-       k2lab diff RUN RUN       what differs in inputs and in results
-       k2lab convert NAME OUT   a published checkpoint (name, folder or hub id) as bfloat16 in a new folder
-       k2lab STAGE --help       what the stage can be told
+       k2lab STAGE --help       list the fields of a stage
+       k2lab runs [CAMPAIGN]    list the runs
+       k2lab show RUN           show what a run did and what it read
+       k2lab watch RUN          follow the progress of a run, wherever it runs
+       k2lab resume RUN         continue a run that was killed or failed (also --on slurm)
+       k2lab reproduce RUN      repeat a complete run and compare the results
+       k2lab diff RUN RUN       show how the inputs and results of two runs differ
+       k2lab convert NAME OUT   write a published checkpoint (name, folder or hub id) as bfloat16
 
-Every stage is a notebook; a run is an executed notebook in a folder of its own.
+Every stage is a notebook. A run is an executed notebook in a folder of its own.
 """
 
 
 def usage() -> str:
     "What `k2lab --help` prints."
-    stages = textwrap.fill(
-        f"stages: {', '.join(stage_names()) or 'none here'}", 100, subsequent_indent='        '
-    )
+    names = f'stages: {", ".join(stage_names()) or "none here"}'
+    stages = textwrap.fill(names, 100, subsequent_indent='        ')
     return (
-        f"{USAGE}\n{stages}\nscales: {', '.join(SCALES)} (here: {setting('lab', 'scale')})\n"
-        "A field is any key of the stage's file; `trainer.KEY=VALUE` reaches TRL's own options. --debug shows a traceback."
+        f'{USAGE}\n{stages}\nscales: {", ".join(SCALES)} (default here: {setting("lab", "scale")})\n'
+        "A field is any key of the stage's file; `trainer.KEY=VALUE` sets an option of TRL.\n"
+        '--debug shows the traceback of an error.'
     )
 
 
 def comments(cls) -> dict:
     "`{field: the comment behind it, or above it}` of a dataclass and those it inherits from."
-    import inspect
-
-    meanings, above, name = {}, [], ''
+    found, above = {}, []
     for line in '\n'.join(inspect.getsource(c) for c in reversed(cls.__mro__[:-1])).splitlines():
         field = re.match(r' {4}(\w+) *:[^#]*(?:# (.*))?$', line)
         closing = re.match(r' {4}\)  # (.*)$', line)
@@ -62,20 +69,29 @@ def comments(cls) -> dict:
 
 
 def stage_help(stage: str) -> str:
-    "The fields of a stage: name, meaning, value at this lab's scale."
-    import dataclasses
+    "The fields of a stage: name, meaning, value at this lab's scale; at most 100 columns wide."
     from k2lab.lab.job import stage_module
 
     config, scale = stage_module(stage).Config, setting('lab', 'scale')
-    values, meant = resolved_config(stage, scale, {}), comments(config)
-    rows = [
-        [f'  {f.name}', meant.get(f.name, ''), str(values[f.name])]
-        for f in dataclasses.fields(config)
-    ]
-    head = (
-        f'usage: k2lab {stage} [--scale S] [--campaign C] [field=value ...]\n\n{config.__doc__}\n\n'
-    )
-    return head + text_table(['field', 'meaning', f'at {scale}'], rows)
+    values, meanings = resolved_config(stage, scale, {}), comments(config)
+    names = [field.name for field in dataclasses.fields(config)]
+    rows = [(f'  {name}', meanings.get(name, ''), str(values[name])) for name in names]
+    head = f'usage: k2lab {stage} [--scale S] [--campaign C] [--on slurm] [field=value ...]'
+    text = textwrap.fill(config.__doc__ or '', 100)
+    return f'{head}\n\n{text}\n\n{wrapped_table([("field", "meaning", f"at {scale}"), *rows])}'
+
+
+def wrapped_table(rows: list[tuple[str, str, str]]) -> str:
+    "Three columns as text of at most 100 columns; long meanings and values are wrapped."
+    first = max(len(row[0]) for row in rows) + 2
+    last = min(max(len(row[2]) for row in rows), 30)
+    middle = min(max(len(row[1]) for row in rows) + 2, 100 - first - last)
+    lines = []
+    for name, meaning, value in rows:
+        columns = textwrap.wrap(meaning, middle - 2), textwrap.wrap(value, 100 - first - middle)
+        for head, left, right in itertools.zip_longest([name], *columns, fillvalue=''):
+            lines.append(f'{head:{first}}{left:{middle}}{right}'.rstrip())
+    return '\n'.join(lines)
 
 
 def changes_of(words: list) -> dict:
@@ -86,7 +102,7 @@ def changes_of(words: list) -> dict:
         key, equals, value = word.removeprefix('--').partition('=')
         if not equals and word.startswith('--') and rest:
             value, equals = rest.pop(0), '='
-        if not equals:
+        if not equals or not key:
             raise LabError(f"'{word}': expected field=value")
         out[key.replace('-', '_')] = value
     return out
@@ -212,6 +228,8 @@ def steps_of(first: str | None, last: str | None) -> list:
         if last
         else len(names)
     )
+    if steps and lo >= hi:
+        raise LabError(f"pipeline: no step from '{first}' to '{last}': {last} comes before {first}")
     return steps[lo:hi]
 
 
@@ -259,7 +277,6 @@ def pipeline(words: list) -> int:
 
 def seed_for(stage: str, seed: str | None) -> dict:
     "The change that gives a stage its seed, if one was named and the stage has a field for it."
-    import dataclasses
     from k2lab.lab.job import stage_module
 
     return (
@@ -306,6 +323,9 @@ def show_runs(words: list) -> int:
     from k2lab.lab.records import runs
 
     options, rest = parse(words, 'campaign')
+    extra = rest[1:] if rest and not rest[0].startswith('-') and not options['campaign'] else rest
+    if extra:
+        raise LabError(f"runs does not take '{extra[0]}'; it takes one campaign")
     found = runs(options['campaign'] or (rest[0] if rest else None))
     rows = [
         [
@@ -505,6 +525,8 @@ def work(words: list) -> int:
     "Do a stage's work on a prepared run folder: what `accelerate launch` starts in every process."
     from k2lab.lab.job import open_job, stage_module
 
+    if len(words) != 1:
+        raise LabError('work needs one run folder')
     job = open_job(Path(words[0]))
     stage_module(job.stage).work(job)
     leave_together()

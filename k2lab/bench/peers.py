@@ -209,7 +209,7 @@ def cleaning_steps(path: str, exam: str, at: str) -> list:
 
 
 def datatrove_chain(path: str, exam: str, tokenizer: str, split: bool = False):
-    "From JSON lines to a corpus and its tokens, all with datatrove's defaults; with `split`, words are split at white space."
+    "From JSON lines to a corpus and its tokens, with datatrove's defaults; `split`: words are split at white space."
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.tokens import DocumentTokenizer
     from datatrove.pipeline.writers import JsonlWriter

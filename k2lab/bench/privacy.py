@@ -181,7 +181,7 @@ MADE = {'iban': iban_of, 'card': card_of, 'ipv4': ipv4_of}
 
 
 def private_value(kind: str, rng: random.Random) -> tuple[str, str, str]:
-    "(text before, private part, text after) of a kind; values of all kinds are drawn, so that a seed gives the same texts."
+    "(before, private part, after) of a kind; all kinds are drawn, so that a seed gives the same texts."
     address = f'{rng.choice(NAMES)}@{rng.choice(HOSTS)}'
     area = filled('<2:10><digit*2>', rng)
     values = {
@@ -270,7 +270,7 @@ def print_scores(labelled: list[Letter]):
 
 
 def privacy(megabytes: float = 20, rounds: int = 3):
-    "Print the speed of `k2lab.corpus.privacy` on one core against plain `re` and datatrove, and precision and recall on letters."
+    "Print the speed of `k2lab.corpus.privacy` on one core against `re` and datatrove; precision and recall."
     import pyarrow as pa
 
     from k2lab.corpus.privacy import redact

@@ -214,7 +214,7 @@ def print_comparison(name: str, ours: list[tuple[Training, float]], plain: list)
 
 
 def train(rounds: int = 5):
-    "Print tokens per second and peak memory of the lab's training against plain TRL scripts: same model, rows and tokens."
+    "Print tokens per second and peak memory against plain TRL scripts: same model, rows and tokens."
     for name in COMPARISONS:
         ours, plain = [], []
         for _ in range(rounds):

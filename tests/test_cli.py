@@ -1,0 +1,72 @@
+"""The command as its users meet it: help, mistakes, and the whole pipeline at smoke scale."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from k2lab.cli import COMMANDS, main, usage
+from k2lab.lab.config import LabError, stage_names
+from k2lab.lab.records import runs
+
+
+def k2lab(*words: str, **env: str) -> subprocess.CompletedProcess:
+    "What `k2lab words` did."
+    command = [sys.executable, '-m', 'k2lab', *words]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **env}, timeout=600
+    )
+
+
+def test_the_whole_pipeline_runs_at_smoke_and_then_skips_what_is_done(tmp_path, monkeypatch):
+    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path))
+    words = 'pipeline', '--scale', 'smoke', '--campaign', 's'
+    once = k2lab(*words)
+    assert once.returncode == 0, once.stdout + once.stderr
+    assert [record['status'] for record in runs('s')] == ['complete'] * 11
+    assert (tmp_path / 's' / 'report.html').exists()
+    twice = k2lab(*words)
+    assert twice.returncode == 0, twice.stdout + twice.stderr
+    assert twice.stderr.count('complete: already, in') == 10
+    assert [record['stage'] for record in runs('s')[11:]] == ['report']  # it always runs
+
+
+@pytest.mark.parametrize('name', [*COMMANDS, *stage_names()])
+def test_help_fits_in_100_columns(name, capsys):
+    assert main([name, '--help']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 100] == []
+
+
+def test_help_names_every_command_and_stage():
+    words = usage().replace(',', ' ').split()
+    assert set(stage_names()) <= set(words) and set(COMMANDS) - {'work'} <= set(words)
+
+
+@pytest.mark.parametrize(
+    'words, line',
+    [
+        (['show'], 'show needs one run; `k2lab runs` lists them'),
+        (['watch'], 'watch needs one run; `k2lab runs` lists them'),
+        (['resume', 'a', 'b'], 'resume needs one run; `k2lab runs` lists them'),
+        (['reproduce'], 'reproduce needs one run; `k2lab runs` lists them'),
+        (['diff', 'a'], 'diff needs two runs; `k2lab runs` lists them'),
+        (['convert'], 'convert needs'),
+        (['work'], 'work needs one run folder'),
+        (['work', 'nowhere'], 'nowhere'),
+        (['runs', 'a', 'b'], "runs does not take 'b'"),
+        (['runs', '--campagin', 'a'], "runs does not take '--campagin'"),
+        (['runs', '--campaign'], 'expected one argument'),
+        (['pipeline', 'x'], "pipeline does not take 'x'"),
+        (['pipeline', '--seed', 'x'], "seed must be int, not 'x'"),
+        (['pipeline', '--from', 'report', '--to', 'prepare_corpus'], 'no step'),
+        (['evaluate', '--on', 'moon'], "--on: unknown place 'moon'"),
+        (['evaluate', '=3'], "'=3': expected field=value"),
+    ],
+)
+def test_mistakes_are_one_line(words, line, tmp_path, monkeypatch):
+    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
+    with pytest.raises(LabError) as e:
+        main(words)
+    assert line in str(e.value) and '\n' not in str(e.value)
