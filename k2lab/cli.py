@@ -54,7 +54,7 @@ def usage() -> str:
 
 def comments(cls) -> dict:
     "`{field: the comment behind it, or above it}` of a dataclass and those it inherits from."
-    found, above = {}, []
+    meanings, above, name = {}, [], ''
     for line in '\n'.join(inspect.getsource(c) for c in reversed(cls.__mro__[:-1])).splitlines():
         field = re.match(r' {4}(\w+) *:[^#]*(?:# (.*))?$', line)
         closing = re.match(r' {4}\)  # (.*)$', line)

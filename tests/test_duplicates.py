@@ -183,9 +183,7 @@ def test_components_are_the_twins(monkeypatch):
         parent = np.arange(n)
         for _ in range(3):
             left, right = rng.integers(0, n, (2, max(1, n // 4)))
-            fast, plain = both(
-                monkeypatch, partial(kernels.united, parent, left, right)
-            )
+            fast, plain = both(monkeypatch, partial(kernels.united, parent, left, right))
             assert same(fast, plain) and (parent[fast] == fast).all() or (fast[fast] == fast).all()
             parent = fast
 
