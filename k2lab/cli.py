@@ -1,4 +1,4 @@
-"""The `k2lab` command: stages by name, the pipeline, and their runs. Heavy packages are imported only when a stage runs."""
+"""The `k2lab` command: stages by name, the pipeline, and their runs. Nothing heavy is imported until a stage runs."""
 
 import argparse
 import dataclasses
@@ -75,7 +75,14 @@ def stage_help(stage: str) -> str:
     config, scale = stage_module(stage).Config, setting('lab', 'scale')
     values, meanings = resolved_config(stage, scale, {}), comments(config)
     names = [field.name for field in dataclasses.fields(config)]
-    rows = [(f'  {name}', meanings.get(name, ''), str(values[name])) for name in names]
+    rows = [
+        (
+            f'  {name}',
+            meanings.get(name, ''),
+            textwrap.shorten(str(values[name]), 90, placeholder=' ...'),
+        )
+        for name in names
+    ]
     head = f'usage: k2lab {stage} [--scale S] [--campaign C] [--on slurm] [field=value ...]'
     text = textwrap.fill(config.__doc__ or '', 100)
     return f'{head}\n\n{text}\n\n{wrapped_table([("field", "meaning", f"at {scale}"), *rows])}'
@@ -122,7 +129,7 @@ def parse(words: list, *options) -> tuple:
     return vars(known), rest
 
 
-# ---- progress -------------------------------------------------------------------------------------------------------------
+# ---- progress ------------------------------------------------------------------------------------
 
 
 class Progress:
@@ -166,7 +173,7 @@ def outcome(record: dict) -> str:
     return f"{record['status']}: {record['reason']}" if record['reason'] else record['status']
 
 
-# ---- commands -------------------------------------------------------------------------------------------------------------
+# ---- commands ------------------------------------------------------------------------------------
 
 
 def run_stage(stage: str, words: list) -> int:
@@ -234,7 +241,7 @@ def steps_of(first: str | None, last: str | None) -> list:
 
 
 def pipeline(words: list) -> int:
-    "Run the steps of configs/pipeline.yaml that are not complete yet, going on with one that was interrupted; after the first that fails only those marked `always`, so that there is a report of it."
+    "Run or resume the steps of configs/pipeline.yaml that are not complete; after a failure only those marked `always`."
     from k2lab.lab.reproduce import resume
     from k2lab.lab.records import read_run
     from k2lab.lab.runner import execute
@@ -534,7 +541,7 @@ def work(words: list) -> int:
 
 
 def leave_together():
-    "End the group of training processes in order: one that leaves earlier than the others, its threads still at work, aborts (seen under ZeRO-3) and takes them along."
+    "Wait for the other training processes: one that leaves earlier aborts (seen under ZeRO-3) and takes them along."
     dist = sys.modules.get('torch.distributed')
     if not (dist and dist.is_available() and dist.is_initialized()):
         return
@@ -542,7 +549,7 @@ def leave_together():
     dist.destroy_process_group()
 
 
-# ---- text -----------------------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 
 
 def text_table(header: list, rows: list) -> str:
@@ -622,7 +629,7 @@ COMMANDS = {
 
 
 def main(words: list) -> int:
-    "Run one command line and return its exit code: 0 done, 1 a run did not complete, 2 a mistake in the request, 130 Ctrl-C."
+    "Run one command line; its exit code: 0 done, 1 a run did not complete, 2 a mistake in the request, 130 Ctrl-C."
     if not words or words[0] in ('-h', '--help', 'help'):
         print(usage())
         return 0

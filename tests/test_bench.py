@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: every mistake is one line, and the help lists what is valid. Nothing is measured here."""
+"""The command line of the benchmarks: a mistake is one line, and the help lists what is valid."""
 
 import random
 import re

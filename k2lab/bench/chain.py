@@ -74,7 +74,7 @@ def first_lines(path: str, n: int, part: str) -> str:
 
 
 def one_chain(path: str, exam_path: str, tokenizer: str) -> Outcome:
-    "The chain with CPU seconds and peak memory; run it in a process of its own. A part of the file compiles the kernels first."
+    "CPU seconds and peak memory of the chain, in a process of its own; a part of the file compiles the kernels first."
     from k2lab.corpus.pipeline import tokenizer_at
     from k2lab.lab.provenance import peak_gib
     from k2lab.text.encoder import encoder
@@ -119,7 +119,7 @@ def print_chain(outcomes: list[Outcome], made: InjectedCorpus, size: float):
 
 
 def chain(megabytes: float = 20, rounds: int = 3):
-    "Print the cost from JSON lines to tokens on one core, against datatrove's blocks for the same steps. A document is the docstrings of a file."
+    "Print the cost from JSON lines to tokens on one core, against datatrove's blocks for the same steps."
     made = made_corpus(megabytes, pages=True)
     rows = [dict(id=i, text=text, source='bench') for i, text in enumerate(made.texts)]
     with tempfile.TemporaryDirectory() as folder:

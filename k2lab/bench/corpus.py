@@ -168,7 +168,7 @@ def true_pairs(texts: list[str], least: float = 0.7) -> Pairs:
 
 
 def recall_and_precision(kept: list[int], n: int, pairs: Pairs) -> str:
-    "Recall over pairs of Jaccard 0.8 (one of the two is removed), precision over removed rows (a row 0.7 like it exists, and one is kept)."
+    "Recall over pairs of Jaccard 0.8 (one is removed), precision over removed rows (a row 0.7 like it is kept)."
     import numpy as np
 
     stays = np.isin(np.arange(n), kept)
@@ -269,7 +269,7 @@ def print_corpus(
 
 
 def corpus(megabytes: float = 20, rounds: int = 3):
-    "Print speed and quality of `k2lab.corpus.duplicates` on one core, on installed texts with injected copies and leaks."
+    "Print speed and quality of `k2lab.corpus.duplicates` on one core, on texts with injected copies and leaks."
     made = made_corpus(megabytes)
     pairs = true_pairs(made.texts)
     rows = [dict(id=i, text=text) for i, text in enumerate(made.texts)]

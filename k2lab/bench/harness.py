@@ -53,7 +53,7 @@ def texts_in(path: Path, pages: bool) -> list[str]:
 
 
 def installed_texts(megabytes: float, pages: bool = False) -> list[str]:
-    "Different installed texts in a seeded order, at most `megabytes` of them; docstrings of a file as one page if `pages`."
+    "Different installed texts in a seeded order, up to `megabytes`; `pages` joins the docstrings of a file."
     texts = sorted({text for path in installed_files() for text in texts_in(path, pages)})
     random.Random(7).shuffle(texts)
     room = megabytes * 1e6

@@ -124,7 +124,7 @@ def split_words_at_spaces():
 
 
 def datatrove_quality(path: str, split: bool = False):
-    "The filters of Gopher and FineWeb in FineWeb's order, on texts in memory; with `split`, words are split at white space."
+    "The filters of Gopher and FineWeb in FineWeb's order, on texts in memory; `split` splits words at white space."
     from datatrove.data import Document
     from datatrove.pipeline.filters import (
         FineWebQualityFilter,
@@ -158,7 +158,7 @@ def datatrove_c4(path: str):
 
 
 def exam_filter(at: str, exam: str):
-    "datatrove's filter by 13-grams of the evaluation texts. Its own indexer needs lighteval, so the index is written here with the filter's tokenizer and hash."
+    "datatrove's filter by 13-grams of the evaluation texts; the index is written here, since its indexer needs lighteval."
     import numpy as np
     from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontFilter
     from datatrove.utils.text import ngrams, simplify_text
