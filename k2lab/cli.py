@@ -241,7 +241,7 @@ def steps_of(first: str | None, last: str | None) -> list:
 
 
 def pipeline(words: list) -> int:
-    "Run or resume the steps of configs/pipeline.yaml that are not complete; after a failure only those marked `always`."
+    "Run or resume the steps of configs/pipeline.yaml that are not complete; after a failure only the `always` ones."
     from k2lab.lab.reproduce import resume
     from k2lab.lab.records import read_run
     from k2lab.lab.runner import execute
@@ -406,7 +406,7 @@ def resume_run(words: list) -> int:
     if place := options['on']:
         return resubmit(place, folder)
     progress = Progress(read_run(folder)['stage'])
-    record = read_run(resume(folder, progress))
+    record = read_run(resume(str(folder), progress))
     progress.end(record)
     print(attempts(record) + run_text(record))
     return int(record['status'] != 'complete')
@@ -438,7 +438,7 @@ def reproduce_run(words: list) -> int:
 
     name = find_run(the_run(words, 'reproduce'))
     progress = Progress(read_run(name)['stage'])
-    folder, results, inputs = reproduce(name, progress)
+    folder, results, inputs = reproduce(str(name), progress)
     progress.end(read_run(folder))
     print(f'  in {folder}\n' + reproduction_text(results, inputs))
     return int(bool(results))

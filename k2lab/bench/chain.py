@@ -56,7 +56,7 @@ def chain_of(path: str, exam_path: str, tokenizer: str, folder: str) -> Outcome:
     "The lab's chain: Gopher's rules, private data, copies, near-copies, evaluation texts, JSON lines, tokens."
     from k2lab.corpus.pipeline import Refining, refine, tokenizer_at, unique, without_contaminated
 
-    options = Refining(quality='gopher', least=1, alarm=1)
+    options = Refining(quality='gopher', min_chars=1, max_cluster_share=1)
     tok = tokenizer_at(tokenizer)
     made = refine([dict(files=path, licence='unknown')], ['bench'], options, folder)
     index, steps = unique(made, options)

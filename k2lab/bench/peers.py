@@ -158,7 +158,7 @@ def datatrove_c4(path: str):
 
 
 def exam_filter(at: str, exam: str):
-    "datatrove's filter by 13-grams of the evaluation texts; the index is written here, since its indexer needs lighteval."
+    "datatrove's filter by 13-grams of evaluation texts; its index is written here: the indexer needs lighteval."
     import numpy as np
     from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontFilter
     from datatrove.utils.text import ngrams, simplify_text
@@ -281,7 +281,8 @@ def text_dedup(path: str, verified: bool = False):
         config = text_dedup_config(path, at, verified)
         began = cpu()
         main(config)
-        return cpu() - began, sorted(int(i) for i in datasets.load_from_disk(f'{at}/out')['id'])
+        kept: Any = datasets.load_from_disk(f'{at}/out')['id']
+        return cpu() - began, sorted(int(i) for i in kept)
 
 
 PEERS = {

@@ -134,7 +134,8 @@ def small_config(kind: str, size: str, tok):
     )
     if kind == 'k2':
         heads = shape['num_attention_heads']
-        return register_kimi_k2()(**shape, **_K2, num_key_value_heads=heads)
+        config: Any = register_kimi_k2()
+        return config(**shape, **_K2, num_key_value_heads=heads)
     return Qwen2Config(**shape, tie_word_embeddings=True)
 
 # %% ../../nbs/models/01_load.ipynb #faf0d771

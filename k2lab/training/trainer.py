@@ -14,6 +14,7 @@ import dataclasses
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from ..lab.checkpoint import newest_checkpoint, step_of
 from ..lab.config import LabError, did_you_mean
@@ -142,10 +143,8 @@ def collator_for(model, tok, packed: bool):
 class Adapted:
     "A model that is ready for a trainer, and what the trainer is given beside it."
 
-    model: object
-    peft_config: (
-        object | None
-    )  # the adapter that TRL puts on; None for none, or if it is on already
+    model: Any
+    peft_config: Any  # the adapter that TRL puts on; None for none, or if it is on already
     trainer: dict  # options
 
 
