@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 import tempfile
+from typing import Any
 
 
 def cpu() -> float:
