@@ -13,7 +13,7 @@ import random
 from pathlib import Path
 
 from ..lab.config import LabError
-from .load import Loading, group_of, left_padded, open_model
+from .load import Loading, group_of, left_padded
 
 # %% ../../nbs/models/02_adapters.ipynb #41349877
 def adaptable(model) -> dict:

@@ -28,7 +28,7 @@ from k2lab.models.quantized import (
     read_config,
     stored,
 )
-from ..text.tokenizer import build_tokenizer, tokenizer_in
+from ..text.tokenizer import tokenizer_in
 
 # %% ../../nbs/models/01_load.ipynb #fb8b392d
 def register_kimi_k2():
