@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'HEADS', 'GOAL_MARKS', 'VERDICT', 'OWN_COSTS', 'SHARE', 'COUNTED', 'KEPT', 'ROW', 'LEFT', 'LEDGER',
-           'SECTIONS', 'name_of', 'distinct_values', 'code_version', 'machine', 'total_cost', 'facts', 'legend',
+           'SECTIONS', 'name_of', 'distinct_values', 'code_version', 'machine_text', 'total_cost', 'facts', 'legend',
            'interval', 'before_after', 'value_cells', 'stage_rows', 'groups', 'pipeline_table', 'goal_row',
            'goal_table', 'headline', 'losses', 'without_data', 'phase_name', 'curves', 'evenly', 'marked_reply',
            'sample_pair', 'samples_of', 'samples', 'compares_student', 'from_share', 'student_lines', 'student_row',
            'student_table', 'corpus_row', 'corpora_table', 'baseline_table', 'pictures', 'card_part', 'cards',
            'sampling_row', 'sampling_table', 'ancestors', 'is_model', 'arc', 'arcs', 'products', 'lineage_line',
-           'lineage', 'kinds', 'whole', 'ledger_row', 'ledger', 'state', 'passed', 'run_row', 'run_list',
+           'lineage', 'kinds', 'whole', 'ledger_row', 'ledger', 'run_state', 'checks_passed', 'run_row', 'run_list',
            'missing_stages', 'outdated', 'section', 'sections', 'warnings', 'style', 'page_head', 'report_html']
 
 # %% ../../nbs/reports/02_page.ipynb #197052d5
@@ -55,7 +55,7 @@ def code_version(code: dict) -> str:
     )
 
 
-def machine(hardware: dict) -> str:
+def machine_text(hardware: dict) -> str:
     "Processor, cores, memory and accelerators of a machine."
     cpu, cores, memory = (hardware.get(k, '?') for k in ('cpu', 'cores', 'memory_gib'))
     return ', '.join([f'{cpu}, {cores} cores, {memory} GiB', *(hardware.get('gpus') or [])])
@@ -75,7 +75,7 @@ def facts(found: list, campaign: str, scale: str) -> Html:
         'seed': distinct_values(r['seed'] for r in found),
         'date': distinct_values(r['started'][:10] for r in found),
         'code': distinct_values(code_version(r.get('code', {})) for r in found),
-        'hardware': distinct_values(machine(r.get('hardware', {})) for r in found),
+        'hardware': distinct_values(machine_text(r.get('hardware', {})) for r in found),
         'wall time of all runs': total_cost(found, 'wall_s'),
         'peak memory': total_cost(found, 'peak_gib'),
     }
@@ -450,8 +450,9 @@ def lineage(found: list) -> Html:
     points = [circle(i, old) for i, old in enumerate(replaced)]
     lines = [lineage_line(r, i, old) for i, (r, old) in enumerate(zip(nodes, replaced))]
     longest = max(len(name_of(r) + products(r, old)) for r, old in zip(nodes, replaced))
-    size = dict(width=LEFT + 24 + 7 * longest, height=len(nodes) * ROW + 8)  # 7 pixels a letter
-    box = f'0 0 {size["width"]} {size["height"]}'
+    wide = min(1040, LEFT + 24 + 7 * longest)  # 7 pixels a letter
+    size = dict(width=wide, height=len(nodes) * ROW + 8)
+    box = f'0 0 {wide} {size["height"]}'
     return el('div', el('svg', *arcs(nodes), *points, *lines, **size, viewBox=box), class_='wide')
 
 # %% ../../nbs/reports/02_page.ipynb #86d3eb3d
@@ -496,8 +497,8 @@ def ledger(found: list) -> Html:
     last = ['padding', 'trained tokens are', 'tokens/s', 'stream']
     return html_table(['run', *LEDGER.values(), *last], rows, (1, 2, 3, 4, 5, 6, 8))
 
-# %% ../../nbs/reports/02_page.ipynb #1955c401
-def state(record: dict, used: bool) -> str:
+# %% ../../nbs/reports/02_page.ipynb #8e98f8f3
+def run_state(record: dict, used: bool) -> str:
     "Whether a run is used, was replaced, or why it does not count."
     if used:
         return 'used'
@@ -506,7 +507,7 @@ def state(record: dict, used: bool) -> str:
     return ': '.join(x for x in (record['status'], record['reason']) if x)
 
 
-def passed(checks: list) -> str:
+def checks_passed(checks: list) -> str:
     "How many of a run's checks passed."
     return f"{sum(c['ok'] for c in checks)} of {len(checks)}" if checks else '-'
 
@@ -515,7 +516,13 @@ def run_row(record: dict, used: bool) -> list:
     "The cells of a run: folder, stage, state, checks, time, memory."
     cost = [with_unit(k, record.get(k)) for k in ('wall_s', 'peak_gib')]
     folder = el('code', Path(record['folder']).name)
-    return [folder, name_of(record), state(record, used), passed(record['checks']), *cost]
+    return [
+        folder,
+        name_of(record),
+        run_state(record, used),
+        checks_passed(record['checks']),
+        *cost,
+    ]
 
 
 def run_list(found: list, aside: list) -> Html:
