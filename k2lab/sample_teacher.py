@@ -37,12 +37,12 @@ class Config:
     # prompts of each corpus
     ask: dict = field(
         default_factory=lambda: dict(
-            preferences=dict(reasoning_prompts=700),
-            distill=dict(reasoning_prompts=1000, domain_sft=1000),
+            preferences=dict(reasoning_prompts=360),
+            distill=dict(reasoning_prompts=3500, domain_sft=4000),
         )
     )
     # answers to each prompt
-    samples: dict = field(default_factory=lambda: dict(preferences=8, distill=1))
+    samples: dict = field(default_factory=lambda: dict(preferences=6, distill=1))
     # 0: greedy
     temperature: dict = field(default_factory=lambda: dict(preferences=1.0, distill=0.0))
     max_new_tokens: int = 160  # the longest answer that is waited for
