@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILY', 'CHAT_WORDS', 'work', 'new_pages', 'general_pages', 'coded', 'page_ids', 'session_ids', 'token_pieces',
-           'repeated_ids', 'growing', 'repeats', 'ordinary', 'copying', 'filled', 'diet', 'examples', 'Config',
+           'repeated_ids', 'growing', 'repeats', 'ordinary', 'copying', 'filled_rows', 'diet', 'examples', 'Config',
            'make_tokenizer', 'learn_to_copy', 'read_training_rows', 'train_phases', 'train', 'greedy_text', 'finish']
 
 # %% ../nbs/15_make_nano_models.ipynb #bd05fbdf
@@ -104,7 +104,7 @@ def copying(model, tok, rows: int = 64, length: int = 20) -> float:
     return round(float((best[:, length:-1] == first[:, 1:]).float().mean()), 3)
 
 # %% ../nbs/15_make_nano_models.ipynb #a076fc11
-def filled(n: int, texts: list, ids, length: int, rng) -> list[list]:
+def filled_rows(n: int, texts: list, ids, length: int, rng) -> list[list]:
     "n rows of the texts' ids, in as many passes over the texts as that takes."
     rows = []
     while len(rows) < n:
@@ -119,8 +119,8 @@ def diet(tok, pages: list, practice: list, cfg) -> list[list]:
         round(cfg.rows * share) for share in (cfg.practice_share, cfg.repeat_share)
     )
     n_pages = cfg.rows - n_sessions - n_repeats
-    read = filled(n_pages, pages, partial(page_ids, tok), cfg.length, rng)
-    practised = filled(n_sessions, practice, partial(session_ids, tok), cfg.length, rng)
+    read = filled_rows(n_pages, pages, partial(page_ids, tok), cfg.length, rng)
+    practised = filled_rows(n_sessions, practice, partial(session_ids, tok), cfg.length, rng)
     rows = read + practised + repeats(n_repeats, ordinary(tok), read, cfg.length, rng)
     return rng.sample(rows, len(rows))
 

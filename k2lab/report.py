@@ -24,11 +24,11 @@ class Config:
     seed: int = 0  # nothing here is random; every stage has one
 
 # %% ../nbs/90_report.ipynb #a4c5947f
-def write_report(job, found: list, aside: list, goals: list):
+def write_report(job, records: list, aside: list, goals: list):
     "Write report.html and report.json into the campaign's folder."
     home, cfg = job.folder.parent, job.cfg
-    page = report_html(found, aside, goals, job.campaign, job.scale, cfg.samples)
-    write_text(home / 'report.json', as_json(for_machines(found), indent=1) + '\n')
+    page = report_html(records, aside, goals, job.campaign, job.scale, cfg.samples)
+    write_text(home / 'report.json', as_json(for_machines(records), indent=1) + '\n')
     write_text(home / 'report.html', page)
 
 
@@ -40,11 +40,11 @@ def count_goals(goals: list) -> tuple[int, int]:
 
 def report(job):
     "Report on a campaign's runs; an empty campaign gets a page that says so."
-    found, aside = newest_runs(job.folder.parent, job.scale)
-    goals = goal_results(job.cfg.goals, measured(found), job.scale, job.cfg.judge)
-    write_report(job, found, aside, goals)
+    records, aside = newest_runs(job.folder.parent, job.scale)
+    goals = goal_results(job.cfg.goals, measured(records), job.scale, job.cfg.judge)
+    write_report(job, records, aside, goals)
     job.show_rows([dict(g, mark=GOAL_MARKS[g['mark']]) for g in goals])
-    job.measure('runs_reported', after=len(found))
+    job.measure('runs_reported', after=len(records))
     if job.cfg.judge:
         reached, n = count_goals(goals)
         job.measure('goals_reached', after=reached, n=n)

@@ -61,23 +61,23 @@ def machine_text(hardware: dict) -> str:
     return ', '.join([f'{cpu}, {cores} cores, {memory} GiB', *(hardware.get('gpus') or [])])
 
 
-def total_cost(found: list, measure: str) -> str:
+def total_cost(records: list, measure: str) -> str:
     "`wall_s` or `peak_gib` of all runs together, with its unit."
-    totals = {m['measure']: m['after'] for m in costs(found) if m['stage'] == 'pipeline'}
+    totals = {m['measure']: m['after'] for m in costs(records) if m['stage'] == 'pipeline'}
     return with_unit(measure, totals.get(measure))
 
 
-def facts(found: list, campaign: str, scale: str) -> Html:
+def facts(records: list, campaign: str, scale: str) -> Html:
     "Campaign, scale, seed, date, code, hardware, time and memory."
     rows = {
         'campaign': campaign,
         'scale': scale,
-        'seed': distinct_values(r['seed'] for r in found),
-        'date': distinct_values(r['started'][:10] for r in found),
-        'code': distinct_values(code_version(r.get('code', {})) for r in found),
-        'hardware': distinct_values(machine_text(r.get('hardware', {})) for r in found),
-        'wall time of all runs': total_cost(found, 'wall_s'),
-        'peak memory': total_cost(found, 'peak_gib'),
+        'seed': distinct_values(r['seed'] for r in records),
+        'date': distinct_values(r['started'][:10] for r in records),
+        'code': distinct_values(code_version(r.get('code', {})) for r in records),
+        'hardware': distinct_values(machine_text(r.get('hardware', {})) for r in records),
+        'wall time of all runs': total_cost(records, 'wall_s'),
+        'peak memory': total_cost(records, 'peak_gib'),
     }
     return el('dl', *(el('div', el('dt', k), el('dd', v)) for k, v in rows.items()), class_='facts')
 
@@ -158,9 +158,9 @@ HEADS = {  # title of a column -> its class
 }
 
 
-def pipeline_table(found: list) -> Html:
+def pipeline_table(records: list) -> Html:
     "Every stage, what it made and what was measured before and after."
-    rows = [tr for r in found for what, lines in groups(r) for tr in stage_rows(r, lines, what)]
+    rows = [tr for r in records for what, lines in groups(r) for tr in stage_rows(r, lines, what)]
     head = el('tr', *(el('th', h, class_=cls) for h, cls in HEADS.items()))
     table = el('table', el('thead', head), el('tbody', *rows))
     return Html(legend() + el('div', table, class_='wide'))
@@ -185,15 +185,15 @@ def goal_table(goals: list) -> Html:
     return html_table(['stage', 'goal', 'reached', ''], [goal_row(g) for g in goals])
 
 
-def headline(goals: list, found: list, scale: str) -> str:
+def headline(goals: list, records: list, scale: str) -> str:
     "The page's first sentence."
     count = lambda mark: sum(g['mark'] == mark for g in goals)
-    if not found:
+    if not records:
         where = f'at the scale {scale} in this campaign yet'
         return f'There are no complete runs {where}, so there is nothing to report.'
     if not goals or count('na') == len(goals):
         why = 'its models are there to test the machinery'
-        return f'{len(found)} complete runs. The goals do not apply at the scale {scale}: {why}.'
+        return f'{len(records)} complete runs. The goals do not apply at the scale {scale}: {why}.'
     total, missed, unknown = len(goals) - count('na'), count('missed'), count('open')
     return f'{count("ok")} of {total} goals reached, {missed} not reached, {unknown} not measured.'
 
@@ -217,11 +217,11 @@ def phase_name(record: dict, phase: str) -> str:
     return name_of(record) + ('' if phase == 'train' else f', {phase}')
 
 
-def curves(found: list) -> Html:
+def curves(records: list) -> Html:
     "The loss of every training phase as small multiples."
     pictures = [
         el('figure', el('figcaption', phase_name(r, phase)), curve(points))
-        for r in found
+        for r in records
         for phase, points in losses(r).items()
     ]
     return (
@@ -267,9 +267,9 @@ def samples_of(record: dict, n: int) -> list[Html]:
     return [sample_pair(p, v) for p, v in chosen]
 
 
-def samples(found: list, n: int) -> Html:
+def samples(records: list, n: int) -> Html:
     "Samples before and after for each training stage."
-    parts = [(name_of(r), samples_of(r, n)) for r in found]
+    parts = [(name_of(r), samples_of(r, n)) for r in records]
     shown = ''.join(el('h3', name) + ''.join(s) for name, s in parts if s)
     return Html(shown) or without_data('No run kept samples from before and after.')
 
@@ -357,9 +357,9 @@ def card_part(record: dict) -> str:
     return title + corpora_table(card) + baseline_table(card) + pictures(card)
 
 
-def cards(found: list) -> Html:
+def cards(records: list) -> Html:
     "The data cards of all runs that left one."
-    shown = ''.join(map(card_part, found))
+    shown = ''.join(map(card_part, records))
     return Html(shown) if shown else without_data('No corpus was prepared in this campaign.')
 
 # %% ../../nbs/reports/02_page.ipynb #f7a24a6e
@@ -374,9 +374,9 @@ def sampling_row(record: dict) -> list:
     return [name_of(record), *(f'{counts.get(k, 0):,}' for k in COUNTED), kept]
 
 
-def sampling_table(found: list) -> Html:
+def sampling_table(records: list) -> Html:
     "Prompts, answers, right ones and what was kept, for each run that sampled."
-    rows = [sampling_row(r) for r in found if r.get('sampling')]
+    rows = [sampling_row(r) for r in records if r.get('sampling')]
     if not rows:
         return Html('')
     table = html_table(['run', *COUNTED.values(), 'kept'], rows, (1, 2, 3, 4))
@@ -386,9 +386,9 @@ def sampling_table(found: list) -> Html:
 ROW, LEFT = 25, 150  # pixels: height of a line, place of the circles
 
 
-def ancestors(found: list) -> list[dict]:
+def ancestors(records: list) -> list[dict]:
     "The runs with all runs of the campaign that they were made from, oldest first."
-    known, todo = {Path(r['folder']).name: r for r in found}, list(found)
+    known, todo = {Path(r['folder']).name: r for r in records}, list(records)
     while todo:
         r = todo.pop()
         for parent in {p['run'] for p in r['parents'] if p['run']} - set(known):
@@ -440,9 +440,9 @@ def lineage_line(record: dict, i: int, replaced: bool) -> Html:
     return el('text', name, more, x=LEFT + 14, y=i * ROW + 16, font_size=12.5, fill=INK)
 
 
-def lineage(found: list) -> Html:
+def lineage(records: list) -> Html:
     "Which run fed which, drawn."
-    nodes, used = ancestors(found), {r['folder'] for r in found}
+    nodes, used = ancestors(records), {r['folder'] for r in records}
     replaced = [r['folder'] not in used for r in nodes]
     circle = lambda i, old: el(
         'circle', cx=LEFT, cy=i * ROW + 12, r=4.5, fill='none' if old else INK, stroke=INK
@@ -488,9 +488,9 @@ def ledger_row(record: dict, phase: str, counts: dict) -> list:
     ]
 
 
-def ledger(found: list) -> Html:
+def ledger(records: list) -> Html:
     "The token ledger of every training phase."
-    phases = [(r, p, t) for r in found for p, t in (r.get('training') or {}).items()]
+    phases = [(r, p, t) for r in records for p, t in (r.get('training') or {}).items()]
     rows = [ledger_row(r, p, t) for r, p, t in phases if 'tokens' in t]
     if not rows:
         return without_data('No run has trained.')
@@ -525,24 +525,24 @@ def run_row(record: dict, used: bool) -> list:
     ]
 
 
-def run_list(found: list, aside: list) -> Html:
+def run_list(records: list, aside: list) -> Html:
     "All runs of the campaign, with checks, time and memory, or why they were left aside."
-    rows = [run_row(r, r in found) for r in [*found, *aside]]
+    rows = [run_row(r, r in records) for r in [*records, *aside]]
     heads = ['run', 'stage', 'state', 'checks passed', 'wall time', 'peak memory']
     return html_table(heads, rows, (3, 4, 5))
 
 # %% ../../nbs/reports/02_page.ipynb #c4d6866f
-def missing_stages(found: list) -> list[str]:
+def missing_stages(records: list) -> list[str]:
     "The steps of the pipeline that have no complete run."
-    have = {role(r)[:2] for r in found}
+    have = {role(r)[:2] for r in records}
     absent = [step for step in steps() if step not in have]
     return [stage + (f' ({mode})' if mode else '') for stage, mode in absent]
 
 
-def outdated(found: list) -> list[str]:
+def outdated(records: list) -> list[str]:
     "The used runs that were made from a run which a newer one has replaced."
-    used = {Path(r['folder']).name for r in found}
-    return [name_of(r) for r in found if {p['run'] for p in r['parents'] if p['run']} - used]
+    used = {Path(r['folder']).name for r in records}
+    return [name_of(r) for r in records if {p['run'] for p in r['parents'] if p['run']} - used]
 
 # %% ../../nbs/reports/02_page.ipynb #e99ddd1a
 SECTIONS = {
@@ -566,28 +566,28 @@ def section(title: str, why: str, body: Html) -> list[Html]:
     return [el('h2', title), el('p', why, class_='note'), body]
 
 
-def sections(found: list, aside: list, goals: list, n: int) -> list[Html]:
+def sections(records: list, aside: list, goals: list, n: int) -> list[Html]:
     "The elements of all sections, in the order of the page; `n` samples for each stage."
-    if not found:
+    if not records:
         return section('Runs', 'None of them is complete.', run_list([], aside)) if aside else []
     bodies = (
-        pipeline_table(found),
+        pipeline_table(records),
         goal_table(goals),
-        curves(found),
-        samples(found, n),
-        student_table(measured(found)),
-        Html(cards(found) + sampling_table(found)),
-        lineage(found),
-        ledger(found),
-        run_list(found, aside),
+        curves(records),
+        samples(records, n),
+        student_table(measured(records)),
+        Html(cards(records) + sampling_table(records)),
+        lineage(records),
+        ledger(records),
+        run_list(records, aside),
     )
     parts = [section(*head, body) for head, body in zip(SECTIONS.items(), bodies, strict=True)]
     return sum(parts, [])
 
 # %% ../../nbs/reports/02_page.ipynb #1dee6d1c
-def warnings(found: list) -> list[Html]:
+def warnings(records: list) -> list[Html]:
     "A sentence about missing stages and one about runs made from what has been replaced."
-    absent, old = missing_stages(found), outdated(found)
+    absent, old = missing_stages(records), outdated(records)
     lines = []
     if absent:
         lines.append(f"No complete run of: {', '.join(absent)}.")
@@ -614,16 +614,16 @@ def page_head(title: str) -> Html:
 
 
 def report_html(
-    found: list, aside: list, goals: list, campaign: str, scale: str, n: int = 3
+    records: list, aside: list, goals: list, campaign: str, scale: str, n: int = 3
 ) -> str:
     "The whole page as HTML text."
     title = f'K2 Lab: {campaign}'
     body = [
         el('h1', title),
-        el('p', headline(goals, found, scale), class_='lead'),
-        *warnings(found),
-        facts(found, campaign, scale),
-        *sections(found, aside, goals, n),
+        el('p', headline(goals, records, scale), class_='lead'),
+        *warnings(records),
+        facts(records, campaign, scale),
+        *sections(records, aside, goals, n),
     ]
     page = el('html', page_head(title), el('body', *body), lang='en')
     return f'<!doctype html>\n{page}\n'
