@@ -200,7 +200,8 @@ def run_harness(job, name: str, model, tok, manager):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    lm = HFLM(pretrained=model, tokenizer=tok, batch_size=16)
+    # lm-eval's decorator hides the constructor's parameters from type checkers
+    lm = HFLM(pretrained=model, tokenizer=tok, batch_size=16)  # pyright: ignore[reportCallIssue]
     options: dict[str, Any] = dict(model=lm, tasks=job.cfg.harness, task_manager=manager)
     results: Any = simple_evaluate(**options)
     for line in harness_lines(results):

@@ -637,7 +637,7 @@ NETWORKX = f'networkx {version("networkx")}'
         (dict(refine=dict(min_chars=10**6)), f'no document of {NETWORKX} passes'),
         (dict(refine=dict(min_char=5)), "did you mean 'min_chars'"),
         (dict(refine=dict(near_duplicate_jaccard=2)), 'a Jaccard similarity'),
-        (dict(heldout_percent=100), 'leave 0 to train on'),
+        (dict(heldout_percent=100, limit=20), 'leave 0 to train on'),
         (dict(own_rows=['nowhere.jsonl']), 'nowhere.jsonl: no such file'),
         (dict(mode='reasoning', families=['sums']), "unknown puzzle family 'sums'"),
         (dict(mode='resoning'), 'mode must be'),
