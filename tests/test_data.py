@@ -7,6 +7,8 @@ import math
 import random
 import re
 from collections import Counter
+from functools import partial
+from importlib.metadata import version
 
 import pytest
 
@@ -180,9 +182,9 @@ def words(start, n):
 
 
 def test_decontamination_by_hand():
-    judged = words(0, 22)  # 10 runs of 13 words
-    gone = lambda text, **kw: not operators.decontaminate([dict(text=text)], [judged], **kw)[0]
-    assert gone(judged.upper()) and gone(f'x {words(0, 14)} y')  # 2 of 10 runs is a fifth
+    evaluated = words(0, 22)  # 10 runs of 13 words
+    gone = lambda text, **kw: not operators.decontaminate([dict(text=text)], [evaluated], **kw)[0]
+    assert gone(evaluated.upper()) and gone(f'x {words(0, 14)} y')  # 2 of 10 runs is a fifth
     assert (
         not gone(words(0, 13))
         and gone(words(0, 13), share=0.1)
@@ -210,11 +212,11 @@ def test_decontamination_leaves_nothing_that_it_would_remove_again():
         dict(text=' '.join(words(rng.randrange(40), rng.randint(10, 30)) for _ in range(2)))
         for _ in range(80)
     ]
-    judged = [words(i, 20) for i in range(0, 60, 7)]
-    kept, counts = operators.decontaminate(pages, judged, common=4)
+    evaluated = [words(i, 20) for i in range(0, 60, 7)]
+    kept, counts = operators.decontaminate(pages, evaluated, common=4)
     assert (
         0 < len(kept) < 80
-        and operators.decontaminate(kept, judged, common=4)[0] == kept
+        and operators.decontaminate(kept, evaluated, common=4)[0] == kept
         and operators.conserved([counts]) == ''
     )
 
@@ -267,17 +269,18 @@ def steps_right(text: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize('family', puzzles.PUZZLE_FAMILIES)
 def test_there_are_enough_puzzles_and_all_are_right(family):
-    judged = puzzles.make_puzzles(600, 10_000_000, (family,))
-    train = puzzles.make_puzzles(20_000, 0, (family,), avoid={r['id'] for r in judged})
+    evaluated = puzzles.make_puzzles(600, 10_000_000, (family,))
+    train = puzzles.make_puzzles(20_000, 0, (family,), avoid={r['id'] for r in evaluated})
     assert len({r['prompt'] for r in train}) == 20_000 and not puzzles.prompts_overlap(
-        train, judged
+        train, evaluated
     )
-    for row in judged + train[:400]:
+    for row in evaluated + train[:400]:
         assert verify.verify(row, f"<think>{row['reasoning']}</think>{row['final']}<|im_end|>")
         true, stated = steps_right(row['reasoning'])
         assert true == stated and (stated > 0) == (family in ('chain', 'compare'))
     assert (
-        stats.majority_baseline(train)['all'] < 0.25 and stats.copy_baseline(judged)['all'] < 0.25
+        stats.majority_baseline(train)['all'] < 0.25
+        and stats.copy_baseline(evaluated)['all'] < 0.25
     )
 
 
@@ -487,8 +490,8 @@ def test_questions_are_unique_right_and_hard_to_guess():
 
 
 def test_questions_avoid_and_refuse():
-    judged = questions.make_questions(LIB, 100, 1)
-    avoid = {(r['instruction'], r['input']) for r in judged}
+    evaluated = questions.make_questions(LIB, 100, 1)
+    avoid = {(r['instruction'], r['input']) for r in evaluated}
     assert not avoid & {
         (r['instruction'], r['input']) for r in questions.make_questions(LIB, 1000, 0, avoid=avoid)
     }
@@ -511,30 +514,51 @@ def test_twins_of_held_out_functions_are_not_trained_on():
 # the stage ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def prepared(tmp_path, monkeypatch):
-    "Runs prepare_corpus at smoke into a temporary runs folder."
+def prepare(runs, **changes):
+    "A finished run of prepare_corpus at smoke, in the given runs folder."
     from k2lab import prepare_corpus
     from k2lab.lab.job import start
     from k2lab.lab.launch import launch
 
-    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
-
-    def run(**changes):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('K2LAB_LAB_RUNS_PATH', str(runs))
         job = start('prepare_corpus', 'smoke', None, changes)
         launch(prepare_corpus.work, job)
         return job.finish()
 
-    return run
+
+@pytest.fixture
+def prepared(tmp_path):
+    "Runs prepare_corpus at smoke into a temporary runs folder."
+    return partial(prepare, tmp_path / 'runs')
+
+
+@pytest.fixture(scope='module')
+def domain_job(tmp_path_factory):
+    "The domain mode as it is; made once, only to be read."
+    return prepare(tmp_path_factory.mktemp('domain'))
+
+
+@pytest.fixture(scope='module')
+def reasoning_job(tmp_path_factory):
+    "The reasoning mode as it is; made once, only to be read."
+    return prepare(tmp_path_factory.mktemp('reasoning'), mode='reasoning')
+
+
+def rows_of(job, name):
+    return rows.read_rows(job.folder / f'{name}.jsonl')
+
+
+def keys(job, name):
+    return {r['key'] for r in rows_of(job, name)}
 
 
 def prompts(job, name):
-    return {verify.prompt_of(r) for r in rows.read_rows(job.folder / f'{name}.jsonl')}
+    return {verify.prompt_of(r) for r in rows_of(job, name)}
 
 
-def test_domain_mode_leaves_six_files_that_do_not_meet(prepared):
-    job = prepared()
-    assert set(job.record['saves']) == {
+def test_domain_mode_leaves_six_files_and_passes_its_checks(domain_job):
+    assert set(domain_job.record['saves']) == {
         'domain',
         'domain_heldout',
         'general',
@@ -542,54 +566,55 @@ def test_domain_mode_leaves_six_files_that_do_not_meet(prepared):
         'domain_sft',
         'domain_questions',
     }
-    assert (
-        all(c['ok'] for c in job.record['checks']) and len(prompts(job, 'domain_questions')) == 40
-    )
-    assert not prompts(job, 'domain_sft') & prompts(job, 'domain_questions')
-    keys = lambda name: {r['key'] for r in rows.read_rows(job.folder / f'{name}.jsonl', 'domain')}
-    assert (
-        not keys('domain') & keys('domain_heldout')
-        and all(operators.held_out(k, 15) for k in keys('domain_heldout'))
-        and not any(operators.held_out(k, 15) for k in keys('domain'))
-    )
-    asked = {
-        r['id'].split(': ')[1].split('/')[0]
-        for r in rows.read_rows(job.folder / 'domain_questions.jsonl', 'domain_sft')
-    }
-    assert all(operators.held_out(k, 15) for k in asked)
-    card = json.loads((job.folder / 'card.json').read_text())
-    assert [c['name'] for c in card['corpora']] == list(job.record['saves']) and all(
-        c['licence'] != 'unknown' and c['origin'] for c in card['corpora']
-    )
+    assert all(c['ok'] for c in domain_job.record['checks'])
 
 
-def test_reasoning_mode_leaves_four_files_that_do_not_meet(prepared):
-    job = prepared(mode='reasoning')
-    assert set(job.record['saves']) == {
+def test_training_and_heldout_pages_do_not_meet(domain_job):
+    train, heldout = keys(domain_job, 'domain'), keys(domain_job, 'domain_heldout')
+    assert train and heldout and not train & heldout
+    assert all(operators.held_out(k, 15) for k in heldout)
+    assert not any(operators.held_out(k, 15) for k in train)
+
+
+def test_questions_are_about_heldout_functions_and_in_no_training_file(domain_job):
+    questions_asked = prompts(domain_job, 'domain_questions')
+    assert len(questions_asked) == 40
+    assert not prompts(domain_job, 'domain_sft') & questions_asked
+    ids = [r['id'] for r in rows_of(domain_job, 'domain_questions')]
+    assert all(operators.held_out(i.split(': ')[1].split('/')[0], 15) for i in ids)
+
+
+def test_every_corpus_has_a_card_with_licence_and_origin(domain_job):
+    corpora = json.loads((domain_job.folder / 'card.json').read_text())['corpora']
+    assert [c['name'] for c in corpora] == list(domain_job.record['saves'])
+    assert all(c['licence'] != 'unknown' and c['origin'] for c in corpora)
+
+
+def test_reasoning_mode_leaves_four_files_that_do_not_meet(reasoning_job):
+    assert set(reasoning_job.record['saves']) == {
         'reasoning',
         'reasoning_sft',
         'reasoning_prompts',
         'reasoning_eval',
     }
-    sets = [prompts(job, name) for name in ('reasoning_sft', 'reasoning_prompts', 'reasoning_eval')]
+    names = ('reasoning_sft', 'reasoning_prompts', 'reasoning_eval')
+    sets = [prompts(reasoning_job, name) for name in names]
     assert [len(s) for s in sets] == [80, 24, 40] and len(set.union(*sets)) == 144
-    assert (
-        rows.read_rows(job.folder / 'reasoning.jsonl', 'reasoning')[0]['source'] == 'puzzles/chain'
-    )
+    assert rows_of(reasoning_job, 'reasoning')[0]['source'] == 'puzzles/chain'
 
 
-def test_the_same_seed_gives_the_same_bytes(prepared):
-    shas = [
-        prepared(mode='reasoning', seed=seed).record['saves']['reasoning_sft']['sha256']
-        for seed in (0, 0, 1)
-    ]
-    assert shas[0] == shas[1] != shas[2]
+def test_the_same_seed_gives_the_same_bytes(prepared, reasoning_job):
+    sha = lambda job: job.record['saves']['reasoning_sft']['sha256']
+    same, other = (prepared(mode='reasoning', seed=seed) for seed in (0, 1))
+    assert sha(reasoning_job) == sha(same) != sha(other)
 
 
-def test_rows_of_your_own_join_and_a_copied_test_question_does_not(prepared, tmp_path):
-    judged = rows.read_rows(prepared(mode='reasoning').folder / 'reasoning_eval.jsonl')
+def test_rows_of_your_own_join_and_a_copied_test_question_does_not(
+    prepared, reasoning_job, tmp_path
+):
+    evaluated = rows_of(reasoning_job, 'reasoning_eval')
     mine = [dict(prompt=f'My problem {i}?', reasoning='so', final=str(i)) for i in range(20)] + [
-        dict(judged[0], final='stolen')
+        dict(evaluated[0], final='stolen')
     ]
     (tmp_path / 'mine.jsonl').write_text('\n'.join(map(json.dumps, mine)))
     job = prepared(mode='reasoning', own_rows=[str(tmp_path / 'mine.jsonl')])
@@ -599,24 +624,20 @@ def test_rows_of_your_own_join_and_a_copied_test_question_does_not(prepared, tmp
 
 
 MISSING = dict(package='no_such_package')
+NETWORKX = f'networkx {version("networkx")}'
 
 
 @pytest.mark.parametrize(
     'changes,message',
     [
         (dict(sources=[]), 'no documents in an empty list of sources'),
-        *(
-            (dict(key), "'no_such_package' is not installed")
-            for key in (
-                dict(sources=[MISSING]),
-                dict(general_sources=[MISSING]),
-                dict(question_sources=[MISSING]),
-            )
-        ),
-        (dict(refine=dict(min_chars=10**6)), 'no document of networkx 3.6.1 passes'),
+        (dict(sources=[MISSING]), "'no_such_package' is not installed"),
+        (dict(general_sources=[MISSING]), "'no_such_package' is not installed"),
+        (dict(question_sources=[MISSING]), "'no_such_package' is not installed"),
+        (dict(refine=dict(min_chars=10**6)), f'no document of {NETWORKX} passes'),
         (dict(refine=dict(min_char=5)), "did you mean 'min_chars'"),
         (dict(refine=dict(near_duplicate_jaccard=2)), 'a Jaccard similarity'),
-        (dict(heldout_percent=100), 'leave 0 to train on'),
+        (dict(heldout_percent=100, limit=20), 'leave 0 to train on'),
         (dict(own_rows=['nowhere.jsonl']), 'nowhere.jsonl: no such file'),
         (dict(mode='reasoning', families=['sums']), "unknown puzzle family 'sums'"),
         (dict(mode='resoning'), 'mode must be'),
@@ -676,15 +697,10 @@ def test_text_alone_needs_no_questions(prepared, tmp_path):
     assert set(job.record['saves']) == {'domain', 'domain_heldout'} and all(
         c['ok'] for c in job.record['checks']
     )
-    keys = [
-        {r['key'] for r in rows.read_rows(job.folder / f'{name}.jsonl', 'domain')}
-        for name in ('domain', 'domain_heldout')
-    ]
-    assert (
-        keys[1] == {f'note{i}' for i in range(40) if operators.held_out(f'note{i}', 15)}
-        and keys[0] | keys[1] == {f'note{i}' for i in range(40)}
-        and not keys[0] & keys[1]
-    )
+    train, heldout = keys(job, 'domain'), keys(job, 'domain_heldout')
+    everything = {f'note{i}' for i in range(40)}
+    assert heldout == {k for k in everything if operators.held_out(k, 15)}
+    assert train | heldout == everything and not train & heldout
 
 
 @pytest.mark.parametrize('mode', ['domain', 'reasoning'])

@@ -120,8 +120,8 @@ def test_the_newest_complete_run_of_each_role_counts(home):
         1,
     ):
         add(home, n, r)
-    found, aside = newest_runs(home, 'nano')
-    assert sorted(int(Path(r['folder']).name.split('.')[1].split('-')[0]) for r in found) == [
+    used, aside = newest_runs(home, 'nano')
+    assert sorted(int(Path(r['folder']).name.split('.')[1].split('-')[0]) for r in used) == [
         2,
         4,
         5,
@@ -136,8 +136,8 @@ def test_the_order_is_that_of_the_pipeline_and_of_numbers_not_of_text(home):
     add(home, 10, record('train_continual_pretrain', saves='k2_p'))
     add(home, 9, record('train_sft_domain', saves='k2_d'))
     add(home, 2, record('train_continual_pretrain', saves='k2_p'))
-    found, aside = newest_runs(home, 'nano')
-    assert [Path(r['folder']).name for r in found] == [
+    used, aside = newest_runs(home, 'nano')
+    assert [Path(r['folder']).name for r in used] == [
         '2026-11-23.10-train_continual_pretrain',
         '2026-11-23.9-train_sft_domain',
     ] and len(aside) == 1
@@ -328,12 +328,12 @@ def test_a_full_page_is_well_formed_and_needs_nothing_from_outside(home):
             dict(name='Kimi-K2-Base', run=None, place='x'),
         ],
     ) | dict(training=training)
-    said = [dict(when=w, prompt=nasty, text=nasty, ok=w == 'after') for w in ('before', 'after')]
+    replies = [dict(when=w, prompt=nasty, text=nasty, ok=w == 'after') for w in ('before', 'after')]
     add(
         home,
         4,
         sft,
-        samples=said,
+        samples=replies,
         steps=[dict(step=i, loss=8 / i, phase='train') for i in (1, 2, 3)],
     )
     add(
@@ -342,10 +342,8 @@ def test_a_full_page_is_well_formed_and_needs_nothing_from_outside(home):
         record('sample_teacher', saves='dpo_pairs', mode='preferences')
         | dict(sampling=dict(prompts=12, answers=36, right=24, cut=0, dpo_pairs=22)),
     )
-    found, aside = newest_runs(home, 'nano')
-    text = report_html(
-        found, aside, goal_results([], measured(found), 'nano', True), 'c<1>', 'nano'
-    )
+    used, aside = newest_runs(home, 'nano')
+    text = report_html(used, aside, goal_results([], measured(used), 'nano', True), 'c<1>', 'nano')
     tags = Balanced(text).seen
     assert (
         'script' not in tags
@@ -370,7 +368,7 @@ def test_a_full_page_is_well_formed_and_needs_nothing_from_outside(home):
         'replaced since: train_sft_domain.',
     ):
         assert words in text, words
-    assert [Path(r['folder']).name[11] for r in ancestors(found)] == ['1', '2', '3', '4', '5']
+    assert [Path(r['folder']).name[11] for r in ancestors(used)] == ['1', '2', '3', '4', '5']
 
 
 def test_an_empty_campaign_is_said_not_crashed_on(home):
