@@ -12,6 +12,7 @@ __all__ = ['BANDS', 'ROWS', 'REACH', 'digest16', 'fingerprints', 'kept_rows', 'c
 import hashlib
 from collections import Counter, defaultdict
 from functools import cache
+from typing import Any
 
 from k2lab.corpus.kernels import (
     band_keys,
@@ -78,7 +79,7 @@ def run_batches(column, n: int):
         yield gram_hashes(*word_hashes(data, ends), n)
 
 
-def sketch(column, n: int = 5) -> tuple:
+def sketch(column, n: int = 5) -> tuple[Any, Any]:
     "(numbers of the rows with n words or more, their keys as uint64 (rows, 14))."
     import numpy as np
 
@@ -91,7 +92,7 @@ def sketch(column, n: int = 5) -> tuple:
     return np.concatenate(rows), np.concatenate(keys)
 
 # %% ../../nbs/corpus/05_duplicates.ipynb #40e4271e
-def buckets(rows, keys) -> tuple:
+def buckets(rows, keys) -> tuple[Any, Any]:
     "(rows, ends): the rows that share a key, bucket after bucket, band after band."
     import numpy as np
 
@@ -109,7 +110,7 @@ def buckets(rows, keys) -> tuple:
 REACH = 64  # rows of a bucket that a row is compared with
 
 
-def run_sets(column, n: int) -> tuple:
+def run_sets(column, n: int) -> tuple[Any, Any]:
     "(hashes, ends): the runs of n words of each text as a sorted set."
     import numpy as np
 
@@ -119,7 +120,7 @@ def run_sets(column, n: int) -> tuple:
     return np.concatenate([hashes for hashes, _ in parts]), np.concatenate([[0], *ends])
 
 
-def alike(sets: tuple | None, left, right, least: float):
+def alike(sets: tuple[Any, Any] | None, left, right, least: float):
     "Whether the Jaccard similarity of each pair left[i], right[i] is at least `least`; without sets, all are."
     import numpy as np
 

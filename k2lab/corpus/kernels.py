@@ -97,7 +97,7 @@ def machine(kernel: Callable, small: str = '') -> Any:
     return numba().njit(cache=True, nogil=True, locals=narrow)(kernel)
 
 
-def ragged(lists: list) -> tuple:
+def ragged(lists: list) -> tuple[Any, Any]:
     "(all numbers, ends) of lists of numbers."
     import numpy as np
 
@@ -115,7 +115,7 @@ def each(data, ends) -> list:
 BATCH_BYTES = 1 << 24  # bytes of text in a batch, about
 
 
-def text_batches(column, room: int = BATCH_BYTES) -> Iterator[tuple]:
+def text_batches(column, room: int = BATCH_BYTES) -> Iterator[tuple[Any, Any]]:
     """Yields an Arrow column of texts as `(data, ends)`, without copying it, of about `room` bytes each or one text.
 
     `LabError` if a text is missing."""
@@ -131,7 +131,7 @@ def text_batches(column, room: int = BATCH_BYTES) -> Iterator[tuple]:
             yield from chunk_batches(chunk.cast(pa.large_string()), room)
 
 
-def chunk_batches(chunk, room: int) -> Iterator[tuple]:
+def chunk_batches(chunk, room: int) -> Iterator[tuple[Any, Any]]:
     "Yields `(data, ends)` of one Arrow array of large strings, about `room` bytes or one text each."
     import numpy as np
 
@@ -144,7 +144,7 @@ def chunk_batches(chunk, room: int) -> Iterator[tuple]:
         at = stop
 
 
-def packed(texts: list) -> tuple:
+def packed(texts: list) -> tuple[Any, Any]:
     "(data, ends) of texts."
     import numpy as np
 
@@ -301,7 +301,7 @@ def _word_hashes(data, ends, table, out, out_ends):
     return k
 
 
-def word_hashes(data, ends) -> tuple:
+def word_hashes(data, ends) -> tuple[Any, Any]:
     "(hashes, ends) of the words of texts: `word_hash` of `words`; ill-formed UTF-8 separates words."
     import numpy as np
 
@@ -331,7 +331,7 @@ def _gram_hashes(words, ends, n, top, out, out_ends):
     return k
 
 
-def gram_hashes(hashes, ends, n: int) -> tuple:
+def gram_hashes(hashes, ends, n: int) -> tuple[Any, Any]:
     "(hashes, ends) of the runs of n words of texts: `grams` of each text's word hashes."
     import numpy as np
 
@@ -416,7 +416,7 @@ def _distinct(grams, ends, out_ends):
     return k
 
 
-def distinct_grams(grams, ends) -> tuple:
+def distinct_grams(grams, ends) -> tuple[Any, Any]:
     "(hashes, ends): each text's runs as a sorted set. The array that is passed is used up."
     import numpy as np
 
@@ -516,7 +516,7 @@ def _known_grams(grams, ends, bits, index, rows, places):
     return k
 
 
-def known_grams(grams, ends, index, bits) -> tuple:
+def known_grams(grams, ends, index, bits) -> tuple[Any, Any]:
     """(numbers of texts, places in the index) of the runs that an index of sorted hashes holds.
 
     `bits` is the sieve of the index."""
@@ -526,7 +526,8 @@ def known_grams(grams, ends, index, bits) -> tuple:
         place = {x: i for i, x in enumerate(index.tolist())}
         texts = enumerate(each(grams, ends))
         matches = [(d, place[x]) for d, text in texts for x in text if x in place]
-        return tuple(np.array(matches, np.int64).reshape(-1, 2).T)
+        rows, places = np.array(matches, np.int64).reshape(-1, 2).T
+        return rows, places
     rows, places = np.empty(len(grams), np.int64), np.empty(len(grams), np.int64)
     k = machine(_known_grams)(grams, ends, bits, index, rows, places)
     return rows[:k], places[:k]
