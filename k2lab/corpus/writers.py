@@ -154,8 +154,8 @@ class Shards:
         self.path = self.folder / f'{self.name}-{len(self.done):03}{self.ending}'
         self.rows, self.stack = 0, contextlib.ExitStack()
         self.part = self.stack.enter_context(publishing(self.path))
-        self.out = ENDINGS[self.ending](self.part, schema)
-        return self.out
+        self.out = out = ENDINGS[self.ending](self.part, schema)
+        return out
 
     def close(self):
         "Gives the open file, if there is one, its name and its manifest."
