@@ -251,10 +251,15 @@ def test_batches_cover_a_column_once_however_it_is_made():
 
 def test_without_numba_plain_python_works_and_says_so_once():
     code = (
-        "import sys, warnings; sys.modules['numba'] = None\nimport pyarrow as pa\nfrom k2lab.corpus.duplicates import drop_near\n"
-        "with warnings.catch_warnings(record=True) as said:\n warnings.simplefilter('always')\n"
-        " kept = [drop_near(pa.table(dict(text=['one two three four five six', 'One, two three four five SIX', 'other words than those that were'])))[0].num_rows for _ in range(2)]\n"
-        "print(kept, [str(w.message)[:23] for w in said])"
+        "import sys, warnings; sys.modules['numba'] = None\n"
+        'import pyarrow as pa\n'
+        'from k2lab.corpus.duplicates import drop_near\n'
+        "texts = ['one two three four five six', 'One, two three four five SIX',\n"
+        " 'other words than those that were']\n"
+        'with warnings.catch_warnings(record=True) as caught:\n'
+        " warnings.simplefilter('always')\n"
+        ' kept = [drop_near(pa.table(dict(text=texts)))[0].num_rows for _ in range(2)]\n'
+        'print(kept, [str(w.message)[:23] for w in caught])'
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout.strip() == "[2, 2] ['numba is not installed:']", done.stderr
@@ -403,9 +408,9 @@ def test_a_cluster_that_is_too_large_is_an_alarm_that_names_it():
     assert (
         "the cluster of row 0 ('Calendar of the month" in str(e.value)
         and 'holds 9 of 400 rows' in str(e.value)
-        and 'alarm=' in str(e.value)
+        and 'max_cluster_share=' in str(e.value)
     )
-    allowed = float(str(e.value).rsplit('alarm=', 1)[1])
+    allowed = float(str(e.value).rsplit('max_cluster_share=', 1)[1])
     assert (
         duplicates.drop_near(pa.table(dict(text=texts)), floor=400, alarm=allowed)[0].num_rows
         == 392
@@ -531,7 +536,7 @@ def test_decisions_are_those_of_the_plain_operator(seed):
         ' '.join(rng.choices(vocabulary, k=rng.choice([1, 4, 5, 9, 13, 14, 40]))) for _ in range(25)
     ] + [boil, f'{sentence(rng, 20)} {boil}']
     texts = []
-    for i in range(200):
+    for _ in range(200):
         words = rng.choices(vocabulary, k=rng.randrange(2, 30))
         if rng.random() < 0.4:
             words[1:1] = rng.choice(exam).split(' ')[: rng.randrange(1, 45)]

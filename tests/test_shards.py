@@ -282,7 +282,7 @@ def test_a_source_that_disappears_is_named_and_its_unit_is_not_done(tmp_path, mo
     assert [bool(receipt_of(u, plan, tmp_path / 'out')) for u in units] == [
         u[0].path.endswith('b.jsonl') for u in units
     ]
-    assert not (tmp_path / 'out/readers.json').exists()
+    assert not (tmp_path / 'out/shards.json').exists()
     victim.write_bytes(before)
     assert (
         run_units(plan_units(f'{tmp_path}/?.jsonl', size=2000), Plan(), tmp_path / 'out')['rows']
@@ -395,9 +395,10 @@ def test_csv_text_markdown_html_and_archives_of_several_members(tmp_path):
     (tmp_path / 'c.txt').write_bytes('wide ü'.encode('utf-16'))
     (tmp_path / 'd.txt').write_bytes(b'latin \xfc')
     (tmp_path / 'e.html').write_bytes(
-        '<html><head><meta charset="iso-8859-1"></head><body><p>A graph of cafés and of the roads between them.</p></body></html>'.encode(
-            'latin-1'
-        )
+        (
+            '<html><head><meta charset="iso-8859-1"></head><body>'
+            '<p>A graph of cafés and of the roads between them.</p></body></html>'
+        ).encode('latin-1')
     )
     (tmp_path / 'f.jsonl.gz').write_bytes(
         gzip.compress(line(1)[:9]) + gzip.compress(line(1)[9:] + b'\n') + bytes(7)
@@ -564,14 +565,23 @@ def test_a_killed_worker_is_noticed_and_only_its_unit_is_redone(files, tmp_path)
         )
     assert (
         not list((tmp_path / 'out').glob('.*.owner'))
-        and not (tmp_path / 'out/readers.json').exists()
+        and not (tmp_path / 'out/shards.json').exists()
+    )
+
+
+def slow_script(files, out, seconds: float, workers: int) -> str:
+    "A program that works on the files with an operator that sleeps."
+    return (
+        'from k2lab.corpus.units import *; '
+        f"plan = Plan('test_shards:slow', dict(seconds={seconds})); "
+        f'run_units(plan_units({files!r}, size=2000), plan, {str(out)!r}, workers={workers})'
     )
 
 
 def test_a_killed_parent_leaves_no_worker_and_another_number_of_workers_ends_the_work(
     files, tmp_path
 ):
-    script = f"from k2lab.corpus.units import *; run_units(plan_units({files!r}, size=2000), Plan('test_shards:slow', dict(seconds=.15)), {str(tmp_path / 'out')!r}, workers=3)"
+    script = slow_script(files, tmp_path / 'out', seconds=0.15, workers=3)
     parent = subprocess.Popen(
         [sys.executable, '-c', script],
         env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(HERE), *sys.path])},
@@ -607,7 +617,7 @@ def test_a_killed_parent_leaves_no_worker_and_another_number_of_workers_ends_the
 
 
 def test_workers_end_with_their_parent_in_the_middle_of_a_unit(files, tmp_path):
-    script = f"from k2lab.corpus.units import *; run_units(plan_units({files!r}, size=2000), Plan('test_shards:slow', dict(seconds=60)), {str(tmp_path / 'out')!r}, workers=2)"
+    script = slow_script(files, tmp_path / 'out', seconds=60, workers=2)
     parent = subprocess.Popen(
         [sys.executable, '-c', script],
         env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(HERE), *sys.path])},
@@ -684,7 +694,10 @@ def test_what_an_operator_prints_is_no_answer_and_steps_are_counted_apart(files,
 
 def test_a_full_disk_says_how_much_is_missing_and_leaves_no_half_file(tmp_path):
     (tmp_path / 'a.jsonl').write_bytes(joined(*(line(os.urandom(400).hex()) for _ in range(3000))))
-    script = f"from k2lab.corpus.units import *; run_units(plan_units('{tmp_path}/a.jsonl', size=900_000), Plan(room=10**9), '{tmp_path}/out')"
+    script = (
+        'from k2lab.corpus.units import *; '
+        f"run_units(plan_units('{tmp_path}/a.jsonl', size=900_000), Plan(room=10**9), '{tmp_path}/out')"
+    )
     cap = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
     done = subprocess.run(
         [sys.executable, '-c', script], capture_output=True, text=True, preexec_fn=cap
@@ -728,7 +741,12 @@ def test_memory_is_flat_whatever_the_size_of_a_file(tmp_path):
         with open(tmp_path / 'a.jsonl', 'wb') as f:
             for _ in range(n):
                 f.write(block)
-        script = f"from k2lab.corpus.units import *; i = run_units(plan_units('{tmp_path}/a.jsonl', size=1 << 40), Plan(), '{tmp_path}/out'); print(i['rows'], re.search('VmHWM: *\\s*(\\d+)', open('/proc/self/status').read())[1])"
+        script = (
+            'from k2lab.corpus.units import *; '
+            f"i = run_units(plan_units('{tmp_path}/a.jsonl', size=1 << 40), Plan(), '{tmp_path}/out'); "
+            "peak = re.search('VmHWM: *\\s*(\\d+)', open('/proc/self/status').read())[1]; "
+            "print(i['rows'], peak)"
+        )
         rows, kb = map(
             int,
             subprocess.run(

@@ -6,8 +6,11 @@ Results come in the same shape. All hashes are unsigned 64-bit integers
 whose sums and products wrap around (in numba only unsigned ones may). Kernels are the functions
 with an underscore; they are compiled at first use, and nothing heavy is imported before."""
 
-import re, warnings
+import re
+import warnings
+from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 from k2lab.lab.config import LabError
 
@@ -20,14 +23,15 @@ WORD = re.compile(rf'(?=\w)[{UNSPACED}]|[^\W{UNSPACED}]+')
 CODE_POINTS = 0x40000  # no letter lies above
 SEED, PRIME = 0xCBF29CE484222325, 0x100000001B3  # FNV-1a's
 BASE, STIR = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9  # odd
-WRAP, U = 2**64, None  # U becomes numpy.uint64 when the first kernel is compiled
+WRAP = 2**64
+U: Any = None  # becomes numpy.uint64 when the first kernel is compiled
 
 
-def gram_words(text: str) -> list:
+def gram_words(text: str) -> list[str]:
     "The words of a text in lower case, without punctuation; in scripts without spaces each character is one."
-    return WORD.findall(
-        text.replace('\u0130', 'i').lower().replace('\u03c2', '\u03c3')
-    )  # the two letters whose lower case is not one letter, always the same
+    # the two letters whose lower case is not one letter, always the same
+    lower = text.replace('\u0130', 'i').lower().replace('\u03c2', '\u03c3')
+    return WORD.findall(lower)
 
 
 def stirred(x: int) -> int:
@@ -44,14 +48,13 @@ def word_hash(word: str) -> int:
     return stirred(h)
 
 
-def gram_hash(hashes: list) -> int:
+def gram_hash(hashes: list[int]) -> int:
     "64 bits for a run of words: a polynomial of their hashes, stirred with its length."
-    return stirred(
-        (sum(h * pow(BASE, i, WRAP) for i, h in enumerate(reversed(hashes))) + len(hashes)) % WRAP
-    )
+    total = sum(h * pow(BASE, i, WRAP) for i, h in enumerate(reversed(hashes)))
+    return stirred((total + len(hashes)) % WRAP)
 
 
-def run_hashes(hashes: list, n: int) -> list:
+def run_hashes(hashes: list[int], n: int) -> list[int]:
     "Hashes of all runs of n words; a shorter text has none."
     return [gram_hash(hashes[i : i + n]) for i in range(len(hashes) - n + 1)]
 
@@ -66,21 +69,22 @@ def jaccard(a, b) -> float:
 
 
 @cache
-def numba():
-    "The compiler, or None where it is not installed; then it says, once, that plain Python does the work."
+def numba() -> Any:
+    "The compiler's module, or None where it is not installed; one warning then says that plain Python does the work."
     try:
         import numba
     except ImportError:
-        return warnings.warn(
+        warnings.warn(
             'numba is not installed: plain Python does the work of k2lab.corpus.kernels, '
             'about a hundred times as slowly; pip install numba',
             stacklevel=2,
         )
+        return None
     return numba
 
 
 @cache
-def machine(kernel, small: str = ''):
+def machine(kernel: Callable, small: str = '') -> Any:
     """A kernel as machine code, kept on disk for later processes; variables named in `small` have 32 bits.
 
     None without numba."""
@@ -89,12 +93,11 @@ def machine(kernel, small: str = ''):
         return None
     from numpy import uint64 as U
 
-    return numba().njit(
-        cache=True, nogil=True, locals={name: numba().uint32 for name in small.split()}
-    )(kernel)
+    narrow = {name: numba().uint32 for name in small.split()}
+    return numba().njit(cache=True, nogil=True, locals=narrow)(kernel)
 
 
-def ragged(lists: list) -> tuple:
+def ragged(lists: list) -> tuple[Any, Any]:
     "(all numbers, ends) of lists of numbers."
     import numpy as np
 
@@ -112,32 +115,36 @@ def each(data, ends) -> list:
 BATCH_BYTES = 1 << 24  # bytes of text in a batch, about
 
 
-def text_batches(column, room: int = BATCH_BYTES):
+def text_batches(column, room: int = BATCH_BYTES) -> Iterator[tuple[Any, Any]]:
     """Yields an Arrow column of texts as `(data, ends)`, without copying it, of about `room` bytes each or one text.
 
     `LabError` if a text is missing."""
-    import numpy as np, pyarrow as pa
+    import pyarrow as pa
 
     first = 0
     for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
         if chunk.null_count:
-            raise LabError(
-                f'row {first + chunk.is_null().index(True).as_py()} has no text: drop or fill it first'
-            )
+            row = first + chunk.is_null().index(True).as_py()
+            raise LabError(f'row {row} has no text: drop or fill it first')
         first += len(chunk)
-        if not len(chunk):
-            continue
-        chunk = chunk.cast(pa.large_string())
-        _, ends, data = chunk.buffers()
-        ends = np.frombuffer(ends, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
-        data, at = np.frombuffer(data or b'', np.uint8), 0
-        while at < len(chunk):
-            stop = max(at + 1, int(np.searchsorted(ends, ends[at] + room, 'right')) - 1)
-            yield data, ends[at : stop + 1]
-            at = stop
+        if len(chunk):
+            yield from chunk_batches(chunk.cast(pa.large_string()), room)
 
 
-def packed(texts: list) -> tuple:
+def chunk_batches(chunk, room: int) -> Iterator[tuple[Any, Any]]:
+    "Yields `(data, ends)` of one Arrow array of large strings, about `room` bytes or one text each."
+    import numpy as np
+
+    _, ends, data = chunk.buffers()
+    ends = np.frombuffer(ends, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+    data, at = np.frombuffer(data or b'', np.uint8), 0
+    while at < len(chunk):
+        stop = max(at + 1, int(np.searchsorted(ends, ends[at] + room, 'right')) - 1)
+        yield data, ends[at : stop + 1]
+        at = stop
+
+
+def packed(texts: list) -> tuple[Any, Any]:
     "(data, ends) of texts."
     import numpy as np
 
@@ -150,15 +157,16 @@ def word_classes():
     "What each code point does in `words`, as int32: 0 separates, c > 0 continues a word as c, c < 0 is the word -c."
     import numpy as np
 
-    one = {c: gram_words(chr(c)) for c in range(CODE_POINTS) if not 0xD800 <= c < 0xE000}
-    alone = re.compile(f'[{UNSPACED}]')
-    return np.array(
-        [
-            0 if not one.get(c) else -ord(one[c][0]) if alone.match(one[c][0]) else ord(one[c][0])
-            for c in range(CODE_POINTS)
-        ],
-        np.int32,
-    )
+    return np.array([word_class(c) for c in range(CODE_POINTS)], np.int32)
+
+
+def word_class(code_point: int) -> int:
+    "0 for what separates words, the code point in lower case for a letter, minus it for a word of its own."
+    words = [] if 0xD800 <= code_point < 0xE000 else gram_words(chr(code_point))
+    if not words:
+        return 0
+    letter = words[0][0]
+    return -ord(letter) if re.match(f'[{UNSPACED}]', letter) else ord(letter)
 
 
 # ---- spelling --------------------
@@ -167,14 +175,9 @@ def word_classes():
 def _tidied(data, ends, out, out_ends, plain):
     w = 0
     for d in range(len(ends) - 1):
-        first, keep, last, lines, after_cr, ascii = (
-            w,
-            w,
-            w,
-            0,
-            False,
-            True,
-        )  # keep: after what ends no line in spaces; last: after the last visible byte
+        # keep: after what ends no line in spaces; last: after the last visible byte
+        first, keep, last = w, w, w
+        lines, after_cr, ascii = 0, False, True
         for i in range(ends[d], ends[d + 1]):
             c = data[i]
             if c == 10 or c == 13:
@@ -208,11 +211,8 @@ def tidied(data, ends):
 
     if not machine(_tidied):
         return None
-    out, out_ends, plain = (
-        np.empty(int(ends[-1] - ends[0]), np.uint8),
-        np.zeros(len(ends), np.int64),
-        np.empty(len(ends) - 1, np.bool_),
-    )
+    out, out_ends = np.empty(int(ends[-1] - ends[0]), np.uint8), np.zeros(len(ends), np.int64)
+    plain = np.empty(len(ends) - 1, np.bool_)
     machine(_tidied)(data, ends, out, out_ends, plain)
     return out[: out_ends[-1]], out_ends, plain
 
@@ -234,25 +234,25 @@ def _folded(data, ends, out, out_ends, plain):
         out_ends[d + 1], plain[d] = w, ascii
 
 
-def folded(data, ends) -> list:
+def plain_folded(text: bytes) -> bytes:
+    "A text in lower case with one space for any white space, by Python's own rules."
+    words = text.decode('utf-8', 'surrogatepass').lower().split()
+    return ' '.join(words).encode('utf-8', 'surrogatepass')
+
+
+def folded(data, ends) -> list[bytes]:
     "Each text in lower case with one space for any white space, as bytes: `' '.join(text.lower().split())`."
     import numpy as np
 
-    plainly = lambda text: ' '.join(text.decode('utf-8', 'surrogatepass').lower().split()).encode(
-        'utf-8', 'surrogatepass'
-    )
     if not machine(_folded):
-        return [plainly(text) for text in each(data, ends)]
-    out, until, plain = (
-        np.empty(int(ends[-1] - ends[0]), np.uint8),
-        np.zeros(len(ends), np.int64),
-        np.empty(len(ends) - 1, np.bool_),
-    )
+        return [plain_folded(text) for text in each(data, ends)]
+    out, until = np.empty(int(ends[-1] - ends[0]), np.uint8), np.zeros(len(ends), np.int64)
+    plain = np.empty(len(ends) - 1, np.bool_)
     machine(_folded)(data, ends, out, until, plain)
     whole, raw = out[: until[-1]].tobytes(), memoryview(data)
     return [
-        whole[until[i] : until[i + 1]] if plain[i] else plainly(bytes(raw[ends[i] : ends[i + 1]]))
-        for i in range(len(plain))
+        whole[until[i] : until[i + 1]] if plain[i] else plain_folded(bytes(raw[a:b]))
+        for i, (a, b) in enumerate(zip(ends, ends[1:]))
     ]
 
 
@@ -301,22 +301,17 @@ def _word_hashes(data, ends, table, out, out_ends):
     return k
 
 
-def word_hashes(data, ends) -> tuple:
+def word_hashes(data, ends) -> tuple[Any, Any]:
     "(hashes, ends) of the words of texts: `word_hash` of `words`; ill-formed UTF-8 separates words."
     import numpy as np
 
     if not machine(_word_hashes):
-        return ragged(
-            [
-                [word_hash(w) for w in gram_words(text.decode('utf-8', 'replace'))]
-                for text in each(data, ends)
-            ]
-        )
-    out, out_ends = (
-        np.empty((int(ends[-1] - ends[0]) + len(ends)) // 2 + 1, np.uint64),
-        np.zeros(len(ends), np.int64),
-    )
-    return out[: machine(_word_hashes)(data, ends, word_classes(), out, out_ends)], out_ends
+        texts = [text.decode('utf-8', 'replace') for text in each(data, ends)]
+        return ragged([[word_hash(word) for word in gram_words(text)] for text in texts])
+    out = np.empty((int(ends[-1] - ends[0]) + len(ends)) // 2 + 1, np.uint64)
+    out_ends = np.zeros(len(ends), np.int64)
+    k = machine(_word_hashes)(data, ends, word_classes(), out, out_ends)
+    return out[:k], out_ends
 
 
 def _gram_hashes(words, ends, n, top, out, out_ends):
@@ -336,16 +331,16 @@ def _gram_hashes(words, ends, n, top, out, out_ends):
     return k
 
 
-def gram_hashes(hashes, ends, n: int) -> tuple:
+def gram_hashes(hashes, ends, n: int) -> tuple[Any, Any]:
     "(hashes, ends) of the runs of n words of texts: `grams` of each text's word hashes."
     import numpy as np
 
     if not machine(_gram_hashes):
         return ragged([run_hashes(text, n) for text in each(hashes, ends)])
     out, out_ends = np.empty(len(hashes), np.uint64), np.zeros(len(ends), np.int64)
-    return out[
-        : machine(_gram_hashes)(hashes, ends, n, np.uint64(pow(BASE, n, WRAP)), out, out_ends)
-    ], out_ends
+    top = np.uint64(pow(BASE, n, WRAP))
+    k = machine(_gram_hashes)(hashes, ends, n, top, out, out_ends)
+    return out[:k], out_ends
 
 
 # ---- MinHash --------------------
@@ -395,14 +390,13 @@ def band_keys(grams, ends, bands: int = 14, rows: int = 8):
     import numpy as np
 
     if not machine(_band_keys):
-        return np.array(
-            [bands_of(least(text, bands * rows), rows) for text in each(grams, ends)], np.uint64
-        ).reshape(-1, bands)
+        signatures = [least(text, bands * rows) for text in each(grams, ends)]
+        plain = [bands_of(signature, rows) for signature in signatures]
+        return np.array(plain, np.uint64).reshape(-1, bands)
     a, b = np.array(factors(bands * rows), np.uint32).T.copy()
     keys = np.empty((len(ends) - 1, bands), np.uint64)
-    machine(_band_keys, 'x y v w m')(
-        grams.astype(np.uint32), ends, a, b, np.empty_like(a), rows, keys
-    )
+    low = grams.astype(np.uint32)
+    machine(_band_keys, 'x y v w m')(low, ends, a, b, np.empty_like(a), rows, keys)
     return keys
 
 
@@ -422,14 +416,15 @@ def _distinct(grams, ends, out_ends):
     return k
 
 
-def distinct_grams(grams, ends) -> tuple:
+def distinct_grams(grams, ends) -> tuple[Any, Any]:
     "(hashes, ends): each text's runs as a sorted set. The array that is passed is used up."
     import numpy as np
 
     if not machine(_distinct):
         return ragged([sorted(set(text)) for text in each(grams, ends)])
     out_ends = np.zeros(len(ends), np.int64)
-    return grams[: machine(_distinct)(grams, ends, out_ends)], out_ends
+    k = machine(_distinct)(grams, ends, out_ends)
+    return grams[:k], out_ends
 
 
 def _jaccards(sets, ends, left, right, out):
@@ -443,16 +438,12 @@ def _jaccards(sets, ends, left, right, out):
 
 
 def jaccards(sets, ends, left, right):
-    "The Jaccard similarity of the sets (sorted, as `distinct` gives them) of each pair of texts left[i], right[i]."
+    "The Jaccard similarity of each pair of texts left[i], right[i], from sorted sets (as `distinct_grams` gives them)."
     import numpy as np
 
     if not machine(_jaccards):
-        return np.array(
-            [
-                jaccard(sets[ends[i] : ends[i + 1]].tolist(), sets[ends[j] : ends[j + 1]].tolist())
-                for i, j in zip(left, right)
-            ]
-        )
+        lists = each(sets, ends)
+        return np.array([jaccard(lists[i], lists[j]) for i, j in zip(left, right)])
     out = np.empty(len(left))
     machine(_jaccards)(sets, ends, left, right, out)
     return out
@@ -525,7 +516,7 @@ def _known_grams(grams, ends, bits, index, rows, places):
     return k
 
 
-def known_grams(grams, ends, index, bits) -> tuple:
+def known_grams(grams, ends, index, bits) -> tuple[Any, Any]:
     """(numbers of texts, places in the index) of the runs that an index of sorted hashes holds.
 
     `bits` is the sieve of the index."""
@@ -533,10 +524,10 @@ def known_grams(grams, ends, index, bits) -> tuple:
 
     if not machine(_known_grams):
         place = {x: i for i, x in enumerate(index.tolist())}
-        found = [
-            (d, place[x]) for d, text in enumerate(each(grams, ends)) for x in text if x in place
-        ]
-        return tuple(np.array(found, np.int64).reshape(-1, 2).T)
+        texts = enumerate(each(grams, ends))
+        matches = [(d, place[x]) for d, text in texts for x in text if x in place]
+        rows, places = np.array(matches, np.int64).reshape(-1, 2).T
+        return rows, places
     rows, places = np.empty(len(grams), np.int64), np.empty(len(grams), np.int64)
     k = machine(_known_grams)(grams, ends, bits, index, rows, places)
     return rows[:k], places[:k]

@@ -10,7 +10,9 @@ with the punctuation that follows it."""
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from k2lab.corpus.kernels import (
     BASE,
@@ -30,10 +32,8 @@ TERMINALS = ENDERS + '"\'”’»」』'  # what ends a line of prose
 STOP_WORDS = ('the', 'be', 'to', 'of', 'and', 'that', 'have', 'with')  # Gopher's
 PIECE = re.compile(rf'[{UNSPACED}](?:[^\w{UNSPACED}]|_)*|[^{UNSPACED}]+')
 SHORT = 30  # characters of a short line (FineWeb)
-TOPS, COPIES = (
-    (2, 3, 4),
-    (5, 6, 7, 8, 9, 10),
-)  # words of a run whose most frequent one, and all of whose copies, are counted (Gopher)
+# words of a run whose most frequent one, and all of whose copies, are counted (Gopher)
+TOPS, COPIES = (2, 3, 4), (5, 6, 7, 8, 9, 10)
 WORD_COUNTS = (
     'characters',
     'words',
@@ -60,7 +60,7 @@ LINE_COUNTS = (
 )
 RUN_COUNTS = (*(f'top_{n}' for n in TOPS), *(f'dup_{n}' for n in COPIES))
 READ = 1 << 40  # a mark on the count of a run that was read and not passed over
-U = None  # numpy.uint64, when a kernel is compiled
+U: Any = None  # numpy.uint64, when a kernel is compiled
 
 
 # ---- plain Python: what is counted --------------------
@@ -78,16 +78,16 @@ def is_alone(word: str) -> bool:
 
 def word_counts(text: str) -> list:
     "`WORD_COUNTS` of a text: `letters` are the characters of words that are not alone, an ellipsis is '...' or '…'."
-    found, single = words(text), [is_alone(word) for word in words(text)]
+    tokens, single = words(text), [is_alone(word) for word in words(text)]
     return [
         len(text),
-        len(found),
+        len(tokens),
         sum(single),
-        sum(len(word) for word, alone in zip(found, single) if not alone),
+        sum(len(word) for word, alone in zip(tokens, single) if not alone),
         text.count('#'),
         text.count('...') + text.count('…'),
-        sum(any(map(str.isalpha, word)) for word in found),
-        len(set(STOP_WORDS) & set(found)),
+        sum(any(map(str.isalpha, word)) for word in tokens),
+        len(set(STOP_WORDS) & set(tokens)),
         text.count('\n'),
         text.count('{'),
     ]
@@ -132,11 +132,9 @@ def top_run(words: list, n: int) -> int:
     Of equally frequent ones the longest; 0 when none occurs twice."""
     seen = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
     most = max(seen.values(), default=0)
-    return (
-        most * max(sum(map(len, run)) + n - 1 for run, k in seen.items() if k == most)
-        if most > 1
-        else 0
-    )
+    if most < 2:
+        return 0
+    return most * max(sum(map(len, run)) + n - 1 for run, k in seen.items() if k == most)
 
 
 def copied_runs(words: list, n: int) -> int:
@@ -156,29 +154,29 @@ def copied_runs(words: list, n: int) -> int:
 
 def run_counts(text: str) -> list:
     "`RUN_COUNTS` of a text."
-    found = words(text)
-    return [top_run(found, n) for n in TOPS] + [copied_runs(found, n) for n in COPIES]
+    tokens = words(text)
+    return [top_run(tokens, n) for n in TOPS] + [copied_runs(tokens, n) for n in COPIES]
 
 
-def line_facts(text: str) -> list:
+def facts_of(line: str) -> tuple:
+    "`line_facts` of one line."
+    tokens = line.split()
+    return (
+        len(line),
+        len(tokens),
+        max(map(len, tokens)),
+        1 + sum(token[-1] in ENDERS for token in tokens[:-1]),
+        line[-1] in '.?!"\'',
+        line.endswith('...'),
+    )
+
+
+def line_facts(text: str) -> list[tuple]:
     """Six facts of each line that is not blank.
 
     (characters, words, longest word, sentences, whether it ends like a sentence, whether it ends in
     '...'). A sentence ends where a word ends in one of `ENDERS`, and at the line's end."""
-    out = []
-    for line in (line for part in paragraph_lines(text) for line in part):
-        tokens = line.split()
-        out.append(
-            (
-                len(line),
-                len(tokens),
-                max(map(len, tokens)),
-                1 + sum(token[-1] in ENDERS for token in tokens[:-1]),
-                line[-1] in '.?!"\'',
-                line.endswith('...'),
-            )
-        )
-    return out
+    return [facts_of(line) for part in paragraph_lines(text) for line in part]
 
 
 def phrase_places(data: bytes, phrases: list) -> list:
@@ -201,19 +199,22 @@ def char_classes():
     "What each code point is, as uint8 bits; those above are nothing."
     import numpy as np
 
-    alone = re.compile(f'[{UNSPACED}]')
-    kind = lambda c: (
+    return np.array([char_class(chr(c)) for c in range(CODE_POINTS)], np.uint8)
+
+
+def char_class(c: str) -> int:
+    "What a character is, as bits."
+    return (
         SPACE * c.isspace()
         | ALPHA * c.isalpha()
         | ALNUM * c.isalnum()
-        | ALONE * bool(alone.match(c))
+        | ALONE * is_alone(c)
         | TERMINAL * (c in TERMINALS)
         | ENDER * (c in ENDERS)
     )
-    return np.array([kind(chr(c)) for c in range(CODE_POINTS)], np.uint8)
 
 
-def compiled(kernel):
+def compiled(kernel: Callable) -> Any:
     "A kernel as machine code, or None without numba."
     global U
     made = machine(kernel)
@@ -226,7 +227,7 @@ def _words(data, ends, table, stops, hashes, sizes, word_ends, out):
     k = 0
     for d in range(len(out)):
         i, stop, row = ends[d], ends[d + 1], out[d]
-        size, alone, alpha, dots, said, h = 0, 0, 0, 0, 0, U(0)
+        size, alone, alpha, dots, seen, h = 0, 0, 0, 0, 0, U(0)
         while i <= stop:
             c, width = int(data[i]) if i < stop else 32, 1
             if c >= 0x80:
@@ -247,7 +248,7 @@ def _words(data, ends, table, stops, hashes, sizes, word_ends, out):
                 if 2 <= size <= 4:
                     for s in range(len(stops)):
                         if stops[s] == hashes[k]:
-                            said |= 1 << s
+                            seen |= 1 << s
                 k, size = k + 1, 0
             if not f & 1:
                 if size == 0:
@@ -261,8 +262,8 @@ def _words(data, ends, table, stops, hashes, sizes, word_ends, out):
             row[8] += c == 10
             row[9] += c == 123
             i += width
-        while said:
-            row[7], said = row[7] + (said & 1), said >> 1
+        while seen:
+            row[7], seen = row[7] + (seen & 1), seen >> 1
         word_ends[d + 1] = k
     return k
 
@@ -282,11 +283,8 @@ def _lines(data, ends, table, hashes, spans, line_ends, facts):
             f = table[c] if c < len(table) else 0
             if f & 1:
                 if word:
-                    facts[k, 2], pending, word = (
-                        max(facts[k, 2], word),
-                        table[last] >> 5 & 1 if last < len(table) else 0,
-                        0,
-                    )
+                    facts[k, 2], word = max(facts[k, 2], word), 0
+                    pending = table[last] >> 5 & 1 if last < len(table) else 0
                 if c == 10:
                     spans[k, 0], spans[k, 1] = start, known
                     facts[k, 6] = last
@@ -408,7 +406,7 @@ def _phrases(data, phrases, starts, first, places, which):
     return k
 
 
-# ---- what is asked for --------------------
+# ---- tables of counts --------------------
 
 
 def table_size(ends) -> int:
@@ -418,33 +416,20 @@ def table_size(ends) -> int:
     return max(16, 1 << int(2 * np.diff(ends).max(initial=1)).bit_length())
 
 
-def found_words(data, ends) -> tuple:
+def word_arrays(data, ends) -> tuple:
     "(hashes, lengths, ends of the words of texts, counts (texts, 10) as `WORD_COUNTS`)."
     import numpy as np
 
-    room, out = (
-        (int(ends[-1] - ends[0]) + len(ends)) // 2 + 2,
-        np.zeros((len(ends) - 1, len(WORD_COUNTS)), np.int64),
-    )
-    hashes, sizes, word_ends = (
-        np.empty(room, np.uint64),
-        np.empty(room, np.int32),
-        np.zeros(len(ends), np.int64),
-    )
-    k = compiled(_words)(
-        data,
-        ends,
-        char_classes(),
-        np.array([word_hash(word) for word in STOP_WORDS], np.uint64),
-        hashes,
-        sizes,
-        word_ends,
-        out,
-    )
+    room = (int(ends[-1] - ends[0]) + len(ends)) // 2 + 2
+    hashes, sizes = np.empty(room, np.uint64), np.empty(room, np.int32)
+    word_ends = np.zeros(len(ends), np.int64)
+    out = np.zeros((len(ends) - 1, len(WORD_COUNTS)), np.int64)
+    stops = np.array([word_hash(word) for word in STOP_WORDS], np.uint64)
+    k = compiled(_words)(data, ends, char_classes(), stops, hashes, sizes, word_ends, out)
     return hashes[:k], sizes[:k], word_ends, out
 
 
-def found_lines(data, ends) -> tuple:
+def line_arrays(data, ends) -> tuple:
     """(hashes, spans, ends, facts) of all lines of texts.
 
     Spans are (first byte, end, first character), facts are those of `line_facts` with the last
@@ -452,12 +437,8 @@ def found_lines(data, ends) -> tuple:
     import numpy as np
 
     room = int((data[ends[0] : ends[-1]] == 10).sum()) + len(ends)
-    hashes, spans, line_ends, facts = (
-        np.zeros(room, np.uint64),
-        np.empty((room, 3), np.int64),
-        np.zeros(len(ends), np.int64),
-        np.zeros((room, 7), np.int32),
-    )
+    hashes, spans = np.zeros(room, np.uint64), np.empty((room, 3), np.int64)
+    line_ends, facts = np.zeros(len(ends), np.int64), np.zeros((room, 7), np.int32)
     k = compiled(_lines)(data, ends, char_classes(), hashes, spans, line_ends, facts)
     return hashes[:k], spans[:k], line_ends, facts[:k]
 
@@ -471,62 +452,70 @@ def counted_copies(hashes, sizes, ends):
     return out
 
 
+def line_marks(spans, facts):
+    "Whether each line is not blank, a bullet, cut by an ellipsis, ended like prose, short: booleans (lines, 5)."
+    import numpy as np
+
+    size, first, last = facts[:, 0], spans[:, 2], facts[:, 6]
+    terminal = char_classes()[np.minimum(last, CODE_POINTS - 1)] & TERMINAL > 0
+    bullet = np.isin(first, [ord(c) for c in '-•'])
+    dotted = (facts[:, 5] > 0) | (last == ord('…'))
+    every = np.ones(len(size), bool)
+    marks = np.stack([every, bullet, dotted, terminal, size <= SHORT], 1)
+    return marks & (size > 0)[:, None]
+
+
+def paragraph_arrays(hashes, sizes, line_ends) -> tuple:
+    "(hashes, characters, ends) of the paragraphs of texts, from their lines."
+    import numpy as np
+
+    room = len(hashes) + 1
+    parts, part_sizes = np.empty(room, np.uint64), np.empty(room, np.int32)
+    part_ends = np.zeros(len(line_ends), np.int64)
+    compiled(_paragraphs)(hashes, sizes, line_ends, parts, part_sizes, part_ends)
+    return parts, part_sizes, part_ends
+
+
 def counted_lines(data, ends):
     "`line_counts` of texts, (texts, 10)."
     import numpy as np
 
-    hashes, spans, line_ends, facts = found_lines(data, ends)
-    size, first, last = facts[:, 0].copy(), spans[:, 2], facts[:, 6]
-    there, terminal = size > 0, char_classes()[np.minimum(last, CODE_POINTS - 1)] & TERMINAL > 0
-    told = np.stack(
-        [
-            there,
-            there & np.isin(first, [ord(c) for c in '-•']),
-            there & ((facts[:, 5] > 0) | (last == ord('…'))),
-            there & terminal,
-            there & (size <= SHORT),
-        ],
-        1,
-    )
-    parts, part_sizes, part_ends = (
-        np.empty(len(hashes) + 1, np.uint64),
-        np.empty(len(hashes) + 1, np.int32),
-        np.zeros(len(ends), np.int64),
-    )
-    compiled(_paragraphs)(hashes, size, line_ends, parts, part_sizes, part_ends)
-    return np.concatenate(
-        [
-            np.add.reduceat(told.astype(np.int64), line_ends[:-1]),
-            counted_copies(hashes, size, line_ends),
-            np.diff(part_ends)[:, None],
-            counted_copies(parts, part_sizes, part_ends),
-        ],
-        1,
-    )
+    hashes, spans, line_ends, facts = line_arrays(data, ends)
+    sizes, marks = facts[:, 0].copy(), line_marks(spans, facts).astype(np.int64)
+    parts, part_sizes, part_ends = paragraph_arrays(hashes, sizes, line_ends)
+    columns = [
+        np.add.reduceat(marks, line_ends[:-1]),
+        counted_copies(hashes, sizes, line_ends),
+        np.diff(part_ends)[:, None],
+        counted_copies(parts, part_sizes, part_ends),
+    ]
+    return np.concatenate(columns, 1)
 
 
 def counted_runs(hashes, sizes, ends):
     "`run_counts` of texts by their words, (texts, 9)."
     import numpy as np
 
-    room, most, out = (
-        table_size(ends),
-        int(np.diff(ends).max(initial=1)),
-        np.zeros((len(ends) - 1, len(RUN_COUNTS)), np.int64),
-    )
-    compiled(_runs)(
-        hashes,
-        sizes,
-        ends,
-        np.empty(room, np.uint64),
-        np.zeros(room, np.int32),
-        np.empty(room, np.int64),
-        np.empty(most, np.int64),
-        np.empty(most, np.int64),
-        np.empty(most, np.uint64),
-        out,
-    )
+    room, most = table_size(ends), int(np.diff(ends).max(initial=1))
+    keys, marks = np.empty(room, np.uint64), np.zeros(room, np.int32)
+    counts, grams = np.empty(room, np.int64), np.empty(most, np.uint64)
+    places, slots = np.empty(most, np.int64), np.empty(most, np.int64)
+    out = np.zeros((len(ends) - 1, len(RUN_COUNTS)), np.int64)
+    compiled(_runs)(hashes, sizes, ends, keys, marks, counts, places, slots, grams, out)
     return out
+
+
+def count_table(data, ends):
+    "All counts of at least one text, (texts, 29); by the kernels, or in plain Python without numba."
+    import numpy as np
+
+    if not compiled(_words):
+        texts = map(bytes.decode, each(data, ends))
+        rows = [word_counts(text) + line_counts(text) + run_counts(text) for text in texts]
+        return np.array(rows, np.int64)
+    hashes, sizes, word_ends, by_words = word_arrays(data, ends)
+    by_runs = counted_runs(hashes, sizes, word_ends)
+    return np.concatenate([by_words, counted_lines(data, ends), by_runs], 1)
 
 
 def counts(data, ends) -> dict:
@@ -534,21 +523,8 @@ def counts(data, ends) -> dict:
     import numpy as np
 
     names = WORD_COUNTS + LINE_COUNTS + RUN_COUNTS
-    if len(ends) == 1:
-        table = np.zeros((0, len(names)), np.int64)
-    elif not compiled(_words):
-        table = np.array(
-            [
-                word_counts(text) + line_counts(text) + run_counts(text)
-                for text in map(bytes.decode, each(data, ends))
-            ],
-            np.int64,
-        )
-    else:
-        hashes, sizes, word_ends, told = found_words(data, ends)
-        table = np.concatenate(
-            [told, counted_lines(data, ends), counted_runs(hashes, sizes, word_ends)], 1
-        )
+    empty = len(ends) == 1
+    table = np.zeros((0, len(names)), np.int64) if empty else count_table(data, ends)
     return dict(zip(names, table.T))
 
 
@@ -561,11 +537,8 @@ def phrases_in(data, phrases: list) -> tuple:
     first = np.zeros(256, bool)
     for phrase in phrases:
         first[[phrase[0], ord(chr(phrase[0]).upper())]] = True
-    starts, flat, room = (
-        np.cumsum([0] + [len(p) for p in phrases]),
-        np.frombuffer(b''.join(phrases), np.uint8),
-        1024,
-    )
+    starts = np.cumsum([0] + [len(phrase) for phrase in phrases])
+    flat, room = np.frombuffer(b''.join(phrases), np.uint8), 1024
     while True:
         places, which = np.empty(room, np.int64), np.empty(room, np.int64)
         k = compiled(_phrases)(data, flat, starts, first, places, which)
@@ -590,20 +563,23 @@ def line_table(data, ends) -> tuple:
     import numpy as np
 
     if not compiled(_lines):
-        told = [
-            (d, a + ends[d], b + ends[d], *facts)
-            for d, text in enumerate(each(data, ends))
-            for (a, b), facts in zip(line_spans(text), line_facts(text.decode()))
-        ]
-        table = np.array(told, np.int64).reshape(-1, 9)
-        return table[:, 0], table[:, 1], table[:, 2], table[:, 3:]
-    _, spans, line_ends, facts = found_lines(data, ends)
+        return plain_line_table(data, ends)
+    _, spans, line_ends, facts = line_arrays(data, ends)
     there = facts[:, 0] > 0
     facts, last = facts[there].astype(np.int64), facts[there, 6]
     facts[:, 4] = np.isin(last, [ord(c) for c in '.?!"\''])
-    return (
-        np.repeat(np.arange(len(ends) - 1), np.diff(line_ends))[there],
-        spans[there, 0],
-        spans[there, 1],
-        facts[:, :6],
-    )
+    texts = np.repeat(np.arange(len(ends) - 1), np.diff(line_ends))[there]
+    return texts, spans[there, 0], spans[there, 1], facts[:, :6]
+
+
+def plain_line_table(data, ends) -> tuple:
+    "`line_table` in plain Python."
+    import numpy as np
+
+    rows = [
+        (d, a + ends[d], b + ends[d], *facts)
+        for d, text in enumerate(each(data, ends))
+        for (a, b), facts in zip(line_spans(text), line_facts(text.decode()))
+    ]
+    table = np.array(rows, np.int64).reshape(-1, 9)
+    return table[:, 0], table[:, 1], table[:, 2], table[:, 3:]
