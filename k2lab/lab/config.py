@@ -153,7 +153,8 @@ def _one(value, kind):
     read = yaml_value(value)
     if kind in (bool, dict) and isinstance(read, kind):
         return read
-    if kind in (int, float) and type(read) in (int, float) and kind(read) == read:
+    number = isinstance(read, (int, float)) and not isinstance(read, bool)
+    if number and kind in (int, float) and kind(read) == read:
         return kind(read)
     if kind in (list, tuple) and isinstance(read, (list, tuple)):
         return kind(read)
