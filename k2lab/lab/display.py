@@ -70,7 +70,7 @@ class Picture:
 # %% ../../nbs/lab/02_display.ipynb #658abffb
 GREY = '#808080'  # legible on white and on black
 COLOURED = ('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color')
-PLOT_STYLE = {
+PLOT_STYLE: dict = {
     'svg.hashsalt': 'k2lab',  # the same ids, and so the same bytes, in every process
     'svg.fonttype': 'none',
     'font.size': 9,

@@ -361,7 +361,8 @@ def follow(process, seconds: float, most: int, work: str, disk: int) -> Outcome:
                 trouble = 'output'
             elif now > deadline:
                 trouble = 'timeout'
-    return Outcome(*(bytes(text[:most]) for text in texts.values()), trouble)
+    out, err = (bytes(text[:most]) for text in texts.values())
+    return Outcome(out, err, trouble)
 
 
 def status_of(code: int, trouble: str) -> str:
