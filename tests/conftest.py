@@ -1,4 +1,6 @@
-"""A toy lab in a temporary folder: settings, names and stages of a few lines, so that the machinery is tested apart from this repository's own stages."""
+"""A toy lab in a temporary folder, with settings, names and stages of a few lines.
+
+The machinery is tested on it, apart from this repository's own stages."""
 
 import json
 import os
@@ -52,12 +54,13 @@ class Config:
     how: str = 'well'         # what goes wrong
     trainer: dict = field(default_factory=dict)   # options that are not ours
 def train(job):
-    import os; os.write(1, f"rank {os.environ.get('RANK', '0')}\\n".encode())      # in one piece: the processes share log.txt
+    import os; os.write(1, f"rank {os.environ.get('RANK', '0')}\\n".encode())   # one write: the log is shared
     value = int(job.find(job.cfg.init_from).read_text())
     if job.cfg.how == 'raise': raise ValueError('the loss is not a number')
     if job.cfg.how == 'sleep': job.log(step=0, steps=job.cfg.steps); import time; time.sleep(60)
     if job.cfg.how == 'die': import os; os.kill(os.getpid(), 9)
-    for step in range(1, job.cfg.steps + 1): job.log(step=step, steps=job.cfg.steps, loss=1/(value + step), tokens_s=100., eta_s=0)
+    for step in range(1, job.cfg.steps + 1):
+        job.log(step=step, steps=job.cfg.steps, loss=1/(value + step), tokens_s=100., eta_s=0)
     job.measure('value', before=value, after=value + step, n=1)
     job.check('counted up', job.cfg.how != 'fail', 'as told')
     with job.publishing(job.cfg.saves, '.txt') as path:

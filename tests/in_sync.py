@@ -1,4 +1,6 @@
-"""Fail when the package is not what the notebooks export, or when a notebook is not clean. Tracked or not, dirty or not: only what the tools change counts."""
+"""Fail if the package is not what the notebooks export, or if a notebook is not clean.
+
+Tracked or not, dirty or not: only what the tools change counts."""
 
 import re
 import subprocess

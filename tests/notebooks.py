@@ -1,10 +1,11 @@
-"""Execute notebooks as a reader would, top to bottom, and compare what their cells show with what is stored in them.
+"""Execute notebooks from top to bottom and compare what their cells show with the stored outputs.
 
-    python tests/notebooks.py [NOTEBOOK ...]            fail where a cell raises, writes to stderr or shows something else
+    python tests/notebooks.py [NOTEBOOK ...]            fail if a cell raises, writes to stderr or shows something else
     python tests/notebooks.py --write [NOTEBOOK ...]    store what the cells show
 
-Stored are the outputs of library notebooks, of guides and of the lesson half of stages. The run half of a stage is executed too; its outputs depend on
-the machine and are not stored. A cell tagged `varies` is executed and its output neither stored nor compared.
+The outputs of library notebooks, of guides and of the lesson half of stages are stored. The run half of
+a stage is executed too; its outputs depend on the machine and are not stored. A cell tagged `varies` is
+executed, but its output is neither stored nor compared.
 """
 
 import argparse

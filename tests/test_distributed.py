@@ -1,5 +1,9 @@
-"""Several training processes: ZeRO-2, ZeRO-3, FSDP2 and plain data parallelism, two CPU ranks each with gloo, on the small K2-shaped mixture.
-Each trains, saves whole tensors that one process opens, has the loss curve of one process with the same global batch, and goes on after a kill as if there had been none. `make test` does ZeRO-3 and FSDP2; `make test-faults` all of it."""
+"""Several training processes: ZeRO-2, ZeRO-3, FSDP2 and plain data parallelism.
+
+Each has two CPU ranks with gloo and trains the small K2-shaped mixture.
+Each saves whole tensors that one process opens, has the loss curve of one process with the same
+global batch, and resumes after a kill as if there had been none.
+`make test` runs ZeRO-3 and FSDP2, `make test-faults` all of them."""
 
 import os
 import shutil
@@ -31,7 +35,7 @@ TOLD = [
     'trainer.learning_rate=3e-3',
 ]
 LORA = 'load={lora_rank: 4, adapt: [attention, shared, dense, routed]}'
-# accelerate runs FSDP as plain data parallelism on a CPU, without a word; relabelled like this it is real (for tests only)
+# On a CPU, accelerate silently runs FSDP as plain data parallelism; relabelled it is real (tests only)
 SHIM = '''
 import os
 if os.environ.get('ACCELERATE_USE_FSDP'):
@@ -39,7 +43,8 @@ if os.environ.get('ACCELERATE_USE_FSDP'):
     real = s.PartialState.__init__
     def init(self, *a, **k):
         real(self, *a, **k)
-        if self.distributed_type == s.DistributedType.MULTI_CPU: self._shared_state['distributed_type'] = s.DistributedType.MULTI_XPU
+        if self.distributed_type == s.DistributedType.MULTI_CPU:
+            self._shared_state['distributed_type'] = s.DistributedType.MULTI_XPU
     s.PartialState.__init__ = init
 '''
 
@@ -159,10 +164,25 @@ def test_two_processes_train_what_one_trains(way, home, alone):
     )
     moved = sum(float((end[n] - start[n]).norm() ** 2) for n in end) ** 0.5
     apart = sum(float((end[n] - got[n]).norm() ** 2) for n in end) ** 0.5
+    differ = max(abs(x / y - 1) for x, y in zip(curve(one), curve(two)))
     print(
-        f'\n{way}: two processes end {apart / moved:.1e} of the way away from where one does; losses differ by at most {max(abs(x / y - 1) for x, y in zip(curve(one), curve(two))):.1e}'
+        f'\n{way}: two processes end {apart / moved:.1e} of the way away from where one does; '
+        f'losses differ by at most {differ:.1e}'
     )
     assert apart < 0.01 * moved
+
+
+def command_line(process: psutil.Process) -> str:
+    "The words of a process's command line, or an empty string for one that has ended."
+    try:
+        return ' '.join(process.cmdline())
+    except psutil.Error:
+        return ''
+
+
+def is_worker(line: str) -> bool:
+    "Whether a command line is that of a training process, not of its launcher."
+    return 'k2lab work' in line and 'accelerate' not in line
 
 
 def killed(home: Path, campaign: str, *words) -> Path:
@@ -173,11 +193,8 @@ def killed(home: Path, campaign: str, *words) -> Path:
         (home / 'runs' / campaign).glob('*/trainer/train/checkpoint-4/MANIFEST.json')
     ):
         time.sleep(0.02)
-    workers = [
-        c
-        for c in psutil.Process(proc.pid).children(recursive=True)
-        if 'k2lab work' in ' '.join(c.cmdline()) and 'accelerate' not in ' '.join(c.cmdline())
-    ]
+    children = psutil.Process(proc.pid).children(recursive=True)
+    workers = [c for c in children if is_worker(command_line(c))]
     os.kill(workers[-1].pid, signal.SIGKILL)
     proc.wait(60)
     return next((home / 'runs' / campaign).iterdir())

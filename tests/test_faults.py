@@ -1,7 +1,11 @@
-"""kill -9 at seeded moments of a run: never a false `complete`, never an unreadable record, nothing left alive, and a resume that ends where the uninterrupted run does.
+"""kill -9 at seeded moments of a run.
+
+No false `complete`, no unreadable record, no process left alive, and a resume that ends where the
+uninterrupted run does.
 
 `make test` does the quick part; `make test-faults` all of it (K2LAB_FAULTS=full)."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -123,7 +127,7 @@ def reached(folder: Path, phase: str) -> bool:
 
 
 def victim_of(proc, folder: Path, victim: str):
-    "The pid to kill: the runner, its kernel, or one of the kernel's training processes (the kernel itself where it trains)."
+    "The pid to kill: the runner, its kernel, or a training process (the kernel itself where it trains)."
     if victim == 'runner':
         return proc.pid
     children = psutil.Process(proc.pid).children(recursive=True)
@@ -135,7 +139,9 @@ def victim_of(proc, folder: Path, victim: str):
 
 
 def kill_once(runs: Path, words: list, phase: str, victim: str, delay: float) -> dict:
-    "Start a run in the campaign folder `runs`, kill the victim some time into a phase, look at what is left, resume; `{what was found: number}`."
+    """Start a run in the campaign folder `runs`, kill the victim some time into a phase, and resume.
+
+    Returns `{what was left behind: number}`."""
     tag = f'{runs}'
     proc = start_run([*words, '--campaign', runs.name], tag)
     folder, pid, end = None, None, time.monotonic() + 90
@@ -258,7 +264,7 @@ def test_killed_runs_of_real_training(tmp_path, monkeypatch):
     check(kill_many(tmp_path, words, 36 if FULL else 3, 7), want, 'real training')
 
 
-# ---- two runs, one folder ----------------------------------------------------------------------------------------------------
+# ---- two runs, one folder ------------------------------------------------------------------------
 
 
 def race(folders: list, barrier, won):
@@ -270,7 +276,7 @@ def race(folders: list, barrier, won):
         except LabError:
             continue
         won[i] += 1
-        kept = job  # and with it the lock, until the next round
+        _kept = job  # holds the lock until the next round
 
 
 def test_of_two_processes_one_gets_the_folder(lab):
@@ -287,7 +293,7 @@ def test_of_two_processes_one_gets_the_folder(lab):
     assert list(won) == [1] * n
 
 
-# ---- the disk is full --------------------------------------------------------------------------------------------------------
+# ---- the disk is full ----------------------------------------------------------------------------
 
 WRITER = STAGE.replace('STAGE', '').replace(
     "    job.measure('value'",
@@ -312,7 +318,7 @@ def test_a_full_disk_loses_nothing_that_was_published(lab):
     rng, n = random.Random(3), 20 if FULL else 4
     good = 0
     for i, limit in enumerate(rng.sample(range(70, 600), n)):
-        cap = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit * 1024, limit * 1024))
+        cap = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit * 1024,) * 2)
         code = subprocess.run(
             [sys.executable, '-m', 'k2lab', 'train_toy', '--campaign', f'd{i}'],
             capture_output=True,
@@ -332,7 +338,7 @@ def test_a_full_disk_loses_nothing_that_was_published(lab):
     assert good == n
 
 
-# ---- secrets -----------------------------------------------------------------------------------------------------------------
+# ---- secrets -------------------------------------------------------------------------------------
 
 LEAK = STAGE.replace(
     '    time.sleep(.1)\n    place',
@@ -362,7 +368,8 @@ def test_twelve_planted_secrets_reach_no_file(lab, monkeypatch):
         cells=[*CELLS, "raise ValueError('bad key " + looks[0] + "')"],
         module=LEAK.replace(
             "    accelerate: str = 'cpu'",
-            "    api_key: str = ''   # a secret\n    trainer: dict = field(default_factory=dict)   # TRL's\n    accelerate: str = 'cpu'",
+            "    api_key: str = ''   # a secret\n"
+            "    trainer: dict = field(default_factory=dict)   # TRL's\n    accelerate: str = 'cpu'",
         ),
     )
     lab.write(
@@ -396,7 +403,7 @@ def test_twelve_planted_secrets_reach_no_file(lab, monkeypatch):
     assert '***' in (folder / 'log.txt').read_text()
 
 
-# ---- done again --------------------------------------------------------------------------------------------------------------
+# ---- done again ----------------------------------------------------------------------------------
 
 CHANGES = (
     [('parameter', f'steps={n}') for n in (4, 5, 7, 8, 9)]
@@ -448,11 +455,7 @@ def test_the_first_input_that_differs_is_named(lab, monkeypatch):
     lab.stage(20, 'train_toy', 'saves: k2_toy\n', cells=CELLS, module=STAGE)
     env = (lab.root / 'configs/env.yaml').read_text()
     original = execute('train_toy', campaign='first')
-    rng, right, chosen = (
-        random.Random(5),
-        0,
-        CHANGES if FULL else random.Random(5).sample(CHANGES, 5),
-    )
+    right, chosen = 0, CHANGES if FULL else random.Random(5).sample(CHANGES, 5)
     for kind, what in chosen:
         with monkeypatch.context() as patch:
             right += first_difference(lab, patch, kind, what, original) == kind

@@ -1,4 +1,4 @@
-"""The shape of the repository: one name in five places, floors that are kept, functions that stay small, imports that cost nothing."""
+"""The shape of the repository: one name in five places, small functions, cheap imports, minimum shares."""
 
 import ast
 import configparser

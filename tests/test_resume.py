@@ -1,4 +1,4 @@
-"""A training that is killed and goes on ends bit for bit where the uninterrupted one does: losses, weights, order of batches."""
+"""A training that is killed and resumed equals the uninterrupted one: same losses, weights, batch order."""
 
 import hashlib
 import json
@@ -242,7 +242,7 @@ def test_there_are_25_cases():
     assert len(CASES) >= 25
 
 
-# ---- damaged checkpoints -----------------------------------------------------------------------------------------------------
+# ---- damaged checkpoints -------------------------------------------------------------------------
 
 FILES = (
     'model.safetensors',

@@ -1,4 +1,4 @@
-"""Runs that tell the truth: what is refused before a kernel starts, what makes a run complete, and what a crash leaves."""
+"""Honest run records: what is refused before a kernel starts, what makes a run complete, what a crash leaves."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def wait_for(found, seconds: float = 60):
     raise AssertionError('nothing came')
 
 
-# ---- refused before anything starts ------------------------------------------------------------------------------------------
+# ---- refused before anything starts --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,8 @@ def wait_for(found, seconds: float = 60):
     [
         (
             ['train_toi'],
-            "unknown command 'train_toi' (did you mean 'train_toy'?); valid: pipeline, runs, show, watch, resume, reproduce, diff, convert, work, train_toy",
+            "unknown command 'train_toi' (did you mean 'train_toy'?); valid: "
+            'pipeline, runs, show, watch, resume, reproduce, diff, convert, work, train_toy',
         ),
         (
             ['train_toy', '--scale', 'nan'],
@@ -131,7 +132,7 @@ def test_a_parameter_the_notebook_lacks_is_refused(lab):
     assert not lab.runs.exists()
 
 
-# ---- complete on evidence ----------------------------------------------------------------------------------------------------
+# ---- complete on evidence ------------------------------------------------------------------------
 
 
 def test_a_complete_run(lab):
@@ -276,7 +277,7 @@ def test_a_run_whose_process_is_gone_shows_as_interrupted(lab):
     )  # reading never writes
 
 
-# ---- folders and files -------------------------------------------------------------------------------------------------------
+# ---- folders and files ---------------------------------------------------------------------------
 
 
 def test_no_two_runs_share_a_folder_or_a_number(lab):
@@ -314,7 +315,8 @@ def test_a_folder_is_never_used_twice(lab):
 def test_a_crash_while_publishing_leaves_nothing_that_looks_complete(lab):
     script = (
         "import os\nfrom k2lab.lab.job import start\njob = start('train_toy')\n"
-        "with job.publishing('k2_toy') as path:\n    path.mkdir(); (path/'model.safetensors').write_text('half'); os.kill(os.getpid(), 9)"
+        "with job.publishing('k2_toy') as path:\n    path.mkdir(); "
+        "(path/'model.safetensors').write_text('half'); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, '-c', script]).returncode == -9
     r = runs()[0]
@@ -335,7 +337,7 @@ def test_side_files_travel_with_what_is_published(lab):
         pass
 
 
-# ---- names and lineage -------------------------------------------------------------------------------------------------------
+# ---- names and lineage ---------------------------------------------------------------------------
 
 
 def test_parents_are_the_newest_complete_runs_of_the_campaign(lab):
@@ -398,7 +400,7 @@ def test_several_processes_share_one_run(lab):
     assert 'there are: cpu' in wrong['reason']
 
 
-# ---- no secrets --------------------------------------------------------------------------------------------------------------
+# ---- no secrets ----------------------------------------------------------------------------------
 
 
 def test_no_secret_reaches_a_record(lab):
@@ -431,7 +433,7 @@ def test_which_keys_are_secret(key, hidden):
     assert (mask({key: 'value'})[key] == '***') is hidden
 
 
-# ---- the pipeline ------------------------------------------------------------------------------------------------------------
+# ---- the pipeline --------------------------------------------------------------------------------
 
 
 def test_a_pipeline_runs_in_order_and_skips_what_is_done(lab):

@@ -1,4 +1,6 @@
-"""Runs on a Slurm cluster: what is asked of the scheduler, and a cluster on this machine's loopback that runs, requeues and spreads them for real."""
+"""Runs on a Slurm cluster: the requests to the scheduler, and a real cluster on this machine's loopback.
+
+That cluster runs, requeues and spreads the jobs."""
 
 import os
 import shutil
@@ -210,7 +212,7 @@ def log(folder: Path) -> str:
     return '\n'.join(p.read_text() for p in [*folder.glob('slurm/*.out'), *folder.glob('log.txt')])
 
 
-# ---- what is asked ---------------------------------------------------------------------------------------------------------
+# ---- what is asked -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,8 @@ def log(folder: Path) -> str:
     [
         (
             'partitoin: gpu',
-            "slurm.yaml:4: unknown key 'partitoin' (did you mean 'partition'?); valid: partition, account, nodes, gpus_per_node, cpus_per_task",
+            "slurm.yaml:4: unknown key 'partitoin' (did you mean 'partition'?); valid: "
+            'partition, account, nodes, gpus_per_node, cpus_per_task',
         ),
         ('nodes: many', "slurm.yaml:4: nodes must be int, not 'many'"),
         (
@@ -316,7 +319,8 @@ def test_one_node_is_left_alone_and_several_get_srun():
         '--kill-on-bad-exit=1',
         'sh',
         '-c',
-        'exec python -m accelerate.commands.launch --machine_rank $SLURM_NODEID --num_machines 2 --main_process_ip n1 --main_process_port 20012 '
+        'exec python -m accelerate.commands.launch --machine_rank $SLURM_NODEID --num_machines 2 '
+        '--main_process_ip n1 --main_process_port 20012 '
         "--config_file 'a b.yaml' --num_processes 16 -m k2lab work runs/c/1",
     ]
     with pytest.raises(LabError, match='processes: 16 cannot be spread over nodes: 3'):
@@ -326,7 +330,7 @@ def test_one_node_is_left_alone_and_several_get_srun():
         across_nodes(command, job)
 
 
-# ---- on a cluster ----------------------------------------------------------------------------------------------------------
+# ---- on a cluster --------------------------------------------------------------------------------
 
 
 def test_a_run_waits_completes_and_keeps_no_secret(slurm, lab, asked, monkeypatch):

@@ -70,19 +70,19 @@ def sha256(path: Path) -> str:
 # %% ../../nbs/lab/01_files.ipynb #d6781828
 def inventory(paths) -> dict:
     "`{relative name: {'bytes', 'sha256'}}` of files and of everything in folders, by name."
-    found = {}
+    listed = {}
     for path in paths:
         for p in sorted(path.rglob('*')) if path.is_dir() else [path]:
             if p.is_file():
-                found[str(p.relative_to(path.parent))] = {
-                    'bytes': p.stat().st_size,
-                    'sha256': sha256(p),
-                }
-    return found
+                entry = {'bytes': p.stat().st_size, 'sha256': sha256(p)}
+                listed[str(p.relative_to(path.parent))] = entry
+    return listed
 
 # %% ../../nbs/lab/01_files.ipynb #5c97cca8
 def check_published(folder: Path, name: str, deep: bool = False) -> str:
-    "What is wrong with the published `name` in a run folder, or an empty string; `deep` compares the hashes as well as the sizes."
+    """What is wrong with the published `name` in a run folder, or an empty string.
+
+    Sizes are compared, with `deep` the hashes as well."""
     manifest = folder / f'{name}.MANIFEST.json'
     if not manifest.exists():
         return f'{name} has no manifest'

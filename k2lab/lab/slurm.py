@@ -1,4 +1,7 @@
-"""A run on a Slurm cluster: its folder is submitted through submitit, and a job that was preempted or ran out of time goes on in the same folder."""
+"""Runs on a Slurm cluster, submitted through submitit.
+
+A job that was preempted or ran out of time continues in the same folder.
+"""
 
 import contextlib, dataclasses, io, os, re, shlex, shutil, signal, subprocess, sys
 from dataclasses import dataclass, field
@@ -27,32 +30,36 @@ class Cluster:
     extra: dict = field(default_factory=dict)  # further sbatch parameters by their long names
 
 
-# ---- submitting -----------------------------------------------------------------------------------------------------------
+# ---- submitting ----------------------------------------------------------------------------------
 
 
 def cluster() -> Cluster:
-    "The lab's configs/slurm.yaml; `LabError` for a mistake in it, or on a machine that cannot submit."
+    "The lab's configs/slurm.yaml; `LabError` if it has a mistake, or if this machine cannot submit."
     path = lab_path('configs') / 'slurm.yaml'
-    told = fill(Cluster, [(path, read_yaml(path))])
+    config = fill(Cluster, [(path, read_yaml(path))])
     if not shutil.which('sbatch'):
         raise LabError('no sbatch on this machine: submit from a login node of the cluster')
-    return told
+    return config
 
 
 def check_spread(processes: int, nodes: int):
     "`LabError` unless every node gets the same number of processes."
     if processes % nodes:
         raise LabError(
-            f'processes: {processes} cannot be spread over nodes: {nodes} (configs/slurm.yaml); take a multiple of {nodes}'
+            f'processes: {processes} cannot be spread over nodes: {nodes} (configs/slurm.yaml); '
+            f'take a multiple of {nodes}'
         )
 
 
 def submit_stage(
-    stage: str, scale: str = None, campaign: str = None, changes: dict = None
-) -> tuple:
-    "Prepare a run of a stage and submit it: `(its folder, the Slurm job's id)`; a refusal leaves no folder."
-    told = resolve(stage_module(stage).Config, stage, scale or setting('lab', 'scale'), changes)
-    check_spread(dataclasses.asdict(told).get('processes', 1), cluster().nodes)
+    stage: str,
+    scale: str | None = None,
+    campaign: str | None = None,
+    changes: dict | None = None,
+) -> tuple[Path, str]:
+    "Prepare a run of a stage and submit it: its folder and the Slurm job's id; a refusal leaves no folder."
+    config = resolve(stage_module(stage).Config, stage, scale or setting('lab', 'scale'), changes)
+    check_spread(dataclasses.asdict(config).get('processes', 1), cluster().nodes)
     folder = prepare(stage, scale, campaign, changes).folder
     try:
         return folder, submit(folder)
@@ -61,45 +68,54 @@ def submit_stage(
         raise
 
 
+def check_free(folder: Path, status: str):
+    "`LabError` if the run is in the queue, running or complete."
+    busy = waiting(folder)
+    if busy:
+        raise LabError(f'{folder}: {busy} already')
+    if status in ('running', 'complete'):
+        raise LabError(f'{folder}: {status}; nothing to submit')
+
+
 def submit(folder: Path) -> str:
-    "The id of the Slurm job that will run a prepared folder, or continue an interrupted or failed one; submitit's files are in `slurm/`."
+    """Submit a prepared folder, or an interrupted or failed one to be continued; the Slurm job's id.
+
+    submitit's files are in `slurm/` of the folder."""
+    asked, job = cluster(), open_job(folder)
+    check_free(folder, job.record['status'])
+    check_spread(dataclasses.asdict(job.cfg).get('processes', 1), asked.nodes)
+    # written now: once submitted, the job can start and write the record itself
+    job.record['slurm'] = dataclasses.asdict(asked)
+    job.write()
+    return send(job.folder, asked, job.stage)
+
+
+def send(folder: Path, asked: Cluster, stage: str) -> str:
+    "Hand the work to submitit; the Slurm job's id. `LabError` if sbatch refuses it."
     import submitit
     from submitit.core.utils import FailedJobError
 
-    asked, job, busy = cluster(), open_job(folder), waiting(folder)
-    if busy:
-        raise LabError(f'{folder}: {busy} already')
-    if job.record['status'] in ('running', 'complete'):
-        raise LabError(f"{folder}: {job.record['status']}; nothing to submit")
-    check_spread(dataclasses.asdict(job.cfg).get('processes', 1), asked.nodes)
-    job.record['slurm'] = dataclasses.asdict(
-        asked
-    )  # before the job can start and write the record itself
-    job.write()
     # `exec`: the batch shell becomes Python, and gets the signals that Slurm sends to the batch shell
+    python = f'exec {shlex.quote(sys.executable)}'
     executor = submitit.SlurmExecutor(
-        job.folder / 'slurm',
-        max_num_timeout=asked.timeouts,
-        python=f'exec {shlex.quote(sys.executable)}',
+        folder / 'slurm', max_num_timeout=asked.timeouts, python=python
     )
-    executor.update_parameters(**sbatch_parameters(asked, job.stage))
+    executor.update_parameters(**sbatch_parameters(asked, stage))
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            return executor.submit(Resume(job.folder)).job_id
+            return executor.submit(Resume(folder)).job_id
     except FailedJobError as e:
         raise LabError(f"{lab_path('configs') / 'slurm.yaml'}: {sbatch_error(e)}") from None
 
 
 def sbatch_error(error: Exception) -> str:
-    "What sbatch said, in one line."
-    return (
-        '; '.join(line.removeprefix('sbatch: error: ') for line in str(error).splitlines() if line)
-        or 'sbatch refused the job'
-    )
+    "The message of sbatch in one line."
+    lines = [line.removeprefix('sbatch: error: ') for line in str(error).splitlines() if line]
+    return '; '.join(lines) or 'sbatch refused the job'
 
 
 def sbatch_parameters(asked: Cluster, name: str) -> dict:
-    "What submitit's SlurmExecutor is told; the job runs once, on the first node, and spreads itself from there."
+    "Parameters for submitit's SlurmExecutor: the job runs once, on the first node, and spreads from there."
     from submitit.slurm.slurm import SlurmJobEnvironment
 
     own = {
@@ -124,42 +140,45 @@ def sbatch_parameters(asked: Cluster, name: str) -> dict:
     }
 
 
-# ---- on the node ----------------------------------------------------------------------------------------------------------
+# ---- on the node ---------------------------------------------------------------------------------
 
 
 class Resume:
-    "The work of a job: `k2lab resume FOLDER`, the same at the first start and at every later one. It is pickled, so it holds a path and nothing else."
+    """The work of a job: `k2lab resume FOLDER`, at the first start and at every later one.
 
-    def __init__(self, folder: Path):
-        self.folder, self.child = str(folder), None
+    It is pickled, so it holds a path and nothing else."""
+
+    def __init__(self, folder: Path | str):
+        self.folder = str(folder)
+        self.child: subprocess.Popen | None = None
 
     def __call__(self):
         "Run the folder and exit with the command's code, which makes the job COMPLETED or FAILED."
-        if read_run(self.folder)['status'] == 'complete':
+        if read_run(Path(self.folder))['status'] == 'complete':
             return  # the node was lost after the run had ended
-        self.child = subprocess.Popen([sys.executable, '-m', 'k2lab', 'resume', self.folder])
-        signal.signal(
-            signal.SIGTERM, lambda *_: self.child.terminate()
-        )  # many clusters signal only the job's first process
-        code = self.child.wait()
+        child = subprocess.Popen([sys.executable, '-m', 'k2lab', 'resume', self.folder])
+        self.child = child
+        # many clusters signal only the job's first process
+        signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        code = child.wait()
         if code:
             sys.exit(code)
 
     def checkpoint(self):
-        "What to submit again; called by submitit before the time limit or at a preemption. Returns once the run has ended and said so in its record."
+        """The work to submit again; submitit calls this before the time limit or at a preemption.
+
+        It returns once the run has ended and its record says so."""
         from submitit.helpers import DelayedSubmission
 
         if self.child:
             self.child.terminate()
-            with contextlib.suppress(ChildProcessError):
-                os.waitid(
-                    os.P_PID, self.child.pid, os.WEXITED | os.WNOWAIT
-                )  # `wait` in `__call__` has its lock
+            with contextlib.suppress(ChildProcessError):  # not `wait`: `__call__` holds its lock
+                os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(Resume(self.folder))
 
 
 def across_nodes(command: list, environ: dict) -> list:
-    "The `accelerate launch` command as it is; in a Slurm job of several nodes, the `srun` command that starts it once on each."
+    "An `accelerate launch` command; in a Slurm job of several nodes, the `srun` that starts it on each."
     nodes = int(environ.get('SLURM_JOB_NUM_NODES', 1))
     if nodes == 1:
         return command
@@ -168,52 +187,34 @@ def across_nodes(command: list, environ: dict) -> list:
         raise LabError(
             f'a Slurm job of {nodes} nodes, and this is none of them: submit with --on slurm'
         )
-    at, port = (
-        command.index('accelerate.commands.launch') + 1,
-        20000 + int(environ['SLURM_JOB_ID']) % 10000,
-    )  # below the ports that systems hand out
-    machines = [
-        '--num_machines',
-        str(nodes),
-        '--main_process_ip',
-        environ['SLURMD_NODENAME'],
-        '--main_process_port',
-        str(port),
-    ]
-    # srun does not take over --cpus-per-task by itself since Slurm 22.05; the rank is each node's own, so a shell there fills it in
-    cores = (
-        [f"--cpus-per-task={environ['SLURM_CPUS_PER_TASK']}"]
-        if 'SLURM_CPUS_PER_TASK' in environ
-        else []
-    )
-    return [
-        'srun',
-        f'--nodes={nodes}',
-        f'--ntasks={nodes}',
-        '--ntasks-per-node=1',
-        *cores,
-        '--kill-on-bad-exit=1',
-        'sh',
-        '-c',
-        f"exec {shlex.join(command[:at])} --machine_rank $SLURM_NODEID {shlex.join(machines + command[at:])}",
-    ]
+    srun = ['srun', f'--nodes={nodes}', f'--ntasks={nodes}', '--ntasks-per-node=1']
+    if 'SLURM_CPUS_PER_TASK' in environ:  # since Slurm 22.05 srun does not inherit --cpus-per-task
+        srun.append(f"--cpus-per-task={environ['SLURM_CPUS_PER_TASK']}")
+    return [*srun, '--kill-on-bad-exit=1', 'sh', '-c', on_each_node(command, environ, nodes)]
 
 
-# ---- the queue ------------------------------------------------------------------------------------------------------------
+def on_each_node(command: list, environ: dict, nodes: int) -> str:
+    "The shell line of every node: the command with the shared address, and the node's own rank."
+    at = command.index('accelerate.commands.launch') + 1
+    port = 20000 + int(environ['SLURM_JOB_ID']) % 10000  # below the range of ephemeral ports
+    machines = ['--num_machines', str(nodes)]
+    machines += ['--main_process_ip', environ['SLURMD_NODENAME'], '--main_process_port', str(port)]
+    arguments = shlex.join(machines + command[at:])
+    return f'exec {shlex.join(command[:at])} --machine_rank $SLURM_NODEID {arguments}'
+
+
+# ---- the queue -----------------------------------------------------------------------------------
 
 
 def job_of(folder: Path) -> str:
     "The id of the last Slurm job that was submitted for a run folder, or an empty string."
-    ids = [
-        m[1]
-        for p in Path(folder).glob('slurm/*_submission.sh')
-        if (m := re.fullmatch(r'(\d+)_submission\.sh', p.name))
-    ]
-    return max(ids, key=int, default='')
+    names = (p.name for p in Path(folder).glob('slurm/*_submission.sh'))
+    matches = [re.fullmatch(r'(\d+)_submission\.sh', name) for name in names]
+    return max((m[1] for m in matches if m), key=int, default='')
 
 
 def state(job_id: str) -> str:
-    "What squeue says of a job: `pending`, `running`, `completing` ..., or an empty string when it is gone."
+    "A job's state in squeue: `pending`, `running`, `completing` ..., or an empty string if it is gone."
     if not shutil.which('squeue'):
         raise LabError('no squeue on this machine: ask on a login node of the cluster')
     done = subprocess.run(
