@@ -171,7 +171,7 @@ class Job(Evidence):
         self.add_line('samples.jsonl', kv)
 
     def measure(self, measure: str, before=None, after=None, low=None, high=None, n=None, **more):
-        "Record a result: before, after, its interval, the item count, and `more` (baseline, few_shot, control, unit, note)."
+        "Record a result: before, after, its interval, item count and `more` (baseline, control, unit, note ...)."
         row = {
             'stage': self.stage,
             'measure': measure,
@@ -259,7 +259,7 @@ def prepare(
     "Resolve the configuration and create a run folder: stage.yaml, env.yaml and a record with the status `prepared`."
     Config = stage_module(stage).Config
     scale = one_of('scale', scale or setting('lab', 'scale'), SCALES)
-    cfg, env = resolve(Config, stage, scale, changes), load_env(scale)
+    cfg, env = resolve(Config, stage, scale, changes or {}), load_env(scale)
     folder = root() / run if run else new_folder(stage, check_campaign(campaign or 'scratch'))
     if run:
         try:
