@@ -41,12 +41,12 @@ def launch_command(job: Job) -> list:
             'work',
             str(job.folder),
         ],
-        os.environ,
+        dict(os.environ),
     )
 
 # %% ../../nbs/lab/10_launch.ipynb #e2e107c1
 def run_group(command: list, log: Path) -> int:
-    "The exit code of a command in a process group of its own, its output in `log`; when we are stopped, so is the group."
+    "Run a command in its own process group, with its output in `log`; return its exit code, and stop it if we stop."
     with open(log, 'a') as out:
         proc = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, cwd=root(), start_new_session=True
@@ -69,7 +69,7 @@ def work_in_processes(job: Job):
 
 
 def launch(work, job: Job):
-    "Do the stage's work: `work(job)` here, or by `cfg.processes` processes of `accelerate launch`, whose output goes to log.txt."
+    "Run `work(job)` here, or in `cfg.processes` processes of `accelerate launch` with their output in log.txt."
     began = time.monotonic()
     with live_progress(
         job.folder / 'metrics.jsonl', job.stage, watched=not job.record['by_runner']

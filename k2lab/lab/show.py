@@ -13,7 +13,7 @@ from .display import Html, Picture, Table, draw, short
 from .files import as_json, mask, read_lines, write_text
 
 # %% ../../nbs/lab/08_show.ipynb #a8abd357
-def rows_shown(folder: Path, n: int):
+def rows_shown(folder: Path, n: int) -> Table | Html:
     "The first `n` examples that `show_rows` kept in a run folder, as a table or as HTML."
     path = folder / 'rows.json'
     kept = json.loads(path.read_text(encoding='utf-8'))[:n] if path.exists() else []
@@ -25,16 +25,16 @@ def rows_shown(folder: Path, n: int):
 
 # %% ../../nbs/lab/08_show.ipynb #92372f3d
 def samples_shown(folder: Path, n: int) -> Table:
-    "What the model said to the first `n` prompts of samples.jsonl, before and after training."
-    said = {}
+    "The model's answers to the first `n` prompts of samples.jsonl, before and after training."
+    answers = {}
     for s in read_lines(folder / 'samples.jsonl'):
-        said.setdefault(s['prompt'], {'family': s.get('family', '')})[s['when']] = s
+        answers.setdefault(s['prompt'], {'family': s.get('family', '')})[s['when']] = s
     show = lambda s: (
         f"{'✓ ' if s.get('ok') else '✗ ' if 'ok' in s else ''}{s['text']}" if s else '-'
     )
     return Table(
         ['prompt', 'before', 'after'],
-        [[p, show(v.get('before')), show(v.get('after'))] for p, v in list(said.items())[:n]],
+        [[p, show(v.get('before')), show(v.get('after'))] for p, v in list(answers.items())[:n]],
     )
 
 # %% ../../nbs/lab/08_show.ipynb #705f7126
@@ -79,7 +79,7 @@ def curve_shown(lines: list, keys: tuple) -> Picture:
 
 # %% ../../nbs/lab/08_show.ipynb #e3fb876e
 class Evidence:
-    "What a run shows of itself, read from its `folder` and its `record`; `first` is false in all but one of several processes."
+    "The tables and curves of a run, read from `folder` and `record`; only the `first` of several processes writes."
 
     def __init__(self, folder: Path, record: dict, first: bool = True):
         self.folder, self.record, self.first = Path(folder), record, first
@@ -89,12 +89,12 @@ class Evidence:
         if self.first:
             write_text(self.folder / 'rows.json', as_json(mask(list(rows))))
 
-    def rows(self, n: int = 3):
+    def rows(self, n: int = 3) -> Table | Html:
         "The first `n` examples that went into training."
         return rows_shown(self.folder, n)
 
     def samples(self, n: int = 2) -> Table:
-        "What the model said to the same prompts before and after, `n` of them."
+        "The model's answers to the first `n` prompts, before and after training."
         return samples_shown(self.folder, n)
 
     def metrics(self) -> Table:
