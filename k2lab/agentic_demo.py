@@ -59,12 +59,14 @@ def tools_of(cfg: Config) -> dict:
 SCRIPT = [
     call_reply(
         'I could add primes by hand, but code makes no slips.',
-        'primes, n = [], 2\nwhile len(primes) < 100:\n    if all(n % p for p in primes): primes.append(n)\n    n += 1\nprint(sum(primes))',
+        'primes, n = [], 2\nwhile len(primes) < 100:\n    if all(n % p for p in primes): '
+        'primes.append(n)\n    n += 1\nprint(sum(primes))',
         0,
     ),
     '<think>The tool printed 24133.</think>The sum of the first 100 primes is 24133.<|im_end|>',
     call_reply('I can try to read it.', "print(open('/etc/hosts').read())", 1),
-    '<think>The sandbox refused.</think>I cannot tell: my Python tool has no access to files of this machine.<|im_end|>',
+    '<think>The sandbox refused.</think>I cannot tell: my Python tool has no access to '
+    'files of this machine.<|im_end|>',
 ]
 
 # %% ../nbs/70_agentic_demo.ipynb #3299b2dd
@@ -97,7 +99,9 @@ _COLOUR = dict(user='#0b3d91', assistant='#0b3d17', tool='#7a4a00', system='#777
 def block(kind: str, text: str, look: str = '') -> str:
     "One labelled piece of a transcript as HTML."
     return (
-        f'<div style="margin:.2em 0;white-space:pre-wrap;{look}"><b style="color:{_COLOUR.get(kind, "#777")}">{html.escape(kind)}</b> {html.escape(text)}</div>'
+        f'<div style="margin:.2em 0;white-space:pre-wrap;{look}"><b '
+        f'style="color:{_COLOUR.get(kind, "#777")}">{html.escape(kind)}</b> '
+        f'{html.escape(text)}</div>'
         if text
         else ''
     )
@@ -189,7 +193,7 @@ work = converse
 def talk(
     scale: str | None = None, campaign: str | None = None, changes: dict | None = None
 ) -> Path:
-    "Talk to the agent in this terminal; returns the run's folder. Scripted endpoints are replaced by the lab's own server."
+    "Talk to the agent in this terminal, by the lab's own server where the endpoint is scripted; returns the run's folder."
     from k2lab.lab.job import start
 
     job = start('agentic_demo', scale, None, changes, campaign)

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from k2lab.lab.config import (
-    LabError,
     SCALES,
+    LabError,
     did_you_mean,
     lab_path,
     load_env,
@@ -242,8 +242,8 @@ def steps_of(first: str | None, last: str | None) -> list:
 
 def pipeline(words: list) -> int:
     "Run or resume the steps of configs/pipeline.yaml that are not complete; after a failure only the `always` ones."
-    from k2lab.lab.reproduce import resume
     from k2lab.lab.records import read_run
+    from k2lab.lab.reproduce import resume
     from k2lab.lab.runner import execute
 
     options, rest = parse(words, 'scale', 'campaign', 'from', 'to', 'seed')
@@ -398,8 +398,8 @@ def the_run(words: list, command: str) -> str:
 
 def resume_run(words: list) -> int:
     "Go on with an unfinished run; 1 when it did not complete."
-    from k2lab.lab.reproduce import resume
     from k2lab.lab.records import find_run, read_run
+    from k2lab.lab.reproduce import resume
 
     options, rest = parse(words, 'on')
     folder = find_run(the_run(rest, 'resume'))
@@ -433,8 +433,8 @@ def attempts(record: dict) -> str:
 
 def reproduce_run(words: list) -> int:
     "Do a complete run again and compare; 1 when the results differ."
-    from k2lab.lab.reproduce import reproduce
     from k2lab.lab.records import find_run, read_run
+    from k2lab.lab.reproduce import reproduce
 
     name = find_run(the_run(words, 'reproduce'))
     progress = Progress(read_run(name)['stage'])
@@ -467,8 +467,8 @@ def difference_text(difference: tuple) -> str:
 
 def diff(words: list) -> int:
     "Say what differs between two runs."
-    from k2lab.lab.reproduce import differences, inputs, results, with_env
     from k2lab.lab.records import find_run
+    from k2lab.lab.reproduce import differences, inputs, results, with_env
 
     if len(words) != 2:
         raise LabError('diff needs two runs; `k2lab runs` lists them')
@@ -487,8 +487,8 @@ def diff(words: list) -> int:
 
 def watch_run(words: list) -> int:
     "Show the progress of a run until it ends; 1 when it did not complete."
-    from k2lab.lab.records import find_run, read_run
     from k2lab.lab.files import following
+    from k2lab.lab.records import find_run, read_run
 
     folder = find_run(the_run(words, 'watch'))
     record = read_run(folder)

@@ -180,9 +180,9 @@ def test_pictures_say_what_they_show():
         },
     )
     assert repr(funnel_chart(one)) == 'domain: all 10 -> quality 8 -> near dedup 5'
-    assert (
-        repr(count_charts(one))
-        == 'domain: near dedup: clusters by size: 2 documents 1, 3 documents 1, 4 documents 1, 5 documents 1, 6 documents 1, 7 documents 1, 8 to 11 4'
+    assert repr(count_charts(one)) == (
+        'domain: near dedup: clusters by size: 2 documents 1, 3 documents 1, 4 documents '
+        '1, 5 documents 1, 6 documents 1, 7 documents 1, 8 to 11 4'
     )
     assert repr(mixture_chart(one)) == 'domain: a 75.0%, b 25.0% of the documents'
 

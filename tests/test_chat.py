@@ -110,18 +110,21 @@ def test_spans_are_the_template(tok, talk, tools):
 def test_kimi_rules_by_hand():
     text = text_of(prompt_spans([USER, ASK, GOT], TOOLS))
     assert text.startswith(
-        '<|im_system|>tool_declare<|im_middle|>[{"function":{"description":"Weather in \\"a\\" city é","name":"get_weather","parameters":'
+        '<|im_system|>tool_declare<|im_middle|>[{"function":{"description":"Weather in '
+        '\\"a\\" city é","name":"get_weather","parameters":'
     )
     assert (
-        '<|im_end|><|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|><|im_user|>user<|im_middle|>'
-        in text
+        '<|im_end|><|im_system|>system<|im_middle|>You are Kimi, an AI assistant created '
+        'by Moonshot AI.<|im_end|><|im_user|>user<|im_middle|>' in text
     )
     assert (
-        '<think>Look it up.</think><|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Rome"}<|tool_call_end|>'
-        in text
+        '<think>Look it up.</think><|tool_calls_section_begin|>'
+        '<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": '
+        '"Rome"}<|tool_call_end|>' in text
     )
     assert text.endswith(
-        '<|im_system|>get_weather<|im_middle|>## Return of functions.get_weather:0\nsunny<|im_end|><|im_assistant|>assistant<|im_middle|>'
+        '<|im_system|>get_weather<|im_middle|>## Return of functions.get_weather:0\n'
+        'sunny<|im_end|><|im_assistant|>assistant<|im_middle|>'
     )
     assert text_of(prompt_spans([USER, ASK, GOT, ANSWER, USER])).count('<think></think>') == 2
 
@@ -133,12 +136,12 @@ def test_qwen_by_hand():
     )
     text = text_of(prompt_spans([USER, ASK, GOT, MORE], family='qwen'))
     assert (
-        '<|im_start|>assistant\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>\n<tool_call>'
-        in text
+        '<|im_start|>assistant\n<tool_call>\n{"name": "get_weather", "arguments": '
+        '{"city": "Rome"}}\n</tool_call>\n<tool_call>' in text
     )
     assert (
-        '<|im_start|>user\n<tool_response>\nsunny\n</tool_response>\n<tool_response>\n{"t": 21}\n</tool_response><|im_end|>\n<|im_start|>assistant\n'
-        in text
+        '<|im_start|>user\n<tool_response>\nsunny\n</tool_response>\n<tool_response>\n'
+        '{"t": 21}\n</tool_response><|im_end|>\n<|im_start|>assistant\n' in text
     )
 
 
@@ -253,7 +256,8 @@ def test_rows():
         ('<think>cut', ('cut', '', 0)),
         ('\n<think>line\ntwo</think>\nb<|im_end|>', ('line\ntwo', '\nb', 0)),
         (
-            '<think>a<|tool_calls_section_begin|><|tool_call_begin|>functions.f:3<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>',
+            '<think>a<|tool_calls_section_begin|><|tool_call_begin|>functions.f:3'
+            '<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>',
             ('a', '', 1),
         ),
         (
@@ -373,10 +377,17 @@ def test_what_a_prompt_may_hold_and_a_target_may_not():
 def test_instruct_by_hand():
     text = text_of(prompt_spans([USER, ASK, GOT, MORE], family='kimi_instruct'))
     assert text == (
-        '<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|><|im_user|>user<|im_middle|>\n 12 + 30?  <|im_end|><|im_assistant|>assistant<|im_middle|>'
-        '<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Rome"}<|tool_call_end|><|tool_call_begin|>functions.get_weather:1<|tool_call_argument_begin|>'
-        '{"city": "Málaga", "b": [1, 2]}<|tool_call_end|><|tool_calls_section_end|><|im_end|><|im_system|>get_weather<|im_middle|>## Return of functions.get_weather:0\nsunny<|im_end|>'
-        '<|im_system|>tool<|im_middle|>## Return of functions.get_weather:1\n{"t": 21}<|im_end|><|im_assistant|>assistant<|im_middle|>'
+        '<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by '
+        'Moonshot AI.<|im_end|><|im_user|>user<|im_middle|>\n 12 + 30?  '
+        '<|im_end|><|im_assistant|>assistant<|im_middle|>'
+        '<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0'
+        '<|tool_call_argument_begin|>{"city": "Rome"}<|tool_call_end|>'
+        '<|tool_call_begin|>functions.get_weather:1<|tool_call_argument_begin|>'
+        '{"city": "Málaga", "b": [1, 2]}<|tool_call_end|><|tool_calls_section_end|>'
+        '<|im_end|><|im_system|>get_weather<|im_middle|>## Return of '
+        'functions.get_weather:0\nsunny<|im_end|>'
+        '<|im_system|>tool<|im_middle|>## Return of functions.get_weather:1\n{"t": '
+        '21}<|im_end|><|im_assistant|>assistant<|im_middle|>'
     )
     assert text_of(target_spans('4', family='kimi_instruct')) == '4<|im_end|>'
     assert [(s.text, s.special) for s in target_spans('4', 'r', family='kimi_instruct')] == [

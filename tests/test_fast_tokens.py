@@ -78,7 +78,7 @@ def test_an_engine_that_is_wrong_once_is_not_used_and_this_is_said(monkeypatch):
 
         def lying(engine, trip=trip):
             honest = engines.by_tokenizers(engine)
-            return lambda texts: honest([text + '!' if text == trip else text for text in texts])
+            return lambda batch: honest([text + '!' * (text == trip) for text in batch])
 
         monkeypatch.setattr(engines, 'ENGINES', dict(lying=lying))
         texts = ['one', 'an ordinary page with one odd word', 'two']

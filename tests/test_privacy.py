@@ -429,7 +429,9 @@ PIECES = [
 def test_without_re2_it_says_so_and_finds_the_same():
     code = (
         "import sys, warnings; sys.modules['re2'] = None\nfrom k2lab.corpus.privacy import private\n"
-        "with warnings.catch_warnings(record=True) as said:\n warnings.simplefilter('always')\n found = [private(b'to ada@lovelace.org') for _ in range(2)]\nprint(found, [str(w.message)[:27] for w in said])"
+        "with warnings.catch_warnings(record=True) as said:\n "
+        "warnings.simplefilter('always')\n found = [private(b'to ada@lovelace.org') for "
+        "_ in range(2)]\nprint(found, [str(w.message)[:27] for w in said])"
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert (
@@ -593,7 +595,7 @@ def test_a_long_run_of_anything_costs_no_more_than_its_length():
         assert time.process_time() - began < 3
 
 
-# ---- names --------------------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 class Reader:

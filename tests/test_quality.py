@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 import sysconfig
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +172,8 @@ def test_run_counts_by_hand(text, name, told):
 
 
 def test_runs_that_are_passed_over_are_not_learnt(monkeypatch):
-    text = '1 2 3 4 5 x 1 2 3 4 5 6 y 2 3 4 5 6 z'  # the second '2 3 4 5 6' begins inside the counted run: it was never read
+    # the second '2 3 4 5 6' begins inside the counted run: it was never read
+    text = '1 2 3 4 5 x 1 2 3 4 5 6 y 2 3 4 5 6 z'
     fast, plain = both(monkeypatch, lambda: counted(text)['dup_5'])
     assert fast == plain == 5
 
@@ -183,7 +185,7 @@ def test_runs_that_are_passed_over_are_not_learnt(monkeypatch):
 def test_kernels_count_what_their_twins_count(monkeypatch, seed):
     data, ends = packed([*random_texts(1500, seed)])
     for cut in (ends, ends[400:903], ends[7:8]):
-        fast, plain = both(monkeypatch, lambda: signals.counts(data, cut))
+        fast, plain = both(monkeypatch, partial(signals.counts, data, cut))
         assert list(fast) == list(plain) == [*WORD_COUNTS, *LINE_COUNTS, *RUN_COUNTS]
         for name in fast:
             assert np.array_equal(fast[name], plain[name]), name
@@ -203,7 +205,7 @@ def test_lines_and_phrases_are_those_of_the_twins(monkeypatch, seed):
         assert np.array_equal(a, b)
     table = pa.table(dict(text=[bytes(data[a:b]).decode() for a, b in zip(ends, ends[1:])]))
     for mark in (True, False):
-        fast, plain = both(monkeypatch, lambda: quality.c4_lines(table, mark))
+        fast, plain = both(monkeypatch, partial(quality.c4_lines, table, mark))
         assert fast[0].equals(plain[0]) and fast[1] == plain[1]
 
 
@@ -245,8 +247,12 @@ def test_a_giant_text_of_one_word_of_one_letter_words_and_of_one_line():
 
 def test_without_numba_the_twins_do_the_work():
     code = (
-        "import sys, warnings; sys.modules['numba'] = None; warnings.simplefilter('ignore')\nimport pyarrow as pa\nfrom k2lab.corpus.quality import drop_poor, c4_lines\n"
-        "t = pa.table(dict(text=['one two three four five six', 'x', 'Here they are. There they went. Nobody came. Now. Then.']))\nprint(drop_poor(t)[0].num_rows, c4_lines(t)[0].num_rows)"
+        "import sys, warnings; sys.modules['numba'] = None; "
+        "warnings.simplefilter('ignore')\nimport pyarrow as pa\nfrom "
+        "k2lab.corpus.quality import drop_poor, c4_lines\n"
+        "t = pa.table(dict(text=['one two three four five six', 'x', 'Here they are. "
+        "There they went. Nobody came. Now. Then.']))\nprint(drop_poor(t)[0].num_rows, "
+        "c4_lines(t)[0].num_rows)"
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout.split() == ['2', '1'], done.stderr
@@ -604,13 +610,31 @@ def test_licences_and_lengths():
 # language -------------------------------------------------------------------------------------------------------------
 
 SAID = dict(
-    en='The shortest path between two places is rarely the one with the fewest stops, as anyone who has taken a train knows.',
-    de='Der kürzeste Weg zwischen zwei Orten ist selten der mit den wenigsten Haltestellen, wie jeder weiß, der mit der Bahn fährt.',
-    fr='Le plus court chemin entre deux endroits est rarement celui qui compte le moins d’arrêts, comme le savent les voyageurs.',
-    es='El camino más corto entre dos lugares rara vez es el que tiene menos paradas, como sabe cualquiera que viaje en tren.',
+    en=(
+        'The shortest path between two places is rarely the one with the fewest stops, '
+        'as anyone who has taken a train knows.'
+    ),
+    de=(
+        'Der kürzeste Weg zwischen zwei Orten ist selten der mit den wenigsten '
+        'Haltestellen, wie jeder weiß, der mit der Bahn fährt.'
+    ),
+    fr=(
+        'Le plus court chemin entre deux endroits est rarement celui qui compte le moins '
+        'd’arrêts, comme le savent les voyageurs.'
+    ),
+    es=(
+        'El camino más corto entre dos lugares rara vez es el que tiene menos paradas, '
+        'como sabe cualquiera que viaje en tren.'
+    ),
     it='La strada più breve tra due luoghi è raramente quella con meno fermate, come sa chiunque abbia preso un treno.',
-    nl='De kortste weg tussen twee plaatsen is zelden die met de minste haltes, zoals iedereen weet die met de trein reist.',
-    pl='Najkrótsza droga między dwoma miejscami rzadko jest tą, która ma najmniej przystanków, o czym wie każdy podróżny.',
+    nl=(
+        'De kortste weg tussen twee plaatsen is zelden die met de minste haltes, zoals '
+        'iedereen weet die met de trein reist.'
+    ),
+    pl=(
+        'Najkrótsza droga między dwoma miejscami rzadko jest tą, która ma najmniej '
+        'przystanków, o czym wie każdy podróżny.'
+    ),
     ru='Кратчайший путь между двумя местами редко бывает тем, на котором меньше всего остановок, и это знает каждый.',
     zh='两个地方之间最短的路线很少是站点最少的路线，坐过火车的人都知道这一点。',
     ja='二つの場所の間の最短経路が、停車駅の最も少ない経路であることはめったにありません。',

@@ -26,7 +26,10 @@ from k2lab.corpus.units import Plan, plan_units, run_units
 from k2lab.lab.config import LabError
 from k2lab.text import rows
 
-WORDS = 'graph node edge path tree cycle weight degree matrix flow cut colour match order rank sort heap queue stack walk'.split()
+WORDS = (
+    'graph node edge path tree cycle weight degree matrix flow cut colour match '
+    'order rank sort heap queue stack walk'
+).split()
 
 
 def page(rng, n: int = 60) -> str:

@@ -395,7 +395,8 @@ def test_a_server_dies_with_its_keeper(tmp_path):
     code = f'''
 import subprocess, sys, time
 from k2lab.launch_teacher_vllm import _die_with_parent
-child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True, preexec_fn=_die_with_parent)
+sleeper = [sys.executable, '-c', 'import time; time.sleep(60)']
+child = subprocess.Popen(sleeper, start_new_session=True, preexec_fn=_die_with_parent)
 open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid)); print(flush=True); time.sleep(60)'''
     keeper = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE)
     keeper.stdout.readline()

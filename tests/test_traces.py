@@ -186,7 +186,10 @@ def row(prompt, reasoning='r', verified=True):
     return dict(prompt=prompt, reasoning=reasoning, final='f', verified=verified)
 
 
-ASK = 'A train leaves the station at {} in the morning and goes {} miles an hour to the next town, which is 120 miles away. When is it there?'
+ASK = (
+    'A train leaves the station at {} in the morning and goes {} miles an hour to '
+    'the next town, which is 120 miles away. When is it there?'
+)
 
 
 def test_problems_that_differ_in_a_number_are_two():

@@ -139,7 +139,9 @@ def test_vllm_says_what_the_checkpoint_says(folders, name, family, tmp_path):
     seen = reply['logprobs']['token_logprobs'][1 : len(ids)]
     first, *apart = [abs(a - b) for a, b in zip(seen, own_logprobs(place, ids), strict=True)]
     print(
-        f'{name}: {parity} conversations with the same ids, ready in {served.ready_s} s, log-probabilities {first:.1e} apart after one token, at most {max(apart):.1e} after {len(seen)}'
+        f'{name}: {parity} conversations with the same ids, ready in {served.ready_s} s, '
+        f'log-probabilities {first:.1e} apart after one token, at most {max(apart):.1e} '
+        f'after {len(seen)}'
     )
     assert (
         parity == 4 and first < 1e-5

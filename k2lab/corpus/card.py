@@ -660,7 +660,10 @@ def croissant(card: dict, name: str, sizes: dict, made: str = '') -> dict:
         '@context': CONTEXT,
         '@type': 'sc:Dataset',
         'name': name,
-        'description': f"{', '.join(entry['name'] for entry in corpora)}: corpora for post-training, prepared by K2 Lab.",
+        'description': (
+            f"{', '.join(entry['name'] for entry in corpora)}: corpora for post-training, "
+            f"prepared by K2 Lab."
+        ),
         'conformsTo': [
             'http://mlcommons.org/croissant/1.1',
             'http://mlcommons.org/croissant/RAI/1.0',

@@ -256,7 +256,7 @@ FILES = re.compile(
 
 
 def mail(text: bytes, start: int, end: int) -> int:
-    "The end of a mail address of someone; reserved domains (RFC 2606), file names, remote repositories and products of matrices are not"
+    "The end of somebody's mail address; not of reserved domains (RFC 2606), files, remotes or products of matrices."
     name, _, domain = text[start:end].partition(b'@')
     code = (
         name == b'git'
@@ -292,7 +292,7 @@ def token(text: bytes, start: int, end: int, least: float = 3.2) -> int:
 
 
 def named_token(text: bytes, start: int, end: int) -> int:
-    "The same for one that only its name gives away: letters of both cases and digits, or 32 hexadecimal digits and more"
+    "The same for one that only its name gives away: letters of both cases and digits, or 32 hex digits and more."
     key = text[start:end]
     mixed = (
         re.search(rb'[A-Z]', key)

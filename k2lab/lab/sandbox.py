@@ -13,8 +13,22 @@ Not covered: the CPU's side channels and bugs of the kernel. Use a virtual machi
 """
 
 # This file is also the child's program (`python -I sandbox.py CONFIG`), so the top imports the standard library only.
-import ast, contextlib, ctypes, functools, json, os, platform, selectors, shutil, signal, struct
-import subprocess, sys, tempfile, time, traceback
+import ast
+import contextlib
+import ctypes
+import functools
+import json
+import os
+import platform
+import selectors
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 

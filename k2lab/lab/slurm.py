@@ -3,7 +3,16 @@
 A job that was preempted or ran out of time continues in the same folder.
 """
 
-import contextlib, dataclasses, io, os, re, shlex, shutil, signal, subprocess, sys
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 

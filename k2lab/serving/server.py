@@ -6,7 +6,12 @@ streaming), /tokenize, /v1/models, /health. Unknown fields are refused by name, 
 One request is computed at a time. `python -m k2lab.serving.server PLACE --name NAME`, with the key in $K2LAB_API_KEY.
 """
 
-import argparse, json, os, secrets, threading, time
+import argparse
+import json
+import os
+import secrets
+import threading
+import time
 from typing import Literal
 
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -14,9 +19,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from k2lab.lab.config import LabError
 from k2lab.text.chat import encode, prompt_spans, reply_message
 from k2lab.text.tokenizer import family_of
-from k2lab.lab.config import LabError
 
 TAGS = ('<think>', '</think>', '<|tool_calls_section_begin|>', '<tool_call>')
 
@@ -397,6 +402,7 @@ def add_routes(app: FastAPI, engine: Engine, guard: list):
 def serve(place, name: str, host: str = '127.0.0.1', port: int = 8000, key: str = ''):
     "Serve the checkpoint at `place` until stopped (SIGTERM or Ctrl-C)."
     import uvicorn
+
     from k2lab.models.load import open_model, open_tokenizer
 
     uvicorn.run(

@@ -73,7 +73,8 @@ def call_spans(calls: list, train: bool = False) -> list:
     for call in calls:
         if not call.get('id'):
             raise LabError(
-                f"a call of {call['function']['name']!r} has no id; K2 needs one like functions.{call['function']['name']}:0"
+                f"a call of {call['function']['name']!r} has no id; K2 needs one like "
+                f"functions.{call['function']['name']}:0"
             )
         spans += [
             *_control('<|tool_call_begin|>', 'call', train),
@@ -86,7 +87,7 @@ def call_spans(calls: list, train: bool = False) -> list:
 
 # %% ../../nbs/text/02_chat.ipynb #4c7ca09e
 def check_call(call: dict, ids: bool = True):
-    "Refuse a call that must not be learned: arguments that are no JSON object or, with `ids`, an id that is not `functions.NAME:IDX`."
+    "`LabError` if arguments are no JSON object or, with `ids`, if an id is not `functions.NAME:IDX`."
     name, arguments, number = (
         call['function']['name'],
         call['function']['arguments'],
@@ -94,11 +95,14 @@ def check_call(call: dict, ids: bool = True):
     )
     if ids and not re.fullmatch(rf'functions\.{re.escape(name)}:\d+', number):
         raise LabError(
-            f'a call of {name!r} that is to be learned has the id {number!r}; K2 writes functions.{name}:0, numbered over the conversation; rename it, in its result too'
+            f'a call of {name!r} that is to be learned has the id {number!r}; K2 writes '
+            f'functions.{name}:0, numbered over the conversation; rename it, in its '
+            f'result too'
         )
     if ids and '.' in name:
         raise LabError(
-            f'a tool that is called {name!r} cannot be learned: the parsers of K2 take a dot for the end of a name; rename the tool'
+            f'a tool that is called {name!r} cannot be learned: the parsers of K2 take a '
+            f'dot for the end of a name; rename the tool'
         )
     try:
         value = json.loads(arguments) if isinstance(arguments, str) else arguments
@@ -108,7 +112,8 @@ def check_call(call: dict, ids: bool = True):
         ) from None
     if not isinstance(value, dict):
         raise LabError(
-            f'a call of {name!r} that is to be learned has arguments that are no JSON object: {json_text(arguments)[:80]!r}'
+            f'a call of {name!r} that is to be learned has arguments that are no JSON '
+            f'object: {json_text(arguments)[:80]!r}'
         )
 
 # %% ../../nbs/text/02_chat.ipynb #40f9d43a
@@ -144,7 +149,7 @@ def qwen_call_spans(calls: list, train: bool = False) -> list:
 def target_spans(
     content: str, reasoning: str | None = None, tool_calls: list | None = None, family: str = 'kimi'
 ) -> list:
-    "What the assistant is trained to say after the generation prompt, ending with `<|im_end|>`; `LabError` for a call that must not be learned."
+    "What the assistant learns to say after the generation prompt, up to `<|im_end|>`; `LabError` for a broken call."
     spans = [
         *think_spans(reasoning, check_family(family), True),
         *_text(content or '', 'assistant', True),
@@ -243,12 +248,14 @@ def _qwen_prompt(messages: list, tools) -> list:
         [*start('system'), *_text('\n', 'system'), *_qwen_system(messages, tools), *end('system')],
         messages[bool(messages and messages[0]['role'] == 'system') :],
     )
+    tools_at = {
+        i for i, m in enumerate(rest) if m['role'] == 'tool'
+    }  # results in a row share a turn
     for i, m in enumerate(rest):
-        near = lambda j: m['role'] == 'tool' and 0 <= j < len(rest) and rest[j]['role'] == 'tool'
         spans += [
-            *([] if near(i - 1) else start(m['role'])),
+            *([] if {i - 1, i} <= tools_at else start(m['role'])),
             *_qwen_body(m),
-            *([] if near(i + 1) else end(m['role'])),
+            *([] if {i, i + 1} <= tools_at else end(m['role'])),
         ]
     return spans + start('assistant') + _text('\n', 'assistant')
 
@@ -260,11 +267,13 @@ def _check_result(where: str, message: dict, called: list, family: str):
         raise LabError(f'{where} is a tool result without its tool_call_id')
     if not called:
         raise LabError(
-            f'{where} is a tool result, but nothing before it calls a tool; put the assistant message with the call before it'
+            f'{where} is a tool result, but nothing before it calls a tool; put the '
+            f'assistant message with the call before it'
         )
     if family != 'qwen' and number not in called:
         raise LabError(
-            f'{where} is the result of {number!r}, which nothing before it calls; called were {", ".join(map(str, called))}'
+            f'{where} is the result of {number!r}, which nothing before it calls; called '
+            f'were {", ".join(map(str, called))}'
         )  # ChatML has no ids
 
 
@@ -286,7 +295,7 @@ def check_messages(messages: list, family: str):
 
 # %% ../../nbs/text/02_chat.ipynb #21d2a162
 def prompt_spans(messages: list, tools: list | None = None, family: str = 'kimi') -> list:
-    "All that stands before the reply, generation prompt included; nothing in it is trained. `LabError` for messages that are no conversation."
+    "All before the reply, generation prompt included, none of it trained; `LabError` if it is no conversation."
     check_messages(messages, check_family(family))
     return (
         _qwen_prompt(messages, tools) if family == 'qwen' else _kimi_prompt(messages, tools, family)
@@ -344,7 +353,8 @@ def _row_parts(row: dict, family: str) -> tuple:
     if {'prompt', 'response'} <= row.keys():
         return row['prompt'], reply_spans(row['response'], family)
     raise LabError(
-        f"no prompt and reply in a row with keys {', '.join(sorted(row))}; valid: instruction+input+output, prompt+reasoning+final, prompt+response"
+        f"no prompt and reply in a row with keys {', '.join(sorted(row))}; valid: "
+        f"instruction+input+output, prompt+reasoning+final, prompt+response"
     )
 
 
@@ -364,7 +374,7 @@ def _answering(target: list, asked: str) -> list:
 
 
 def row_spans(row: dict, system: str = '', family: str = 'kimi') -> tuple[list, list]:
-    "(prompt spans, target spans) of a domain_sft, reasoning_sft or distill_corpus row; the family's default system text if `system` is empty. `LabError` for an empty reply."
+    "(prompt spans, target spans) of a row, with the family's system text if `system` is empty; `LabError` if the reply is."
     user, target = _row_parts(row, family)
     return prompt_spans(_asked(user, system), family=family), _answering(target, user)
 
@@ -417,7 +427,7 @@ def _split_calls(text: str) -> tuple[str, list]:
 
 # %% ../../nbs/text/02_chat.ipynb #15bbaa0d
 def parse_reply(text: str) -> dict:
-    "{'reasoning', 'content', 'tool_calls'} of a reply; `reasoning` is None without thoughts, `tool_calls` a list in OpenAI's shape."
+    "{'reasoning', 'content', 'tool_calls'} of a reply in OpenAI's shape; `reasoning` is None without thoughts."
     text = re.sub(r'(<\|im_end\|>|\[EOS\]|<\|endoftext\|>)\s*$', '', text)
     reasoning = None
     if text.lstrip().startswith('<think>'):
