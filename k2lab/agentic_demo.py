@@ -193,7 +193,7 @@ work = converse
 def talk(
     scale: str | None = None, campaign: str | None = None, changes: dict | None = None
 ) -> Path:
-    "Talk to the agent in this terminal, by the lab's own server where the endpoint is scripted; returns the run's folder."
+    "Talk to the agent in this terminal (by the lab's server if the endpoint is scripted); returns the run's folder."
     from k2lab.lab.job import start
 
     job = start('agentic_demo', scale, None, changes, campaign)

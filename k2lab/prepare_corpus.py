@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 import shutil
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from .corpus.card import LICENCE, publish_rows, write_card_pages
 from .corpus.operators import conserved
@@ -313,7 +313,8 @@ def weights_of(specs: list) -> list:
 # %% ../nbs/10_prepare_corpus.ipynb #e14c174d
 def mixed_rows(cfg, part: Part, train) -> tuple:
     "(index, counts, {source: share}) of the documents of a part to train on, mixed by weight."
-    most = part.rows if any(part.weights) else min(part.rows, cfg.epochs * len(train))
+    rows: Any = part.rows  # None only where `split_part` does not mix
+    most = rows if any(part.weights) else min(rows, cfg.epochs * len(train))
     return mix(part.texts, train, part.weights, most, cfg.seed, cfg.epochs)
 
 
@@ -411,7 +412,7 @@ def reasoning_origin(cfg) -> str:
     return ', '.join(origin)
 
 
-def prepare_reasoning(job) -> list:
+def prepare_reasoning(job) -> tuple[list, list]:
     "Publishes the four files of the reasoning mode; (cards, evaluation rows)."
     job.log(phase='making puzzles')
     sft, sampled, judged = reasoning_rows(job.cfg)

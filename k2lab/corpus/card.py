@@ -14,6 +14,7 @@ __all__ = ['LICENCE', 'BLUE', 'PALE', 'RED', 'UNITS', 'SOURCE_HEADER', 'HUB_LICE
 import html
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from .operators import conserved, data_card
@@ -26,14 +27,18 @@ from ..text.rows import FORMATS, write_rows
 LICENCE = 'Apache-2.0'  # of what the lab makes itself
 
 
-def publish_rows(job, name: str, rows: list, format: str, origin: str, steps: list = ()) -> dict:
+def publish_rows(
+    job, name: str, rows: list, format: str, origin: str, steps: Sequence = ()
+) -> dict:
     "Publishes rows as `<name>.jsonl` with its manifest and returns the data card"
     default = LICENCE if origin.startswith('k2lab.') else 'unknown'
     licence = ' AND '.join(sorted({row.get('licence', default) for row in rows}))
     with job.publishing(name, '.jsonl') as path:
         manifest = write_rows(path, rows, format, licence, origin)
     if steps:
-        job.check(f'{name}: rows in = rows out + removed', not conserved(steps), conserved(steps))
+        job.check(
+            f'{name}: rows in = rows out + removed', not conserved([*steps]), conserved([*steps])
+        )
     return dict(
         data_card(name, rows, steps),
         format=format,

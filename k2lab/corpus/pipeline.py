@@ -13,6 +13,7 @@ __all__ = ['WIDE', 'LENGTH', 'tokenizer_at', 'INDEX_COLUMNS', 'SLICE', 'Refining
 # %% ../../nbs/corpus/08_pipeline.ipynb #a23b8481
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import islice
@@ -126,7 +127,9 @@ def histograms(table) -> dict:
     "{signal: counts} of a table's lengths and of its columns `signal_...`"
     import pyarrow.compute as pc
 
-    told = dict(characters=pc.utf8_length(table['text']).to_numpy().astype(float))
+    told = dict(
+        characters=pc.call_function('utf8_length', [table['text']]).to_numpy().astype(float)
+    )
     if 'tokens' in table.column_names:
         told['tokens'] = table['tokens'].to_numpy().astype(float)
     told |= {
@@ -183,14 +186,14 @@ def redacted_table(table, redact, tokenizer: str) -> tuple:
     after, counts = redact(table)
     if not tokenizer or not counts['changed']:
         return after, counts
-    other = pc.not_equal(table['text'], after['text']).combine_chunks()
+    other = pc.call_function('not_equal', [table['text'], after['text']]).combine_chunks()
     again = count_tokens(after.select(['text']).filter(other), tokenizer_at(tokenizer))[
         'tokens'
     ].combine_chunks()
     after = after.set_column(
         after.column_names.index('tokens'),
         'tokens',
-        pc.replace_with_mask(after['tokens'].combine_chunks(), other, again),
+        pc.call_function('replace_with_mask', [after['tokens'].combine_chunks(), other, again]),
     )
     return sorted_out(
         counts['step'],
@@ -389,7 +392,7 @@ def all_steps(found: list) -> list:
     steps = None
     for index in found:
         steps = added(steps, index['counts']) if index['counts'] else steps
-    return steps
+    return steps or []
 
 
 def gone_of(found: list) -> dict:
@@ -564,7 +567,7 @@ def cuts_of(told: Refining) -> dict:
     )
 
 
-def seen(steps: list, told: Refining) -> tuple:
+def seen(steps: Sequence, told: Refining) -> tuple:
     "(steps without pictures, {signal: histogram with its cuts}, {reason: beginnings of some documents removed})"
     drawn, samples = {}, {}
     for step in steps:
@@ -592,7 +595,7 @@ def texts_card(
     name: str,
     made: Refined,
     index,
-    steps: list = (),
+    steps: Sequence = (),
     told: Refining = Refining(),
     mixed: dict | None = None,
 ) -> dict:

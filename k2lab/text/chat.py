@@ -374,7 +374,7 @@ def _answering(target: list, asked: str) -> list:
 
 
 def row_spans(row: dict, system: str = '', family: str = 'kimi') -> tuple[list, list]:
-    "(prompt spans, target spans) of a row, with the family's system text if `system` is empty; `LabError` if the reply is."
+    "(prompt spans, target spans) of a row, with the family's system text for an empty one; `LabError` for no reply."
     user, target = _row_parts(row, family)
     return prompt_spans(_asked(user, system), family=family), _answering(target, user)
 
@@ -433,6 +433,7 @@ def parse_reply(text: str) -> dict:
     if text.lstrip().startswith('<think>'):
         thought = text.lstrip()[len('<think>') :]
         end = re.search(r'</think>|(?=<\|tool_calls_section_begin\|>)|$(?![\s\S])', thought)
+        assert end  # the end of the text matches at the latest
         reasoning, text = thought[: end.start()], thought[end.end() :]
     content, calls = _split_calls(text)
     return dict(reasoning=reasoning, content=content, tool_calls=calls)

@@ -118,7 +118,7 @@ def by_sample(module, query, key, value, mask, scaling=None, *, position_ids, **
     # torch's faster kernels want one size for all three; K2's values are narrower
     value = pad(value, (0, query.shape[-1] - width))
     rows = [
-        attend_within(*(t[n : n + 1] for t in (query, key, value)), borders(places), scaling)
+        attend_within(query[n : n + 1], key[n : n + 1], value[n : n + 1], borders(places), scaling)
         for n, places in enumerate(position_ids.tolist())
     ]
     return torch.cat(rows)[..., :width].transpose(1, 2), None

@@ -41,9 +41,10 @@ def fault(row, format: str | None = None) -> str:
     "What is wrong with a row of a format, or '' if nothing is."
     if not isinstance(row, dict):
         return f'a row must be an object, this is {type(row).__name__}'
-    for field in FORMATS[format] if format else ():
+    fields = FORMATS[format] if format else ()
+    for field in fields:
         if field not in row:
-            return f'no field {field!r}; a {format} row has {", ".join(FORMATS[format])}'
+            return f'no field {field!r}; a {format} row has {", ".join(fields)}'
         if not isinstance(row[field], str):
             return f'{field!r} must be text, this is {type(row[field]).__name__}'
         if not row[field].strip() and field != 'input':
