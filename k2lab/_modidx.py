@@ -43,6 +43,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'k2lab.corpus.card.readme': ('corpus/card.html#readme', 'k2lab/corpus/card.py'),
                                    'k2lab.corpus.card.record_set': ('corpus/card.html#record_set', 'k2lab/corpus/card.py'),
                                    'k2lab.corpus.card.rows_table': ('corpus/card.html#rows_table', 'k2lab/corpus/card.py'),
+                                   'k2lab.corpus.card.shares_of': ('corpus/card.html#shares_of', 'k2lab/corpus/card.py'),
                                    'k2lab.corpus.card.sizes_joined': ('corpus/card.html#sizes_joined', 'k2lab/corpus/card.py'),
                                    'k2lab.corpus.card.source_rows': ('corpus/card.html#source_rows', 'k2lab/corpus/card.py'),
                                    'k2lab.corpus.card.write_card_pages': ('corpus/card.html#write_card_pages', 'k2lab/corpus/card.py')},

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['LICENCE', 'BLUE', 'PALE', 'RED', 'UNITS', 'SOURCE_HEADER', 'HUB_LICENCES', 'SIZES', 'CONTEXT', 'publish_rows',
            'read_card', 'card_table', 'picture', 'plain_label', 'bars', 'card_chart', 'left_after', 'funnel_chart',
-           'histogram_charts', 'histogram_on', 'counts_of', 'sizes_joined', 'count_charts', 'mixture_chart', 'element',
-           'rows_table', 'source_rows', 'entry_report', 'card_report', 'hub_licence', 'fields_of', 'front_matter',
-           'cell', 'markdown_table', 'entry_text', 'readme', 'file_object', 'record_set', 'protocol', 'croissant',
-           'write_card_pages']
+           'histogram_charts', 'histogram_on', 'counts_of', 'sizes_joined', 'count_charts', 'shares_of',
+           'mixture_chart', 'element', 'rows_table', 'source_rows', 'entry_report', 'card_report', 'hub_licence',
+           'fields_of', 'front_matter', 'cell', 'markdown_table', 'entry_text', 'readme', 'file_object', 'record_set',
+           'protocol', 'croissant', 'write_card_pages']
 
 # %% ../../nbs/corpus/09_card.ipynb #4265c7fe
 import html
 import io
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from .operators import conserved, data_card
@@ -268,6 +269,12 @@ def count_charts(entry: dict):
     )
 
 # %% ../../nbs/corpus/09_card.ipynb #c19d201c
+def shares_of(sources: dict, unit: str) -> list[float]:
+    "The share of each source of all documents, bytes or tokens."
+    whole = max(1, sum(source[unit] for source in sources.values()))
+    return [source[unit] / whole for source in sources.values()]
+
+
 def mixture_chart(entry: dict):
     "The share of each source asked for and got, in all units that are known; None for one source"
     sources = entry.get('sources', {})
@@ -278,9 +285,7 @@ def mixture_chart(entry: dict):
         for unit in ('documents', 'bytes', 'tokens')
         if all(unit in source for source in sources.values())
     ]
-    share = lambda unit: [
-        source[unit] / max(1, sum(s[unit] for s in sources.values())) for source in sources.values()
-    ]
+    share = partial(shares_of, sources)
 
     def draw(ax):
         names, styles = list(sources)[::-1], zip(units, 'osD', (0, 0.18, -0.18))
@@ -294,12 +299,9 @@ def mixture_chart(entry: dict):
                 mfc='none',
                 color=BLUE,
             )
-        asked = [
-            (source['asked'], i)
-            for i, source in enumerate(list(sources.values())[::-1])
-            if 'asked' in source
-        ]
-        if asked:
+        if asked := [
+            (sources[n]['asked'], i) for i, n in enumerate(names) if 'asked' in sources[n]
+        ]:
             ax.plot(*zip(*asked), '|', ms=13, mew=2, color=RED, label='asked for')
         ax.set(
             yticks=range(len(names)),
