@@ -58,7 +58,7 @@ test-quick: $(TESTED)
 test-pythons:
 	@for p in 3.11 3.12 3.13; do if python$$p -c '' 2>/dev/null; then $(MAKE) test PYTHON=python$$p VENV=.venv-$$p || exit 1; else echo "no python$$p here"; fi; done
 
-lint: $(READY)
+lint: $(TESTED)
 	$(BIN)/ruff check nbs tests $(PLAIN)
 	$(BIN)/ruff check --isolated --select F,B --ignore B905 --exclude k2lab/_modidx.py k2lab
 	$(BIN)/ruff format --check nbs tests $(PLAIN)
@@ -77,6 +77,7 @@ lab: $(READY)
 
 export: $(READY)
 	$(BIN)/nbdev-export
+	$(BIN)/python tests/readme.py --write
 
 clean-runs:
 	rm -rf runs/scratch
