@@ -20,7 +20,7 @@ from pathlib import Path
 
 from .operators import conserved, data_card
 from ..lab.config import LabError
-from ..lab.display import Html, Picture, Table
+from ..lab.display import GREY, PLOT_STYLE, Html, Picture, Table
 from ..lab.files import as_json, write_text
 from ..text.rows import FORMATS, write_rows
 
@@ -76,14 +76,7 @@ def picture(text: str, size: tuple, draw, **grid):
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(
-        {
-            'svg.hashsalt': 'k2lab',
-            'svg.fonttype': 'none',
-            'font.size': 8.5,
-            'axes.spines.top': False,
-            'axes.spines.right': False,
-            'axes.titlesize': 9,
-        }
+        {**PLOT_STYLE, 'font.size': 8.5, 'axes.titlesize': 9, 'axes.titlecolor': GREY}
     ):
         fig, out = Figure(figsize=size, layout='constrained'), io.StringIO()
         draw(fig.subplots(**grid))
