@@ -31,7 +31,7 @@ class Config:
     model: str = 'k2_think_dpo'  # checkpoint behind the lab's own server
     questions: list[str] = field(default_factory=list)  # what a run asks; in a terminal you type
     tools: list[str] = field(default_factory=lambda: ['python'])  # what the model may call
-    max_turns: int = 8  # replies of the model to one question
+    max_turns: int = 6  # replies of the model to one question
     max_tokens: int = 4096  # generated tokens for one question
     max_seconds: float = 300  # for one question
     temperature: float = 0.6  # K2-Instruct's; K2-Thinking wants 1.0

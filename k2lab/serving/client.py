@@ -245,8 +245,8 @@ class Teacher:
 
     def _chat_body(self, messages: list[dict], tools: list[dict] | None, **options) -> dict:
         "The fields of a request about a conversation."
-        body = dict(model=self.model, messages=both_names(messages))
-        return body | (dict(tools=tools) if tools else {}) | options
+        tools_if_any = dict(tools=tools) if tools else {}
+        return dict(model=self.model, messages=both_names(messages), **tools_if_any, **options)
 
     def chat(self, messages: list[dict], tools: list[dict] | None = None, **options) -> dict:
         "One reply (see `read_message`); `options` go to the server unchanged: temperature, max_tokens, seed ..."
@@ -278,8 +278,8 @@ class Teacher:
         **options,
     ) -> list[dict]:
         "n choices {'text', 'finish', 'logprobs'}; `logprobs` k: of the token and the k best, named by token id."
-        body = dict(model=self.model, prompt=prompt, n=n, temperature=temperature)
-        body |= dict(max_tokens=max_tokens, **options)
+        asked = dict(prompt=prompt, n=n, temperature=temperature, max_tokens=max_tokens)
+        body = dict(model=self.model, **asked, **options)
         if logprobs is not None:
             body |= dict(logprobs=logprobs, return_tokens_as_token_ids=True)
         return [
