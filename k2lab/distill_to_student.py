@@ -27,6 +27,9 @@ class Config(Supervised):
     init_from: str = 'Qwen2.5-7B'  # the student before
     teacher: str = 'k2_think_dpo'  # the model it is compared with
     saves: str = 'k2_student_7b'
+    length: int = (
+        384  # longest row in tokens: a trace of the teacher is longer in the student's tokens
+    )
     mix: dict = field(default_factory=lambda: dict(distill_corpus=11000))
     measures: list = field(default_factory=lambda: ['domain_questions', 'reasoning_verified'])
 
