@@ -25,8 +25,7 @@ from typing import Literal
 from .lab.config import LabError
 from .models.load import local_folder, open_tokenizer
 from .serving.client import Teacher, check_parity, reply_text
-from .text.chat import encode, prompt_spans
-from .text.tokenizer import family_of
+from .text.chat import prompt_ids
 
 # %% ../nbs/60_launch_teacher_vllm.ipynb #66f1949b
 @dataclass(frozen=True)
@@ -213,7 +212,7 @@ def parity_messages(job) -> list[dict]:
 def own_count(place, messages: list[dict]) -> int:
     "The number of tokens in the lab's own rendering of a prompt, with the checkpoint's tokenizer."
     tok = open_tokenizer(place)
-    return len(encode(tok, prompt_spans(messages, family=family_of(tok)))[0])
+    return len(prompt_ids(tok, messages))
 
 # %% ../nbs/60_launch_teacher_vllm.ipynb #399bcfbe
 @dataclass(frozen=True)

@@ -123,11 +123,11 @@ def pairs_of(rows: list[dict]) -> list[dict]:
     ]
 
 
-def plain_pair(pair: dict) -> dict:
+def plain_pair(tok, pair: dict) -> dict:
     "A preference pair as text for TRL, which adds the end of turn to the answers itself."
-    from k2lab.text.chat import pair_spans, text_of
+    from k2lab.text.masks import pair_row
 
-    prompt, chosen, rejected = (text_of(spans) for spans in pair_spans(pair))
+    prompt, chosen, rejected = map(tok.decode, pair_row(tok, pair).values())
     end = '<|im_end|>'
     return dict(prompt=prompt, chosen=chosen.removesuffix(end), rejected=rejected.removesuffix(end))
 
@@ -139,7 +139,7 @@ def plain_dpo(rows: list[dict]) -> Training:
 
     (model, tok), (reference, _) = opened(), opened()
     tok.eos_token = '<|im_end|>'
-    data = Dataset.from_list([plain_pair(pair) for pair in pairs_of(rows)])
+    data = Dataset.from_list([plain_pair(tok, pair) for pair in pairs_of(rows)])
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(folder, **trl_options())
         trainer = DPOTrainer(model, reference, config, train_dataset=data, processing_class=tok)
@@ -155,13 +155,11 @@ def plain_dpo(rows: list[dict]) -> Training:
 def ours_dpo(rows: list[dict]) -> Training:
     "DPO as the lab's stage does it."
     from k2lab.lab.job import start
-    from k2lab.text.chat import encode, pair_spans
+    from k2lab.text.masks import pair_row
     from k2lab.training.trainer import fit_dpo
 
     (model, tok), (reference, _) = opened(), opened()
-    keys = 'prompt_ids', 'chosen_ids', 'rejected_ids'
-    spans = (pair_spans(pair) for pair in pairs_of(rows))
-    data = [dict(zip(keys, (encode(tok, part)[0] for part in parts))) for parts in spans]
+    data = [pair_row(tok, pair) for pair in pairs_of(rows)]
     job = start(STAGE, 'smoke', campaign=CAMPAIGN)
     fit_dpo(job, model, reference, tok, data, TRAINER_OPTIONS)
     return recorded(job)

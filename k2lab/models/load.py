@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'GROUPS', 'DEFAULT_LOADING', 'SHIPPED', 'register_kimi_k2', 'small_config', 'small_model', 'ready',
-           'group_of', 'parameter_counts', 'trained_counts', 'end_ids', 'save_checkpoint', 'readable_config', 'Loading',
+           'group_of', 'parameter_counts', 'trained_counts', 'save_checkpoint', 'readable_config', 'Loading',
            'quantization', 'local_folder', 'open_model', 'open_tokenizer', 'check_window', 'shipped', 'smoke_model',
            'Reply', 'left_padded', 'generate']
 
@@ -28,6 +28,7 @@ from k2lab.models.quantized import (
     read_config,
     stored,
 )
+from ..text.chat import end_ids
 from ..text.tokenizer import tokenizer_in
 
 # %% ../../nbs/models/01_load.ipynb #fb8b392d
@@ -192,11 +193,6 @@ def trained_counts(model) -> dict:
     return counts
 
 # %% ../../nbs/models/01_load.ipynb #694f5264
-def end_ids(tok) -> list[int]:
-    "The ids a reply ends with: the end of a turn, and the end of a document."
-    return sorted({tok.convert_tokens_to_ids('<|im_end|>'), tok.eos_token_id})
-
-
 def save_checkpoint(model, tok, folder, dtype=None, weights: dict | None = None):
     """Write model and tokenizer to a folder as safetensors; a `kimi_k2` config is made readable for vLLM.
 

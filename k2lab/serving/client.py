@@ -17,8 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from ..lab.config import LabError
-from ..text.chat import encode, parse_reply, prompt_spans, reply_message
-from ..text.tokenizer import family_of
+from ..text.chat import parse_reply, prompt_ids, reply_message
 
 # %% ../../nbs/serving/00_client.ipynb #4dc9514c
 def _deltas(message: dict) -> list[dict]:
@@ -337,7 +336,7 @@ def check_parity(teacher: Teacher, tok, probes: list = PROBES) -> int:
     "The number of `(messages, tools)` probes, all with the same ids on both sides; `LabError` if one differs."
     for n, (messages, tools) in enumerate(probes, 1):
         served = teacher.tokenize(messages, tools)
-        own = encode(tok, prompt_spans(messages, tools, family_of(tok)))[0]
+        own = prompt_ids(tok, messages, tools)
         if served != own:
             where = _difference(tok, served, own, n)
             raise LabError(f'{teacher.base_url}: {where}; it runs another template or tokenizer')

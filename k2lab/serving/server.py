@@ -20,8 +20,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from k2lab.lab.config import LabError
-from k2lab.text.chat import encode, prompt_spans, reply_message
-from k2lab.text.tokenizer import family_of
+from k2lab.text.chat import end_ids, prompt_ids, reply_message
 
 TAGS = ('<think>', '</think>', '<|tool_calls_section_begin|>', '<tool_call>')
 
@@ -148,12 +147,11 @@ class Engine:
 
     def __init__(self, model, tok, name: str):
         self.model, self.tok, self.name, self.lock = model.eval(), tok, name, threading.Lock()
-        self.ends = {tok.eos_token_id, tok.convert_tokens_to_ids('<|im_end|>')}
-        self.family, self.length = family_of(tok), model.config.max_position_embeddings
+        self.ends, self.length = set(end_ids(tok)), model.config.max_position_embeddings
 
     def prompt(self, messages, tools=None) -> list:
         "Token ids of a conversation, generation prompt included; what a user typed never becomes a control token."
-        return encode(self.tok, prompt_spans(messages, tools, self.family))[0]
+        return prompt_ids(self.tok, messages, tools)
 
     def limit(self, ids: list, ask: Ask, default: int | None) -> int:
         "How many tokens may follow the prompt; 404 for another model's name, 400 if prompt and answer do not fit."
