@@ -35,6 +35,7 @@ PLAIN = {
     'lab.slurm',
     'models.mla',
     'serving.server',
+    'text.typescript',
     'training.muon',
     *(
         f'bench.{name}'
