@@ -55,11 +55,17 @@ class _Members:
         return first + then + self.others
 
 
+def _short(value: Any) -> str:
+    "`value` as JSON, cut after 80 characters."
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 80 else f'{text[:77]}...'
+
+
 def _typed(value: Any, kind: type, what: str, where: str) -> Any:
     "`value` if it is of `kind`, else a `LabError`."
     if isinstance(value, kind):
         return value
-    raise LabError(f'{where} is {json.dumps(value, default=repr)}; give {what}')
+    raise LabError(f'{where} is {_short(value)}; give {what}')
 
 
 def _sorted(value: Any) -> Any:
@@ -189,6 +195,8 @@ def _members(schema: dict, indent: str, scope: _Scope, where: str) -> _Members:
     where_to = f'{where}.properties'
     named = _typed(schema['properties'], dict, 'an object of schemas', where_to)
     required = _typed(schema.get('required', []), list, 'a list of names', f'{where}.required')
+    for name in required:
+        _typed(name, str, 'the name of a property', f'{where}.required')
     properties = {
         n: _property(n, s, '' if n in required else '?', indent, scope, f'{where_to}.{n}')
         for n, s in named.items()
@@ -254,7 +262,7 @@ def typescript_tools(tools: list[dict]) -> str:
         function = tool.get('function') if isinstance(tool, dict) else None
         if not function or not isinstance(function, dict) or tool.get('type') != 'function':
             raise LabError(
-                f'tools[{i}] is {json.dumps(tool, default=repr)[:80]}; Kimi declares functions '
+                f'tools[{i}] is {_short(tool)}; Kimi declares functions '
                 'alone: give {"type": "function", "function": {"name": ..., "parameters": ...}}'
             )
         lines += _function(_sorted(function), f'tools[{i}].function')
