@@ -203,6 +203,7 @@ def test_enums(one, text):
             ['// maxLength: 9, minLength: 0, pattern: ^a|"b"$'],
         ),
         ({**I, 'minimum': -1, 'maximum': 2.5}, ['// maximum: 2.5, minimum: -1']),
+        ({'type': 'number', 'minimum': 0, 'maximum': 1e3}, ['// maximum: 1000.0, minimum: 0']),
         ({'type': 'array', 'minItems': 1, 'maxItems': 3}, ['// maxItems: 3, minItems: 1']),
         ({**S, 'minimum': 1, 'maxItems': 2}, []),  # bounds of other types
         # keywords without a place in the notation
@@ -305,6 +306,9 @@ def test_a_function_without_parameters(parameters):
         '// Stop.\n\n// Now.\ntype f = (_: {}) => any;'
     )
     assert declared(parameters, description=None) == declared(parameters)
+    assert typescript_tools(
+        [{'type': 'function', 'function': {'name': 'f', 'parameters': None}}]
+    ) == (typescript_tools([tool('f', parameters)]))
 
 
 def test_a_name_that_is_no_identifier_stands_as_it_is():
@@ -396,6 +400,7 @@ def test_tools_are_left_as_they_were():
         ({'type': ['null', 'boolean'], 'enum': [0]}, 'enum has 0'),
         ({'type': ['string', 'integer'], 'enum': ['a']}, 'give one type, or one and null'),
         ({'type': [], 'enum': ['a']}, 'give one type, or one and null'),
+        ({'type': ['string', 'null', 'null'], 'enum': ['a']}, 'give one type, or one and null'),
         ({'enum': 'ab'}, r'x\.enum is "ab"; give a list'),
         ({'anyOf': {}}, r'x\.anyOf is \{\}; give a list of schemas'),
         ({**S, 'description': ['a']}, r'x\.description is \["a"\]; give a text'),

@@ -126,8 +126,8 @@ def _reference(ref: Any, scope: _Scope, where: str) -> str:
     if ref == '#':
         scope.refers_to_root = True
         return 'parameters'
-    name = ref.split('/')[-1] if isinstance(ref, str) and ref.startswith('#/$defs/') else None
-    if name in scope.definitions:
+    name = str(ref).split('/')[-1]
+    if str(ref).startswith('#/$defs/') and name in scope.definitions:
         return name
     known = ', '.join(['#', *(f'#/$defs/{d}' for d in scope.definitions)])
     raise LabError(
