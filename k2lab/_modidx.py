@@ -1465,6 +1465,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'k2lab.text.ledger.speech': ('text/ledger.html#speech', 'k2lab/text/ledger.py')},
             'k2lab.text.masks': { 'k2lab.text.masks._led': ('text/masks.html#_led', 'k2lab/text/masks.py'),
                                   'k2lab.text.masks._side': ('text/masks.html#_side', 'k2lab/text/masks.py'),
+                                  'k2lab.text.masks.check_answer': ('text/masks.html#check_answer', 'k2lab/text/masks.py'),
                                   'k2lab.text.masks.chunks': ('text/masks.html#chunks', 'k2lab/text/masks.py'),
                                   'k2lab.text.masks.concatenate': ('text/masks.html#concatenate', 'k2lab/text/masks.py'),
                                   'k2lab.text.masks.conversation_of': ('text/masks.html#conversation_of', 'k2lab/text/masks.py'),

@@ -10,18 +10,19 @@ import pytest
 
 from k2lab.lab.config import LabError
 from k2lab.text.chat import (
-    Span,
+    Conversation,
+    call_ids,
+    check_call,
+    check_messages,
     encode,
-    pair_spans,
+    markup_read,
     parse_reply,
-    prompt_spans,
-    reply_spans,
-    row_spans,
-    target_spans,
-    text_of,
+    prompt_ids,
 )
+from k2lab.text.masks import encode_row, pair_row, row_examples
 from k2lab.text.tokenizer import (
     CHAT_FAMILIES,
+    CHAT_TEMPLATE,
     KEPT_TOKENS,
     KIMI_PATTERN,
     QWEN_PATTERN,
@@ -92,23 +93,43 @@ TALKS = dict(
 )
 
 
+TOKENIZERS = {}
+
+
+def of(family: str):
+    "The tokenizer of a family, built once."
+    if family not in TOKENIZERS:
+        TOKENIZERS[family] = build_tokenizer(TEXTS, 420, family)
+    return TOKENIZERS[family]
+
+
+def prompt_text(messages, tools=None, family='kimi') -> str:
+    talk = Conversation(of(family), messages, tools)
+    return talk.letters.show(talk.prompt())
+
+
+def reply_text(content, reasoning=None, calls=None, family='kimi') -> str:
+    "The reply to a short question as text."
+    reply = dict(role='assistant', content=content, tool_calls=calls)
+    if reasoning is not None:
+        reply['reasoning_content'] = reasoning
+    talk = Conversation(of(family), [USER, reply])
+    return talk.letters.show(talk.reply(1))
+
+
 @pytest.mark.parametrize('tools', [None, TOOLS], ids=['bare', 'tools'])
 @pytest.mark.parametrize('talk', TALKS)
-def test_spans_are_the_template(tok, talk, tools):
+def test_a_prompt_is_what_the_template_prints(tok, talk, tools):
     if talk == 'named' and family_of(tok) == 'qwen':
         pytest.skip('ChatML has no names')
-    messages, family = TALKS[talk], family_of(tok)
-    spans = prompt_spans(messages, tools, family)
     want = tok.apply_chat_template(
-        messages, tools=tools, tokenize=False, add_generation_prompt=True
+        TALKS[talk], tools=tools, tokenize=False, add_generation_prompt=True
     )
-    assert text_of(spans) == want
-    assert encode(tok, spans)[0] == tok(want, add_special_tokens=False).input_ids
-    assert not any(s.train for s in spans)
+    assert prompt_ids(tok, TALKS[talk], tools) == tok(want, add_special_tokens=False).input_ids
 
 
 def test_kimi_rules_by_hand():
-    text = text_of(prompt_spans([USER, ASK, GOT], TOOLS))
+    text = prompt_text([USER, ASK, GOT], TOOLS)
     assert text.startswith(
         '<|im_system|>tool_declare<|im_middle|>[{"function":{"description":"Weather in '
         '\\"a\\" city é","name":"get_weather","parameters":'
@@ -126,15 +147,15 @@ def test_kimi_rules_by_hand():
         '<|im_system|>get_weather<|im_middle|>## Return of functions.get_weather:0\n'
         'sunny<|im_end|><|im_assistant|>assistant<|im_middle|>'
     )
-    assert text_of(prompt_spans([USER, ASK, GOT, ANSWER, USER])).count('<think></think>') == 2
+    assert prompt_text([USER, ASK, GOT, ANSWER, USER]).count('<think></think>') == 2
 
 
 def test_qwen_by_hand():
     assert (
-        text_of(prompt_spans([SYSTEM, dict(role='user', content='Hi')], family='qwen'))
+        prompt_text([SYSTEM, dict(role='user', content='Hi')], family='qwen')
         == '<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n'
     )
-    text = text_of(prompt_spans([USER, ASK, GOT, MORE], family='qwen'))
+    text = prompt_text([USER, ASK, GOT, MORE], family='qwen')
     assert (
         '<|im_start|>assistant\n<tool_call>\n{"name": "get_weather", "arguments": '
         '{"city": "Rome"}}\n</tool_call>\n<tool_call>' in text
@@ -150,11 +171,13 @@ def test_qwen_by_hand():
     'content,reasoning', [('Yes.', None), ('Yes.', ''), ('', 'r'), ('a\n', 'r\n')]
 )
 @pytest.mark.parametrize('family', CHAT_FAMILIES)
-def test_target_round_trip(family, content, reasoning, calls):
-    spans = target_spans(content, reasoning, calls, family)
-    assert spans[-1] == Span('<|im_end|>', 'assistant', True, True) and all(s.train for s in spans)
-    got = parse_reply(text_of(spans))
-    assert got['reasoning'] == reasoning and got['content'].strip() == content.strip()
+def test_a_reply_is_read_back(family, content, reasoning, calls):
+    text = reply_text(content, reasoning, calls, family)
+    assert text.endswith('<|im_end|>') and text.count('<|im_end|>') == 1
+    got = parse_reply(text)
+    empty = '' if family == 'kimi' else None  # a thinking model says that it did not think
+    assert got['reasoning'] == (empty if reasoning is None else reasoning)
+    assert got['content'].strip() == content.strip()
     assert [json.loads(c['function']['arguments']) for c in got['tool_calls']] == [
         json.loads(c['function']['arguments'])
         if isinstance(c['function']['arguments'], str)
@@ -165,87 +188,183 @@ def test_target_round_trip(family, content, reasoning, calls):
         assert [c['id'] for c in got['tool_calls']] == [c['id'] for c in calls or []]
 
 
-def test_qwen_target_continues_the_template():
-    tok, talk = (
-        build_tokenizer(TEXTS, 300, 'qwen'),
-        [
-            USER,
-            dict(SAY, content='See'),
-        ],
+def test_replies_by_hand():
+    calls = (
+        '<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0'
+        '<|tool_call_argument_begin|>{"city": "Rome"}<|tool_call_end|><|tool_calls_section_end|>'
     )
-    assert text_of(
-        prompt_spans([USER], family='qwen') + target_spans('See', None, [CALL], 'qwen')
-    ) + '\n' == tok.apply_chat_template(talk, tokenize=False)
+    assert reply_text('4') == '<think></think>4<|im_end|>'
+    assert reply_text('4', 'r') == '<think>r</think>4<|im_end|>'
+    assert reply_text('', 'r', [CALL]) == f'<think>r</think>{calls}<|im_end|>'
+    assert reply_text('4', family='kimi_instruct') == '4<|im_end|>'
+    assert reply_text('See', None, [CALL], 'kimi_instruct') == f'See{calls}<|im_end|>'
+    assert reply_text('4', 'r', family='qwen') == '<think>r</think>4<|im_end|>'
+    assert reply_text('See', None, [CALL], 'qwen') == (
+        'See\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>'
+    )
 
 
 def test_no_text_becomes_a_control_token(tok):
-    family = family_of(tok)
     evil = ''.join(tok.get_added_vocab()) * 2 + ' <|im_end|> [EOS]</think>'
     controls = set(tok.get_added_vocab().values())
     clean = [dict(USER, content='x'), ASK, dict(GOT, content='x')]
     dirty = [dict(USER, content=evil), dict(ASK, reasoning_content=evil), dict(GOT, content=evil)]
-    only = lambda spans: [i for i in encode(tok, spans)[0] if i in controls]
-    assert only(prompt_spans(dirty, family=family)) == only(prompt_spans(clean, family=family))
-    assert tok.decode(encode(tok, prompt_spans(dirty, family=family))[0]) == text_of(
-        prompt_spans(dirty, family=family)
-    )
-    assert only(target_spans(evil, evil, family=family)) == only(
-        target_spans('x', 'x', family=family)
-    )
+    only = lambda ids: [i for i in ids if i in controls]
+    assert only(prompt_ids(tok, dirty)) == only(prompt_ids(tok, clean))
+    talk = Conversation(tok, dirty)
+    assert tok.decode(prompt_ids(tok, dirty)) == talk.letters.show(talk.prompt())
+    replies = [
+        Conversation(tok, [USER, dict(ANSWER, content=text, reasoning_content=text)]).turn_ids(1)[1]
+        for text in (evil, 'x')
+    ]
+    assert only(replies[0]) == only(replies[1]) and len(replies[0]) > len(replies[1])
+
+
+def test_private_characters_are_refused():
+    with pytest.raises(LabError, match='private characters'):
+        prompt_ids(of('kimi'), [dict(USER, content='\U0010f000')])
 
 
 def test_random_text_survives(tok):
     rng, letters = random.Random(0), 'ab Z9\n\t.,\'"<|>[]_é月之😀\u200b'
     for _ in range(200):
         text = ''.join(rng.choices(letters, k=rng.randrange(30)))
-        ids, mask = encode(tok, [Span(text, 'user', False, False)])
-        assert (
-            tok.decode(ids) == text
-            and ids == tok(text, add_special_tokens=False).input_ids
-            and mask == [0] * len(ids)
-        )
+        ids = encode(tok, text)
+        assert tok.decode(ids) == text and ids == tok(text, add_special_tokens=False).input_ids
 
 
-def test_mask_is_the_target(tok):
-    family = family_of(tok)
-    prompt, target = row_spans(
-        dict(prompt='2+2?', reasoning='two and two', final='4'), 'Be brief.', family
-    )
-    ids, mask = encode(tok, prompt + target)
-    assert (
-        mask == sorted(mask)
-        and encode(tok, prompt)[0] == ids[: mask.index(1)]
-        and encode(tok, target)[0] == ids[mask.index(1) :]
-    )
+def test_mask_is_the_reply(tok):
+    row = dict(prompt='2+2?', reasoning='two and two', final='4')
+    example = encode_row(tok, row, 'Be brief.')
+    ids, mask = example['input_ids'], example['completion_mask']
+    asked = [dict(role='system', content='Be brief.'), dict(role='user', content='2+2?')]
+    assert mask == sorted(mask) and prompt_ids(tok, asked) == ids[: mask.index(1)]
     assert tok.decode(ids[mask.index(1) :]) == '<think>two and two</think>4<|im_end|>'
-    assert len(encode(tok, [Span('<think>', 'think', True, True)])[0]) == (
-        1 if family == 'kimi' else len(tok('<think>').input_ids)
-    )
+    think = tok.get_added_vocab().get('<think>')
+    assert (think in ids[mask.index(1) :]) == (family_of(tok) == 'kimi')
 
 
 def test_rows():
-    asked = lambda row: text_of(row_spans(row, 'S')[0])
-    assert asked(dict(instruction='I', input='', output='o')).endswith(
+    tok = of('kimi')
+
+    def parts(row):
+        example = encode_row(tok, row, 'S')
+        start = example['completion_mask'].index(1)
+        ids = example['input_ids']
+        return tok.decode(ids[:start]), tok.decode(ids[start:])
+
+    prompt, reply = parts(dict(instruction='I', input='', output='o'))
+    assert prompt.endswith(
         '<|im_user|>user<|im_middle|>I<|im_end|><|im_assistant|>assistant<|im_middle|>'
     )
-    assert '<|im_middle|>I\n\nthe input<|im_end|>' in asked(
-        dict(instruction='I', input='the input', output='o', family='extra')
-    )
-    assert text_of(row_spans(dict(instruction='I', input='', output='o'))[1]) == 'o<|im_end|>'
-    assert (
-        text_of(row_spans(dict(prompt='p', response='<think>r</think>f'))[1])
-        == '<think>r</think>f<|im_end|>'
-    )
-    prompt, chosen, rejected = pair_spans(
-        dict(prompt='p', chosen='<think>r</think>f', rejected='no'), 'S'
-    )
-    assert (
-        text_of(chosen) == '<think>r</think>f<|im_end|>'
-        and text_of(rejected) == 'no<|im_end|>'
-        and not any(s.train for s in prompt)
-    )
-    assert text_of(reply_spans('<think>cut off')) == '<think>cut off<|im_end|>'
-    assert [s.special for s in reply_spans('<think>a</think>b')] == [True, False, True, False, True]
+    assert reply == '<think></think>o<|im_end|>'
+    row = dict(instruction='I', input='the input', output='o', family='extra')
+    assert '<|im_middle|>I\n\nthe input<|im_end|>' in parts(row)[0]
+    assert parts(dict(prompt='p', response='<think>r</think>f'))[1] == '<think>r</think>f<|im_end|>'
+    pair = pair_row(tok, dict(prompt='p', chosen='<think>r</think>f', rejected='no'), 'S')
+    assert [tok.decode(pair[k]) for k in ('chosen_ids', 'rejected_ids')] == [
+        '<think>r</think>f<|im_end|>',
+        '<think></think>no<|im_end|>',
+    ]
+    pair = pair_row(tok, dict(prompt='p', chosen='f', rejected='<think>cut off'), 'S')
+    assert tok.decode(pair['rejected_ids']) == '<think>cut off<|im_end|>'
+
+
+LOOP = [
+    USER,
+    ASK,
+    GOT,
+    MORE,
+    ANSWER,
+    dict(role='user', content='And now?'),
+    dict(ANSWER, content='Rain.'),
+]
+
+
+def trained(tok, example) -> list[str]:
+    "The trained stretches of an example as text."
+    ids, out = example['input_ids'], []
+    for i, m in enumerate(example['completion_mask']):
+        if m and not example['completion_mask'][i - 1]:
+            out.append([])
+        if m:
+            out[-1].append(ids[i])
+    return [tok.decode(part) for part in out]
+
+
+def test_each_reply_of_a_conversation_is_trained_once():
+    calls = reply_text('', 'Look it up.', [CALL, TWO]).removesuffix('<|im_end|>')
+    examples = row_examples(of('kimi'), dict(messages=LOOP, tools=TOOLS))
+    assert [trained(of('kimi'), e) for e in examples] == [
+        [f'{calls}<|im_end|>', '<think>So.</think>Sunny.<|im_end|>'],
+        ['<think>So.</think>Rain.<|im_end|>'],
+    ]  # the template keeps thoughts while tools run, and takes them out of finished turns
+    bare = [{k: v for k, v in m.items() if k != 'reasoning_content'} for m in LOOP]
+    instruct = of('kimi_instruct')
+    (one,) = row_examples(instruct, dict(messages=bare, tools=TOOLS))
+    assert [len(t) > 10 for t in trained(instruct, one)] == [True, True, True]
+    assert trained(instruct, one)[1:] == ['Sunny.<|im_end|>', 'Rain.<|im_end|>']
+
+
+def test_which_replies_are_trained():
+    tok = of('kimi')
+    row = dict(messages=LOOP, tools=TOOLS)
+    assert [trained(tok, e) for e in row_examples(tok, row, replies='last')] == [
+        ['<think>So.</think>Rain.<|im_end|>']
+    ]
+    quiet = [dict(m, train=False) if m is LOOP[-1] else m for m in LOOP]
+    assert len(row_examples(tok, dict(row, messages=quiet))) == 1
+    with pytest.raises(LabError, match="unknown value 'first'; valid: all, last"):
+        row_examples(tok, row, replies='first')
+    with pytest.raises(LabError, match='makes 2 examples'):
+        encode_row(tok, row)
+
+
+def test_ids_of_calls_by_other_makers():
+    ask = dict(ASK, tool_calls=[dict(CALL, id='call_a8f3'), dict(TWO, id='call_b')])
+    got = [dict(GOT, tool_call_id='call_a8f3'), dict(MORE, tool_call_id='call_b')]
+    (example,) = row_examples(of('kimi'), dict(messages=[USER, ask, *got, ANSWER], tools=TOOLS))
+    (same,) = row_examples(of('kimi'), dict(messages=LOOP[:5], tools=TOOLS))
+    assert example == same
+    assert call_ids([ASK])[0]['tool_calls'] == ASK['tool_calls']
+
+
+@pytest.mark.parametrize(
+    'text,thought,content',
+    [
+        ('<think>a</think>b', 'a', 'b'),
+        ('a</think>b', 'a', 'b'),  # the prompt opened the thought
+        ('\n<think>line\ntwo</think>\nb', 'line\ntwo', '\nb'),
+    ],
+)
+def test_thoughts_written_as_letters(text, thought, content):
+    read = markup_read(dict(role='assistant', content=text), 'message 1')
+    assert (read['reasoning_content'], read['content']) == (thought, content)
+
+
+def test_calls_written_as_letters_become_control_tokens():
+    tok, written = of('kimi'), reply_text('', 'Hm.', [CALL, TWO]).removesuffix('<|im_end|>')
+    example = encode_row(tok, dict(prompt='Weather?', response=written))
+    names = {i: t for t, i in tok.get_added_vocab().items()}
+    learned = [i for i, m in zip(example['input_ids'], example['completion_mask']) if m]
+    tool_tags = [names[i] for i in learned if '<|tool_' in names.get(i, '')]
+    assert len(tool_tags) == 8 and len(set(tool_tags)) == 5
+    assert tok.decode(learned) == f'{written}<|im_end|>'
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        'Yes. <think>Why?</think>',
+        '<think>a</think><think>b</think>c',
+        '<think>cut off',
+        'x<|tool_calls_section_begin|><|tool_call_begin|>f:0<|tool_call_argument_begin|>{"a',
+        '<tool_call>\nnot json\n</tool_call>',
+    ],
+)
+def test_markup_that_is_not_whole_is_refused(text):
+    with pytest.raises(LabError, match='message 1: markup in its text cannot be read as one reply'):
+        markup_read(dict(role='assistant', content=text), 'message 1')
 
 
 @pytest.mark.parametrize(
@@ -277,51 +396,52 @@ def test_parse_reply(text, want):
     assert (got['reasoning'], got['content'], len(got['tool_calls'])) == want
 
 
-def learned(**call):
-    return lambda: target_spans('', tool_calls=[dict(CALL, **call)])
-
-
 def function(arguments, name='get_weather'):
     return dict(name=name, arguments=arguments)
+
+
+def checked(*messages, ids=True):
+    return lambda: check_messages(messages, ids)
+
+
+def learned(**call):
+    return lambda: check_call(dict(CALL, **call))
 
 
 @pytest.mark.parametrize(
     'call,word',
     [
-        (lambda: prompt_spans([USER], family='llama'), 'valid: kimi, kimi_instruct, qwen'),
-        (lambda: target_spans('x', family='llama'), 'valid: kimi, kimi_instruct, qwen'),
-        (lambda: prompt_spans([dict(role='robot', content='')]), "message 0 has role 'robot'"),
+        (checked(dict(role='robot', content='')), "message 0 has role 'robot'"),
         (
-            lambda: prompt_spans([USER, dict(role='user', content=5)]),
+            lambda: prompt_ids(of('kimi'), [USER, dict(role='user', content=5)]),
             'message 1 has content of type int',
         ),
         (
-            lambda: prompt_spans([dict(role='user', content=[dict(type='image_url')])]),
+            lambda: prompt_ids(of('kimi'), [dict(role='user', content=[dict(type='image_url')])]),
             "message 0 has a part of type 'image_url'",
         ),
+        (checked(dict(USER, tool_calls=[CALL])), "message 0 has tool calls but role 'user'"),
         (
-            lambda: prompt_spans([dict(USER, tool_calls=[CALL])]),
-            "message 0 has tool calls but role 'user'",
-        ),
-        (
-            lambda: prompt_spans([dict(role='tool', content='')]),
+            checked(dict(role='tool', content='')),
             'message 0 is a tool result without its tool_call_id',
         ),
+        (checked(USER, GOT), 'message 1 is a tool result, but nothing before it calls'),
+        (checked(USER, GOT, ids=False), 'message 1 is a tool result, but nothing'),
         (
-            lambda: prompt_spans([USER, GOT]),
-            'message 1 is a tool result, but nothing before it calls',
-        ),
-        (
-            lambda: prompt_spans([USER, GOT], family='qwen'),
-            'message 1 is a tool result, but nothing',
-        ),
-        (
-            lambda: prompt_spans([USER, SAY, MORE]),
+            checked(USER, SAY, MORE),
             "message 2 is the result of 'functions.get_weather:1'.*called were functions.get_weather:0",
         ),
         (
-            lambda: prompt_spans([USER, dict(SAY, tool_calls=[dict(CALL, id='')])]),
+            checked(USER, dict(SAY, tool_calls=[dict(CALL, id='')])),
             'no id; K2 needs one like functions.get_weather:0',
+        ),
+        (
+            checked(USER, dict(SAY, tool_calls=[dict(CALL, function=dict(name='f'))])),
+            "message 1 calls 'f' without arguments",
+        ),
+        (
+            checked(USER, dict(SAY, tool_calls=[dict(CALL, function=function('{}', None))])),
+            'without a function name',
         ),
         (learned(id=''), 'functions.get_weather:0'),
         (learned(id='call_a8f3'), "has the id 'call_a8f3'"),
@@ -331,25 +451,27 @@ def function(arguments, name='get_weather'):
         (learned(function=function('[1]')), 'no JSON object'),
         (learned(function=function('{}', 'a.b'), id='functions.a.b:0'), 'rename the tool'),
         (
-            lambda: target_spans(
-                '', tool_calls=[dict(CALL, function=function('{'))], family='qwen'
-            ),
+            lambda: check_call(dict(CALL, id='x', function=function('{')), ids=False),
             'not JSON',
         ),
-        (lambda: row_spans(dict(text='t')), 'keys text'),
+        (lambda: encode_row(of('kimi'), dict(text='t')), 'text'),
         (
-            lambda: row_spans(dict(instruction='Ask', input='', output=' \n')),
-            "the reply to 'Ask' has no answer",
+            lambda: encode_row(of('kimi'), dict(instruction='Ask', input='', output=' \n')),
+            'output is empty',
         ),
         (
-            lambda: row_spans(dict(prompt='Ask', reasoning='r', final=''), family='qwen'),
-            "the reply to 'Ask' has no answer",
+            lambda: encode_row(of('qwen'), dict(prompt='Ask', reasoning='r', final='')),
+            'final is empty',
         ),
         (
-            lambda: row_spans(dict(prompt='Ask', response='<think>cut off')),
-            "'<think>cut off<|im_end|>'".replace('|', r'\|'),
+            lambda: encode_row(of('kimi'), dict(prompt='Ask', response='<think>cut off')),
+            'a thought that does not end',
         ),
-        (lambda: pair_spans(dict(prompt='Ask', chosen='', rejected='no')), "the reply to 'Ask'"),
+        (
+            lambda: encode_row(of('kimi'), dict(prompt='Ask', response='<think>7 * 6</think>')),
+            'message 1 says nothing after its thoughts',
+        ),
+        (lambda: pair_row(of('kimi'), dict(prompt='Ask', chosen='', rejected='no')), 'chosen'),
         (lambda: build_tokenizer([''], 200), 'at least 275'),
         (lambda: build_tokenizer([''], 2000, 'x'), 'valid: kimi, kimi_instruct, qwen'),
     ],
@@ -359,24 +481,19 @@ def test_refusals(call, word):
         call()
 
 
-def test_what_a_prompt_may_hold_and_a_target_may_not():
+def test_what_a_prompt_may_hold_and_a_reply_may_not():
     odd = dict(ASK, tool_calls=[dict(CALL, id='call_a8f3', function=function('{"city": '))])
+    talk = [USER, odd, dict(GOT, tool_call_id='call_a8f3')]
     assert (
         '<|tool_call_begin|>call_a8f3<|tool_call_argument_begin|>{"city": <|tool_call_end|>'
-        in text_of(prompt_spans([USER, odd, dict(GOT, tool_call_id='call_a8f3')]))
+        in prompt_text(talk)
     )
-    assert text_of(
-        target_spans('', tool_calls=[dict(CALL, id='call_a8f3')], family='qwen')
-    ).startswith('<tool_call>')  # ChatML prints no id
-    assert [text_of(s) for s in pair_spans(dict(prompt='p', chosen='yes', rejected=''))[1:]] == [
-        'yes<|im_end|>',
-        '<|im_end|>',
-    ]
+    with pytest.raises(LabError, match='to be learned has the id'):
+        Conversation(of('kimi'), talk).turn_ids(1)
 
 
 def test_instruct_by_hand():
-    text = text_of(prompt_spans([USER, ASK, GOT, MORE], family='kimi_instruct'))
-    assert text == (
+    assert prompt_text([USER, ASK, GOT, MORE], family='kimi_instruct') == (
         '<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by '
         'Moonshot AI.<|im_end|><|im_user|>user<|im_middle|>\n 12 + 30?  '
         '<|im_end|><|im_assistant|>assistant<|im_middle|>'
@@ -389,14 +506,6 @@ def test_instruct_by_hand():
         '<|im_system|>tool<|im_middle|>## Return of functions.get_weather:1\n{"t": '
         '21}<|im_end|><|im_assistant|>assistant<|im_middle|>'
     )
-    assert text_of(target_spans('4', family='kimi_instruct')) == '4<|im_end|>'
-    assert [(s.text, s.special) for s in target_spans('4', 'r', family='kimi_instruct')] == [
-        ('<think>', False),
-        ('r', False),
-        ('</think>', False),
-        ('4', False),
-        ('<|im_end|>', True),
-    ]
 
 
 def test_tokenizer_survives_a_save(tok, tmp_path):
@@ -404,11 +513,8 @@ def test_tokenizer_survives_a_save(tok, tmp_path):
 
     tok.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
-    spans = prompt_spans([USER, ASK, GOT], TOOLS, family_of(tok))
-    assert (
-        encode(again, spans) == encode(tok, spans)
-        and again.get_added_vocab() == tok.get_added_vocab()
-    )
+    assert prompt_ids(again, [USER, ASK, GOT], TOOLS) == prompt_ids(tok, [USER, ASK, GOT], TOOLS)
+    assert again.get_added_vocab() == tok.get_added_vocab()
     assert (again.eos_token_id, again.pad_token_id, again.chat_template) == (
         tok.eos_token_id,
         tok.pad_token_id,
@@ -418,10 +524,10 @@ def test_tokenizer_survives_a_save(tok, tmp_path):
 
 def test_kept_and_dropped_tokens():
     tok = build_tokenizer(TEXTS, 300)
-    ids = encode(tok, target_spans('4', 'r', [CALL]))[0]
-    assert tok.decode(ids, skip_special_tokens=True) == text_of(
-        target_spans('4', 'r', [CALL])
-    ).removesuffix('<|im_end|>')
+    said = reply_text('4', 'r', [CALL])
+    assert tok.decode(encode(tok, said), skip_special_tokens=True) == said.removesuffix(
+        '<|im_end|>'
+    )
     assert tok.convert_tokens_to_ids(SPECIAL_TOKENS) == list(range(len(tok) - 19, len(tok)))
 
 
@@ -456,6 +562,7 @@ def kimi_folder(
         for i, t in enumerate(named)
         if t
     }
+    (folder / 'chat_template.jinja').write_text(CHAT_TEMPLATE)
     (folder / 'tokenizer_config.json').write_text(
         json.dumps(
             dict(
@@ -498,7 +605,10 @@ def test_a_tiktoken_file_by_hand(tmp_path):
     assert tok.decode([267, *ids('<think>')], skip_special_tokens=True) == '<think>' and tok(
         'a月b', return_offsets_mapping=True
     ).offset_mapping == [(0, 1), (1, 2), (2, 3)]
-    assert encode(tok, [Span('<think>', 'user', False, False)])[0] == byte('<think>')
+    prompt = prompt_ids(tok, [dict(role='user', content='<think>')])
+    assert (
+        bytes(byte('<think>')) in bytes(i % 256 for i in prompt) and ids('<think>')[0] not in prompt
+    )
 
 
 def test_a_tiktoken_file_saved_and_opened(tmp_path):
@@ -519,13 +629,21 @@ def test_a_tiktoken_file_saved_and_opened(tmp_path):
         again.chat_template == tok.chat_template == CHAT_FAMILIES['kimi'].template
         and again.eos_token == '[EOS]'
     )
-    instruct = load_kimi_tokenizer(
-        kimi_folder(tmp_path, named=[t for t in NAMED if not t or 'think>' not in t])
-    )
-    assert (
-        family_of(instruct) == 'kimi_instruct'
-        and instruct.chat_template == CHAT_FAMILIES['kimi_instruct'].template
-    )
+
+
+def test_the_template_is_the_one_in_the_folder(tmp_path):
+    from k2lab.models.load import open_tokenizer
+
+    folder = kimi_folder(tmp_path)
+    (folder / 'chat_template.jinja').write_text("{{ messages[0].content }}<|im_end|>")
+    assert open_tokenizer(folder).chat_template == "{{ messages[0].content }}<|im_end|>"
+    (folder / 'chat_template.jinja').unlink()
+    config = json.loads((folder / 'tokenizer_config.json').read_text())
+    (folder / 'tokenizer_config.json').write_text(json.dumps(dict(config, chat_template='own')))
+    assert open_tokenizer(folder).chat_template == 'own'
+    (folder / 'tokenizer_config.json').write_text(json.dumps(config))
+    with pytest.raises(LabError, match="has no chat template.*put the model's chat_template.jinja"):
+        prompt_ids(open_tokenizer(folder), [USER])
 
 
 def test_tiktoken_files_that_are_refused(tmp_path):
@@ -782,10 +900,18 @@ class NoModel:
         return self
 
 
+def real_kimi(folder):
+    "Moonshot's tokenizer with the lab's template for K2-Thinking."
+    for name in ('tiktoken.model', 'tokenizer_config.json'):
+        (folder / name).symlink_to(KIMI_FILES / name)
+    (folder / 'chat_template.jinja').write_text(CHAT_TEMPLATE)
+    return load_kimi_tokenizer(folder)
+
+
 @pytest.fixture(
     scope='module', params=['k2', 'qwen', 'kimi_instruct', pytest.param('real', marks=needs_kimi)]
 )
-def sides(request):
+def sides(request, tmp_path_factory):
     "A shipped, K2-Instruct or real K2 tokenizer, and a function that asks a server for ids."
     pytest.importorskip('torch')
     from fastapi.testclient import TestClient
@@ -794,7 +920,7 @@ def sides(request):
     from k2lab.serving import server
 
     tok = (
-        open_tokenizer(KIMI_FILES)
+        real_kimi(tmp_path_factory.mktemp('kimi'))
         if request.param == 'real'
         else build_tokenizer(TEXTS, 420, 'kimi_instruct')
         if request.param == 'kimi_instruct'
@@ -824,13 +950,9 @@ def test_conversations_are_the_same_ids_everywhere(sides):
         and sum(ms[-1]['role'] == 'tool' for ms, _ in talks) > 100
     )
     for messages, tools in talks:
-        ids, mask = encode(tok, prompt_spans(messages, tools, family_of(tok)))
-        assert (
-            ids
-            == tok.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=True, return_dict=False
-            )
-            and sum(mask) == 0
+        ids = prompt_ids(tok, messages, tools)
+        assert ids == tok.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=True, return_dict=False
         )
         assert ids == served(messages, tools)
 
@@ -861,7 +983,8 @@ def test_rows_are_the_same_ids_everywhere(sides):
             == prompts_of(tok, [row], system)[0]
             == served(messages)
         )
-        said = row['response'] + '<|im_end|>'
+        empty = '<think></think>' if family_of(tok) == 'kimi' else ''
+        said = f'{empty}{row["response"]}<|im_end|>'
         assert tok.decode(ids[len(prompt) :]) == (
             unicodedata.normalize('NFC', said) if family_of(tok) == 'qwen' else said
         )
@@ -875,21 +998,17 @@ def test_special_strings_of_users_are_the_one_difference(sides):
     numbers = set(controls.values())
     special = [t for t in controls if not t.startswith('<|reserved')]
     for messages, tools in conversations(special):
-        spans = prompt_spans(messages, tools, family_of(tok))
         ids, theirs = (
-            encode(tok, spans)[0],
+            prompt_ids(tok, messages, tools),
             tok.apply_chat_template(
                 messages, tools=tools, add_generation_prompt=True, return_dict=False
             ),
         )
-        own = [controls[s.text] for s in spans if s.special]
-        assert (
-            [i for i in ids if i in numbers] == own
-            and ids == served(messages, tools)
-            and tok.decode(ids) == tok.decode(theirs)
-        )
+        own = [i for i in ids if i in numbers]
+        assert ids == served(messages, tools) and tok.decode(ids) == tok.decode(theirs)
         if len(own) == sum(i in numbers for i in theirs):
             assert ids == theirs
         else:
             forged += 1
+            assert len(own) < sum(i in numbers for i in theirs)
     assert forged > 300

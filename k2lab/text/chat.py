@@ -182,7 +182,12 @@ def _tool_options(tok, tools: list | None) -> dict:
         return dict(tools=tools)
     from k2lab.text.typescript import typescript_tools
 
-    return dict(tools=tools, tools_ts_str=typescript_tools(tools))
+    try:
+        return dict(tools=tools, tools_ts_str=typescript_tools(tools))
+    except (
+        LabError
+    ):  # a schema that TypeScript cannot say: Kimi's tokenizer then prints all as JSON
+        return dict(tools=tools)
 
 
 def rendered(tok, messages: list, tools: list | None = None, ask: bool = True, **switches) -> str:

@@ -208,7 +208,7 @@ def trained_engine(texts, size: int, family: str):
     return engine
 
 
-def fast_tokenizer(engine, names: dict[str, str], template: str):
+def fast_tokenizer(engine, names: dict[str, str], template: str | None):
     "A transformers fast tokenizer of an engine; `names` are its `bos_token`, `eos_token` and so on."
     from transformers import PreTrainedTokenizerFast
 
@@ -364,23 +364,10 @@ def load_kimi_tokenizer(folder):
     return fast_tokenizer(engine, names, kimi_template(Path(folder), config))
 
 
-def kimi_template(folder: Path, config: dict) -> str:
-    """The chat template that lies beside Kimi's tokenizer files.
-
-    Without one, a K2 gets the lab's template for its control tokens; `LabError` for K2.5 and later."""
-    if (path := folder / 'chat_template.jinja').exists():
-        return path.read_text(encoding='utf-8')
-    if config.get('chat_template'):
-        return config['chat_template']
-    path = folder / 'config.json'
-    kind = json.loads(path.read_text()).get('model_type') if path.exists() else None
-    if kind not in (None, 'kimi_k2', 'deepseek_v3'):
-        raise LabError(
-            f'{folder}: a {kind} prints conversations in a format of its own; '
-            'put its chat_template.jinja into the folder'
-        )
-    thinks = any(t['content'] == '<think>' for t in config['added_tokens_decoder'].values())
-    return CHAT_FAMILIES['kimi' if thinks else 'kimi_instruct'].template
+def kimi_template(folder: Path, config: dict) -> str | None:
+    "The chat template beside Kimi's tokenizer files, or None; the lab guesses none from the vocabulary."
+    path = folder / 'chat_template.jinja'
+    return path.read_text(encoding='utf-8') if path.exists() else config.get('chat_template')
 
 # %% ../../nbs/text/02_tokenizer.ipynb #64f3a629
 def tokenizer_in(folder):
