@@ -1348,6 +1348,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'k2lab.text.chat._check_result': ('text/chat.html#_check_result', 'k2lab/text/chat.py'),
                                  'k2lab.text.chat._endings': ('text/chat.html#_endings', 'k2lab/text/chat.py'),
                                  'k2lab.text.chat._forms': ('text/chat.html#_forms', 'k2lab/text/chat.py'),
+                                 'k2lab.text.chat._keeps_thoughts': ('text/chat.html#_keeps_thoughts', 'k2lab/text/chat.py'),
                                  'k2lab.text.chat._next_header': ('text/chat.html#_next_header', 'k2lab/text/chat.py'),
                                  'k2lab.text.chat._opening': ('text/chat.html#_opening', 'k2lab/text/chat.py'),
                                  'k2lab.text.chat._reformed': ('text/chat.html#_reformed', 'k2lab/text/chat.py'),

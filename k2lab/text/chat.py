@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable
 from functools import lru_cache
+from os.path import commonprefix
 
 from ..lab.config import LabError
 from .tokenizer import is_kimi, plain_tokenizer
@@ -310,8 +311,9 @@ def left_out(tok, messages: list, tools: list | None, ask: bool) -> str | None:
             return what
     for call in calls:
         arguments = call['function']['arguments']
-        if isinstance(arguments, str) and arguments not in text:
-            return f'the arguments of {call["function"]["name"]!r}'
+        quoted = json.dumps(arguments, ensure_ascii=False) in text
+        if isinstance(arguments, str) and (quoted or arguments not in text):
+            return f'the arguments of {call["function"]["name"]!r} as they are'
     return None
 
 # %% ../../nbs/text/03_chat.ipynb #9ad127ef
@@ -570,12 +572,18 @@ def _by_field(talk: Conversation, i: int, turn: dict, thought: str) -> str | Non
     return None
 
 
+@lru_cache(maxsize=32)
+def _keeps_thoughts(tok, template: str) -> bool:
+    "Whether a template prints the thought of a turn that calls a tool, between plain tags."
+    running = rendered(tok, [*_ASKED, dict(_CALLING, reasoning_content=_MARK)], ask=False)
+    return f'<think>{_MARK}</think>' in running
+
+
 def _by_insertion(talk: Conversation, i: int, turn: dict, thought: str) -> str | None:
     "The reply of a template that empties thoughts of finished turns, filled as it does while tools are used."
     text = talk.continued(i, turn) or ''
     empty = re.match('(<think>)?</think>', text)
-    running = talk.text([*_ASKED, dict(_CALLING, reasoning_content=_MARK)], False)
-    if not empty or f'<think>{_MARK}</think>' not in running:
+    if not empty or not _keeps_thoughts(talk.tok, template_of(talk.tok)):
         return None
     return f'{empty[1] or ""}{thought}</think>{text[empty.end() :]}'
 
@@ -600,10 +608,10 @@ def prompt_ids(tok, messages: list, tools: list | None = None) -> list[int]:
 
 # %% ../../nbs/text/03_chat.ipynb #29f84db6
 def _opening(tok, messages: list) -> list[int]:
-    "The ids that the template adds to ask for a reply; the last control token of the prompt if it adds none."
-    prompt, before = rendered(tok, messages), rendered(tok, messages, ask=False)
-    last = [*control_pattern(tok).finditer(prompt)][-1]
-    return encode(tok, prompt[len(before) :] or prompt[last.start() :])
+    "The ids that the template adds to ask for a reply; the last one of the prompt if it adds none."
+    asked, before = (encode(tok, rendered(tok, messages, ask=ask)) for ask in (True, False))
+    same = len(commonprefix([asked, before]))
+    return asked[same:] or asked[-1:]
 
 
 def generation_prompts(tok) -> list[list[int]]:

@@ -325,11 +325,11 @@ def _opened(row: dict, spec: Spec) -> Opened:
     return Opened(name, layout, fields, ignored | (kept.keys() - fields.keys()))
 
 # %% ../../nbs/text/01_layouts.ipynb #ff1dface
-def _text(value, place: str) -> str:
-    "Text as it is; `LabError` if it is something else or empty."
+def _text(value, place: str, empty: bool = False) -> str:
+    "Text as it is; `LabError` if it is something else or, unless `empty`, has no letters."
     if not isinstance(value, str):
         raise LabError(f'{place} must be text, this is {type(value).__name__}: {value!r:.40}')
-    if not value.strip():
+    if not empty and not value.strip():
         raise LabError(f'{place} is empty; give text or leave the row out')
     return value
 
@@ -337,7 +337,7 @@ def _text(value, place: str) -> str:
 def _content(value, place: str, empty: bool = False):
     "The content of a message: text, or a list of text parts; `LabError` if it is neither or, unless `empty`, empty."
     if not isinstance(value, list):
-        return value if empty and value == '' else _text(value, place)
+        return _text(value, place, empty)
     for i, part in enumerate(value):
         if not isinstance(part, dict) or part.get('type') != 'text':
             kind = part.get('type') if isinstance(part, dict) else type(part).__name__
@@ -458,9 +458,8 @@ def _assistant(raw: dict, place: str) -> dict:
     )
     thoughts = {}
     if 'reasoning_content' in raw:
-        thoughts['reasoning_content'] = raw['reasoning_content']
-        if thoughts['reasoning_content'] != '':
-            _text(raw['reasoning_content'], f'{place}.reasoning_content')
+        where = f'{place}.reasoning_content'
+        thoughts['reasoning_content'] = _text(raw['reasoning_content'], where, True)
     return dict(content=content) | thoughts | calls
 
 
