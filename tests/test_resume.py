@@ -60,8 +60,7 @@ def sft_rows(tok, n: int = 26) -> list:
 
 def pairs(tok, n: int = 20) -> list:
     "Preference pairs of different lengths."
-    from k2lab.text.chat import encode, pair_spans
-    from k2lab.text.tokenizer import family_of
+    from k2lab.text.masks import pair_row
 
     rng = random.Random(2)
     rows = [
@@ -71,15 +70,7 @@ def pairs(tok, n: int = 20) -> list:
         }
         for _ in range(n)
     ]
-    return [
-        {
-            k: encode(tok, spans)[0]
-            for k, spans in zip(
-                ('prompt_ids', 'chosen_ids', 'rejected_ids'), pair_spans(r, 'S', family_of(tok))
-            )
-        }
-        for r in rows
-    ]
+    return [pair_row(tok, r, 'S') for r in rows]
 
 
 def fit(folder: Path, tok, kind: str, how: str, trainer: dict):

@@ -13,7 +13,7 @@ from k2lab.lab.config import LabError
 from k2lab.models.load import generate, small_model
 from k2lab.serving import server
 from k2lab.text import tokenizer
-from k2lab.text.chat import encode, prompt_spans, target_spans
+from k2lab.text.chat import Conversation, prompt_ids
 from k2lab.text.tokenizer import build_tokenizer
 
 torch = pytest.importorskip('torch')
@@ -65,10 +65,12 @@ class Scripted:
 
 @pytest.fixture
 def says(parts):
-    def make(spans):
+    def make(content, thought=None, calls=None):
         model, tok = parts
+        said = dict(role='assistant', content=content, reasoning_content=thought, tool_calls=calls)
+        _, ids = Conversation(tok, [dict(role='user', content='?'), said]).turn_ids(1)
         return TestClient(
-            server.create_app(Scripted(model, encode(tok, spans)[0]), tok, 'tiny', 'secret'),
+            server.create_app(Scripted(model, ids), tok, 'tiny', 'secret'),
             headers={'authorization': 'Bearer secret'},
         )
 
@@ -102,7 +104,7 @@ def test_health_is_open_and_all_else_is_locked(parts):
 
 def test_greedy_is_the_models_own(client, parts):
     model, tok = parts
-    ids = encode(tok, prompt_spans(ASK, family=tokenizer.family_of(tok)))[0]
+    ids = prompt_ids(tok, ASK)
     want = generate(model, tok, [ids], 12)[0][0]
     got = complete(client, prompt=ids, max_tokens=12).json()
     assert got['choices'][0]['text'] == want.text and got['choices'][0]['finish_reason'] == (
@@ -189,13 +191,13 @@ def test_n_seed_and_batches(client):
     ]
 
 
-def test_stop_strings(says, client):
-    client = says(target_spans('one two three'))
+def test_stop_strings(says, parts):
+    client = says('one two three')
+    empty = '<think></think>' if '<think>' in parts[1].get_added_vocab() else ''
     got = complete(client, prompt='x', max_tokens=50, stop=[' three', ' two']).json()['choices'][0]
-    assert got['text'] == 'one' and got['finish_reason'] == 'stop'
-    assert (
-        complete(client, prompt='x', max_tokens=50).json()['choices'][0]['text'] == 'one two three'
-    )
+    assert got['text'] == f'{empty}one' and got['finish_reason'] == 'stop'
+    whole = complete(client, prompt='x', max_tokens=50).json()['choices'][0]['text']
+    assert whole == f'{empty}one two three'
     assert (
         complete(client, prompt='x', max_tokens=2).json()['choices'][0]['finish_reason'] == 'length'
     )
@@ -204,9 +206,9 @@ def test_stop_strings(says, client):
 def test_a_forged_turn_stays_text(client, parts):
     _, tok = parts
     messages = client.post('/tokenize', json=dict(messages=ASK)).json()
-    assert messages['tokens'] == encode(tok, prompt_spans(ASK, family=tokenizer.family_of(tok)))[
-        0
-    ] and messages['count'] == len(messages['tokens'])
+    assert messages['tokens'] == prompt_ids(tok, ASK) and messages['count'] == len(
+        messages['tokens']
+    )
     assert (
         messages['tokens'].count(tok.convert_tokens_to_ids('<|im_end|>')) == 2
     )  # the default system turn's and the user's, not the typed one
@@ -215,12 +217,8 @@ def test_a_forged_turn_stays_text(client, parts):
     ]
 
 
-def family(parts):
-    return tokenizer.family_of(parts[1])
-
-
 def test_chat_message(says, parts):
-    got = chat(says(target_spans('é 42', 'Easy.', family=family(parts)))).json()
+    got = chat(says('é 42', 'Easy.')).json()
     assert got['object'] == 'chat.completion' and got['model'] == 'tiny'
     assert got['choices'] == [
         dict(
@@ -232,9 +230,7 @@ def test_chat_message(says, parts):
 
 
 def test_tool_call_message(says, parts):
-    got = chat(says(target_spans('', 'Run it.', [CALL], family(parts))), tools=TOOLS).json()[
-        'choices'
-    ][0]
+    got = chat(says('', 'Run it.', [CALL]), tools=TOOLS).json()['choices'][0]
     assert (
         got['finish_reason'] == 'tool_calls'
         and got['message']['tool_calls'] == [CALL]
@@ -253,7 +249,7 @@ def events(response):
 
 @pytest.mark.parametrize('content,calls', [('😀 é 42 < 43', None), ('', [CALL]), ('See', [CALL])])
 def test_a_stream_says_the_same(says, parts, content, calls):
-    client = says(target_spans(content, 'Hm </ x', calls, family(parts)))
+    client = says(content, 'Hm </ x', calls)
     whole = chat(client, tools=TOOLS).json()
     chunks = events(chat(client, tools=TOOLS, stream=True, stream_options=dict(include_usage=True)))
     deltas = [c['choices'][0]['delta'] for c in chunks[:-1]]
@@ -345,7 +341,7 @@ def test_the_labs_client_speaks_to_it(says, client, parts, monkeypatch):
     from k2lab.serving.client import Teacher
 
     monkeypatch.setenv('A_KEY', 'secret')
-    scripted = says(target_spans('See', 'Hm.', [CALL], family(parts)))
+    scripted = says('See', 'Hm.', [CALL])
     with listening(scripted.app) as url:
         script_speaks(Teacher(f'{url}/v1', 'tiny', 'A_KEY'))
     with listening(client.app) as url:

@@ -6,8 +6,8 @@ from functools import reduce
 import pytest
 
 from k2lab.lab.config import LabError
-from k2lab.text.audit import Audit, batch_rows, generation_prompt
-from k2lab.text.chat import encode, pair_spans
+from k2lab.text.audit import Audit, batch_rows
+from k2lab.text.chat import generation_prompts
 from k2lab.text.ledger import Ledger, chained, speech
 from k2lab.text.masks import (
     chunks,
@@ -17,6 +17,7 @@ from k2lab.text.masks import (
     mask_html,
     mask_runs,
     mask_text,
+    pair_row,
 )
 from k2lab.text.packing import best_fit, pack, packed_batch
 from k2lab.text.tokenizer import build_tokenizer
@@ -44,15 +45,19 @@ ROWS = [
             ROWS,
             [
                 '<think>12 + 3 = 15</think>15<|im_end|>',
-                'nodes<|im_end|>',
+                '<think></think>nodes<|im_end|>',
                 '<think>b</think>c<|im_end|>',
-                'd<|im_end|>',
+                '<think></think>d<|im_end|>',
             ],
         )
     ),
 )
 def test_exactly_the_reply_is_trained(tok, row, said):
     e = encode_row(tok, row, 'S')
+    if '<think>' not in tok.get_added_vocab():
+        said = said.removeprefix(
+            '<think></think>'
+        )  # only a thinking model says that it did not think
     assert (
         tok.decode([i for i, m in zip(*e.values()) if m]) == said
         and mask_text(tok, e).endswith(f'⟦{said}⟧')
@@ -120,7 +125,7 @@ def test_ledger_by_hand(as_batch):
     think, close, end, user, middle, a, b = tok.convert_tokens_to_ids(
         ['<think>', '</think>', '<|im_end|>', '<|im_user|>', '<|im_middle|>', 'a', 'b']
     )
-    head = [user, a, middle, b, end, *generation_prompt(tok)]
+    head = [user, a, middle, b, end, *generation_prompts(tok)[0]]
     one, two, n = [*head, think, b, close, a, end], [*head, a, end], len(head)
     ledger = Ledger(tok)
     ledger.add(
@@ -178,22 +183,15 @@ def test_ledger_matches_trl_collators():
         and ledger.tokens == counts['tokens']
         and ledger.summary()['stream_sha256'] == stream_hash(examples)
     )
-    parts = [
-        encode(tok, s)[0]
-        for s in pair_spans(dict(prompt='p', chosen='<think>a</think>b', rejected='c d a b'))
-    ]
+    pair = pair_row(tok, dict(prompt='p', chosen='<think>a</think>b', rejected='c d a b'))
     ledger = Ledger(tok)
-    ledger.add(
-        DataCollatorForPreference(tok.pad_token_id)(
-            [dict(zip(('prompt_ids', 'chosen_ids', 'rejected_ids'), parts))]
-        )
-    )
+    ledger.add(DataCollatorForPreference(tok.pad_token_id)([pair]))
     s = ledger.summary()
     assert (s['rows'], s['trained_tokens'], s['ends_of_turn']) == (
         2,
-        len(parts[1]) + len(parts[2]),
+        len(pair['chosen_ids']) + len(pair['rejected_ids']),
         2,
-    ) and s['tokens'] == 2 * len(parts[0]) + s['trained_tokens']
+    ) and s['tokens'] == 2 * len(pair['prompt_ids']) + s['trained_tokens']
 
 
 def test_batches_without_labels_are_refused():
@@ -210,7 +208,7 @@ def test_speech_ends_with_its_turn():
         4: '<|tool_calls_section_begin|>',
         5: '<|tool_calls_section_end|>',
     }
-    assert list(speech([0, 1, 0, 2, 0, 4, 0, 5, 3, 0], names)) == [
+    assert list(speech([0, 1, 0, 2, 0, 4, 0, 5, 3, 0], names, [3])) == [
         'answer',
         'think',
         'think',
@@ -222,7 +220,7 @@ def test_speech_ends_with_its_turn():
         'end',
         'answer',
     ]
-    assert list(speech([1, 0, 3, 0], names)) == ['think', 'think', 'end', 'answer']
+    assert list(speech([1, 0, 3, 0], names, [3])) == ['think', 'think', 'end', 'answer']
 
 
 def test_hash_sees_order_rows_and_ids():
@@ -457,7 +455,8 @@ FAULTS = {
         lambda e: {
             k: [
                 *v[
-                    : (n := sum(m == 0 for m in e['completion_mask'])) - len(generation_prompt(tok))
+                    : (n := sum(m == 0 for m in e['completion_mask']))
+                    - len(generation_prompts(tok)[0])
                 ],
                 *v[n:],
             ]
@@ -531,9 +530,10 @@ def kimi():
 
 @pytest.mark.parametrize('fault', FAULTS)
 def test_a_fault_is_found_before_a_step_is_made_of_it(fault, kimi):
-    batch = FAULTS[fault](kimi, [encode_row(kimi, r, 'S') for r in THINKING + ROWS])
+    examples = [encode_row(kimi, r, 'S') for r in THINKING + ROWS]
+    batch = FAULTS[fault](kimi, examples)
     with pytest.raises(LabError, match='^batch 1: ') as e:
-        Ledger(kimi).add(batch)
+        Ledger(kimi, examples=examples).add(batch)
     print(f'{fault}: {e.value}'[:160])
 
 
@@ -574,18 +574,11 @@ def test_good_batches_pass(way, system, tok):
     elif way == 'preference':
         from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-        from k2lab.text.tokenizer import family_of
-
         sets = [
-            [
-                encode(tok, s)[0]
-                for s in pair_spans(dict(prompt='p', chosen=c, rejected=r), system, family_of(tok))
-            ]
+            pair_row(tok, dict(prompt='p', chosen=c, rejected=r), system)
             for c, r in (('<think>a</think>b', 'no'), ('c', '<think>d'))
         ]
-        batch = DataCollatorForPreference(tok.pad_token_id)(
-            [dict(zip(('prompt_ids', 'chosen_ids', 'rejected_ids'), parts)) for parts in sets]
-        )
+        batch = DataCollatorForPreference(tok.pad_token_id)(sets)
     else:
         batch = packed_batch(
             labelled(pack(rows + [evil] + documents, 220)), tok.pad_token_id, flat=way == 'flat'

@@ -129,10 +129,10 @@ def wrong_mask(ids: list[int], mask: list[int], openings: list, ends: list[int])
     runs = trained_runs(mask)
     if not runs:
         return 'nothing in it is trained'
-    if runs[-1].stop < len(ids):
-        return 'it goes on after its last reply: tokens that teach nothing'
     faults = (wrong_run(ids, run, openings, ends) for run in runs)
-    return next(filter(None, faults), None)
+    if fault := next(filter(None, faults), None):
+        return fault
+    return None if runs[-1].stop == len(ids) else 'it goes on after its last trained reply'
 
 # %% ../../nbs/text/06_audit.ipynb #ebd51e52
 def wrong_row(ids: list[int], labels: list[int], samples: list, packed: bool) -> str | None:
