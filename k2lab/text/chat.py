@@ -512,8 +512,13 @@ class Conversation:
         return text
 
     def ids(self, text: str) -> list[int]:
-        "Token ids of a text of this conversation."
-        return encode(self.tok, text, self.letters)
+        "Token ids of a text of this conversation; `LabError` for a character that the tokenizer does not know."
+        ids, unknown = encode(self.tok, text, self.letters), self.tok.unk_token_id
+        if unknown in ids and self.tok.unk_token not in text:
+            raise LabError(
+                f'the tokenizer has no tokens for a part of {text[-60:]!r}; leave the row out'
+            )
+        return ids
 
     def turn_ids(self, i: int) -> tuple[list[int], list[int]]:
         "(prompt, reply) of assistant message `i` as ids: what the model reads, and what it learns to say."
@@ -665,7 +670,9 @@ def _split_calls(text: str) -> tuple[str, list]:
 def parse_reply(text: str) -> dict:
     "{'reasoning', 'content', 'tool_calls'} of a reply in OpenAI's shape; `reasoning` is None without thoughts."
     text = re.sub(r'(<\|im_end\|>|\[EOS\]|<\|endoftext\|>)\s*$', '', text)
-    reasoning = None
+    reasoning, opened = None, '<think>' not in text.partition('</think>')[0]
+    if opened and '</think>' in text:
+        text = f'<think>{text}'  # the prompt opened the thought
     if text.lstrip().startswith('<think>'):
         thought = text.lstrip()[len('<think>') :]
         end = re.search(r'</think>|(?=<\|tool_calls_section_begin\|>)|$(?![\s\S])', thought)
@@ -697,8 +704,6 @@ def markup_read(message: dict, where: str, unclosed: bool = False) -> dict:
     `LabError` for markup that is not whole; with `unclosed`, thoughts may be cut off."""
     if message['role'] != 'assistant' or not _MARKUP.search(text := content_text(message, where)):
         return message
-    if '<think>' not in text.partition('</think>')[0] and '</think>' in text:
-        text = f'<think>{text}'
     read = reply_message(text)
     cut = (
         text.lstrip().startswith('<think>')
