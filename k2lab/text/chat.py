@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable
 from functools import lru_cache
 from os.path import commonprefix
+from typing import Any
 
 from ..lab.config import LabError
 from .tokenizer import is_kimi, plain_tokenizer
@@ -167,7 +168,7 @@ def template_of(tok) -> str:
     )
 
 
-def sorted_keys(value):
+def sorted_keys(value) -> Any:
     "A nested value with the keys of its dictionaries sorted."
     if isinstance(value, dict):
         return {k: sorted_keys(value[k]) for k in sorted(value)}
@@ -210,7 +211,7 @@ def control_pattern(tok) -> re.Pattern:
     return re.compile('|'.join(map(re.escape, texts)) or '(?!)')
 
 
-def mapped_texts(value, change: Callable[[str], str]):
+def mapped_texts(value, change: Callable[[str], str]) -> Any:
     "A nested value with `change` applied to each text in it, keys of dictionaries too."
     if isinstance(value, str):
         return change(value)
@@ -229,7 +230,7 @@ class Letters:
     def __init__(self, tok):
         self.pattern, self.hidden = control_pattern(tok), {}
 
-    def hide(self, value):
+    def hide(self, value) -> Any:
         "The value with each spelled control token replaced; `LabError` for a text with our private characters."
         return mapped_texts(value, self._hide_in)
 
@@ -377,16 +378,18 @@ class Endings:
 
     def __init__(self, tok):
         answer = _after_answer(tok)
-        self.tokens = [t for t in (answer, '<|call|>', '<|eom_id|>') if t in tok.get_added_vocab()]
+        ends = [answer] if answer else []
+        ends += [t for t in ('<|call|>', '<|eom_id|>') if t in tok.get_added_vocab()]
+        self.tokens = ends
         self.header = None if answer else _next_header(tok, _ANSWER, _ASKED[0])
         self.call_header = None if answer else _next_header(tok, _CALLING, _RESULT)
-        ends = '|'.join(map(re.escape, self.tokens)) or '(?!)'
-        self.pattern = re.compile(rf'({ends})(?:{control_pattern(tok).pattern}|\s)*$')
+        spelled = '|'.join(map(re.escape, ends)) or '(?!)'
+        self.pattern = re.compile(rf'({spelled})(?:{control_pattern(tok).pattern}|\s)*$')
 
     def closed(self, text: str, calls: bool) -> str:
         "A reply up to the control token that ends it; `LabError` if there is none."
         if self.header:
-            return text + (self.call_header if calls else self.header)
+            return text + ((calls and self.call_header) or self.header)
         if not (end := self.pattern.search(text)):
             raise LabError(f'the chat template leaves a reply open after {text[-30:]!r}')
         return text[: end.end(1)]
