@@ -18,7 +18,7 @@ from .records import find_run, read_run, saved_by
 
 # %% ../../nbs/lab/07_names.ipynb #25d4c606
 HUB_ID = re.compile(
-    r'(?!\.)[\w.-]+/[\w.-]+(@[\w.-]+)?(?<!\.jsonl)(?<!\.gz)(?<!\.txt)'
+    r'(?!\.)[\w.-]+/[\w.-]+(@[\w.-]+)?(?<!\.jsonl)(?<!\.json)(?<!\.gz)(?<!\.zst)(?<!\.parquet)(?<!\.txt)'
 )  # org/name or org/name@revision
 
 
@@ -36,6 +36,8 @@ def open_place(name: str, place: str) -> str | Path:
         return path
     if HUB_ID.fullmatch(place):
         return place
+    if name == place.partition('@')[0]:
+        raise LabError(f'{place}: no such file or folder at {root()}, and no hub id (org/name)')
     raise LabError(f"configs/env.yaml: '{name}' leads to {place}, and there is nothing there")
 
 
@@ -123,8 +125,12 @@ def parent_in_env(name: str, place: str) -> dict:
 
 
 def parent_of(job, name: str) -> dict:
-    "The parent behind a name: `{'name', 'campaign', 'run', 'place', 'sha256'}`; `run` or `place` is None."
+    """The parent behind a name: `{'name', 'campaign', 'run', 'place', 'sha256'}`; `run` or `place` is None.
+
+    A name with a slash is itself a place: a path, from the lab's root if it is relative, or a hub id."""
     bare, _, run = name.partition('@')
+    if '/' in bare:
+        return parent_in_env(name, name)
     folder = parent_run(job, bare, run)
     if not folder:
         place = {**job.env['models'], **job.env['data']}.get(bare)
