@@ -7,8 +7,8 @@ __all__ = ['LICENCE', 'BLUE', 'PALE', 'RED', 'UNITS', 'SOURCE_HEADER', 'HUB_LICE
            'read_card', 'card_table', 'picture', 'plain_label', 'bars', 'card_chart', 'left_after', 'funnel_chart',
            'histogram_charts', 'histogram_on', 'counts_of', 'sizes_joined', 'count_charts', 'shares_of',
            'mixture_chart', 'element', 'rows_table', 'source_rows', 'entry_report', 'card_report', 'hub_licence',
-           'fields_of', 'front_matter', 'cell', 'markdown_table', 'entry_text', 'readme', 'file_object', 'record_set',
-           'protocol', 'croissant', 'write_card_pages']
+           'fields_of', 'front_matter', 'cell', 'markdown_table', 'entry_text', 'own_rows_text', 'readme',
+           'file_object', 'record_set', 'protocol', 'croissant', 'write_card_pages']
 
 # %% ../../nbs/corpus/09_card.ipynb #4265c7fe
 import html
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from .operators import conserved, data_card
+from .operators import conserved, data_card, funnel
 from ..lab.config import LabError
 from ..lab.display import GREY, PLOT_STYLE, Html, Picture, Table
 from ..lab.files import as_json, write_text
@@ -493,16 +493,7 @@ def entry_text(entry: dict) -> str:
     ]
     if entry.get('sources'):
         parts.append(markdown_table(SOURCE_HEADER, source_rows(entry)))
-    steps = [
-        [
-            s['step'],
-            s['rows_in'],
-            s['rows_out'],
-            ', '.join(f'{n} {why}' for why, n in s['removed'].items()),
-        ]
-        for s in entry.get('steps', [])
-    ]
-    if steps:
+    if steps := funnel(entry.get('steps', [])):
         parts.append(markdown_table(['step', 'documents in', 'out', 'removed'], steps))
     counts = [
         [title, ', '.join(f'{name} {n:,}' for name, n in numbers.items())]
@@ -516,6 +507,14 @@ def entry_text(entry: dict) -> str:
     if examples:
         parts.append(markdown_table(['example', 'begins'], examples))
     return '\n\n'.join(parts)
+
+
+def own_rows_text(card: dict) -> list[str]:
+    "The counts of your own rows in markdown, an empty list without own rows."
+    if 'own_rows' not in card:
+        return []
+    table = markdown_table(['rows', 'in', 'out', 'left out'], funnel(card['own_rows']))
+    return ['## Your own rows', table]
 
 
 def readme(card: dict, name: str, record: dict | None = None) -> str:
@@ -542,6 +541,7 @@ def readme(card: dict, name: str, record: dict | None = None) -> str:
                 f"Prepared by K2 Lab{f' ({made})' if made else ''}. Each file has a manifest "
                 'with its SHA-256 beside it; `card.json` has every number on this page.',
                 *map(entry_text, card['corpora']),
+                *own_rows_text(card),
             ]
         )
         + '\n'
