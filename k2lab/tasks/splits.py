@@ -20,29 +20,29 @@ from .verify import SOLVERS, normalise_answer, prompt_of, truth
 from ..text.rows import FORMATS, read_rows
 
 # %% ../../nbs/tasks/04_splits.ipynb #ebe4c51d
-def sides(texts: Refined, settings: Refining, heldout_percent: float) -> tuple:
+def sides(corpus: Refined, settings: Refining, heldout_percent: float) -> tuple:
     "(index of the training side, index of the held-out side, counts), by a hash of each key."
-    index, steps = unique(texts, settings)
+    index, steps = unique(corpus, settings)
     why = [0 if held_out(key, heldout_percent) else -1 for key in index['key'].to_pylist()]
     train, counts = sorted_out('hold out', index, why, ['held out'])
     return train, index.filter([reason == 0 for reason in why]), [*steps, counts]
 
 # %% ../../nbs/tasks/04_splits.ipynb #53c33ff2
 def split_texts(
-    texts: Refined, settings: Refining, heldout_percent: float, eval_sets: dict | None = None
+    corpus: Refined, settings: Refining, heldout_percent: float, eval_sets: dict | None = None
 ) -> tuple:
     "(training index, held-out index, counts); training quotes neither held-out nor eval texts."
-    train, heldout, steps = sides(texts, settings, heldout_percent)
+    train, heldout, steps = sides(corpus, settings, heldout_percent)
     kept, last = without_contaminated(
-        texts, train, {'held-out documents': texts_of(texts, heldout), **(eval_sets or {})}
+        corpus, train, {'held-out documents': texts_of(corpus, heldout), **(eval_sets or {})}
     )
     if not len(kept) or not len(heldout):
         raise LabError(
-            f'{steps[0]["rows_in"]} documents of {", ".join(texts.names)} leave {len(kept)} '
+            f'{steps[0]["rows_in"]} documents of {", ".join(corpus.names)} leave {len(kept)} '
             f'to train on and {len(heldout)} held out: name more sources, '
             f'or change the share held out ({heldout_percent} %)'
         )
-    return kept, heldout, [*texts.steps, *steps, last]
+    return kept, heldout, [*corpus.steps, *steps, last]
 
 # %% ../../nbs/tasks/04_splits.ipynb #db0f36a3
 def package_functions(specs: list) -> list:
@@ -177,12 +177,12 @@ def check_guessing(job, generated: list):
     )
 
 
-def check_held(job, held: list, name: str, texts: Refined, index):
+def check_held(job, held: list, name: str, corpus: Refined, index):
     "Checks that no held-out text occurs in the documents of an index, whole or in rare word runs."
     import pyarrow as pa
 
     copies = {*fingerprints(pa.table(dict(text=held)))} & {*index['mark'].to_pylist()}
-    runs = drop_contaminated(index, held, column=texts.texts['text'])[1]['removed']
+    runs = drop_contaminated(index, held, column=corpus.texts['text'])[1]['removed']
     job.check(
         f'no held-out document occurs in {name}',
         not copies and not runs,
