@@ -70,10 +70,10 @@ class Config:
     general_sources: list = field(default_factory=lambda: [{'stdlib': True}, {'package': 'numpy'}])
     # more packages whose functions training questions may be about
     question_sources: list = field(default_factory=list)
-    # JSONL files of yours in the mode's format (domain_sft or reasoning_sft)
+    # your JSONL files in the mode's format (domain_sft or reasoning_sft)
     own_rows: list = field(default_factory=list)
     heldout_percent: float = 15  # share of domain documents held out, by a hash of their key
-    # the same for general documents; a base model must have been made with it too
+    # the same for general documents; a base model must have been trained with the same share
     general_heldout_percent: float = 2
     limit: int | None = None  # documents read from one source at most
     # what is done to documents: the fields of k2lab.corpus.pipeline.Refining
@@ -85,19 +85,18 @@ class Config:
     domain_rows: int | None = None
     general_rows: int = 3000  # general documents to replay at most
     epochs: int = 1  # times that a document may come up in a mixture
-    heldout_rows: int = 250  # held-out documents to judge on at most
+    heldout_rows: int = 250  # held-out documents to evaluate on at most
     questions: int = 12000  # domain_sft rows to make; 0: only text
     puzzles: int = 16000  # reasoning_sft rows to make
     prompts: int = 2400  # problems to sample answers for later
-    eval_items: int = 450  # questions or puzzles to judge on
+    eval_items: int = 450  # questions or puzzles to evaluate on, and own rows at most
     families: list = field(default_factory=lambda: list(PUZZLE_FAMILIES))  # puzzle families
     # reasoning sets of others, each answer checked: {files: GLOB or URL, licence: TEXT, verifier:
     # math, ...}
     trace_sources: list = field(default_factory=list)
     # problems of reasoning-gym to sample on, by family, {chain_sum: 200}
     gym: dict = field(default_factory=dict)
-    # how often a family comes up in a round of training problems, {sort: 2}; once if it is not
-    # named
+    # weight of a family among training problems, {sort: 2}; 1 if it is not named
     family_weights: dict = field(default_factory=dict)
     verbose_share: float = 0.65  # share of worked solutions that are right but wasteful
     seed: int = 0  # of everything random in this stage
@@ -124,7 +123,7 @@ class Config:
 
 # %% ../nbs/10_prepare_corpus.ipynb #726edc97
 def source_name(spec: dict) -> str:
-    "A source in a word or two, with its version where it has one: 'networkx 3.6'"
+    "A source in a word or two, with its version if it has one: 'networkx 3.6'."
     if 'package' not in spec:
         return 'Python standard library' if 'stdlib' in spec else str(spec.get('files', spec))
     names = importlib.metadata.packages_distributions().get(spec['package'], [])
@@ -132,7 +131,7 @@ def source_name(spec: dict) -> str:
 
 
 def source_names(specs: list) -> list:
-    "A name for each source, no two the same"
+    "A name for each source, no two the same."
     names = [source_name(spec) for spec in specs]
     return [
         f'{name} ({names[:i].count(name) + 1})' if names.count(name) > 1 else name
@@ -141,7 +140,7 @@ def source_names(specs: list) -> list:
 
 
 def eval_texts(eval_sets: dict) -> dict:
-    "{name: texts} of evaluation files: the question of each row, or its text"
+    "{name: texts} of evaluation files: the text of each row, or its question."
     return {
         name: [row['text'] if 'text' in row else prompt_of(row) for row in read_rows(path)]
         for name, path in eval_sets.items()
@@ -187,7 +186,7 @@ EVALUATION, SAMPLING = 10_000_000, 20_000_000  # added to the seed
 
 
 def with_licence(rows: list) -> list:
-    "Question rows with the licence of their source, a package or the standard library"
+    "Question rows with the licence of their source, a package or the standard library."
     licences = {
         name: 'PSF-2.0' if name == 'stdlib' else licence_of(name)
         for name in {row['source'] for row in rows}
@@ -207,6 +206,7 @@ class Questions:
 
     @property
     def evaluation(self) -> list:
+        "All evaluation rows, generated ones first."
         return self.generated + self.own.evaluation
 
 
