@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ROW_FORMAT', 'EVALUATION', 'SAMPLING', 'NO_QUESTIONS', 'PROMPT_KEYS', 'work', 'Config', 'source_name', 'source_names',
            'eval_texts', 'check_source', 'check_files', 'check_inputs', 'with_licence', 'Questions', 'make_way',
-           'evaluation_questions', 'training_questions', 'domain_questions', 'reasoning_questions', 'as_text',
-           'traces_of', 'refine_settings', 'refined_texts', 'Part', 'TextFile', 'parts_of', 'weights_of', 'mixed_rows',
-           'split_part', 'publish_text', 'split_parts', 'first_documents', 'prepare_domain', 'check_questions',
-           'publish_questions', 'gather_rejects', 'reasoning_origin', 'prepare_reasoning', 'show_first_rows',
-           'baselines', 'prepare_corpora']
+           'set_rows', 'evaluation_questions', 'training_questions', 'domain_questions', 'reasoning_questions',
+           'as_text', 'traces_of', 'refine_settings', 'refined_texts', 'Part', 'TextFile', 'parts_of', 'weights_of',
+           'mixed_rows', 'split_part', 'publish_text', 'split_parts', 'first_documents', 'prepare_domain',
+           'check_questions', 'publish_questions', 'gather_rejects', 'reasoning_origin', 'prepare_reasoning',
+           'show_first_rows', 'baselines', 'prepare_corpora']
 
 # %% ../nbs/10_prepare_corpus.ipynb #0484b1b0
 import importlib.metadata
@@ -45,6 +45,7 @@ from k2lab.tasks.splits import (
     check_apart,
     check_guessing,
     check_held,
+    check_unread,
     read_own,
     split_functions,
     split_own,
@@ -79,7 +80,7 @@ class Config:
     # what is done to documents: the fields of k2lab.corpus.pipeline.Refining
     refine: dict = field(default_factory=dict)
     tokenizer: str | None = None  # a model by name, whose tokens the card counts
-    # evaluation sets of yours that no document may quote, {name: file}
+    # your evaluation sets, {name: file}: no document may quote them, no row may ask them
     eval_sets: dict = field(default_factory=dict)
     # domain documents to train on, mixed by the sources' weights; all if it is null
     domain_rows: int | None = None
@@ -170,6 +171,7 @@ def check_inputs(job):
     "`LabError` for the first input of the job's mode that is missing; no document is read."
     cfg = job.cfg
     read_own(cfg.own_rows, ROW_FORMAT[cfg.mode])
+    eval_texts(cfg.eval_sets)
     if cfg.mode == 'reasoning':
         for spec in cfg.trace_sources:
             check_trace_source(spec)
@@ -178,7 +180,6 @@ def check_inputs(job):
         raise LabError('no documents in an empty list of sources')
     for spec in cfg.sources + cfg.general_sources + cfg.question_sources:
         check_source(spec)
-    eval_texts(cfg.eval_sets)
     refine_settings(job)
 
 # %% ../nbs/10_prepare_corpus.ipynb #e5f014b5
@@ -210,10 +211,15 @@ class Questions:
         return self.generated + self.own.evaluation
 
 
-def make_way(name: str, rows: list, own: OwnRows) -> tuple[list, dict]:
-    "(generated rows whose question is no own evaluation question, counts)."
-    kept = without(rows, own.evaluation)
-    return kept, counted(name, rows, kept, {'asked by own rows': len(rows) - len(kept)})
+def make_way(name: str, rows: list, asked: list) -> tuple[list, dict]:
+    "(generated rows whose question is not in `asked`, your evaluation rows; counts)."
+    kept = without(rows, asked)
+    return kept, counted(name, rows, kept, {'asked by your evaluation': len(rows) - len(kept)})
+
+
+def set_rows(cfg) -> list[dict]:
+    "The questions of your evaluation sets as rows."
+    return [dict(prompt=text) for texts in eval_texts(cfg.eval_sets).values() for text in texts]
 
 
 def evaluation_questions(cfg, functions: list) -> list:
@@ -238,7 +244,8 @@ def domain_questions(cfg) -> Questions:
         cfg.sources, cfg.question_sources, cfg.heldout_percent, cfg.general_heldout_percent
     )
     evaluation = evaluation_questions(cfg, heldout)
-    own = split_own(rows, cfg.heldout_percent, cfg.eval_items, evaluation)
+    known = set_rows(cfg)
+    own = split_own(rows, cfg.heldout_percent, cfg.eval_items, evaluation + known)
     if cfg.eval_items and not evaluation and not own.evaluation:
         raise LabError(
             f'nothing to evaluate on: 0 of {len(rows)} own rows and no function are held out; '
@@ -246,7 +253,7 @@ def domain_questions(cfg) -> Questions:
             'questions=0 without own rows prepares text alone'
         )
     questions = training_questions(cfg, train, evaluation + own.evaluation)
-    questions, counts = make_way('questions', questions, own)
+    questions, counts = make_way('questions', questions, own.evaluation + known)
     return Questions(questions + own.train, evaluation, own, [own.counts, counts])
 
 # %% ../nbs/10_prepare_corpus.ipynb #0da82e2e
@@ -259,9 +266,10 @@ def reasoning_questions(cfg) -> Questions:
     prompts = make_puzzles(cfg.prompts, cfg.seed + SAMPLING, weights, avoid=taken)
     taken |= {row['id'] for row in prompts}
     puzzles = make_puzzles(cfg.puzzles, cfg.seed, weights, cfg.verbose_share, avoid=taken)
-    own = split_own(rows, cfg.heldout_percent, cfg.eval_items, evaluation, prompts)
-    puzzles, fewer_puzzles = make_way('puzzles', puzzles, own)
-    prompts, fewer_prompts = make_way('problems to sample on', prompts, own)
+    known = set_rows(cfg)
+    own = split_own(rows, cfg.heldout_percent, cfg.eval_items, evaluation + known, prompts)
+    puzzles, fewer_puzzles = make_way('puzzles', puzzles, own.evaluation + known)
+    prompts, fewer_prompts = make_way('problems to sample on', prompts, own.evaluation + known)
     steps = [own.counts, fewer_puzzles, fewer_prompts]
     return Questions(puzzles + own.train, evaluation, own, steps, prompts)
 
@@ -426,6 +434,8 @@ def check_questions(job, questions: Questions, training: dict):
     "Checks the evaluation rows, if there are any, against the training lists {name: rows}."
     if questions.evaluation:
         check_apart(job, questions.evaluation, training)
+    if job.cfg.eval_sets:
+        check_unread(job, set_rows(job.cfg), training, 'question of eval_sets')
     if questions.generated:
         check_guessing(job, questions.generated)
 
@@ -469,7 +479,7 @@ def prepare_reasoning(job) -> tuple[list[dict], Questions]:
     job.log(phase='making puzzles')
     questions = reasoning_questions(job.cfg)
     sampled = questions.prompts + gym_rows(job.cfg.gym, job.cfg.seed + SAMPLING)
-    traces, steps = traces_of(job, questions.evaluation + sampled)
+    traces, steps = traces_of(job, questions.evaluation + sampled + set_rows(job.cfg))
     sft = questions.train + traces
     prompts = [{key: row[key] for key in PROMPT_KEYS if key in row} for row in sampled]
     check_questions(job, questions, dict(reasoning_sft=sft, reasoning_prompts=prompts))
@@ -521,8 +531,8 @@ def prepare_corpora(job):
     check_inputs(job)
     cards, questions = {'domain': prepare_domain, 'reasoning': prepare_reasoning}[job.cfg.mode](job)
     card = dict(mode=job.cfg.mode, corpora=cards, **baselines(questions.evaluation))
-    if job.cfg.own_rows:
-        card['own_rows'] = questions.steps
+    if job.cfg.own_rows or job.cfg.eval_sets:
+        card['question_steps'] = questions.steps
     write_text(job.folder / 'card.json', as_json(card, indent=1) + '\n')
     write_card_pages(job.folder)
     gather_rejects(job)

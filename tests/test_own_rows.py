@@ -1,12 +1,14 @@
 "Rows of the user's own join a corpus whatever their answers, families and number; what is left out is counted."
 
 import json
+from collections.abc import Callable
 
 import pytest
 
 from k2lab import prepare_corpus
 from k2lab.lab.config import LabError
 from k2lab.lab.job import start
+from k2lab.tasks.splits import check_unread
 from k2lab.tasks.stats import score
 from k2lab.text.rows import read_rows
 
@@ -20,7 +22,7 @@ def question(text, answer, **more):
     return domain | dict(prompt=text, reasoning='so', final=answer) | more
 
 
-def numbered(n, answer=str, **more):
+def numbered(n, answer: Callable = str, **more):
     return [question(f'Question {i}?', answer(i), **more) for i in range(n)]
 
 
@@ -64,7 +66,7 @@ MODES = pytest.mark.parametrize('mode', ['domain', 'reasoning'])
 
 
 def step_of(job, name='own rows'):
-    [step] = [step for step in card_of(job)['own_rows'] if step['step'] == name]
+    [step] = [step for step in card_of(job)['question_steps'] if step['step'] == name]
     return step
 
 
@@ -123,7 +125,7 @@ def test_rows_of_an_earlier_run_join_a_run_with_the_same_puzzles(prepared):
     rows = read_rows(first.folder / 'reasoning_sft.jsonl')
     job = prepared(rows, mode='reasoning', puzzles=120)
     train, evaluated = files_of(job)
-    given_up = step_of(job, 'puzzles')['removed']['asked by own rows']
+    given_up = step_of(job, 'puzzles')['removed']['asked by your evaluation']
     assert given_up == len({r['prompt'] for r in rows if r['family'] != 'own'} & asked(evaluated))
     assert not asked(train) & asked(evaluated)
 
@@ -230,3 +232,36 @@ def test_a_row_without_a_family_counts_once_in_a_score():
     result = score(numbered(3), ['0', '1', '3'])
     assert list(result) == ['all']
     assert (result['all']['k'], result['all']['n']) == (2, 3)
+
+
+@MODES
+def test_no_row_asks_a_question_of_your_evaluation_sets(prepared, tmp_path, mode):
+    asked_there = numbered(30)
+    eval_sets = dict(mine=write(tmp_path / 'mine.jsonl', asked_there))
+    job = prepared(numbered(100), mode=mode, eval_sets=eval_sets)
+    train, evaluated = files_of(job)
+    left = asked(own_of(train)) | asked(own_of(evaluated))
+    assert left == {f'Question {i}?' for i in range(30, 100)}
+    assert sum(step_of(job)['removed'].values()) == 30
+    [check] = [c for c in job.record['checks'] if c['name'].startswith('no question of eval_sets')][
+        :1
+    ]
+    assert check['ok'] and check['detail'] == '0 of 30'
+
+
+def test_no_puzzle_asks_a_question_of_your_evaluation_sets(prepared, tmp_path):
+    first = prepared(numbered(20), mode='reasoning', puzzles=40)
+    puzzles = [r for r in read_rows(first.folder / 'reasoning_sft.jsonl') if r['family'] != 'own']
+    prompts = read_rows(first.folder / 'reasoning_prompts.jsonl')
+    eval_sets = dict(mine=write(tmp_path / 'mine.jsonl', puzzles[:7] + prompts[:3]))
+    job = prepared(numbered(20), mode='reasoning', puzzles=40, eval_sets=eval_sets)
+    assert step_of(job, 'puzzles')['removed'] == {'asked by your evaluation': 7}
+    assert step_of(job, 'problems to sample on')['removed'] == {'asked by your evaluation': 3}
+    assert not asked(files_of(job)[0]) & asked(puzzles[:7])
+
+
+def test_a_row_in_both_lists_fails_the_check():
+    checks = []
+    job = type('Job', (), dict(check=lambda self, name, ok, detail='': checks.append((name, ok))))()
+    check_unread(job, [question('A?', 'b')], dict(train=[question('a?', 'b')]), 'question')
+    assert checks == [('no question occurs in train', False)]

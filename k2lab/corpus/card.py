@@ -7,7 +7,7 @@ __all__ = ['LICENCE', 'BLUE', 'PALE', 'RED', 'UNITS', 'SOURCE_HEADER', 'HUB_LICE
            'read_card', 'card_table', 'picture', 'plain_label', 'bars', 'card_chart', 'left_after', 'funnel_chart',
            'histogram_charts', 'histogram_on', 'counts_of', 'sizes_joined', 'count_charts', 'shares_of',
            'mixture_chart', 'element', 'rows_table', 'source_rows', 'entry_report', 'card_report', 'hub_licence',
-           'fields_of', 'front_matter', 'cell', 'markdown_table', 'entry_text', 'own_rows_text', 'readme',
+           'fields_of', 'front_matter', 'cell', 'markdown_table', 'entry_text', 'questions_text', 'readme',
            'file_object', 'record_set', 'protocol', 'croissant', 'write_card_pages']
 
 # %% ../../nbs/corpus/09_card.ipynb #4265c7fe
@@ -509,12 +509,12 @@ def entry_text(entry: dict) -> str:
     return '\n\n'.join(parts)
 
 
-def own_rows_text(card: dict) -> list[str]:
-    "The counts of your own rows in markdown, an empty list without own rows."
-    if 'own_rows' not in card:
-        return []
-    table = markdown_table(['rows', 'in', 'out', 'left out'], funnel(card['own_rows']))
-    return ['## Your own rows', table]
+def questions_text(card: dict) -> list[str]:
+    "The counts of own rows and questions in markdown, an empty list if the card has none."
+    steps = funnel(card.get('question_steps', []))
+    return (
+        ['## Questions', markdown_table(['rows', 'in', 'out', 'left out'], steps)] if steps else []
+    )
 
 
 def readme(card: dict, name: str, record: dict | None = None) -> str:
@@ -541,7 +541,7 @@ def readme(card: dict, name: str, record: dict | None = None) -> str:
                 f"Prepared by K2 Lab{f' ({run})' if run else ''}. Each file has a manifest "
                 'with its SHA-256 beside it; `card.json` has every number on this page.',
                 *map(entry_text, card['corpora']),
-                *own_rows_text(card),
+                *questions_text(card),
             ]
         )
         + '\n'

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'ENOUGH', 'sides', 'split_texts', 'package_functions', 'split_functions', 'check_graded', 'labelled',
-           'read_own', 'OwnRows', 'without', 'once', 'split_own', 'check_apart', 'check_guessing', 'check_held']
+           'read_own', 'OwnRows', 'without', 'once', 'split_own', 'check_unread', 'check_apart', 'check_guessing',
+           'check_held']
 
 # %% ../../nbs/tasks/04_splits.ipynb #91957d01
 from dataclasses import dataclass
@@ -150,12 +151,18 @@ def split_own(rows: list, heldout_percent: float, most: int, evaluated=(), sampl
     return OwnRows(train, evaluation, counted('own rows', rows, train + evaluation, removed))
 
 # %% ../../nbs/tasks/04_splits.ipynb #cfae55c4
+def check_unread(job, asked: list, training: dict, what: str = 'evaluation question'):
+    "Checks that no question of `asked` is in a training list {name: rows}."
+    marks = {fingerprint(prompt_of(row)) for row in asked}
+    for name, rows in training.items():
+        hits = sum(fingerprint(prompt_of(row)) in marks for row in rows)
+        job.check(f'no {what} occurs in {name}', not hits, f'{hits} of {len(marks)}')
+
+
 def check_apart(job, evaluated: list, training: dict):
     "Checks that evaluation questions differ and that none is in a training list {name: rows}."
+    check_unread(job, evaluated, training)
     asked = {fingerprint(prompt_of(row)) for row in evaluated}
-    for name, rows in training.items():
-        hits = sum(fingerprint(prompt_of(row)) in asked for row in rows)
-        job.check(f'no evaluation question occurs in {name}', not hits, f'{hits} of {len(asked)}')
     job.check(
         'evaluation questions are all different',
         len(asked) == len(evaluated),
