@@ -80,7 +80,7 @@ class Config:
     # what is done to documents: the fields of k2lab.corpus.pipeline.Refining
     refine: dict = field(default_factory=dict)
     tokenizer: str | None = None  # a model by name, whose tokens the card counts
-    # your evaluation sets, {name: file}: no document may quote them, no row may ask them
+    # evaluation sets of yours that no document may quote, {name: file}
     eval_sets: dict = field(default_factory=dict)
     # domain documents to train on, mixed by the sources' weights; all if it is null
     domain_rows: int | None = None
@@ -97,7 +97,8 @@ class Config:
     trace_sources: list = field(default_factory=list)
     # problems of reasoning-gym to sample on, by family, {chain_sum: 200}
     gym: dict = field(default_factory=dict)
-    # weight of a family among training problems, {sort: 2}; 1 if it is not named
+    # weight of a family among training problems, {sort: 2}; 1 if it is not
+    # named
     family_weights: dict = field(default_factory=dict)
     verbose_share: float = 0.65  # share of worked solutions that are right but wasteful
     seed: int = 0  # of everything random in this stage
