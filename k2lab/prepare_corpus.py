@@ -97,7 +97,7 @@ class Config:
     trace_sources: list = field(default_factory=list)
     # problems of reasoning-gym to sample on, by family, {chain_sum: 200}
     gym: dict = field(default_factory=dict)
-    # weight of a family among training problems, {sort: 2}; 1 if it is not
+    # how often a family comes up in a round of training problems, {sort: 2}; once if it is not
     # named
     family_weights: dict = field(default_factory=dict)
     verbose_share: float = 0.65  # share of worked solutions that are right but wasteful
