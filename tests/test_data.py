@@ -614,7 +614,7 @@ def test_rows_of_your_own_join_and_a_copied_test_question_does_not(
 ):
     evaluated = rows_of(reasoning_job, 'reasoning_eval')
     mine = [dict(prompt=f'My problem {i}?', reasoning='so', final=str(i)) for i in range(20)] + [
-        dict(evaluated[0], final='stolen')
+        dict(evaluated[0], reasoning='stolen')
     ]
     (tmp_path / 'mine.jsonl').write_text('\n'.join(map(json.dumps, mine)))
     job = prepared(mode='reasoning', own_rows=[str(tmp_path / 'mine.jsonl')])
@@ -660,7 +660,9 @@ def test_an_empty_or_broken_file_source_is_refused(prepared, tmp_path):
         (None, 'bad', "1 of 2 rows are bad .*bad.jsonl, line 2: 'text' must be text"),
     ):
         with pytest.raises(LabError, match=message):
-            prepared(limit=limit, sources=[dict(files=str(tmp_path / f'{file}.jsonl'))])
+            prepared(
+                limit=limit, questions=0, sources=[dict(files=str(tmp_path / f'{file}.jsonl'))]
+            )
 
 
 def test_files_without_functions_ask_for_rows_of_your_own(prepared, tmp_path):

@@ -399,7 +399,7 @@ def test_texts_too_short_for_a_run_are_left_to_exact_deduplication():
     assert duplicates.drop_near(table)[0].num_rows == 5
 
 
-def test_a_cluster_that_is_too_large_is_an_alarm_that_names_it():
+def test_a_cluster_that_is_too_large_is_named():
     rng = random.Random(4)
     page = 'Calendar of the month ' + sentence(rng, 60)
     texts = [f'{page} {i}' for i in range(9)] + [sentence(rng, 30) for _ in range(391)]
@@ -412,7 +412,7 @@ def test_a_cluster_that_is_too_large_is_an_alarm_that_names_it():
     )
     allowed = float(str(e.value).rsplit('max_cluster_share=', 1)[1])
     assert (
-        duplicates.drop_near(pa.table(dict(text=texts)), floor=400, alarm=allowed)[0].num_rows
+        duplicates.drop_near(pa.table(dict(text=texts)), floor=400, max_share=allowed)[0].num_rows
         == 392
     )  # what the message says works
     assert duplicates.drop_near(pa.table(dict(text=texts)))[1]['clusters'] == {

@@ -30,12 +30,12 @@ def eval_passages(texts: list[str], known: list[str]) -> list[str]:
     "Passages of 40 to 60 words from texts that share no run of 13 words with the known ones."
     import pyarrow as pa
 
-    from k2lab.corpus.duplicates import found_runs, run_index
+    from k2lab.corpus.duplicates import matching_runs, run_index
 
     long = [text for text in texts if len(text.split()) > 100]
     passages = [' '.join(re.findall(r'\w+', text)[5 : 45 + len(text) % 20]) for text in long]
     index, owners, _, lengths = run_index(passages)
-    matches = found_runs(pa.array(known), index, lengths).values()
+    matches = matching_runs(pa.array(known), index, lengths).values()
     shared = {i for places in matches for place in places for i in owners[place]}
     return [passage for i, passage in enumerate(passages) if i not in shared]
 
@@ -195,8 +195,8 @@ def corpus_tasks(exam: list[str]) -> dict[str, Task]:
     "What is measured, by name."
     from k2lab.corpus.duplicates import drop_contaminated, drop_copies, drop_near
 
-    by_keys = lambda table: drop_near(table, least=0, alarm=1)
-    verified = lambda table: drop_near(table, alarm=1)
+    by_keys = lambda table: drop_near(table, least=0, max_share=1)
+    verified = lambda table: drop_near(table, max_share=1)
     clean = lambda table: drop_contaminated(table, exam)
     return {
         'exact copies': Task(drop_copies, ()),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BANDS', 'ROWS', 'REACH', 'digest16', 'fingerprints', 'kept_rows', 'cluster_sizes', 'drop_copies', 'run_batches',
            'sketch', 'buckets', 'run_sets', 'alike', 'components', 'stars', 'near_owners', 'check_clusters', 'rows_of',
-           'known_sketch', 'drop_near', 'run_index', 'text_runs', 'found_runs', 'most_covered', 'drop_contaminated',
+           'known_sketch', 'drop_near', 'run_index', 'text_runs', 'matching_runs', 'most_covered', 'drop_contaminated',
            'coverage']
 
 # %% ../../nbs/corpus/05_duplicates.ipynb #11c8275e
@@ -176,15 +176,15 @@ def near_owners(column, n: int = 5, least: float = 0.7, sketched: tuple | None =
     return owner
 
 # %% ../../nbs/corpus/05_duplicates.ipynb #a72b7840
-def check_clusters(sizes, column, n: int, alarm: float, floor: int):
-    "`LabError` if a cluster holds more than the share `alarm` of n rows, from `floor` rows on."
+def check_clusters(sizes, column, n: int, max_share: float, floor: int):
+    "`LabError` if a cluster holds more than the share `max_share` of n rows, from `floor` rows on."
     row = int(sizes.argmax()) if n else 0
-    if n < floor or sizes[row] <= alarm * n:
+    if n < floor or sizes[row] <= max_share * n:
         return
     begins = ' '.join(column[row].as_py()[:200].split())[:80]
     raise LabError(
         f'near dedup: the cluster of row {row} ({begins!r}...) holds {sizes[row]} of {n} rows, '
-        f'more than {alarm:.1%}: remove such pages or their boilerplate first, '
+        f'more than {max_share:.1%}: remove such pages or their boilerplate first, '
         f'or allow it with max_cluster_share={sizes[row] / n + 0.001:.3f}'
     )
 
@@ -212,7 +212,7 @@ def drop_near(
     field: str = 'text',
     n: int = 5,
     least: float = 0.7,
-    alarm: float = 0.01,
+    max_share: float = 0.01,
     floor: int = 5000,
     column=None,
 ) -> tuple:
@@ -222,7 +222,7 @@ def drop_near(
     column, rows = rows_of(table, field, column)
     owner = near_owners(column, n, least, known_sketch(table))[rows]
     sizes = np.bincount(owner, minlength=len(column))
-    check_clusters(sizes, column, len(table), alarm, floor)
+    check_clusters(sizes, column, len(table), max_share, floor)
     return kept_rows(
         'near dedup', table, owner == rows, 'near copy', clusters=cluster_sizes(sizes.tolist())
     )
@@ -253,7 +253,7 @@ def text_runs(words, n: int):
     return np.unique(gram_hashes(words, np.array([0, len(words)]), n)[0])
 
 # %% ../../nbs/corpus/05_duplicates.ipynb #6d9b1d51
-def found_runs(column, index, lengths: list) -> dict:
+def matching_runs(column, index, lengths: list) -> dict:
     "{row: places in the index of the runs that occur in it}, for the rows where there are any."
     first, matches, bits = 0, defaultdict(set), sieve(index)
     for data, ends in text_batches(column):
@@ -286,7 +286,7 @@ def drop_contaminated(
     names = [name for name, part in named.items() for _ in part]
     index, owners, sizes, lengths = run_index([text for part in named.values() for text in part], n)
     column, numbers = rows_of(table, field, column)
-    matches = found_runs(column, index, lengths)
+    matches = matching_runs(column, index, lengths)
     rows = sorted(matches.keys() & set(numbers.tolist()))
     clear = clear_of([matches[row] for row in rows], owners, sizes, common, share)
     gone = set(rows) - {rows[i] for i in clear}

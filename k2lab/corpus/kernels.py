@@ -1,5 +1,5 @@
 """Compiled kernels over UTF-8 bytes that find duplicates and contamination, each with a twin in
-plain Python that says what it computes.
+plain Python that defines the result.
 
 Texts come as Arrow keeps them: `data`, the bytes of all texts, and `ends`, n+1 offsets into it.
 Results come in the same shape. All hashes are unsigned 64-bit integers
@@ -35,13 +35,13 @@ def gram_words(text: str) -> list[str]:
 
 
 def stirred(x: int) -> int:
-    "x with all 64 bits depending on all bits, one to one."
+    "A one-to-one mix of the 64 bits of x, each of which depends on all."
     x = (x ^ x >> 29) * STIR % WRAP
     return x ^ x >> 32
 
 
 def word_hash(word: str) -> int:
-    "64 bits for a word: FNV-1a over its code points, stirred."
+    "The 64-bit hash of a word: FNV-1a over its code points, stirred."
     h = SEED
     for letter in word:
         h = (h ^ ord(letter)) * PRIME % WRAP
@@ -49,7 +49,7 @@ def word_hash(word: str) -> int:
 
 
 def gram_hash(hashes: list[int]) -> int:
-    "64 bits for a run of words: a polynomial of their hashes, stirred with its length."
+    "The 64-bit hash of a run of words: a polynomial of their hashes, stirred with its length."
     total = sum(h * pow(BASE, i, WRAP) for i, h in enumerate(reversed(hashes)))
     return stirred((total + len(hashes)) % WRAP)
 
@@ -60,7 +60,7 @@ def run_hashes(hashes: list[int], n: int) -> list[int]:
 
 
 def jaccard(a, b) -> float:
-    "Shared part of two sets; 0 for two empty ones."
+    "The Jaccard similarity of two sets, 0 for two empty ones."
     a, b = set(a), set(b)
     return len(a & b) / len(a | b) if a or b else 0.0
 
@@ -107,7 +107,7 @@ def ragged(lists: list) -> tuple[Any, Any]:
 
 
 def each(data, ends) -> list:
-    "The parts of flat data as lists; bytes as bytes."
+    "The parts of flat data as lists, or as bytes if the data is bytes."
     cut = bytes if data.dtype == 'uint8' else lambda part: part.tolist()
     return [cut(data[a:b]) for a, b in zip(ends, ends[1:])]
 

@@ -21,7 +21,7 @@ from ..lab.config import LabError
 
 # %% ../../nbs/corpus/04_operators.ipynb #7b7606a6
 def held_out(key: str, percent: float) -> bool:
-    "Whether a document is held out: by the hash of its key, for about `percent` of all keys, always the same ones"
+    "Whether a document is held out: by a hash of its key, for about `percent` of all keys, always the same ones."
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], 'big') % 10_000 < percent * 100
 
 # %% ../../nbs/corpus/04_operators.ipynb #0374f780
@@ -215,16 +215,16 @@ def covers(shared: set, owners: dict, sizes: list, share: float) -> bool:
     return any(k >= share * sizes[i] for i, k in hits.items())
 
 # %% ../../nbs/corpus/04_operators.ipynb #c89dcf8c
-def clear_of(found: list, owners: dict, sizes: list, common: int, share: float) -> list:
+def clear_of(shared: list, owners: dict, sizes: list, common: int, share: float) -> list:
     "Indices of the rows that stay, given each row's shared runs; repeated until nothing changes."
-    left, before = list(range(len(found))), None
+    left, before = list(range(len(shared))), None
     while before != len(left):
         before = len(left)
-        spread = Counter(gram for i in left for gram in found[i])
+        spread = Counter(gram for i in left for gram in shared[i])
         left = [
             i
             for i in left
-            if not covers({g for g in found[i] if spread[g] <= common}, owners, sizes, share)
+            if not covers({g for g in shared[i] if spread[g] <= common}, owners, sizes, share)
         ]
     return left
 

@@ -1,9 +1,9 @@
-"""Compiled kernels that count what quality rules ask of a text, each with a twin in plain Python
-that says what it counts.
+"""Compiled kernels that compute the counts of quality rules, each with a twin in plain Python
+that defines the result.
 
 Texts come as in `k2lab.corpus.kernels`: `data`, the bytes of all texts (valid UTF-8), and `ends`,
-n+1 offsets. Everything that is counted is a whole number, so that kernel and twin can be compared
-exactly; the shares of it are made once, in `k2lab.corpus.quality`.
+n+1 offsets. All counts are whole numbers, so that kernel and twin can be compared exactly;
+`k2lab.corpus.quality` turns them into shares.
 A word is what stands between white space: the definition of the Gopher paper, under which code and
 formulas keep their words whole. A character of a script that is written without spaces is a word,
 with the punctuation that follows it."""
@@ -63,7 +63,7 @@ READ = 1 << 40  # a mark on the count of a run that was read and not passed over
 U: Any = None  # numpy.uint64, when a kernel is compiled
 
 
-# ---- plain Python: what is counted --------------------
+# ---- plain Python: the definitions --------------------
 
 
 def words(text: str) -> list:
@@ -196,14 +196,14 @@ def phrase_places(data: bytes, phrases: list) -> list:
 
 @cache
 def char_classes():
-    "What each code point is, as uint8 bits; those above are nothing."
+    "The bits of `char_class` for each code point, as uint8."
     import numpy as np
 
     return np.array([char_class(chr(c)) for c in range(CODE_POINTS)], np.uint8)
 
 
 def char_class(c: str) -> int:
-    "What a character is, as bits."
+    "The classes of a character, as bits."
     return (
         SPACE * c.isspace()
         | ALPHA * c.isalpha()
@@ -217,10 +217,10 @@ def char_class(c: str) -> int:
 def compiled(kernel: Callable) -> Any:
     "A kernel as machine code, or None without numba."
     global U
-    made = machine(kernel)
-    if made:
+    fast = machine(kernel)
+    if fast:
         from numpy import uint64 as U
-    return made
+    return fast
 
 
 def _words(data, ends, table, stops, hashes, sizes, word_ends, out):

@@ -36,12 +36,12 @@ class Function:
 
     @property
     def signature(self) -> str:
-        "`name(a, b=1)`"
+        "The name and the parameters of the function, as `name(a, b=1)`."
         return f"{self.name}({', '.join(n if d is None else f'{n}={d}' for n, d in self.params)})"
 
     @property
     def key(self) -> str:
-        "The document this function belongs to: what a held-out split is made by."
+        "The key of the document of this function, by which a split holds it out."
         return f'{self.module}.{self.name}'
 
 # %% ../../nbs/corpus/03_sources.ipynb #f8b2c304

@@ -36,7 +36,8 @@ def tally(pairs) -> dict[str, dict]:
     groups = {'all': []}
     for family, right in pairs:
         groups['all'].append(right)
-        groups.setdefault(family, []).append(right)
+        if family != 'all':  # a row without a family counts in the total alone
+            groups.setdefault(family, []).append(right)
     return {family: proportion(right) for family, right in groups.items()}
 
 
