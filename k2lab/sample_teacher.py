@@ -32,20 +32,20 @@ class Config:
     mode: Mode = 'preferences'  # what the answers are for
     # the checkpoint that answers, by mode
     teacher: dict[Mode, str] = field(
-        default_factory=lambda: dict(preferences='k2_reason_sft', distill='k2_think_dpo')
+        default_factory=lambda: {'preferences': 'k2_reason_sft', 'distill': 'k2_think_dpo'}
     )
     endpoint: bool = False  # ask the server of env.yaml instead of a local checkpoint
     # name of a file of recorded answers to use instead of asking anyone
     replay: str = ''
     # prompts of each corpus, by mode: {distill: {reasoning_prompts: 3500, domain_sft: 4000}}
     ask: dict[Mode, dict[str, int]] = field(
-        default_factory=lambda: dict(preferences={}, distill={})
+        default_factory=lambda: {'preferences': {}, 'distill': {}}
     )
     # answers to each prompt, by mode
-    samples: dict[Mode, int] = field(default_factory=lambda: dict(preferences=6, distill=1))
+    samples: dict[Mode, int] = field(default_factory=lambda: {'preferences': 6, 'distill': 1})
     # by mode; 0: greedy
     temperature: dict[Mode, float] = field(
-        default_factory=lambda: dict(preferences=1.0, distill=0.0)
+        default_factory=lambda: {'preferences': 1.0, 'distill': 0.0}
     )
     max_new_tokens: int = 160  # the longest answer that is waited for
     pairs_per_prompt: int = 3  # at most

@@ -374,8 +374,8 @@ def resolve(Config, stage: str, scale: str, changes: dict | None = None):
     path = stage_file(stage)
     body = read_yaml(path)
     layers = [(path, body), (path, scale_block(path, body, scale)), ('changes', changes or {})]
-    fields = [f for f in dataclasses.fields(Config) if f.default_factory is not dataclasses.MISSING]
-    return fill(Config, layers, {f.name: f.default_factory() for f in fields})
+    fields = [(f.name, f.default_factory) for f in dataclasses.fields(Config)]
+    return fill(Config, layers, {name: new() for name, new in fields if callable(new)})
 
 # %% ../../nbs/lab/00_config.ipynb #16478285
 # the keys of env.yaml
