@@ -59,6 +59,10 @@ class Config:
     seed: int = 0  # of everything random in this stage
 
     def __post_init__(self):
+        if Loading(**self.load).lora_rank:
+            raise LabError(
+                'load: lora_rank is for training, and nothing is trained here; leave it out'
+            )
         for name in ('teacher', 'ask', 'samples', 'temperature'):
             if self.mode not in getattr(self, name):
                 raise LabError(

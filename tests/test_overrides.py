@@ -246,3 +246,84 @@ def test_a_command_line_gives_each_key_once_and_keeps_the_names_in_a_block():
     }
     with pytest.raises(LabError, match='seed is given twice'):
         changes_of(['seed=1', '--seed=2'])
+
+
+def adapted(kind: str, **more):
+    "A smoke model with the adapter that a `load` block asks for, and its coverage."
+    from peft import get_peft_model
+
+    from k2lab.models.adapters import certified, coverage, lora
+    from k2lab.models.load import Loading, open_model
+
+    load = Loading(lora_rank=4, **more)
+    model = open_model(f'smoke:{kind}')
+    tuned = get_peft_model(model, lora(model, load))
+    return tuned, certified(coverage(tuned), load)
+
+
+def test_auto_adapts_the_linear_layers_that_a_model_has():
+    for kind, want in (('qwen', {'attention', 'dense'}), ('k2', {'attention', 'dense', 'shared'})):
+        _, parts = adapted(kind)
+        assert {part for part, c in parts.items() if c['adapted']} == want
+
+
+def test_options_of_an_adapter_reach_peft():
+    tuned, parts = adapted('k2', lora_alpha=6, lora_dropout=0.25)
+    layer = next(m for m in tuned.modules() if hasattr(m, 'lora_dropout'))
+    assert layer.lora_dropout['default'].p == 0.25 and layer.scaling['default'] == 6 / 4
+    assert parts['attention']['scales'] == [1.5]
+    assert adapted('k2', rslora=True)[1]['dense']['scales'] == [4.0]  # 8 / sqrt(4)
+
+
+def test_a_certificate_refuses_another_scale():
+    from k2lab.models.adapters import certified
+    from k2lab.models.load import Loading
+
+    _, parts = adapted('k2', lora_alpha=6)
+    with pytest.raises(LabError, match=r'at scales \[1.5\] instead of 4 at 2'):
+        certified(parts, Loading(lora_rank=4))
+
+
+LOADS = [
+    (
+        {'load.dtype': 'bf16'},
+        "load.dtype must be one of 'float32', 'bfloat16', not 'bf16' (did you",
+    ),
+    ({'load.dtype': 'float16'}, "load.dtype must be one of 'float32', 'bfloat16', not 'float16'"),
+    ({'load.four_bit': 'maybe'}, "load.four_bit must be bool, not 'maybe'"),
+    ({'load.lora_rank': '-4'}, 'lora_rank from 0 on'),
+    ({'load.lora_rank': '4', 'load.lora_alpha': '0'}, 'lora_alpha above 0'),
+    ({'load.lora_rank': '4', 'load.lora_dropout': '1'}, 'lora_dropout from 0 to below 1'),
+    ({'load.lora_alpha': '8'}, 'load: lora_alpha without an adapter; give lora_rank'),
+    ({'load.rslora': 'true'}, 'load: rslora without an adapter; give lora_rank'),
+    ({'load.lora_rank': '4', 'load.adapt': 'attention'}, "load.adapt must be one of 'auto'"),
+    ({'load.lora_rank': '4', 'load.adapt': '[]'}, 'load: adapt names no part'),
+]
+
+
+@pytest.mark.parametrize('changes, message', LOADS, ids=[str(c) for c, _ in LOADS])
+def test_refused_loads(changes, message):
+    for stage in ('train_sft_domain', 'sample_teacher'):
+        with pytest.raises(LabError) as e:
+            resolved(stage, 'smoke', changes)
+        assert message in str(e.value) and '\n' not in str(e.value)
+
+
+PARTS = [
+    ('qwen', {'adapt': ['attention', 'shared', 'dense']}, 'write load.adapt=[attention, dense] or'),
+    ('qwen', {'adapt': ['head']}, 'the head of this model is its embedding too'),
+    ('k2', {'adapt': ['embedding']}, 'this model has no embedding'),
+    ('k2', {'adapt': ['routed'], 'lora_dropout': 0.1}, 'lora_dropout is for linear layers; routed'),
+]
+
+
+@pytest.mark.parametrize('kind, load, message', PARTS)
+def test_an_adapter_that_cannot_be_is_refused_by_the_config_alone(kind, load, message, tmp_path):
+    from k2lab.models.adapters import check_parts
+    from k2lab.models.load import Loading, smoke_model
+
+    (tmp_path / 'config.json').write_bytes((smoke_model(kind) / 'config.json').read_bytes())
+    with pytest.raises(LabError) as e:
+        check_parts(tmp_path, Loading(lora_rank=4, **load))
+    assert message in str(e.value)
+    check_parts(tmp_path, Loading(lora_rank=4))

@@ -291,7 +291,8 @@ def fit_value(value, kind, name: str):
     try:
         return fit_type(value, kind)
     except ValueError:
-        raise LabError(f'{name} must be {_type_name(kind)}, not {value!r}') from None
+        near = did_you_mean(value, _choices(kind))
+        raise LabError(f'{name} must be {_type_name(kind)}, not {value!r}{near}') from None
 
 
 def check_layer(Config, layer: dict, where) -> dict:
@@ -303,12 +304,20 @@ def check_layer(Config, layer: dict, where) -> dict:
     return out
 
 # %% ../../nbs/lab/00_config.ipynb #26b6caab
+def _choices(kind) -> tuple:
+    "The values of a `Literal`, none of any other type."
+    return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+
+
 def _type_name(kind) -> str:
-    "The name of a type in a message: `int`, `str | None`, `one of 'a', 'b'`."
+    "The name of a type in a message: `int`, `str or null`, `one of 'a', 'b'`."
     if typing.get_origin(kind) in (dict, typing.Annotated) or kind is dict:
         return 'a block of keys and values'
     if typing.get_origin(kind) is typing.Literal:
         return 'one of ' + ', '.join(map(repr, typing.get_args(kind)))
+    if typing.get_origin(kind) in _UNIONS:
+        names = [_type_name(k) if k is not type(None) else 'null' for k in typing.get_args(kind)]
+        return ' or '.join(dict.fromkeys(names))
     if isinstance(kind, type) and not typing.get_args(kind):
         return kind.__name__
     return str(kind).replace('typing.', '')

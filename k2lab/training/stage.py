@@ -53,7 +53,7 @@ class Training:
     saves: str = ''  # checkpoint it leaves
     length: int = 256  # longest row in tokens
     optimizer: str = 'adamw'  # adamw | muon
-    # dtype, four_bit, lora_rank, adapt, backend: see k2lab.models.load.Loading
+    # how the model is opened, and its adapter: the fields of k2lab.models.load.Loading
     load: Annotated[dict, Loading] = field(default_factory=dict)
     measures: list = field(default_factory=list)  # what to measure before and after
     answer_tokens: int = 160  # longest answer when measuring, in tokens
