@@ -226,7 +226,7 @@ def readable_config(path: Path):
 class Loading:
     "How a model is opened at a scale."
 
-    dtype: Literal['float32', 'bfloat16'] = 'float32'
+    dtype: str = 'float32'  # float32 | bfloat16
     # NF4 by bitsandbytes: linear layers only, fused experts stay as they are
     four_bit: bool = False
     lora_rank: int = 0  # 0: train all weights
@@ -238,7 +238,7 @@ class Loading:
     # head; auto: all linear layers that the model has, but router and head
     adapt: Literal['auto'] | list[str] | tuple[str, ...] = 'auto'
     # transformers | unsloth: the adapter of a dense model on one GPU
-    backend: Literal['transformers', 'unsloth'] = 'transformers'
+    backend: str = 'transformers'
 
     def __post_init__(self):
         one_of('dtype', self.dtype, ('float32', 'bfloat16'), 'load')
