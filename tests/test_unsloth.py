@@ -13,7 +13,7 @@ from k2lab.lab.config import LabError
 from k2lab.lab.job import start
 from k2lab.models.fast_lora import check_collator
 
-LOAD = {'load.backend': 'unsloth', 'load.lora_rank': 4, 'load.adapt': '[attention, dense]'}
+LOAD = {'load.backend': 'unsloth', 'load.lora_rank': 4}
 here = bool(find_spec('unsloth'))
 
 

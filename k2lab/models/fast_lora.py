@@ -122,7 +122,8 @@ def with_fast_adapter(model, load: Loading, checkpointing: bool = False, seed: i
         model,
         r=asked.r,
         lora_alpha=asked.lora_alpha,
-        lora_dropout=0.0,
+        lora_dropout=asked.lora_dropout,
+        use_rslora=asked.use_rslora,
         bias='none',
         target_modules=short_names(asked.target_modules or ()),
         use_gradient_checkpointing='unsloth' if checkpointing else False,
@@ -137,7 +138,7 @@ def check_fast(load: Loading, packed: bool = False, processes: int = 1):
     "`LabError` if a stage combines `backend: unsloth` with something it cannot do."
     if load.backend != 'unsloth':
         return
-    other = [part for part in load.adapt if part not in DENSE]
+    other = [part for part in load.named_parts if part not in DENSE]
     if not load.lora_rank:
         raise LabError('load: backend unsloth trains an adapter here; give lora_rank as well')
     if other:

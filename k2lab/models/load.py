@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['SHAPES', 'GROUPS', 'DEFAULT_LOADING', 'SHIPPED', 'register_kimi_k2', 'small_config', 'small_model', 'ready',
            'group_of', 'parameter_counts', 'trained_counts', 'save_checkpoint', 'readable_config', 'Loading',
-           'quantization', 'local_folder', 'open_model', 'open_tokenizer', 'check_window', 'shipped', 'smoke_model',
-           'Reply', 'left_padded', 'generate']
+           'quantization', 'config_of', 'local_folder', 'open_model', 'open_tokenizer', 'check_window', 'shipped',
+           'smoke_model', 'Reply', 'left_padded', 'generate']
 
 # %% ../../nbs/models/01_load.ipynb #ecff08ba
 import dataclasses
 import json
+import math
 import os
 import shutil
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..lab.config import LabError, lab_path, one_of
 from .mla import from_latents
@@ -225,15 +226,60 @@ class Loading:
     # NF4 by bitsandbytes: linear layers only, fused experts stay as they are
     four_bit: bool = False
     lora_rank: int = 0  # 0: train all weights
-    # parts that get an adapter; also: routed (the stacked experts), router, head
-    adapt: tuple = ('attention', 'shared', 'dense')
+    # an adapter is added times alpha / rank; None: twice the rank, so times 2
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0  # share of an adapter's inputs that are dropped in training
+    rslora: bool = False  # divide alpha by the root of the rank (rank-stabilised LoRA)
+    # parts that get an adapter: attention, shared, dense, routed (the stacked experts), router,
+    # head; auto: all linear layers that the model has, but router and head
+    adapt: Literal['auto'] | list[str] | tuple[str, ...] = 'auto'
     # transformers | unsloth: the adapter of a dense model on one GPU
     backend: str = 'transformers'
 
     def __post_init__(self):
+        one_of('dtype', self.dtype, ('float32', 'bfloat16'), 'load')
         one_of('backend', self.backend, ('transformers', 'unsloth'), 'load')
-        for part in self.adapt:
+        if isinstance(self.adapt, str) and self.adapt != 'auto':
+            raise LabError(f"load: adapt is auto or a list, [{self.adapt}], not '{self.adapt}'")
+        for part in self.named_parts:
             one_of('part', part, GROUPS, 'adapt')
+        self._check_adapter()
+
+    def _check_adapter(self):
+        "`LabError` for options of an adapter that cannot be, or that belong to none."
+        asked = dict(
+            lora_alpha=self.lora_alpha is not None,
+            lora_dropout=self.lora_dropout != 0,
+            rslora=self.rslora,
+            adapt=self.adapt != 'auto',
+        )
+        if self.lora_rank == 0 and (unused := [name for name, given in asked.items() if given]):
+            raise LabError(
+                f'load: {" and ".join(unused)} without an adapter; give lora_rank, or leave it out'
+            )
+        alpha = 1 if self.lora_alpha is None else self.lora_alpha
+        if self.lora_rank < 0 or alpha <= 0 or not 0 <= self.lora_dropout < 1:
+            raise LabError(
+                'load: lora_rank from 0 on, lora_alpha above 0, lora_dropout from 0 to below 1, not '
+                f'{self.lora_rank}, {self.lora_alpha}, {self.lora_dropout}'
+            )
+        if self.adapt != 'auto' and not self.adapt:
+            raise LabError('load: adapt names no part; leave it out for all linear layers')
+
+    @property
+    def named_parts(self) -> tuple[str, ...]:
+        "The parts that `adapt` names; none for `auto`."
+        return () if self.adapt == 'auto' else tuple(self.adapt)
+
+    @property
+    def alpha(self) -> float:
+        "LoRA's alpha: as given, or twice the rank."
+        return 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def scale(self) -> float:
+        "What an adapter is multiplied by before it is added: alpha / rank, by the root of the rank for rsLoRA."
+        return self.alpha / (math.sqrt(self.lora_rank) if self.rslora else self.lora_rank)
 
 
 DEFAULT_LOADING = Loading()
@@ -286,7 +332,7 @@ def _four_bit_options(load: Loading) -> dict:
     return dict(quantization_config=quantization(load), device_map={'': device})
 
 # %% ../../nbs/models/01_load.ipynb #793de56a
-def _config_of(folder: Path):
+def config_of(folder: Path):
     """The config a checkpoint is opened with: its language model's, with DeepSeek-V3's under the name `kimi_k2`.
 
     `LabError` for a type that only the checkpoint's own code knows."""
@@ -337,7 +383,7 @@ def open_model(place, load: Loading = DEFAULT_LOADING):
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     folder = local_folder(place)
-    config, tensors = _config_of(folder), dequantised(folder)
+    config, tensors = config_of(folder), dequantised(folder)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class takes no state_dict
     if tensors is None:
         stored(folder)  # all files are there and complete

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..lab.checkpoint import newest_checkpoint, step_of
 from ..lab.config import LabError, did_you_mean
-from ..models.adapters import check_bits, lora, weight_bits
+from ..models.adapters import check_bits, check_parts, lora, weight_bits
 from k2lab.models.fast_lora import (
     check_collator,
     check_fast,
@@ -390,6 +390,7 @@ def open_for(job, name: str, load: Loading = DEFAULT_LOADING):
     if job.env.get('threads'):
         torch.set_num_threads(job.env['threads'])
     place = job.find(name)
+    check_parts(place, load)
     model = (open_fast if load.backend == 'unsloth' else open_model)(place, load)
     sizes = weight_bits(model)
     job.record.setdefault('weights', {})[name] = {part: c['bytes'] for part, c in sizes.items()}
