@@ -13,7 +13,7 @@ from .text.masks import encode_rows
 from .text.rows import read_rows
 from .training.metrics import evaluate_measures, pair_ids, preference_accuracy, target_logps
 from .training.stage import Training, evaluate_and_publish, log_samples, scores_before
-from .training.trainer import fit_dpo, fit_sft, open_for
+from .training.trainer import check_losses, fit_dpo, fit_sft, open_for
 
 # %% ../nbs/51_run_dpo_reasoning.ipynb #c33679dd
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Config(Training):
     measures: list = field(
         default_factory=lambda: ['reasoning_verified', 'domain_questions', 'domain_bits_per_byte']
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_losses(self.trainer, self.processes)
 
 # %% ../nbs/51_run_dpo_reasoning.ipynb #9d5c55af
 def chosen_logps(model, tok, pairs: list, system: str) -> list:
