@@ -1,13 +1,11 @@
 """The same rows in one batch or in many make the same update, whatever the loss; a loss that is no number stops."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from k2lab.lab.config import LabError
-from k2lab.models.load import Loading
+from k2lab.models.load import DEFAULT_LOADING, Loading
 
 CUTS = [(4, 2), (2, 4), (1, 8)]  # rows in a batch, batches in an update
 WORDS = 'the graph G has nodes and edges, the path from a to b'.split()
@@ -100,7 +98,7 @@ def apart(one: Moved, two: Moved) -> float:
     return float((one.end - two.end).norm() / (one.end - one.start).norm())
 
 
-def prefer(folder: Path, tok, pairs: list, trainer: dict, load: Loading = Loading()) -> Moved:
+def prefer(folder: Path, tok, pairs: list, trainer: dict, load: Loading = DEFAULT_LOADING) -> Moved:
     "DPO of a small random K2 on pairs."
     from k2lab.models.load import small_model
     from k2lab.training.trainer import fit_dpo
