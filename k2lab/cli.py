@@ -111,7 +111,11 @@ def changes_of(words: list) -> dict:
             value, equals = rest.pop(0), '='
         if not equals or not key:
             raise LabError(f"'{word}': expected field=value")
-        out[key.replace('-', '_')] = value
+        name, dot, inner = key.partition('.')  # the keys of a block may have dashes
+        key = name.replace('-', '_') + dot + inner
+        if key in out:
+            raise LabError(f'{key} is given twice; give it once')
+        out[key] = value
     return out
 
 

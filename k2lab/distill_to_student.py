@@ -30,7 +30,6 @@ class Config(Supervised):
     length: int = (
         384  # longest row in tokens: a trace of the teacher is longer in the student's tokens
     )
-    mix: dict = field(default_factory=lambda: dict(distill_corpus=11000))
     measures: list = field(default_factory=lambda: ['domain_questions', 'reasoning_verified'])
 
 # %% ../nbs/61_distill_to_student.ipynb #8821a6cd

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .lab.config import LabError, did_you_mean
+from .lab.config import LabError, did_you_mean, one_of
 from .lab.records import runs
 from .text.rows import read_rows
 from .training.metrics import ANSWER_TOKENS, DATA, evaluate_measures, family_shares
@@ -23,22 +23,10 @@ from .training.trainer import open_for
 class Config:
     "Which checkpoints are measured, on what, and how much a later stage may lose."
 
-    # each with the checkpoint it is compared with
-    checkpoints: dict = field(
-        default_factory=lambda: dict(k2_think_dpo='Kimi-K2-Base', k2_student_7b='k2_think_dpo')
-    )
-    # what is measured of each
-    measures: dict = field(
-        default_factory=lambda: dict(
-            k2_think_dpo=[
-                'domain_bits_per_byte',
-                'general_bits_per_byte',
-                'domain_questions',
-                'reasoning_verified',
-            ],
-            k2_student_7b=['domain_questions', 'reasoning_verified'],
-        )
-    )
+    # each with the checkpoint it is compared with: {k2_think_dpo: Kimi-K2-Base}
+    checkpoints: dict[str, str] = field(default_factory=dict)
+    # what is measured of each: {k2_think_dpo: [domain_questions, reasoning_verified]}
+    measures: dict[str, list[str]] = field(default_factory=dict)
     # points of accuracy that a later stage may cost an earlier one
     may_lose: float = 0.05
     gate: bool = True  # a greater loss fails the run
@@ -46,6 +34,13 @@ class Config:
     harness_tasks: str = ''  # folder of your own task files for lm-eval
     answer_tokens: int = 160  # longest answer in tokens
     seed: int = 0  # of everything random in this stage
+
+    def __post_init__(self):
+        for name in self.checkpoints:
+            if name not in self.measures:
+                raise LabError(f"measures: nothing for '{name}'; write measures.{name}=[MEASURE]")
+        for name in self.measures:
+            one_of('checkpoint', name, self.checkpoints, 'measures')
 
 # %% ../nbs/80_evaluate.ipynb #52105631
 def counts_for(job, record: dict) -> bool:

@@ -14,12 +14,13 @@ import importlib.metadata
 import json
 import shutil
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from .corpus.card import LICENCE, publish_rows, write_card_pages
 from .corpus.operators import conserved
 from k2lab.corpus.pipeline import (
     Refined,
+    Refining,
     lowest_hashed,
     mix,
     publish_texts,
@@ -72,10 +73,10 @@ class Config:
     general_heldout_percent: float = 2
     limit: int | None = None  # documents read from one source at most
     # what is done to documents: the fields of k2lab.corpus.pipeline.Refining
-    refine: dict = field(default_factory=dict)
+    refine: Annotated[dict, Refining] = field(default_factory=dict)
     tokenizer: str | None = None  # a model by name, whose tokens the card counts
     # evaluation sets of yours that no document may quote, {name: file}
-    eval_sets: dict = field(default_factory=dict)
+    eval_sets: dict[str, str] = field(default_factory=dict)
     # domain documents to train on, mixed by the sources' weights; all if it is null
     domain_rows: int | None = None
     general_rows: int = 3000  # general documents to replay at most
@@ -90,10 +91,10 @@ class Config:
     # math, ...}
     trace_sources: list = field(default_factory=list)
     # problems of reasoning-gym to sample on, by family, {chain_sum: 200}
-    gym: dict = field(default_factory=dict)
+    gym: dict[str, int] = field(default_factory=dict)
     # how often a family comes up in a round of training problems, {sort: 2}; once if it is not
     # named
-    family_weights: dict = field(default_factory=dict)
+    family_weights: dict[str, int] = field(default_factory=dict)
     verbose_share: float = 0.65  # share of worked solutions that are right but wasteful
     seed: int = 0  # of everything random in this stage
     workers: int = 1  # processes that read and refine documents

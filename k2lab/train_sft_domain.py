@@ -17,7 +17,6 @@ class Config(Supervised):
 
     init_from: str = 'k2_domain_pretrain'
     saves: str = 'k2_domain_instruct'
-    mix: dict = field(default_factory=lambda: dict(domain_sft=5000, domain=300, general=100))
     measures: list = field(default_factory=lambda: ['domain_questions', 'domain_bits_per_byte'])
 
 # %% ../nbs/30_train_sft_domain.ipynb #a9393b01

@@ -17,9 +17,6 @@ class Config(Supervised):
 
     init_from: str = 'k2_domain_instruct'
     saves: str = 'k2_reason_sft'
-    mix: dict = field(
-        default_factory=lambda: dict(reasoning_sft=4700, domain_sft=4200, domain=350, general=100)
-    )
     measures: list = field(
         default_factory=lambda: ['reasoning_verified', 'domain_questions', 'domain_bits_per_byte']
     )

@@ -5,9 +5,12 @@
 # %% auto #0
 __all__ = ['SCALES', 'SETTINGS', 'ENV', 'LabError', 'did_you_mean', 'one_of', 'is_root', 'root', 'setting', 'lab_path',
            'stage_notebooks', 'stage_names', 'stage_file', 'StrictLoader', 'read_yaml', 'yaml_value', 'fit_type',
-           'undot', 'check_layer', 'required', 'fill', 'scale_block', 'resolve', 'overlay', 'load_env']
+           'block_of', 'field_kind', 'value_kind', 'undot', 'fit_value', 'check_layer', 'required', 'merged',
+           'without_null', 'fill', 'scale_block', 'resolve', 'overlay', 'load_env']
 
 # %% ../../nbs/lab/00_config.ipynb #72f19765
+import contextlib
+import copy
 import dataclasses
 import difflib
 import os
@@ -91,8 +94,8 @@ def lab_path(kind: str) -> Path:
 def stage_notebooks() -> dict[str, Path]:
     "Stage name -> path of its notebook, in the order of their numbers."
     paths = sorted(lab_path('nbs').glob('*.ipynb'))
-    matches = [re.fullmatch(r'\d+_(\w+)\.ipynb', path.name) for path in paths]
-    return {m[1]: lab_path('nbs') / m[0] for m in matches if m}
+    matches = {path: re.fullmatch(r'\d+_(\w+)\.ipynb', path.name) for path in paths}
+    return {m[1]: path for path, m in matches.items() if m}
 
 # %% ../../nbs/lab/00_config.ipynb #82d93897
 def stage_names() -> list[str]:
@@ -164,14 +167,12 @@ def _one(value, kind):
 def fit_type(value, kind):
     """`value` as the type `kind`; `ValueError` if it does not fit.
 
-    Known are simple types, `X | None`, `Literal`, `list[X]` and `tuple[X, ...]`."""
+    Known are simple types, `Literal`, `list[X]`, `tuple[X, ...]`, and unions of them."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is typing.Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if yaml_value(value) is None and type(None) in args:
-            return None
-        return fit_type(value, next(a for a in args if a is not type(None)))
+        return yaml_value(value)
+    if origin in _UNIONS:
+        return _first_that_fits(value, args)
     if origin is typing.Literal:
         if value in args:
             return value
@@ -181,48 +182,131 @@ def fit_type(value, kind):
         return type(items)(fit_type(v, args[0]) for v in items)
     return items
 
+
+_UNIONS = (typing.Union, types.UnionType)
+
+
+def _first_that_fits(value, kinds: tuple):
+    "`value` as the first of several types that it fits; `ValueError` if it fits none."
+    if type(None) in kinds and yaml_value(value) is None:
+        return None
+    for kind in kinds:
+        if kind is not type(None):
+            with contextlib.suppress(ValueError):
+                return fit_type(value, kind)
+    raise ValueError
+
+# %% ../../nbs/lab/00_config.ipynb #b5788abd
+def block_of(kind):
+    "The kind of block that a value of type `kind` can be, or None if it has no keys."
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind in (dict, typing.Any) or (origin in _UNIONS and dict in args):
+        return dict
+    return kind if origin in (dict, typing.Annotated) else None
+
+
+def field_kind(Config, key: str, where):
+    "The type of the field `key` of a dataclass; `LabError` if it has none, with the new name of a renamed one."
+    if new := getattr(Config, 'renamed', {}).get(key):
+        raise LabError(f"{where}: '{key}' is now called '{new}'")
+    kinds = typing.get_type_hints(Config, include_extras=True)
+    return kinds[one_of('key', key, kinds, where)]
+
+
+def value_kind(block, key: str, name: str):
+    "The type of the value under `key` in a block; `LabError` for a key that the block `name` does not take."
+    args = typing.get_args(block)
+    if typing.get_origin(block) is typing.Annotated:
+        return field_kind(args[1], key, name)
+    if not args:
+        return typing.Any
+    if typing.get_origin(args[0]) is typing.Literal:
+        one_of('key', key, typing.get_args(args[0]), name)
+    return args[1]
+
 # %% ../../nbs/lab/00_config.ipynb #86c28676
-def undot(changes: dict) -> dict:
-    "`{'trainer.max_steps': 3}` as `{'trainer': {'max_steps': 3}}`."
+def _path_in(rest: str, kind, name: str) -> list[str]:
+    "The keys that the text `rest` names in a block; where nothing lies deeper, a key may have dots of its own."
+    block = block_of(kind)
+    if block is None:
+        raise LabError(f"{name} is no block, so it has no key '{rest}'")
+    if typing.get_origin(block) is dict and not block_of(typing.get_args(block)[1]):
+        return [rest]
+    key, dot, deeper = rest.partition('.')
+    inner = value_kind(block, key, name)
+    return [key, *(_path_in(deeper, inner, f'{name}.{key}') if dot else ())]
+
+
+def _put(tree: dict, path: list[str], value, name: str):
+    "Enter a value in a tree of dictionaries; `LabError` if the place is taken."
+    key, *deeper = path
+    place = tree.setdefault(key, {}) if deeper else tree.get(key)
+    if deeper and isinstance(place, dict):
+        _put(place, deeper, value, name)
+    elif isinstance(value, dict) and isinstance(place, dict):
+        for k, v in value.items():
+            _put(place, [k], v, f'{name}.{k}')
+    elif key in tree:
+        raise LabError(f'{name} is given twice; give it once')
+    else:
+        tree[key] = copy.deepcopy(value)
+
+
+def undot(Config, layer: dict, where) -> dict:
+    "A layer without dotted keys: `{'trainer.a': 3}` as `{'trainer': {'a': 3}}`; `LabError` for a key given twice."
     out = {}
-    for key, value in changes.items():
-        head, dot, rest = key.partition('.')
-        if dot:
-            out[head] = {**out.get(head, {}), rest: yaml_value(value)}
-        elif isinstance(value, dict) and isinstance(out.get(head), dict):
-            out[head] = {**out[head], **value}
-        else:
-            out[head] = value
+    for key, value in layer.items():
+        head, dot, rest = str(key).partition('.')
+        at = _line(where, head)
+        kind = field_kind(Config, head, at)
+        path = [head, *(_path_in(rest, kind, f'{at}: {head}') if dot else ())]
+        if not all(path):
+            raise LabError(f"{at}: '{key}' ends without a key")
+        read = yaml_value(value) if block_of(kind) else value
+        _put(out, path, read if isinstance(read, dict) else value, f'{at}: {key}')
     return out
 
 # %% ../../nbs/lab/00_config.ipynb #90fe254b
-def _line(path: Path, key: str) -> str:
-    "`path:line` of the first line that sets `key`, else just the path."
-    lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
+def _line(where, key: str) -> str:
+    "`path:line` of the first line of the file `where` that sets `key`; any other place as it is."
+    is_file = isinstance(where, Path) and where.exists()
+    lines = where.read_text(encoding='utf-8').splitlines() if is_file else []
     sets_key = re.compile(rf'\s*{re.escape(key)}\s*:')
     at = next((i for i, line in enumerate(lines, 1) if sets_key.match(line)), None)
-    return f'{path}:{at}' if at else str(path)
+    return f'{where}:{at}' if at else str(where)
 
 # %% ../../nbs/lab/00_config.ipynb #1351cdf5
+def fit_value(value, kind, name: str):
+    "`value` as the type `kind`; a `LabError` names the field or key, and what is valid. In a block null stays null."
+    block, read = block_of(kind), yaml_value(value)
+    if block and isinstance(read, dict):
+        return {
+            k: None
+            if yaml_value(v) is None
+            else fit_value(v, value_kind(block, k, name), f'{name}.{k}')
+            for k, v in read.items()
+        }
+    if read is None and kind is block:
+        return None
+    try:
+        return fit_type(value, kind)
+    except ValueError:
+        raise LabError(f'{name} must be {_type_name(kind)}, not {value!r}') from None
+
+
 def check_layer(Config, layer: dict, where) -> dict:
     "`layer` with each value of its field's type; a `LabError` names the place, the key and what is valid."
-    kinds, out = typing.get_type_hints(Config), {}
-    for key, value in layer.items():
-        at = _line(where, key) if isinstance(where, Path) else where
-        if new := getattr(Config, 'renamed', {}).get(key):
-            raise LabError(f"{at}: '{key}' is now called '{new}'")
-        one_of('key', key, kinds, at)
-        try:
-            out[key] = fit_type(value, kinds[key])
-        except ValueError:
-            raise LabError(f"{at}: {key} must be {_type_name(kinds[key])}, not {value!r}") from None
-        if isinstance(out[key], dict):
-            out[key] = {k: yaml_value(v) for k, v in out[key].items()}
+    out = {}
+    for key, value in undot(Config, layer, where).items():
+        at = _line(where, key)
+        out[key] = fit_value(value, field_kind(Config, key, at), f'{at}: {key}')
     return out
 
 # %% ../../nbs/lab/00_config.ipynb #26b6caab
 def _type_name(kind) -> str:
     "The name of a type in a message: `int`, `str | None`, `one of 'a', 'b'`."
+    if typing.get_origin(kind) in (dict, typing.Annotated) or kind is dict:
+        return 'a block of keys and values'
     if typing.get_origin(kind) is typing.Literal:
         return 'one of ' + ', '.join(map(repr, typing.get_args(kind)))
     if isinstance(kind, type) and not typing.get_args(kind):
@@ -237,16 +321,44 @@ def required(Config) -> list[str]:
     return [f.name for f in fields if f.default is none and f.default_factory is none]
 
 # %% ../../nbs/lab/00_config.ipynb #2beb5e83
-def fill(Config, layers: list):
-    "A `Config` from `(where, layer)` pairs, later ones winning; the `trainer` dictionaries are merged."
-    values = {}
+def merged(old: dict, new: dict, name: str) -> dict:
+    "The values of two layers as one, blocks key by key; `LabError` for an empty block over one that is not."
+    out = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        if both and out[key] and not value:
+            raise LabError(
+                f'{name}{key}: {{}} changes none of its keys ({", ".join(out[key])}); null takes out '
+                'a key, or all of them'
+            )
+        out[key] = merged(out[key], value, f'{name}{key}.') if both else value
+    return out
+
+
+def without_null(value, kind):
+    "A value of type `kind` without the keys that null took out of its blocks."
+    block = block_of(kind)
+    if value is None and kind is block:
+        return {}
+    if not block or not isinstance(value, dict):
+        return value
+    kinds = {key: value_kind(block, key, '') for key in value}
+    return {
+        key: without_null(v, kinds[key])
+        for key, v in value.items()
+        if v is not None or type(None) in typing.get_args(kinds[key])
+    }
+
+# %% ../../nbs/lab/00_config.ipynb #1cac6edb
+def fill(Config, layers: list, defaults: dict | None = None):
+    "A `Config` from `(where, layer)` pairs laid over `defaults`, later ones winning; blocks are laid over key by key."
+    values = dict(defaults or {})
     for where, layer in layers:
-        for key, value in check_layer(Config, undot(layer), where).items():
-            values[key] = {**values.get(key, {}), **value} if key == 'trainer' else value
+        values = merged(values, check_layer(Config, layer, where), f'{where}: ')
     missing = [name for name in required(Config) if name not in values]
     if missing:
         raise LabError(f"{layers[0][0]}: no value for {', '.join(missing)}")
-    return Config(**values)
+    return Config(**{k: without_null(v, field_kind(Config, k, '')) for k, v in values.items()})
 
 # %% ../../nbs/lab/00_config.ipynb #686d5d9e
 def scale_block(path: Path, body: dict, scale: str) -> dict:
@@ -261,8 +373,9 @@ def resolve(Config, stage: str, scale: str, changes: dict | None = None):
     "A stage's `Config` at a scale: dataclass <- its file <- the file's scale block <- `changes`."
     path = stage_file(stage)
     body = read_yaml(path)
-    block = scale_block(path, body, scale)
-    return fill(Config, [(path, body), (path, block), ('changes', changes or {})])
+    layers = [(path, body), (path, scale_block(path, body, scale)), ('changes', changes or {})]
+    fields = [(f.name, f.default_factory) for f in dataclasses.fields(Config)]
+    return fill(Config, layers, {name: new() for name, new in fields if callable(new)})
 
 # %% ../../nbs/lab/00_config.ipynb #16478285
 # the keys of env.yaml
@@ -273,17 +386,17 @@ def overlay(layers: list) -> dict:
     "The layers of env.yaml as one: dictionaries are laid over each other name by name, other values replaced."
     env = {key: dict(value) if isinstance(value, dict) else value for key, value in ENV.items()}
     for where, layer in layers:
-        for key, value in undot(layer).items():
-            one_of('key', key, ENV, _line(where, key) if isinstance(where, Path) else where)
+        for key, value in layer.items():
+            one_of('key', key, ENV, _line(where, key))
             env[key] = {**env[key], **(value or {})} if isinstance(ENV[key], dict) else value
     return env
 
 # %% ../../nbs/lab/00_config.ipynb #efff5a9c
-def load_env(scale: str, changes: dict | None = None) -> dict:
+def load_env(scale: str) -> dict:
     """The lab's names at a scale, from configs/env.yaml.
 
     The keys are `scale`, `models`, `data`, `endpoint`, `system` and `threads`."""
     path = lab_path('configs') / 'env.yaml'
     body = read_yaml(path)
     block = scale_block(path, body, scale)
-    return {'scale': scale, **overlay([(path, body), (path, block), ('changes', changes or {})])}
+    return {'scale': scale, **overlay([(path, body), (path, block)])}

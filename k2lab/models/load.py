@@ -230,7 +230,7 @@ class Loading:
     four_bit: bool = False
     lora_rank: int = 0  # 0: train all weights
     # parts that get an adapter; also: routed (the stacked experts), router, head
-    adapt: tuple = ('attention', 'shared', 'dense')
+    adapt: list[str] | tuple[str, ...] = ('attention', 'shared', 'dense')
     # transformers | unsloth: the adapter of a dense model on one GPU
     backend: str = 'transformers'
 

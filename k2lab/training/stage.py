@@ -12,6 +12,7 @@ __all__ = ['LEDGER_COLUMNS', 'Training', 'repeated', 'document_pieces', 'example
 import dataclasses
 import random
 from dataclasses import dataclass, field, fields
+from typing import Annotated
 
 from ..lab.config import LabError, one_of
 from ..lab.display import Table
@@ -53,7 +54,7 @@ class Training:
     length: int = 256  # longest row in tokens
     optimizer: str = 'adamw'  # adamw | muon
     # dtype, four_bit, lora_rank, adapt, backend: see k2lab.models.load.Loading
-    load: dict = field(default_factory=dict)
+    load: Annotated[dict, Loading] = field(default_factory=dict)
     measures: list = field(default_factory=list)  # what to measure before and after
     answer_tokens: int = 160  # longest answer when measuring, in tokens
     seed: int = 0  # of everything random in this stage
@@ -303,7 +304,7 @@ class Supervised(Training):
     "A training stage on rows with a reply."
 
     # how many examples of each corpus: {domain_sft: 8000, domain: 500}
-    mix: dict = field(default_factory=dict)
+    mix: dict[str, int] = field(default_factory=dict)
     # short examples share rows of `length` tokens, and none reads another
     pack: bool = False
 
