@@ -15,6 +15,9 @@ from k2lab.training.stage import (
     evaluate_and_publish,
     fit_mixture,
     log_samples,
+    loss_before,
+    measure_heldout,
+    mixed,
     scores_before,
 )
 from .training.trainer import open_for
@@ -67,9 +70,11 @@ def train(job):
     "Cross-entropy on the teacher's verified answers; leaves `cfg.saves` and the comparison."
     cfg, load = job.cfg, Loading(**job.cfg.load)
     model, tok = open_for(job, cfg.init_from, load)
-    known = scores_before(job, model, tok)
+    mixture = mixed(job, tok, cfg.mix)
+    known, before = scores_before(job, model, tok), loss_before(model, tok, mixture)
     log_samples(job, model, tok, 'before')
-    model = fit_mixture(job, model, tok, load)
+    model = fit_mixture(job, model, tok, mixture, load)
+    measure_heldout(job, model, tok, mixture, before)
     compare(job, model, tok, evaluate_and_publish(job, model, tok, known))
 
 

@@ -6,8 +6,8 @@
 __all__ = ['LAB_DEFAULTS', 'SORTING', 'options', 'optimizer_for', 'check_trainable', 'balance_router', 'expert_load',
            'with_labels', 'collator_for', 'Adapted', 'adapted_for', 'fit_options', 'supervised_trainer', 'fit_sft',
            'loads_onto', 'own_ledger', 'resumed_from', 'attach_callbacks', 'trained_summary', 'coverage_line',
-           'finish_fit', 'check_losses', 'with_length', 'preference_trainer', 'fit_dpo', 'Notices', 'log_notices',
-           'open_for']
+           'finish_fit', 'check_losses', 'with_length', 'usable_pairs', 'preference_trainer', 'fit_dpo', 'Notices',
+           'log_notices', 'open_for']
 
 # %% ../../nbs/training/02_trainer.ipynb #250829bf
 import contextlib
@@ -325,6 +325,23 @@ def with_length(pair: dict) -> dict:
     "A pair and its `length` in tokens: the prompt and the longer answer."
     longer = max(len(pair['chosen_ids']), len(pair['rejected_ids']))
     return dict(pair, length=len(pair['prompt_ids']) + longer)
+
+
+def usable_pairs(pairs: list, length: int) -> tuple[list, dict]:
+    "(pairs of ids that fit into `length` tokens and whose replies differ, counts); `LabError` if none is left."
+    different = [with_length(p) for p in pairs if p['chosen_ids'] != p['rejected_ids']]
+    kept = [p for p in different if p['length'] <= length]
+    if not kept:
+        raise LabError(
+            f'none of {len(pairs)} pairs fits into {length} tokens and has two replies that differ; '
+            f'the shortest has {min((p["length"] for p in map(with_length, pairs)), default=0)}'
+        )
+    return kept, dict(
+        rows=len(kept),
+        dropped=len(different) - len(kept),
+        equal=len(pairs) - len(different),
+        longest=max(p['length'] for p in different),
+    )
 
 
 def preference_trainer(
