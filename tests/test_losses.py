@@ -1,10 +1,13 @@
 """The same rows in one batch or in many make the same update, whatever the loss; a loss that is no number stops."""
 
+import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from k2lab.lab.config import LabError
 from k2lab.models.load import DEFAULT_LOADING, Loading
 
 CUTS = [(4, 2), (2, 4), (1, 8)]  # rows in a batch, batches in an update
@@ -179,3 +182,172 @@ def test_a_supervised_update_is_the_same_too(loss, room, tok, tmp_path):
     assert len(whole.losses) > 1
     assert apart(whole, cut) < 1e-4
     assert cut.losses == pytest.approx(whole.losses, rel=1e-6)
+
+
+def ruin(model):
+    "Make one weight of a model no number."
+    import torch
+
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight[0, 0] = float('nan')
+
+
+@pytest.mark.parametrize('accumulate', [1, 4])
+@pytest.mark.parametrize('kind', ['sft', 'dpo'])
+def test_a_loss_that_is_no_number_stops_the_training(kind, accumulate, tok, pairs, tmp_path):
+    from k2lab.models.load import small_model
+    from k2lab.training.trainer import fit_dpo, fit_sft
+
+    job, model = Bench(tmp_path), small_model('k2', 'smoke', tok)
+    ruin(model)
+    trainer = options(4 // accumulate, accumulate) | dict(logging_steps=2, num_train_epochs=9)
+    with pytest.raises(LabError, match='step 2: the loss is nan'):
+        if kind == 'sft':
+            fit_sft(job, model, tok, examples(tok), trainer)
+        else:
+            fit_dpo(job, model, small_model('k2', 'smoke', tok), tok, pairs, trainer)
+    assert not job.lines
+    assert not list(tmp_path.rglob('checkpoint-*'))
+
+
+def test_a_rate_that_ruins_the_weights_stops_the_training(tok, tmp_path):
+    trainer = options(4, 1) | dict(learning_rate=1e30, num_train_epochs=9, max_grad_norm=0.0)
+    with pytest.raises(LabError, match='lower trainer.learning_rate'):
+        supervise(tmp_path, tok, trainer, 0)
+
+
+def test_the_filter_that_would_hide_it_is_refused(tok, tmp_path):
+    with pytest.raises(LabError, match='logging_nan_inf_filter'):
+        supervise(tmp_path, tok, options(4, 1, logging_nan_inf_filter=True), 0)
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    "Runs a stage at smoke scale on rows of one's own: `own(stage, {name: rows}, **changes)` gives its job."
+    import yaml
+
+    from k2lab.lab.job import stage_module, start
+
+    configs = tmp_path / 'configs'
+    shutil.copytree(Path(__file__).parent.parent / 'configs', configs)
+    monkeypatch.setenv('K2LAB_LAB_CONFIGS_PATH', str(configs))
+    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
+
+    def run(stage: str, files: dict, **changes):
+        env = yaml.safe_load((configs / 'env.yaml').read_text())
+        for name, rows in files.items():
+            path = tmp_path / f'{name}.jsonl'
+            path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+            env['scales']['smoke']['data'][name] = str(path)
+        (configs / 'env.yaml').write_text(yaml.safe_dump(env))
+        job = start(stage, 'smoke', None, changes)
+        stage_module(stage).train(job)
+        return job
+
+    return run
+
+
+def sums(n: int, more: int = 1) -> list:
+    "Questions and answers without a family, as a user would write them; `more` answers to each."
+    return [
+        dict(instruction=f'What is {i} plus {k}?', input='', output=str(i + k))
+        for i in range(n)
+        for k in range(more)
+    ]
+
+
+def shown(job) -> dict:
+    return {c['name']: c['detail'] for c in job.record['checks']}
+
+
+def test_own_rows_without_a_family_complete(own):
+    files = dict(domain_sft=sums(40), domain_questions=sums(12))
+    measures = ['domain_questions']
+    job = own(
+        'train_sft_domain',
+        files,
+        mix=dict(domain_sft='all', domain=None, general=None),
+        measures=measures,
+    )
+    assert job.record['data'] == {'domain_sft': job.record['data']['domain_sft']}
+    data = job.record['data']['domain_sft']
+    assert (data['read'], data['epochs'], data['examples'], data['asked']) == (40, 1.0, 40, 'all')
+    line = next(m for m in job.record['metrics'] if m['measure'] == 'domain_questions')
+    assert (line['n'], line['baseline']['few_shot_n']) == (12, 12)
+
+
+def test_a_baseline_without_examples_is_left_out_and_said(own):
+    questions = [dict(row, family='sums') for row in sums(12)]
+    files = dict(domain_sft=sums(40), domain_questions=questions)
+    job = own('train_sft_domain', files, measures=['domain_questions'])
+    assert shown(job)['few-shot baseline left out'].startswith('0 solved examples of family sums')
+    assert 'few_shot' not in job.record['metrics'][0]['baseline']
+
+
+def test_a_small_file_is_not_repeated_unasked(own):
+    files, mix = dict(domain_sft=sums(40)), dict(domain_sft=5000)
+    with pytest.raises(LabError, match='has 40 rows, so this is 125 passes .* raise max_epochs'):
+        own('train_sft_domain', files, mix=mix, measures=[])
+    job = own('train_sft_domain', files, mix=dict(domain_sft=100), measures=[], max_epochs=3)
+    assert job.record['data']['domain_sft']['read'] == 40
+    assert job.record['data']['domain_sft']['epochs'] == 2.5
+    assert shown(job)['domain_sft: rows trained more than once'] == '40 rows, 2.5 passes'
+
+
+def test_a_held_out_loss_is_measured_and_its_rows_are_not_trained(own):
+    rows = [
+        dict(r, instruction=f'{r["instruction"][:12]}?') for r in sums(20, 2)
+    ]  # two answers to a question
+    job = own(
+        'train_sft_domain',
+        dict(domain_sft=rows),
+        mix=dict(domain_sft='all'),
+        heldout=0.2,
+        measures=[],
+    )
+    line = next(m for m in job.record['metrics'] if m['measure'] == 'heldout_loss')
+    data = job.record['data']
+    assert data['domain_sft']['held_out'] == data['held out']['read'] == line['n']
+    assert data['domain_sft']['examples'] + line['n'] == 40
+    assert line['low'] < line['after'] < line['high']
+    assert line['after'] < line['before']
+
+
+def test_rows_of_a_held_out_file_are_taken_out_of_training(own):
+    files = dict(domain_sft=sums(40), own_eval=sums(6))
+    job = own(
+        'train_sft_domain', files, mix=dict(domain_sft='all'), heldout='own_eval', measures=[]
+    )
+    assert job.record['data']['domain_sft']['held_out'] == 6
+    assert job.record['data']['own_eval']['read'] == 6
+    with pytest.raises(LabError, match='all of its 40 rows are held out'):
+        own(
+            'train_sft_domain', files, mix=dict(domain_sft='all'), heldout='domain_sft', measures=[]
+        )
+
+
+def test_rows_that_are_too_long_are_said_or_refused(own):
+    rows = [*sums(39), dict(instruction='Count.', input='', output='1 ' * 600)]
+    job = own('train_sft_domain', dict(domain_sft=rows), mix=dict(domain_sft='all'), measures=[])
+    assert shown(job)['domain_sft: rows left out'].startswith('1 of 40: 1 longer than 256 tokens')
+    with pytest.raises(LabError, match='at most max_dropped=0.05 of them'):
+        own('train_sft_domain', dict(domain_sft=rows[30:]), mix=dict(domain_sft='all'), measures=[])
+
+
+def preferences(n: int) -> list:
+    return [
+        dict(prompt=words(3, i), chosen=words(5, i), rejected=words(8, i + 1)) for i in range(n)
+    ]
+
+
+def test_length_holds_for_pairs_and_their_control(own):
+    rows = preferences(20)
+    rows[3] = dict(rows[3], rejected=words(400, 0))
+    rows[5] = dict(rows[5], rejected=rows[5]['chosen'])
+    told = dict(measures=[], max_dropped=0.1)
+    job = own('run_dpo_reasoning', dict(dpo_pairs=rows), **told)
+    data = job.record['data']['dpo_pairs']
+    assert (data['read'], data['rows'], data['dropped'], data['equal']) == (20, 18, 1, 1)
+    assert '1 with two equal replies' in shown(job)['dpo_pairs: rows left out']
+    with pytest.raises(LabError, match='2 of 20 rows would be left out'):
+        own('run_dpo_reasoning', dict(dpo_pairs=rows), **(told | dict(max_dropped=0.05)))

@@ -160,7 +160,11 @@ def adapted_for(model, load: Loading, trainer: dict, seed: int) -> Adapted:
 
 # %% ../../nbs/training/02_trainer.ipynb #b7b7c0f7
 def fit_options(job, kind, trainer: dict, phase: str, sampling: str, **more):
-    "Trainer options of one phase: its folder, the stage's seed, nothing cut off, and how rows are drawn."
+    """Trainer options of one phase: its folder, the stage's seed, nothing cut off, and how rows are drawn.
+
+    `LabError` for a filter that would hide a loss that is no number."""
+    if trainer.get('logging_nan_inf_filter'):
+        raise LabError('trainer: logging_nan_inf_filter hides a ruined training; leave it out')
     return options(
         kind,
         trainer,
@@ -168,6 +172,7 @@ def fit_options(job, kind, trainer: dict, phase: str, sampling: str, **more):
         seed=job.seed,
         max_length=None,
         train_sampling_strategy=sampling,
+        logging_nan_inf_filter=False,
         **more,
     )
 
