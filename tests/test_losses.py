@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from k2lab.lab.config import LabError
 from k2lab.models.load import DEFAULT_LOADING, Loading
 
 CUTS = [(4, 2), (2, 4), (1, 8)]  # rows in a batch, batches in an update
+TEXTS = ['the graph G has nodes and edges, the path from a to b'] * 4
 WORDS = 'the graph G has nodes and edges, the path from a to b'.split()
 # prompt, chosen and rejected reply in words
 SIZES = [
@@ -51,11 +54,10 @@ def words(n: int, at: int) -> str:
 def tok():
     from k2lab.text.tokenizer import build_tokenizer
 
-    return build_tokenizer(['the graph G has nodes and edges, the path from a to b'] * 4, 340)
+    return build_tokenizer(TEXTS, 340)
 
 
-@pytest.fixture(scope='module')
-def pairs(tok) -> list:
+def ids_of(tok) -> list:
     "Preference pairs of very different lengths, as ids."
     from k2lab.training.metrics import pair_ids
 
@@ -64,6 +66,11 @@ def pairs(tok) -> list:
         dict(zip(keys, (words(n, i + j) for j, n in enumerate(s)))) for i, s in enumerate(SIZES)
     ]
     return pair_ids(tok, rows, 'S')
+
+
+@pytest.fixture(scope='module')
+def pairs(tok) -> list:
+    return ids_of(tok)
 
 
 def options(batch: int, accumulate: int, **more) -> dict:
@@ -351,3 +358,33 @@ def test_length_holds_for_pairs_and_their_control(own):
     assert '1 with two equal replies' in shown(job)['dpo_pairs: rows left out']
     with pytest.raises(LabError, match='2 of 20 rows would be left out'):
         own('run_dpo_reasoning', dict(dpo_pairs=rows), **(told | dict(max_dropped=0.05)))
+
+
+TWO = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_losses as t
+import torch
+from pathlib import Path
+from k2lab.text.tokenizer import build_tokenizer
+
+tok = build_tokenizer(t.TEXTS, 340)
+moved = t.prefer(Path({folder!r}), tok, t.ids_of(tok)[:8], t.options(2, 2, **t.LOSSES['shipped']))
+torch.save(moved, {folder!r} + '/' + __import__('os').environ['RANK'])
+"""
+
+
+def test_two_processes_make_the_update_of_one(tok, pairs, tmp_path):
+    import torch
+
+    root = Path(__file__).parent.parent
+    script = tmp_path / 'two.py'
+    script.write_text(TWO.format(tests=str(root / 'tests'), folder=str(tmp_path)))
+    launch = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file']
+    launch += [str(root / 'configs/accelerate/cpu.yaml'), str(script)]
+    done = subprocess.run(launch, cwd=root, capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-2000:]
+    one = prefer(tmp_path / 'one', tok, pairs[:8], options(8, 1, **LOSSES['shipped']))
+    for rank in '01':
+        two = torch.load(tmp_path / rank, weights_only=False)
+        assert apart(one, two) < 1e-4

@@ -71,6 +71,8 @@ class Training:
     def __post_init__(self):
         for key in self.load:
             one_of('key', key, [f.name for f in fields(Loading)], 'load')
+        if not 0 <= self.max_dropped <= 1:
+            raise LabError(f'max_dropped {self.max_dropped}: a share lies in 0 <= share <= 1')
         load = Loading(**self.load)
         one_of('backend', load.backend, self.backends, 'load')
         check_trainable(load, self.optimizer, processes=self.processes)
