@@ -15,6 +15,7 @@ from .training.metrics import evaluate_measures, pair_ids, preference_accuracy, 
 from k2lab.training.stage import (
     Training,
     check_dropped,
+    check_measures,
     evaluate_and_publish,
     log_samples,
     scores_before,
@@ -117,6 +118,7 @@ def prefer(job, model, tok, pairs: list, load: Loading):
 def train(job):
     "DPO against the frozen starting point; leaves `cfg.saves`, the evidence, and the control beside it."
     cfg, load, system = job.cfg, Loading(**job.cfg.load), job.env['system']
+    check_measures(job)
     model, tok = open_for(job, cfg.init_from, load)
     pairs, heldout = pairs_of(job, tok, cfg.data), pairs_of(job, tok, cfg.heldout).rows
     job.show_rows(pairs.rows[:5])

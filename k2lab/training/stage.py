@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LEDGER_COLUMNS', 'Training', 'repeated', 'document_pieces', 'Encoded', 'encoded', 'check_dropped', 'too_long',
-           'check_epochs', 'question_of', 'held_out', 'Mixture', 'heldout_rows', 'heldout_examples', 'examples_of',
-           'mixed', 'inherited', 'scores_before', 'helped_before', 'baselines', 'answer_room', 'log_samples',
-           'score_details', 'evaluate_and_publish', 'probe_adapter', 'publish_adapter', 'compare_saved',
-           'save_certified', 'publish_model', 'backend_logits', 'publish_merged', 'ledger_line', 'ledger_table',
-           'Supervised', 'fit_mixture', 'loss_before', 'measure_heldout', 'supervised']
+           'check_epochs', 'show_epochs', 'question_of', 'held_out', 'Mixture', 'heldout_rows', 'heldout_examples',
+           'examples_of', 'read_mixture', 'mixed', 'check_measures', 'inherited', 'scores_before', 'helped_before',
+           'baselines', 'answer_room', 'log_samples', 'score_details', 'evaluate_and_publish', 'probe_adapter',
+           'publish_adapter', 'compare_saved', 'save_certified', 'publish_model', 'backend_logits', 'publish_merged',
+           'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture', 'loss_before', 'measure_heldout', 'supervised']
 
 # %% ../../nbs/training/03_stage.ipynb #2ff10f03
 import dataclasses
@@ -136,17 +136,21 @@ def too_long(length: int, counts: dict) -> dict:
 
 
 def check_epochs(job, name: str, epochs: float, rows: int):
-    "Show that the `rows` of `name` are trained more than once; `LabError` above `max_epochs`."
+    "`LabError` if a mixture makes more passes over the `rows` of a corpus than `max_epochs`."
     most = job.cfg.max_epochs
     if epochs > most:
         raise LabError(
             f'mix: {name} has {rows:,} rows, so this is {epochs:.4g} passes over them; at most '
             f'max_epochs={most:g} are made: give {name}: all for one, or raise max_epochs'
         )
+
+
+def show_epochs(job, name: str, epochs: float, rows: int):
+    "Show that the rows of `name` are trained more than once, if they are; `LabError` above `max_epochs`."
+    check_epochs(job, name, epochs, rows)
     if epochs > 1:
-        job.check(
-            f'{name}: rows trained more than once', True, f'{rows:,} rows, {epochs:.4g} passes'
-        )
+        detail = f'{rows:,} rows, {epochs:.4g} passes'
+        job.check(f'{name}: rows trained more than once', True, detail)
 
 # %% ../../nbs/training/03_stage.ipynb #fa452c8a
 def question_of(row: dict) -> str:
@@ -210,7 +214,7 @@ def examples_of(job, tok, name: str, rows: list, n: int | str, held: set, rng) -
     drawn = repeated(free, len(free) if number is None else number, rng)
     one = encoded(tok, drawn, job.env['system'], job.cfg.length, number)
     epochs = one.rows / len(free)
-    check_epochs(job, name, epochs, len(free))
+    show_epochs(job, name, epochs, len(free))
     check_dropped(job, name, one.rows, too_long(job.cfg.length, one.counts))
     read = dict(asked=n, read=min(one.rows, len(free)), epochs=round(epochs, 2))
     read |= dict(held_out=len(rows) - len(free), examples=len(one.examples))
@@ -218,13 +222,23 @@ def examples_of(job, tok, name: str, rows: list, n: int | str, held: set, rng) -
     return one.examples
 
 
-def mixed(job, tok, wanted: dict) -> Mixture:
-    "Shuffled examples of all corpora in `wanted` (`{name: examples}`); the first of each are shown with masks."
-    rng, corpora = random.Random(job.seed), {n: read_rows(job.find(n)) for n in wanted if wanted[n]}
+def read_mixture(job) -> dict[str, list]:
+    "`{name: rows}` of the stage's `mix`; `LabError` if it is empty or would repeat rows with replies too often."
+    mix = job.cfg.mix
+    corpora = {name: read_rows(job.find(name)) for name, n in mix.items() if n}
     if not corpora:
         raise LabError(
             f'{job.stage}: the mixture is empty; name at least one corpus and how many rows'
         )
+    for name, rows in corpora.items():
+        if mix[name] != 'all' and 'text' not in rows[0]:
+            check_epochs(job, name, mix[name] / len(rows), len(rows))
+    return corpora
+
+
+def mixed(job, tok, corpora: dict[str, list]) -> Mixture:
+    "Shuffled examples of the corpora (`{name: rows}`), as many as `mix` says; the first of each are shown with masks."
+    rng, wanted = random.Random(job.seed), job.cfg.mix
     rows = heldout_rows(job, corpora)
     held = {question_of(row) for row in rows}
     heldout = heldout_examples(job, tok, rows)
@@ -235,6 +249,15 @@ def mixed(job, tok, wanted: dict) -> Mixture:
     return Mixture(rng.sample(examples, len(examples)), heldout)
 
 # %% ../../nbs/training/03_stage.ipynb #076aabd2
+def check_measures(job):
+    "`LabError` if the data of one of the stage's measures are missing."
+    for name in job.cfg.measures:
+        try:
+            job.find(DATA[one_of('measure', name, DATA, 'measures')])
+        except LabError as why:
+            raise LabError(f'{why}; or leave {name} out of measures') from None
+
+
 def inherited(job, measures: list) -> dict:
     "`{measure: value}` from the record of the run that made `init_from`."
     parents = [p['run'] for p in job.record['parents'] if p['name'] == job.cfg.init_from]
@@ -477,10 +500,12 @@ def measure_heldout(job, model, tok, mixture: Mixture, before: float | None):
 
 
 def supervised(job, headline: str, solved: str):
-    "Open, measure, train, measure again, publish. `headline` gets baselines, with worked examples from `solved`."
+    "Read, open, measure, train, measure again, publish. `headline` gets baselines, with worked examples from `solved`."
     load = Loading(**job.cfg.load)
+    check_measures(job)
+    corpora = read_mixture(job)
     model, tok = open_for(job, job.cfg.init_from, load)
-    mixture = mixed(job, tok, job.cfg.mix)
+    mixture = mixed(job, tok, corpora)
     known, before = scores_before(job, model, tok), loss_before(model, tok, mixture)
     compared = baselines(job, model, tok, headline, solved)
     log_samples(job, model, tok, 'before')
