@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,8 +93,8 @@ def options(batch: int, accumulate: int, **more) -> dict:
 class Moved:
     "A trained model's weights, where they started, and the losses on the way."
 
-    start: object
-    end: object
+    start: Any  # tensors
+    end: Any
     losses: list
 
 
@@ -116,8 +117,8 @@ def prefer(folder: Path, tok, pairs: list, trainer: dict, load: Loading = DEFAUL
     job, model = Bench(folder), small_model('k2', 'smoke', tok)
     start = weights_of(model)
     reference = None if load.lora_rank else small_model('k2', 'smoke', tok)
-    model = fit_dpo(job, model, reference, tok, pairs, trainer, load)
-    model = model.merge_and_unload() if load.lora_rank else model
+    trained: Any = fit_dpo(job, model, reference, tok, pairs, trainer, load)
+    model = trained.merge_and_unload() if load.lora_rank else trained
     return Moved(start, weights_of(model), [row['loss'] for row in job.lines])
 
 
@@ -230,7 +231,7 @@ def test_the_filter_that_would_hide_it_is_refused(tok, tmp_path):
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    "Runs a stage at smoke scale on rows of one's own: `own(stage, {name: rows}, **changes)` gives its job."
+    "Runs a stage at smoke scale on rows of one's own: `own(stage, {name: rows, or None for no file}, **changes)`."
     import yaml
 
     from k2lab.lab.job import stage_module, start
@@ -243,6 +244,9 @@ def own(tmp_path, monkeypatch):
     def run(stage: str, files: dict, **changes):
         env = yaml.safe_load((configs / 'env.yaml').read_text())
         for name, rows in files.items():
+            if rows is None:
+                del env['scales']['smoke']['data'][name]
+                continue
             path = tmp_path / f'{name}.jsonl'
             path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
             env['scales']['smoke']['data'][name] = str(path)
@@ -339,6 +343,11 @@ def test_rows_that_are_too_long_are_said_or_refused(own):
     assert shown(job)['domain_sft: rows left out'].startswith('1 of 40: 1 longer than 256 tokens')
     with pytest.raises(LabError, match='at most max_dropped=0.05 of them'):
         own('train_sft_domain', dict(domain_sft=rows[30:]), mix=dict(domain_sft='all'), measures=[])
+
+
+def test_missing_data_of_a_measure_are_said_at_once(own):
+    with pytest.raises(LabError, match='or leave domain_questions out of measures'):
+        own('train_sft_domain', dict(domain_questions=None))
 
 
 def preferences(n: int) -> list:
