@@ -12,9 +12,14 @@ from .models.load import Loading, open_model, open_tokenizer
 from .training.metrics import generation_speed
 from k2lab.training.stage import (
     Supervised,
+    check_measures,
     evaluate_and_publish,
     fit_mixture,
     log_samples,
+    loss_before,
+    measure_heldout,
+    mixed,
+    read_mixture,
     scores_before,
 )
 from .training.trainer import open_for
@@ -66,10 +71,14 @@ def compare(job, model, tok, scores: dict):
 def train(job):
     "Cross-entropy on the teacher's verified answers; leaves `cfg.saves` and the comparison."
     cfg, load = job.cfg, Loading(**job.cfg.load)
+    check_measures(job)
+    corpora = read_mixture(job)
     model, tok = open_for(job, cfg.init_from, load)
-    known = scores_before(job, model, tok)
+    mixture = mixed(job, tok, corpora)
+    known, before = scores_before(job, model, tok), loss_before(model, tok, mixture)
     log_samples(job, model, tok, 'before')
-    model = fit_mixture(job, model, tok, load)
+    model = fit_mixture(job, model, tok, mixture, load)
+    measure_heldout(job, model, tok, mixture, before)
     compare(job, model, tok, evaluate_and_publish(job, model, tok, known))
 
 

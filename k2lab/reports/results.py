@@ -49,6 +49,7 @@ KEYS = ('stage', 'measure', 'before', 'after', 'low', 'high', 'n', 'seed')
 MEASURES = {
     'domain_bits_per_byte': ('domain text, bits per byte', 'bits'),
     'general_bits_per_byte': ('general text, bits per byte', 'bits'),
+    'heldout_loss': ('held-out rows, nats per token', 'bits'),
     'domain_questions': ('domain questions', 'share'),
     'reasoning_verified': ('verified reasoning', 'share'),
     'preference_accuracy': ('held-out preferences', 'share'),
