@@ -11,7 +11,7 @@ __all__ = ['LAYOUTS', 'ROW_KEYS', 'ROLES', 'ROLE_TAGS', 'MESSAGE_KEYS', 'MESSAGE
 import json
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from difflib import SequenceMatcher
+from difflib import SequenceMatcher, get_close_matches
 from functools import cached_property
 
 from ..lab.config import LabError, did_you_mean, one_of
@@ -22,6 +22,7 @@ from k2lab.text.rows import (
     check_row_count,
     fault,
     numbered_lines,
+    object_of,
     read_bytes,
     read_manifest,
     unpack,
@@ -59,7 +60,7 @@ LAYOUTS = {
     'alpaca': Layout('instruction', ('output',), takes=('input', 'reasoning', *_TURNS)),
     'prompt_completion': Layout('prompt', ('completion',), takes=('reasoning', *_TURNS)),
     'prompt_response': Layout('prompt', ('response',), takes=('reasoning', *_TURNS)),
-    'prompt_final': Layout(
+    'prompt_reasoning_final': Layout(
         'prompt', ('final',), ('reasoning',), takes=_TURNS, rides=('answer', 'entry')
     ),
     'question_answer': Layout('question', ('answer',), takes=('reasoning', *_TURNS)),
@@ -111,6 +112,7 @@ MEANINGS = {
     'function_call': "a call in OpenAI's older form",
     'functions': "tools in OpenAI's older form",
     'history': 'earlier turns',
+    'id': 'which row or call it belongs to',
     'image': 'a picture that belongs to the text',
     'images': 'pictures that belong to the text',
     'audios': 'sound that belongs to the text',
@@ -119,15 +121,25 @@ MEANINGS = {
     'kto_tag': 'whether the reply is good',
     'label': 'whether the reply is good',
     'reasoning': 'thoughts before the reply',
+    'reasoning_content': 'thoughts before the reply',
     'parallel_tool_calls': 'how tools may be called',
     'system': 'the system text',
     'system_prompt': 'the system text',
+    'tool_call_id': 'the call that a result answers',
+    'tool_calls': 'calls by the assistant',
     'tool_choice': 'how tools may be called',
     'tools': 'the tools that may be called',
     'train': 'whether the row is learned',
     'train_detail': 'which letters are learned',
     'weight': 'how much the row counts',
 }
+
+
+def _listed(keys) -> str:
+    "The first dozen of some keys, each on one line and short."
+    keys = list(keys)
+    shown = [key if key.isprintable() and len(key) < 40 else f'{key!r:.40}' for key in keys[:12]]
+    return ', '.join(shown) + (f' and {len(keys) - 12} more' if keys[12:] else '')
 
 
 def _refuse(keys, place: str, valid):
@@ -141,9 +153,9 @@ def _refuse(keys, place: str, valid):
         if first in MEANINGS
         else f'is unknown{did_you_mean(first, valid)}, not used'
     )
-    more = f' (nor {", ".join(map(repr, keys[1:]))})' if keys[1:] else ''
+    more = f' (nor {_listed(keys[1:])})' if keys[1:] else ''
     raise LabError(
-        f'{place}key {first!r} {what} here{more}; list it under ignore: or map it under columns:; '
+        f'{place}key {first!r:.40} {what} here{more}; list it under ignore: or map it under columns:; '
         f'used are {", ".join(valid)}'
     )
 
@@ -197,6 +209,13 @@ class Spec:
 DEFAULT = Spec()
 
 # %% ../../nbs/text/08_layouts.ipynb #b7e7dddd
+def _without_nulls(value):
+    "A value without the fields that are null, at every depth."
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
 def _kept(raw: dict, names: dict, used: tuple, ignore, ignored: set) -> dict:
     "An object under the lab's names without nulls; keys that are left go to `ignored`."
     kept = {}
@@ -217,19 +236,28 @@ def _kept(raw: dict, names: dict, used: tuple, ignore, ignored: set) -> dict:
     return kept
 
 
+def _kept_calls(calls, spec: Spec, ignored: set):
+    "Calls with their keys settled; their ids are never ignored."
+    left = [key for key in spec.ignore if key not in _CALL_KEYS]
+    return [_kept(c, {}, _CALL_KEYS, left, ignored) if isinstance(c, dict) else c for c in calls]
+
+
 def _kept_message(raw, spec: Spec, ignored: set):
     "A message and its calls with their keys settled; anything that is no object unchanged."
     if not isinstance(raw, dict):
         return raw
-    message = _kept(raw, spec.message_names, _INNER_KEYS, spec.ignore, ignored)
-    calls = message.get('tool_calls')
-    if isinstance(calls, list):
-        left = [key for key in spec.ignore if key not in _CALL_KEYS]
-        message['tool_calls'] = [
-            _kept(c, {}, _CALL_KEYS, left, ignored) if isinstance(c, dict) else c for c in calls
-        ]
-    if calls == []:
-        del message['tool_calls']
+    tag = raw.get('role', raw.get('from'))
+    of_tool = isinstance(tag, str) and spec.role_tags.get(tag) == 'tool'
+    used = (*_INNER_KEYS, 'id') if of_tool else _INNER_KEYS  # its `id` may be that of the call
+    message = _kept(raw, spec.message_names, used, spec.ignore, ignored)
+    if 'tool_call_id' in message and message.pop('id', None) is not None:
+        ignored.add('id')
+    if isinstance(message.get('content'), list):
+        message['content'] = [_without_nulls(part) for part in message['content']]
+    if isinstance(message.get('tool_calls'), list):
+        message['tool_calls'] = _kept_calls(message['tool_calls'], spec, ignored)
+        if not message['tool_calls']:
+            del message['tool_calls']
     return message
 
 
@@ -264,17 +292,19 @@ def _no_layout(keys):
             "key 'text' is plain text, a row of a corpus; a conversation has two speakers"
         )
     close = max(LAYOUTS, key=lambda name: _closeness(LAYOUTS[name], keys))
-    listed = ', '.join(keys) or 'none'
+    listed = _listed(keys) or 'none'
     if not _closeness(LAYOUTS[close], keys):
         raise LabError(
             f'no layout has the keys {listed}; map them under columns: (layouts: {", ".join(LAYOUTS)})'
         )
-    missing = [key for key in LAYOUTS[close].needs if key not in keys]
-    spare = [key for key in keys if key not in ROW_KEYS] or [key for key in keys]
-    hint = did_you_mean(missing[0], spare) or f' (yours: {listed})'
+    one = LAYOUTS[close]
+    missing = [key for key in one.needs if key not in keys]
+    spare = [k for k in keys if k not in (*one.needs, *one.takes, *HARMLESS)]
+    near = get_close_matches(missing[0], spare, 1) or spare[-1:]
+    remedy = f'write columns: {{{_listed(near)}: {missing[0]}}}' if near else 'add it'
     raise LabError(
-        f'no layout has the keys {listed}; the closest is {close}, which needs '
-        f'{" and ".join(missing)}{hint}; map a key under columns:'
+        f'no layout has the keys {listed}; the closest is {close}, which also needs '
+        f'{" and ".join(missing)}; {remedy}'
     )
 
 
@@ -289,7 +319,7 @@ def _named(keys) -> str:
     if len(largest) > 1:
         extra = [key for key in LAYOUTS[largest[1]].needs if key not in LAYOUTS[largest[0]].needs]
         raise LabError(
-            f'the keys {", ".join(keys)} fit {" and ".join(largest)}; say layout: {largest[0]} and '
+            f'the keys {_listed(keys)} fit {" and ".join(largest)}; say layout: {largest[0]} and '
             f'list {" and ".join(extra)} under ignore:, or the other way round'
         )
     return largest[0]
@@ -352,13 +382,18 @@ def _content(value, place: str, empty: bool = False):
     return value
 
 
+def _no_number(name: str):
+    "`ValueError` for NaN and infinities, which Python reads and JSON has not."
+    raise ValueError(f'{name} is no number of JSON')
+
+
 def _from_json(value, place: str, what: str):
     "The value that JSON text holds; anything but text as it is; `LabError` if it is no JSON."
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except ValueError as error:
+        return json.loads(value, object_pairs_hook=object_of, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
         raise LabError(f'{place} is no JSON ({error}): {value[:60]!r}; give {what}') from None
 
 # %% ../../nbs/text/08_layouts.ipynb #64d7f48c
@@ -369,6 +404,8 @@ def _call(raw, place: str) -> dict:
             f'{place} must be an object with name and arguments, this is {type(raw).__name__}'
         )
     body = raw.get('function', {k: v for k, v in raw.items() if k not in ('id', 'type')})
+    if isinstance(body, dict):
+        body = {k: v for k, v in body.items() if v is not None}
     outer = ('id', 'type', 'function') if 'function' in raw else _CALL_KEYS
     _refuse((key for key in raw if key not in outer), f'{place}: ', outer)
     if not isinstance(body, dict) or raw.get('type', 'function') != 'function':
@@ -649,8 +686,12 @@ def _check_conversation(messages: list):
 
 
 def _whole(row: dict) -> dict:
-    "A finished row; `LabError` for half a character anywhere in it."
-    if SURROGATE.search(json.dumps(row, ensure_ascii=False)):
+    "A finished row; `LabError` for half a character or a value that JSON cannot hold."
+    try:
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise LabError(f'the row holds a value that is no JSON: {error}') from None
+    if SURROGATE.search(text):
         raise LabError('the row holds half a character (a lone surrogate); mend the text')
     return row
 
@@ -728,6 +769,8 @@ def _preference(row: Opened, spec: Spec) -> dict:
     result = dict(messages=chosen[:asked], chosen=chosen[asked:], rejected=rejected[asked:])
     for key in _PAIR:
         _check_reply(result[key], key)
+        if not all(m.get('train', True) for m in result[key]):
+            raise LabError(f'{key} says train: false; a preference compares whole replies')
     _check_conversation(chosen)
     return _whole(result | _declared(row.fields))
 
@@ -738,13 +781,6 @@ def as_preference(row: dict, layout: str | None = None, spec: Spec = DEFAULT) ->
     return _preference(_opened(row, spec), spec)
 
 # %% ../../nbs/text/08_layouts.ipynb #b09da227
-def _without_nulls(value):
-    "A value without the fields that are null, at every depth."
-    if isinstance(value, dict):
-        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
-    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
-
-
 def _parquet_rows(data: bytes, path) -> list[dict]:
     "The rows of a parquet file; `LabError` if it is not a whole one."
     import pyarrow as pa
@@ -760,7 +796,7 @@ def _parquet_rows(data: bytes, path) -> list[dict]:
 def _listed_rows(data: bytes, path) -> list:
     "The members of a JSON list; `LabError` if it is no JSON."
     try:
-        return json.loads(data.decode('utf-8-sig'))
+        return json.loads(data.decode('utf-8-sig'), object_pairs_hook=object_of)
     except (ValueError, RecursionError) as error:
         raise LabError(f'{path}: not a list in JSON: {error}') from None
 

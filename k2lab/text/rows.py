@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMATS', 'SURROGATE', 'messages_fault', 'fault', 'Part', 'publishing', 'write_whole', 'zstd', 'Plain', 'packer',
            'compress', 'manifest_path', 'publish_manifest', 'write_rows', 'read_bytes', 'read_manifest',
-           'check_manifest', 'Damaged', 'unpacker', 'unpacked', 'unpack', 'parse_line', 'numbered_lines', 'parse_lines',
-           'check_faults', 'check_row_count', 'read_rows']
+           'check_manifest', 'Damaged', 'unpacker', 'unpacked', 'unpack', 'object_of', 'parse_line', 'numbered_lines',
+           'parse_lines', 'check_faults', 'check_row_count', 'read_rows']
 
 # %% ../../nbs/text/00_rows.ipynb #099d9c3d
 import contextlib
@@ -257,10 +257,19 @@ def unpack(data: bytes, path) -> bytes:
     return b''.join(unpacked([data], path))
 
 # %% ../../nbs/text/00_rows.ipynb #48193009
+def object_of(pairs: list) -> dict:
+    "The object of a JSON text's (key, value) pairs; `ValueError` for a key that is written twice."
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f'the key {next(k for k in keys if keys.count(k) > 1)!r} is written twice')
+    return row
+
+
 def parse_line(line: bytes, format: str | None = None) -> tuple[dict | None, str]:
     "(row, '') of one line, or (None, reason)."
     try:
-        row = json.loads(line.decode('utf-8'))
+        row = json.loads(line.decode('utf-8'), object_pairs_hook=object_of)
     except UnicodeDecodeError as error:
         return None, f'not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}'
     except (ValueError, RecursionError) as error:
