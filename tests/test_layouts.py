@@ -699,6 +699,10 @@ def test_ids_and_nulls_of_calls_are_kept():
     rows, counts = conversations([{'messages': talk}], 'a', Spec(ignore=['id']))
     assert rows == [{'messages': [*talk[:2], result('x', 'b'), talk[3]]}]
     assert counts['ignored'] == {'id': 1} == conversations([{'messages': talk}], 'a')[1]['ignored']
+    strict = [user('a'), said('b', tool_calls=[call('x', 'f', '{}')])]
+    strict[1]['tool_calls'][0]['function']['strict'] = True
+    rows, counts = conversations([{'messages': strict}], 'a', Spec(ignore=['strict']))
+    assert counts['ignored'] == {'strict': 1} and 'strict' not in json.dumps(rows)
     parts = [{'type': 'text', 'text': 'a', 'image_url': None}]
     assert as_conversation({'messages': [user(parts), said('b')]})['messages'][0] == user(
         [{'type': 'text', 'text': 'a'}]
@@ -795,6 +799,10 @@ REFUSED = [
     ({'messages': [user({'text': 'a'}), said('b')]}, 'content must be text, this is dict'),
     ({'messages': [user([{'type': 'image_url'}]), said('b')]}, "part of type 'image_url'"),
     ({'messages': [user([{'type': 'text', 'text': 3}]), said('b')]}, 'must be text, this is int'),
+    (
+        {'messages': [user([{'type': 'text', 'text': 'a', 'cache_control': 1}]), said('b')]},
+        "messages[0].content[0]: key 'cache_control'",
+    ),
     ({'messages': [user([]), said('b')]}, 'messages[0].content is empty'),
     ({'messages': [user('a'), said('b', train=False)]}, 'no message of the assistant is trained'),
     ({'messages': [user('a'), said('b', weight=0)]}, 'no message of the assistant is trained'),
@@ -917,8 +925,8 @@ def test_bad_rows_are_allowed_by_number_and_counted():
         ('a.json', b'[1]', 'a.json: row 1: a row must be an object'),
         ('a.jsonl', b'\n{"prompt": "a", "response": "b"}\n\n{"prompt"', 'a.jsonl:4: not JSON'),
         ('a.jsonl', b'{"prompt": "a", "response": "\xff"}', 'a.jsonl:1: not UTF-8'),
-        ('a.parquet', b'PAR1 cut', 'a.parquet: not a whole parquet file'),
-        ('a.parquet', b'version https://git-lfs', 'a.parquet: not a whole parquet file'),
+        ('a.parquet', b'PAR1 cut', 'a.parquet: cannot be read as parquet'),
+        ('a.parquet', b'version https://git-lfs', 'a.parquet: cannot be read as parquet'),
         ('a.json.gz', b'\x1f\x8b\x08cut', 'a.json.gz: cannot be unpacked'),
     ],
 )
