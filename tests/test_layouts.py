@@ -709,6 +709,22 @@ def test_ids_and_nulls_of_calls_are_kept():
     )
 
 
+@pytest.mark.parametrize(
+    'text',
+    [
+        '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',
+        '<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{}',
+        '<think>So.</think>Call.<tool_call>',
+    ],
+)
+def test_a_call_written_as_text_is_left_with_its_result(text):
+    talk = [user('a'), said(text), {'role': 'tool', 'content': 'b'}, said('c')]
+    assert as_conversation({'messages': talk})['messages'] == talk
+    shared = [{'from': 'human', 'value': 'a'}, {'from': 'gpt', 'value': text}]
+    shared += [{'from': 'tool', 'value': 'b'}, {'from': 'gpt', 'value': 'c'}]
+    assert as_conversation({'conversations': shared})['messages'] == talk
+
+
 def test_columns_and_roles_rename():
     row = {
         'system_prompt': 'Short.',
@@ -755,8 +771,13 @@ REFUSED = [
     ({}, 'no layout has the keys none'),
     (
         {'instruction': 'a', 'response': 'b'},
-        'alpaca, which also needs output; write columns: {response: output}',
+        'alpaca, which also needs output; write columns: {YOURS: output}, where YOURS is one of response',
     ),
+    (
+        {'system_prompt': 's', 'question': 'a', 'response': 'b', 'id': 1},
+        'needs prompt; write columns: {YOURS: prompt}, where YOURS is one of question',
+    ),
+    ({'prompt': 'a', 'messages': OSLO['messages']}, "key 'prompt' belongs to another layout"),
     ({'mesages': [user('a')]}, 'write columns: {mesages: messages}'),
     ({'text': 'a'}, 'plain text'),
     ({'instruction': 'a', 'output': None}, 'alpaca, which also needs output; add it'),

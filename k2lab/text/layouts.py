@@ -153,14 +153,14 @@ def _refuse(keys, place: str, valid, remedy: str = _REMEDY):
     if not keys:
         return
     first = keys[0]
-    what = (
-        f'means {MEANINGS[first]}, not used'
-        if first in MEANINGS
-        else f'is unknown{did_you_mean(first, valid)}, not used'
-    )
+    what = f'is unknown{did_you_mean(first, valid)}'
+    if first in MEANINGS:
+        what = f'means {MEANINGS[first]}'
+    elif first in ROW_KEYS:
+        what = 'belongs to another layout'
     more = f' (nor {_listed(keys[1:])})' if keys[1:] else ''
     raise LabError(
-        f'{place}key {first!r:.40} {what} here{more}; {remedy}; used are {", ".join(valid)}'
+        f'{place}key {first!r:.40} {what}, not used here{more}; {remedy}; used are {", ".join(valid)}'
     )
 
 # %% ../../nbs/text/08_layouts.ipynb #ced4e4d0
@@ -306,9 +306,10 @@ def _no_layout(keys):
         )
     one = LAYOUTS[close]
     missing = [key for key in one.needs if key not in keys]
-    spare = [k for k in keys if k not in (*one.needs, *one.takes, *HARMLESS)]
-    near = get_close_matches(missing[0], spare, 1) or spare[-1:]
-    remedy = f'write columns: {{{_listed(near)}: {missing[0]}}}' if near else 'add it'
+    spare = [k for k in keys if k not in (*one.needs, *one.takes, *HARMLESS, *MEANINGS)]
+    near = get_close_matches(missing[0], spare, 1, 0.8)
+    remedy = f'write columns: {{{_listed(near or ["YOURS"])}: {missing[0]}}}' if spare else 'add it'
+    remedy += '' if near or not spare else f', where YOURS is one of {_listed(spare)}'
     raise LabError(
         f'no layout has the keys {listed}; the closest is {close}, which also needs '
         f'{" and ".join(missing)}; {remedy}'
@@ -551,6 +552,9 @@ def _messages(raw, place: str, spec: Spec) -> list:
     return [_message(one, f'{place}[{i}]', spec) for i, one in enumerate(raw)]
 
 # %% ../../nbs/text/08_layouts.ipynb #b53ca65d
+_MARKS = ('<tool_call>', '<|tool_call_begin|>')
+
+
 def _with_ids(messages: list) -> list:
     "Messages in which each call has an id; `LabError` if only some had one."
     calls = [c for m in messages for c in m.get('tool_calls', ())]
@@ -590,7 +594,7 @@ def _answers(message: dict, called: dict, waiting: list, place: str) -> str:
 
 def _linked(messages: list) -> list:
     "Messages with the id of its call in each result; `LabError` if a result answers no call."
-    called, waiting, linked = {}, [], []
+    called, waiting, linked, written = {}, [], [], False
     for i, m in enumerate(_with_ids(messages)):
         if m['role'] == 'user':
             waiting = []
@@ -599,7 +603,8 @@ def _linked(messages: list) -> list:
                 raise LabError(f'message {i} calls {call["id"]!r} twice; give each call its own id')
             called[call['id']] = call['function']['name']
             waiting.append(call['id'])
-        if m['role'] == 'tool':
+        written |= m['role'] == 'assistant' and any(mark in str(m['content']) for mark in _MARKS)
+        if m['role'] == 'tool' and (waiting or not written):
             number = _answers(m, called, waiting, f'message {i}')
             waiting.remove(number)
             m = m | dict(tool_call_id=number)
