@@ -790,7 +790,7 @@ def as_preference(row: dict, layout: str | None = None, spec: Spec = DEFAULT) ->
     return _preference(_opened(row, spec), spec)
 
 # %% ../../nbs/text/08_layouts.ipynb #b09da227
-def _parquet_rows(data: bytes, path) -> list[dict]:
+def _parquet_rows(data: bytes, path) -> list:
     "The rows of a parquet file; `LabError` if it is not a whole one."
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -825,19 +825,19 @@ def placed_rows(data: bytes, path) -> list[tuple]:
 KINDS = {'conversation': _conversation, 'preference': _preference}
 
 
-def _same_layout(name: str, place: str, first: tuple) -> tuple:
-    "(layout, place) of the first row; `LabError` if this one has another layout."
-    if first and first[0] != name:
+def _same_layout(places: dict):
+    "`LabError` for a second layout; `places` are the first row of each."
+    if len(places) > 1:
+        (first, at), (name, place) = places.items()
         raise LabError(
-            f'{place}: layout {name}, but {first[1]} has {first[0]}; a file has one layout, split it'
+            f'{place}: layout {name}, but {at} has {first}; a file has one layout, split it'
         )
-    return first or (name, place)
 
 
 def _converted(placed: list, where, spec: Spec, kind: str, allow_bad: int) -> tuple[list, dict]:
     "(rows, counts) of placed rows; `LabError` for the first of more than `allow_bad` faults."
     convert = KINDS[one_of('kind', kind, KINDS)]
-    done, faults, first, ignored = [], [], (), Counter({key: 0 for key in spec.ignore})
+    done, faults, places, ignored = [], [], {}, Counter({key: 0 for key in spec.ignore})
     for place, raw, reason in placed:
         try:
             if reason:
@@ -847,14 +847,15 @@ def _converted(placed: list, where, spec: Spec, kind: str, allow_bad: int) -> tu
         except LabError as error:
             faults.append(f'{place}: {error}')
             continue
-        first = _same_layout(row.name, place, first)
+        places.setdefault(row.name, place)
+        _same_layout(places)
         ignored.update(row.ignored)
     check_faults(faults, allow_bad)
     if not done:
         raise LabError(f'{where}: no rows')
     open_ends = sum(row['messages'][-1]['role'] != 'assistant' for row in done)
     return done, dict(
-        layout=first[0],
+        layout=next(iter(places)),
         rows=len(done),
         bad=len(faults),
         ignored=dict(ignored),
