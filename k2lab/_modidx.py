@@ -1472,7 +1472,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'k2lab.text.layouts._from_json': ('text/layouts.html#_from_json', 'k2lab/text/layouts.py'),
                                     'k2lab.text.layouts._history': ('text/layouts.html#_history', 'k2lab/text/layouts.py'),
                                     'k2lab.text.layouts._kept': ('text/layouts.html#_kept', 'k2lab/text/layouts.py'),
-                                    'k2lab.text.layouts._kept_calls': ('text/layouts.html#_kept_calls', 'k2lab/text/layouts.py'),
+                                    'k2lab.text.layouts._kept_inside': ('text/layouts.html#_kept_inside', 'k2lab/text/layouts.py'),
                                     'k2lab.text.layouts._kept_message': ('text/layouts.html#_kept_message', 'k2lab/text/layouts.py'),
                                     'k2lab.text.layouts._kept_row': ('text/layouts.html#_kept_row', 'k2lab/text/layouts.py'),
                                     'k2lab.text.layouts._linked': ('text/layouts.html#_linked', 'k2lab/text/layouts.py'),

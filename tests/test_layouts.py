@@ -699,10 +699,30 @@ def test_ids_and_nulls_of_calls_are_kept():
     rows, counts = conversations([{'messages': talk}], 'a', Spec(ignore=['id']))
     assert rows == [{'messages': [*talk[:2], result('x', 'b'), talk[3]]}]
     assert counts['ignored'] == {'id': 1} == conversations([{'messages': talk}], 'a')[1]['ignored']
+    strict = [user('a'), said('b', tool_calls=[call('x', 'f', '{}')])]
+    strict[1]['tool_calls'][0]['function']['strict'] = True
+    rows, counts = conversations([{'messages': strict}], 'a', Spec(ignore=['strict']))
+    assert counts['ignored'] == {'strict': 1} and 'strict' not in json.dumps(rows)
     parts = [{'type': 'text', 'text': 'a', 'image_url': None}]
     assert as_conversation({'messages': [user(parts), said('b')]})['messages'][0] == user(
         [{'type': 'text', 'text': 'a'}]
     )
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',
+        '<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{}',
+        '<think>So.</think>Call.<tool_call>',
+    ],
+)
+def test_a_call_written_as_text_is_left_with_its_result(text):
+    talk = [user('a'), said(text), {'role': 'tool', 'content': 'b'}, said('c')]
+    assert as_conversation({'messages': talk})['messages'] == talk
+    shared = [{'from': 'human', 'value': 'a'}, {'from': 'gpt', 'value': text}]
+    shared += [{'from': 'tool', 'value': 'b'}, {'from': 'gpt', 'value': 'c'}]
+    assert as_conversation({'conversations': shared})['messages'] == talk
 
 
 def test_columns_and_roles_rename():
@@ -751,8 +771,13 @@ REFUSED = [
     ({}, 'no layout has the keys none'),
     (
         {'instruction': 'a', 'response': 'b'},
-        'alpaca, which also needs output; write columns: {response: output}',
+        'alpaca, which also needs output; write columns: {YOURS: output}, where YOURS is one of response',
     ),
+    (
+        {'system_prompt': 's', 'question': 'a', 'response': 'b', 'id': 1},
+        'needs prompt; write columns: {YOURS: prompt}, where YOURS is one of question',
+    ),
+    ({'prompt': 'a', 'messages': OSLO['messages']}, "key 'prompt' belongs to another layout"),
     ({'mesages': [user('a')]}, 'write columns: {mesages: messages}'),
     ({'text': 'a'}, 'plain text'),
     ({'instruction': 'a', 'output': None}, 'alpaca, which also needs output; add it'),
@@ -795,6 +820,10 @@ REFUSED = [
     ({'messages': [user({'text': 'a'}), said('b')]}, 'content must be text, this is dict'),
     ({'messages': [user([{'type': 'image_url'}]), said('b')]}, "part of type 'image_url'"),
     ({'messages': [user([{'type': 'text', 'text': 3}]), said('b')]}, 'must be text, this is int'),
+    (
+        {'messages': [user([{'type': 'text', 'text': 'a', 'cache_control': 1}]), said('b')]},
+        "messages[0].content[0]: key 'cache_control'",
+    ),
     ({'messages': [user([]), said('b')]}, 'messages[0].content is empty'),
     ({'messages': [user('a'), said('b', train=False)]}, 'no message of the assistant is trained'),
     ({'messages': [user('a'), said('b', weight=0)]}, 'no message of the assistant is trained'),
@@ -917,8 +946,8 @@ def test_bad_rows_are_allowed_by_number_and_counted():
         ('a.json', b'[1]', 'a.json: row 1: a row must be an object'),
         ('a.jsonl', b'\n{"prompt": "a", "response": "b"}\n\n{"prompt"', 'a.jsonl:4: not JSON'),
         ('a.jsonl', b'{"prompt": "a", "response": "\xff"}', 'a.jsonl:1: not UTF-8'),
-        ('a.parquet', b'PAR1 cut', 'a.parquet: not a whole parquet file'),
-        ('a.parquet', b'version https://git-lfs', 'a.parquet: not a whole parquet file'),
+        ('a.parquet', b'PAR1 cut', 'a.parquet: cannot be read as parquet'),
+        ('a.parquet', b'version https://git-lfs', 'a.parquet: cannot be read as parquet'),
         ('a.json.gz', b'\x1f\x8b\x08cut', 'a.json.gz: cannot be unpacked'),
     ],
 )

@@ -90,7 +90,9 @@ MESSAGE_KEYS = {
 }
 MESSAGE_LISTS = ('messages', 'conversations', 'prompt', 'completion', *_PAIR)
 _INNER_KEYS = ('weight', *dict.fromkeys(k for keys in MESSAGE_KEYS.values() for k in keys))
-_CALL_KEYS = ('id', 'type', 'function', 'name', 'arguments')
+_BODY_KEYS = ('name', 'arguments')
+_CALL_KEYS = ('id', 'type', 'function', *_BODY_KEYS)
+_PART_KEYS = ('type', 'text')
 _ROW_NAMES = {'thinking': 'reasoning', 'reasoning_content': 'reasoning'}
 _MESSAGE_NAMES = {
     'from': 'role',
@@ -142,21 +144,23 @@ def _listed(keys) -> str:
     return ', '.join(shown) + (f' and {len(keys) - 12} more' if keys[12:] else '')
 
 
-def _refuse(keys, place: str, valid):
+_REMEDY = 'list it under ignore: or map it under columns:'
+
+
+def _refuse(keys, place: str, valid, remedy: str = _REMEDY):
     "`LabError` if there are `keys` that nothing here uses."
     keys = list(keys)
     if not keys:
         return
     first = keys[0]
-    what = (
-        f'means {MEANINGS[first]}, not used'
-        if first in MEANINGS
-        else f'is unknown{did_you_mean(first, valid)}, not used'
-    )
+    what = f'is unknown{did_you_mean(first, valid)}'
+    if first in MEANINGS:
+        what = f'means {MEANINGS[first]}'
+    elif first in ROW_KEYS:
+        what = 'belongs to another layout'
     more = f' (nor {_listed(keys[1:])})' if keys[1:] else ''
     raise LabError(
-        f'{place}key {first!r:.40} {what} here{more}; list it under ignore: or map it under columns:; '
-        f'used are {", ".join(valid)}'
+        f'{place}key {first!r:.40} {what}, not used here{more}; {remedy}; used are {", ".join(valid)}'
     )
 
 # %% ../../nbs/text/01_layouts.ipynb #ced4e4d0
@@ -236,10 +240,14 @@ def _kept(raw: dict, names: dict, used: tuple, ignore, ignored: set) -> dict:
     return kept
 
 
-def _kept_calls(calls, spec: Spec, ignored: set):
-    "Calls with their keys settled; their ids are never ignored."
-    left = [key for key in spec.ignore if key not in _CALL_KEYS]
-    return [_kept(c, {}, _CALL_KEYS, left, ignored) if isinstance(c, dict) else c for c in calls]
+def _kept_inside(parts: list, used: tuple, spec: Spec, ignored: set) -> list:
+    "Text parts or calls with their keys settled; those in `used`, like a call's id, are never ignored."
+    left = [key for key in spec.ignore if key not in used]
+    kept = [_kept(one, {}, used, left, ignored) if isinstance(one, dict) else one for one in parts]
+    for one in kept:
+        if isinstance(one, dict) and isinstance(one.get('function'), dict):
+            one['function'] = _kept(one['function'], {}, _BODY_KEYS, left, ignored)
+    return kept
 
 
 def _kept_message(raw, spec: Spec, ignored: set):
@@ -252,12 +260,11 @@ def _kept_message(raw, spec: Spec, ignored: set):
     message = _kept(raw, spec.message_names, used, spec.ignore, ignored)
     if 'tool_call_id' in message and message.pop('id', None) is not None:
         ignored.add('id')
-    if isinstance(message.get('content'), list):
-        message['content'] = [_without_nulls(part) for part in message['content']]
-    if isinstance(message.get('tool_calls'), list):
-        message['tool_calls'] = _kept_calls(message['tool_calls'], spec, ignored)
-        if not message['tool_calls']:
-            del message['tool_calls']
+    for key, used in (('content', _PART_KEYS), ('tool_calls', _CALL_KEYS)):
+        if isinstance(message.get(key), list):
+            message[key] = _kept_inside(message[key], used, spec, ignored)
+    if message.get('tool_calls') == []:
+        del message['tool_calls']
     return message
 
 
@@ -299,9 +306,10 @@ def _no_layout(keys):
         )
     one = LAYOUTS[close]
     missing = [key for key in one.needs if key not in keys]
-    spare = [k for k in keys if k not in (*one.needs, *one.takes, *HARMLESS)]
-    near = get_close_matches(missing[0], spare, 1) or spare[-1:]
-    remedy = f'write columns: {{{_listed(near)}: {missing[0]}}}' if near else 'add it'
+    spare = [k for k in keys if k not in (*one.needs, *one.takes, *HARMLESS, *MEANINGS)]
+    near = get_close_matches(missing[0], spare, 1, 0.8)
+    remedy = f'write columns: {{{_listed(near or ["YOURS"])}: {missing[0]}}}' if spare else 'add it'
+    remedy += '' if near or not spare else f', where YOURS is one of {_listed(spare)}'
     raise LabError(
         f'no layout has the keys {listed}; the closest is {close}, which also needs '
         f'{" and ".join(missing)}; {remedy}'
@@ -372,9 +380,14 @@ def _content(value, place: str, empty: bool = False):
         if not isinstance(part, dict) or part.get('type') != 'text':
             kind = part.get('type') if isinstance(part, dict) else type(part).__name__
             raise LabError(
-                f'{place}[{i}] is a part of type {kind!r}; the lab reads text parts only'
+                f'{place}[{i}] is a part of type {kind!r:.40}; the lab reads text parts only'
             )
-        _refuse((k for k in part if k not in ('type', 'text')), f'{place}[{i}]: ', ('type', 'text'))
+        _refuse(
+            (k for k in part if k not in _PART_KEYS),
+            f'{place}[{i}]: ',
+            _PART_KEYS,
+            'list it under ignore:',
+        )
         if not isinstance(part.get('text'), str):
             _text(part.get('text'), f'{place}[{i}].text')
     if not empty:
@@ -404,16 +417,14 @@ def _call(raw, place: str) -> dict:
             f'{place} must be an object with name and arguments, this is {type(raw).__name__}'
         )
     body = raw.get('function', {k: v for k, v in raw.items() if k not in ('id', 'type')})
-    if isinstance(body, dict):
-        body = {k: v for k, v in body.items() if v is not None}
     outer = ('id', 'type', 'function') if 'function' in raw else _CALL_KEYS
-    _refuse((key for key in raw if key not in outer), f'{place}: ', outer)
+    _refuse((key for key in raw if key not in outer), f'{place}: ', outer, 'list it under ignore:')
     if not isinstance(body, dict) or raw.get('type', 'function') != 'function':
         raise LabError(
             f'{place} is no call of a function; give type: function and function: name, arguments'
         )
     _refuse(
-        (k for k in body if k not in ('name', 'arguments')), f'{place}: ', ('name', 'arguments')
+        (k for k in body if k not in _BODY_KEYS), f'{place}: ', _BODY_KEYS, 'list it under ignore:'
     )
     name = _text(body.get('name'), f'{place}.name')
     arguments = body.get('arguments')
@@ -459,7 +470,7 @@ def _role(raw: dict, place: str, spec: Spec) -> str:
         return spec.role_tags[tag]
     near = did_you_mean(tag, spec.role_tags)
     raise LabError(
-        f'{place} has role {tag!r}{near}; valid: {", ".join(spec.role_tags)}; map it under roles:'
+        f'{place} has role {tag!r:.40}{near}; valid: {", ".join(spec.role_tags)}; map it under roles:'
     )
 
 
@@ -468,11 +479,11 @@ def _train(raw: dict, role: str, place: str) -> dict:
     given = {}
     if 'train' in raw:
         if not isinstance(raw['train'], bool):
-            raise LabError(f'{place}.train must be true or false, this is {raw["train"]!r}')
+            raise LabError(f'{place}.train must be true or false, this is {raw["train"]!r:.40}')
         given['train'] = raw['train']
     if 'weight' in raw:
         if isinstance(raw['weight'], bool) or raw['weight'] not in (0, 1):
-            raise LabError(f'{place}.weight must be 0 or 1, this is {raw["weight"]!r}')
+            raise LabError(f'{place}.weight must be 0 or 1, this is {raw["weight"]!r:.40}')
         if given.get('train', bool(raw['weight'])) != bool(raw['weight']):
             raise LabError(f'{place} has a train and a weight that differ; leave one out')
         given['train'] = bool(raw['weight'])
@@ -540,6 +551,9 @@ def _messages(raw, place: str, spec: Spec) -> list:
     return [_message(one, f'{place}[{i}]', spec) for i, one in enumerate(raw)]
 
 # %% ../../nbs/text/01_layouts.ipynb #b53ca65d
+_MARKS = ('<tool_call>', '<|tool_call_begin|>')
+
+
 def _with_ids(messages: list) -> list:
     "Messages in which each call has an id; `LabError` if only some had one."
     calls = [c for m in messages for c in m.get('tool_calls', ())]
@@ -547,15 +561,9 @@ def _with_ids(messages: list) -> list:
         return messages
     if any('id' in c for c in calls):
         raise LabError('some calls have an id and some have none; give each one, or none')
-    numbers = iter(range(len(calls)))
+    ids = iter([f'functions.{c["function"]["name"]}:{n}' for n, c in enumerate(calls)])
     return [
-        m
-        | dict(
-            tool_calls=[
-                dict(id=f'functions.{c["function"]["name"]}:{next(numbers)}') | c
-                for c in m['tool_calls']
-            ]
-        )
+        m | dict(tool_calls=[dict(id=next(ids)) | c for c in m['tool_calls']])
         if 'tool_calls' in m
         else m
         for m in messages
@@ -576,7 +584,7 @@ def _answers(message: dict, called: dict, waiting: list, place: str) -> str:
     if number not in called:
         raise LabError(
             f'{place} is the result of {number!r}, which nothing before it calls; called were '
-            f'{", ".join(called)}'
+            f'{_listed(called)}'
         )
     if number not in waiting:
         raise LabError(f'{place} is a second result of {number!r}, or a late one; leave it out')
@@ -585,7 +593,7 @@ def _answers(message: dict, called: dict, waiting: list, place: str) -> str:
 
 def _linked(messages: list) -> list:
     "Messages with the id of its call in each result; `LabError` if a result answers no call."
-    called, waiting, linked = {}, [], []
+    called, waiting, linked, written = {}, [], [], False
     for i, m in enumerate(_with_ids(messages)):
         if m['role'] == 'user':
             waiting = []
@@ -594,7 +602,8 @@ def _linked(messages: list) -> list:
                 raise LabError(f'message {i} calls {call["id"]!r} twice; give each call its own id')
             called[call['id']] = call['function']['name']
             waiting.append(call['id'])
-        if m['role'] == 'tool':
+        written |= m['role'] == 'assistant' and any(mark in str(m['content']) for mark in _MARKS)
+        if m['role'] == 'tool' and (waiting or not written):
             number = _answers(m, called, waiting, f'message {i}')
             waiting.remove(number)
             m = m | dict(tool_call_id=number)
@@ -676,7 +685,7 @@ def _check_conversation(messages: list):
     for role in ('user', 'assistant'):
         if role not in roles:
             raise LabError(
-                f'a conversation with nothing from the {role}: {", ".join(roles)}; leave the row out'
+                f'a conversation with nothing from the {role}, only {_listed(dict.fromkeys(roles))}; leave the row out'
             )
     if not any(m.get('train', True) for m in messages if m['role'] == 'assistant'):
         raise LabError(
@@ -709,7 +718,7 @@ def _conversation(row: Opened, spec: Spec) -> dict:
         )
     label = fields.get('label', True)
     if not isinstance(label, bool):
-        raise LabError(f'label must be true or false, this is {label!r}')
+        raise LabError(f'label must be true or false, this is {label!r:.40}')
     if not label:
         raise LabError(
             'label is false, so its reply is one not to learn; leave such rows out, or list label '
@@ -780,15 +789,16 @@ def as_preference(row: dict, layout: str | None = None, spec: Spec = DEFAULT) ->
     return _preference(_opened(row, spec), spec)
 
 # %% ../../nbs/text/01_layouts.ipynb #b09da227
-def _parquet_rows(data: bytes, path) -> list[dict]:
+def _parquet_rows(data: bytes, path) -> list:
     "The rows of a parquet file; `LabError` if it is not a whole one."
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         rows = pq.read_table(pa.BufferReader(data)).to_pylist(maps_as_pydicts='strict')
-    except (pa.ArrowException, OSError) as error:
-        raise LabError(f'{path}: not a whole parquet file: {str(error).splitlines()[0]}') from None
+    except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError) as error:
+        reason = str(error).split('\n')[0]
+        raise LabError(f'{path}: cannot be read as parquet, cut or no parquet: {reason}') from None
     return [_without_nulls(row) for row in rows]
 
 
@@ -814,19 +824,19 @@ def placed_rows(data: bytes, path) -> list[tuple]:
 KINDS = {'conversation': _conversation, 'preference': _preference}
 
 
-def _same_layout(name: str, place: str, first: tuple) -> tuple:
-    "(layout, place) of the first row; `LabError` if this one has another layout."
-    if first and first[0] != name:
+def _same_layout(places: dict):
+    "`LabError` for a second layout; `places` are the first row of each."
+    if len(places) > 1:
+        (first, at), (name, place) = places.items()
         raise LabError(
-            f'{place}: layout {name}, but {first[1]} has {first[0]}; a file has one layout, split it'
+            f'{place}: layout {name}, but {at} has {first}; a file has one layout, split it'
         )
-    return first or (name, place)
 
 
 def _converted(placed: list, where, spec: Spec, kind: str, allow_bad: int) -> tuple[list, dict]:
     "(rows, counts) of placed rows; `LabError` for the first of more than `allow_bad` faults."
     convert = KINDS[one_of('kind', kind, KINDS)]
-    done, faults, first, ignored = [], [], (), Counter({key: 0 for key in spec.ignore})
+    done, faults, places, ignored = [], [], {}, Counter({key: 0 for key in spec.ignore})
     for place, raw, reason in placed:
         try:
             if reason:
@@ -836,14 +846,15 @@ def _converted(placed: list, where, spec: Spec, kind: str, allow_bad: int) -> tu
         except LabError as error:
             faults.append(f'{place}: {error}')
             continue
-        first = _same_layout(row.name, place, first)
+        places.setdefault(row.name, place)
+        _same_layout(places)
         ignored.update(row.ignored)
     check_faults(faults, allow_bad)
     if not done:
         raise LabError(f'{where}: no rows')
     open_ends = sum(row['messages'][-1]['role'] != 'assistant' for row in done)
     return done, dict(
-        layout=first[0],
+        layout=next(iter(places)),
         rows=len(done),
         bad=len(faults),
         ignored=dict(ignored),
