@@ -397,3 +397,18 @@ def test_two_processes_make_the_update_of_one(tok, pairs, tmp_path):
     for rank in '01':
         two = torch.load(tmp_path / rank, weights_only=False)
         assert apart(one, two) < 1e-4
+
+
+def test_conversations_are_held_out_by_their_first_question(own):
+    talk = lambda n, k: dict(
+        messages=[
+            dict(role='user', content=f'What is {n}?'),
+            dict(role='assistant', content=f'{n}, {k}'),
+            dict(role='user', content='And one more?'),
+            dict(role='assistant', content=str(n + 1)),
+        ]
+    )
+    rows = [talk(n, k) for n in range(10) for k in range(2)]
+    job = own('train_sft_domain', dict(domain_sft=rows), mix=dict(domain_sft='all'), heldout=0.1)
+    assert job.record['data']['held out']['read'] == 2
+    assert shown(job)['few-shot baseline left out'].startswith('0 solved examples')

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ANSWERS', 'ANSWER_TOKENS', 'DATA', 'Score', 'share', 'right_padded', 'token_logps', 'row_logps', 'windows',
            'document_windows', 'bits_per_byte', 'ratio_interval', 'heldout_loss', 'prompts_of', 'answers',
-           'family_shares', 'plain_example', 'solved_alike', 'few_shot_texts', 'few_shot', 'target_logps', 'pair_ids',
-           'preference_accuracy', 'generation_speed', 'evaluate_measures', 'check_answers', 'reply_tokens']
+           'family_shares', 'is_solved', 'plain_example', 'solved_alike', 'few_shot_texts', 'few_shot', 'target_logps',
+           'pair_ids', 'preference_accuracy', 'generation_speed', 'evaluate_measures', 'check_answers', 'reply_tokens']
 
 # %% ../../nbs/training/00_metrics.ipynb #2405ef1b
 import dataclasses
@@ -140,7 +140,13 @@ def family_shares(rows: list, oks) -> dict:
     return {f: round(sum(v) / len(v), 3) for f, v in sorted(groups.items())}
 
 # %% ../../nbs/training/00_metrics.ipynb #588aa324
-ANSWERS = ('final', 'output', 'response')  # the keys of a row's answer, without its thoughts
+ANSWERS = ('final', 'output', 'response', 'completion')  # keys of an answer without its thoughts
+
+
+def is_solved(row: dict) -> bool:
+    "Whether a row holds a question and its answer as plain text."
+    answer = next((row[k] for k in ANSWERS if k in row), None)
+    return bool(prompt_of(row)) and all(isinstance(t, str) for t in (prompt_of(row), answer))
 
 
 def plain_example(row: dict, solved: bool) -> str:
@@ -170,6 +176,7 @@ def few_shot(
     """Share of rows answered right as a continuation of `shots` solved examples of the family, read leniently.
 
     `LabError` for a row with fewer examples."""
+    examples = [e for e in examples if is_solved(e)]
     if short := [row for row in rows if len(solved_alike(row, examples)) < shots]:
         family, n = short[0].get('family'), len(solved_alike(short[0], examples))
         raise LabError(f'{n} solved examples of family {family}, {shots} are needed')

@@ -34,6 +34,8 @@ from k2lab.models.adapters import (
 from ..models.load import Loading, generate, open_model, save_checkpoint
 from ..tasks.stats import copy_baseline, majority_baseline
 from ..tasks.verify import prompt_of, verify
+from ..text.chat import content_text
+from ..text.layouts import as_conversation
 from ..text.masks import encode_rows, mask_html
 from ..text.rows import read_rows
 from k2lab.training.metrics import (
@@ -101,6 +103,11 @@ class Encoded:
     rows: int  # rows that were read for them
     counts: dict = field(default_factory=dict)  # of `encode_rows`, for rows with a reply
 
+    @property
+    def whole(self) -> int:
+        "The number of examples, those that are too long included."
+        return len(self.examples) + self.counts.get('dropped', 0)
+
 
 def encoded(tok, rows: list, system: str, length: int, n: int | None = None) -> Encoded:
     "Rows as examples of at most `length` tokens: replies with their masks, documents in their first `n` pieces."
@@ -154,8 +161,11 @@ def show_epochs(job, name: str, epochs: float, rows: int):
 
 # %% ../../nbs/training/03_stage.ipynb #fa452c8a
 def question_of(row: dict) -> str:
-    "What a row asks; of a document, its text."
-    return row['text'] if 'text' in row else prompt_of(row)
+    "What a row of any layout asks first; of a document, its text."
+    if 'text' in row:
+        return row['text']
+    asked = next(m for m in as_conversation(row)['messages'] if m['role'] == 'user')
+    return content_text(asked, 'the question')
 
 
 def held_out(rows: list, share: float, seed: int) -> list[dict]:
@@ -195,7 +205,7 @@ def heldout_examples(job, tok, rows: list) -> list[dict]:
         return []
     one, name = encoded(tok, rows, job.env['system'], job.cfg.length), job.cfg.heldout
     name = name if isinstance(name, str) else 'held out'
-    check_dropped(job, name, len(rows), too_long(job.cfg.length, one.counts))
+    check_dropped(job, name, one.whole, too_long(job.cfg.length, one.counts))
     counts = dict(one.counts, read=len(rows), examples=len(one.examples), trained=0)
     job.record.setdefault('data', {})[name] = counts
     return one.examples
@@ -205,7 +215,7 @@ def examples_of(job, tok, name: str, rows: list, n: int | str, held: set, rng) -
     """`n` training examples of the corpus `name` (`'all'`: each row once), without the prompts in `held`.
 
     How many rows were read, how often, and how many were left out is recorded."""
-    free = [row for row in rows if question_of(row) not in held]
+    free = [row for row in rows if question_of(row) not in held] if held else rows
     if not free:
         raise LabError(
             f'{name}: all of its {len(rows)} rows are held out; nothing is left to train on'
@@ -215,7 +225,7 @@ def examples_of(job, tok, name: str, rows: list, n: int | str, held: set, rng) -
     one = encoded(tok, drawn, job.env['system'], job.cfg.length, number)
     epochs = one.rows / len(free)
     show_epochs(job, name, epochs, len(free))
-    check_dropped(job, name, one.rows, too_long(job.cfg.length, one.counts))
+    check_dropped(job, name, one.whole, too_long(job.cfg.length, one.counts))
     read = dict(asked=n, read=min(one.rows, len(free)), epochs=round(epochs, 2))
     read |= dict(held_out=len(rows) - len(free), examples=len(one.examples))
     job.record.setdefault('data', {})[name] = {**one.counts, **read}
