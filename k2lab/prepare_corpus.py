@@ -9,7 +9,7 @@ __all__ = ['ROW_FORMAT', 'EVALUATION', 'SAMPLING', 'NO_QUESTIONS', 'PROMPT_KEYS'
            'as_text', 'traces_of', 'refine_settings', 'refined_texts', 'Part', 'TextFile', 'parts_of', 'weights_of',
            'mixed_rows', 'split_part', 'publish_text', 'split_parts', 'first_documents', 'prepare_domain',
            'check_questions', 'publish_questions', 'gather_rejects', 'reasoning_origin', 'prepare_reasoning',
-           'show_first_rows', 'baselines', 'prepare_corpora']
+           'show_first_rows', 'trivial_scores', 'prepare_corpora']
 
 # %% ../nbs/10_prepare_corpus.ipynb #0484b1b0
 import importlib.metadata
@@ -521,7 +521,7 @@ def show_first_rows(job, **files):
     )
 
 
-def baselines(evaluation: list) -> dict:
+def trivial_scores(evaluation: list) -> dict:
     "The shares of trivial answers on the evaluation rows, by family; nothing without rows."
     if not evaluation:
         return {}
@@ -532,7 +532,7 @@ def prepare_corpora(job):
     "The stage: publishes the files of the mode and card.json, their data cards and baselines."
     check_inputs(job)
     cards, questions = {'domain': prepare_domain, 'reasoning': prepare_reasoning}[job.cfg.mode](job)
-    card = dict(mode=job.cfg.mode, corpora=cards, **baselines(questions.evaluation))
+    card = dict(mode=job.cfg.mode, corpora=cards, **trivial_scores(questions.evaluation))
     if job.cfg.own_rows or job.cfg.eval_sets:
         card['question_steps'] = questions.steps
     write_text(job.folder / 'card.json', as_json(card, indent=1) + '\n')
