@@ -59,9 +59,7 @@ TRL_OPTIONS = {
     """.split(),
     'both': """
         activation_offloading adam_beta1 adam_beta2 adam_epsilon average_tokens_across_devices bf16
-        dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
-        dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory
-        dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
+        dataloader_drop_last dataloader_pin_memory ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
         ddp_find_unused_parameters ddp_static_graph ddp_timeout debug disable_tqdm full_determinism
         gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs
         learning_rate log_level log_level_replica log_on_each_node logging_first_step
@@ -111,6 +109,10 @@ REFUSED_OPTIONS = {
     'the lab trains in bfloat16 or float32; use bf16': 'fp16',
     'the losses of the lab are computed in chunks as they are': 'liger_kernel_config',
     'the token ledger would count the batches that were tried in vain': 'auto_find_batch_size',
+    'batches are made in the training process, where the token ledger sees them': """
+        dataloader_num_workers dataloader_persistent_workers dataloader_prefetch_factor
+        dataloader_multiprocessing_context dataloader_in_order
+    """,
     'the lab counts tokens, time and memory itself': """
         include_num_input_tokens_seen skip_memory_metrics
     """,
@@ -189,6 +191,10 @@ def check_together(trainer: dict, method: str, load: Loading, optimizer: str):
     adam = [name for name in trainer if name.startswith(('optim', 'adam_'))]
     if optimizer == 'muon' and adam:
         raise LabError(f'trainer: {", ".join(adam)} would change nothing: optimizer is muon')
+    if (when := trainer.get('save_strategy', 'steps')) not in ('steps', 'epoch'):
+        raise LabError(
+            f'trainer: save_strategy is steps or epoch, not {when!r}: a run is resumed from what it saved'
+        )
     if 'gradient_checkpointing_kwargs' in trainer and not trainer.get('gradient_checkpointing'):
         raise LabError(
             'trainer: gradient_checkpointing_kwargs needs gradient_checkpointing: true beside it'
