@@ -427,3 +427,57 @@ def test_a_head_is_adapted_only_where_the_loss_sees_it(stage, changes, message):
     with pytest.raises(LabError) as e:
         resolved(stage, 'smoke', changes)
     assert message in str(e.value)
+
+
+SERVERS = [
+    ({'vllm.port': 1}, 'vllm: port is the field `port`; set that'),
+    ({'vllm.revision': 'v1'}, 'part of the place in env.yaml, org/name@revision'),
+    ({'vllm.api_key': 'x'}, 'set the variable named by key_env instead'),
+    ({'engine': 'embedded'}, 'vllm: the engine is embedded; write engine=vllm'),
+]
+
+
+@pytest.mark.parametrize('changes, message', SERVERS)
+def test_options_of_vllm_that_the_lab_decides_are_refused(changes, message):
+    with pytest.raises(LabError) as e:
+        resolved('launch_teacher_vllm', 'full', changes)
+    assert message in str(e.value)
+
+
+def test_a_hub_name_while_offline_names_the_switch(monkeypatch):
+    from k2lab.models.quantized import fetched
+
+    monkeypatch.setattr('huggingface_hub.is_offline_mode', lambda: True)
+    with pytest.raises(LabError, match=r'set offline = false under \[hub\] in settings.ini'):
+        fetched('nobody/no-such-model')
+    monkeypatch.setenv('K2LAB_HUB_OFFLINE', 'false')
+    with pytest.raises(LabError, match='unset HF_HUB_OFFLINE'):
+        fetched('nobody/no-such-model')
+
+
+def test_processes_without_gpus_are_refused_before_one_starts(monkeypatch):
+    from types import SimpleNamespace
+
+    import torch
+
+    from k2lab.lab.launch import work_in_processes
+
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 7)
+    monkeypatch.setattr('k2lab.lab.launch.run_group', lambda *a: pytest.fail('something started'))
+    monkeypatch.setenv('SLURM_JOB_NUM_NODES', '1')
+    job = SimpleNamespace(cfg=SimpleNamespace(accelerate='zero3', processes=8), folder=None)
+    with pytest.raises(LabError, match='need 8 GPUs here, and there are 7'):
+        work_in_processes(job)
+
+
+EVALUATED = [
+    ({'checkpoints.mine': 'Kimi-K2-Base'}, "measures: nothing for 'mine'; write measures.mine="),
+    ({'measures.k2_think_dp': '[x]'}, "measures: unknown checkpoint 'k2_think_dp' (did you mean"),
+]
+
+
+@pytest.mark.parametrize('changes, message', EVALUATED)
+def test_measures_belong_to_checkpoints(changes, message):
+    with pytest.raises(LabError) as e:
+        resolved('evaluate', 'nano', changes)
+    assert message in str(e.value)
