@@ -15,10 +15,17 @@ from functools import partial
 from .corpus.operators import held_out
 from .corpus.sources import documents
 from .lab.config import LabError
-from .models.load import parameter_counts, save_checkpoint, small_model
+from .models.load import Loading, parameter_counts, save_checkpoint, small_model
 from .tasks.sessions import identifiers, sentences, sessions
 from .text.tokenizer import build_tokenizer
-from .training.trainer import balance_router, expert_load, fit_sft, open_for
+from k2lab.training.trainer import (
+    balance_router,
+    check_options,
+    check_together,
+    expert_load,
+    fit_sft,
+    open_for,
+)
 
 # %% ../nbs/15_make_nano_models.ipynb #e6a33657
 def new_pages(texts, longest: int) -> list[str]:
@@ -157,6 +164,11 @@ class Config:
     saves: str = ''  # k2-nano-base or qwen-nano-base
     seed: int = 0  # of everything random in this stage
     trainer: dict = field(default_factory=dict)  # TRL's own options
+
+    def __post_init__(self):
+        for options in (self.trainer, {**self.trainer, **self.repeat_trainer}):
+            check_options(options, 'SFT')
+            check_together(options, 'SFT', Loading(), self.optimizer)
 
 # %% ../nbs/15_make_nano_models.ipynb #8c5e1405
 FAMILY = {'k2': 'kimi', 'qwen': 'qwen'}

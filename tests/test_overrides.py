@@ -329,3 +329,155 @@ def test_an_adapter_that_cannot_be_is_refused_by_the_config_alone(kind, load, me
         check_parts(tmp_path, Loading(lora_rank=4, **load))
     assert message in str(e.value)
     check_parts(tmp_path, Loading(lora_rank=4))
+
+
+def test_every_option_of_trl_is_used_or_refused_with_a_reason():
+    "The tables are plain text; this keeps them equal to TRL's own classes."
+    from trl import DPOConfig, SFTConfig
+
+    from k2lab.training.trainer import REFUSED_OPTIONS, TRL_OPTIONS
+
+    refused = [name for names in REFUSED_OPTIONS.values() for name in names.split()]
+    known = [*refused, *(name for names in TRL_OPTIONS.values() for name in names)]
+    assert sorted(name for name in known if known.count(name) > 1) == ['loss_type'] * 2
+    for kind, method in ((SFTConfig, 'SFT'), (DPOConfig, 'DPO')):
+        fields = {f.name for f in dataclasses.fields(kind) if f.init}
+        used = {*TRL_OPTIONS[method], *TRL_OPTIONS['both']}
+        assert used <= fields
+        # SFT takes no Liger kernel: its loss is computed in chunks without it
+        left = {'use_liger_kernel'} if method == 'SFT' else set()
+        assert fields - used - set(refused) == left
+    ours = {f.name for kind in (SFTConfig, DPOConfig) for f in dataclasses.fields(kind)}
+    assert set(known) <= ours
+
+
+OPTIONS = [
+    (
+        'train_sft_domain',
+        'learning_rat=1e-4',
+        "no option 'learning_rat' (did you mean 'learning_rat",
+    ),
+    ('train_sft_domain', 'seed=7', "the stage's `seed` is the only source of randomness"),
+    ('train_sft_domain', 'packing=true', "the stage's `pack` is true"),
+    ('run_dpo_reasoning', 'padding_free=true', "the stage's `pack` is true"),
+    ('train_sft_domain', 'max_length=12', "the stage's `length` says"),
+    ('train_sft_domain', 'use_liger_kernel=true', 'is computed in chunks without it'),
+    ('train_sft_domain', 'eval_strategy=steps', '`measures` are taken before and after'),
+    ('train_sft_domain', 'load_best_model_at_end=true', 'nothing is evaluated while training'),
+    ('train_sft_domain', 'router_aux_loss_coef=0.01', 'no logits to balance'),
+    ('train_sft_domain', 'assistant_only_loss=true', 'with their loss mask'),
+    ('train_sft_domain', 'eos_token=x', "the lab's own token ids"),
+    ('train_sft_domain', 'beta=0.1', "SFT has no option 'beta' (it is one of DPO)"),
+    ('run_dpo_reasoning', 'dataset_text_field=x', "the lab's own token ids"),
+    ('run_dpo_reasoning', 'bta=0.1', "DPO has no option 'bta' (did you mean 'beta'?)"),
+    ('train_continual_pretrain', 'output_dir=x', 'a run has a folder of its own'),
+    ('make_nano_models', 'data_seed=7', 'the only source of randomness'),
+    ('make_nano_models', 'adam_beta1=0.5', 'adam_beta1 would change nothing: optimizer is muon'),
+    (
+        'train_sft_domain',
+        'gradient_checkpointing_kwargs={use_reentrant: true}',
+        'needs gradient_che',
+    ),
+]
+
+
+@pytest.mark.parametrize('stage, word, message', OPTIONS)
+def test_options_of_trl_that_a_stage_does_not_use_are_refused(stage, word, message):
+    with pytest.raises(LabError) as e:
+        resolved(stage, 'smoke', changes_of([f'trainer.{word}']))
+    assert message in str(e.value) and '\n' not in str(e.value)
+
+
+def test_the_control_of_dpo_takes_the_options_that_sft_has():
+    from k2lab.run_dpo_reasoning import Config
+
+    changes = {'trainer.label_smoothing': '0.1', 'control_trainer.max_steps': '2'}
+    cfg = resolve(Config, 'run_dpo_reasoning', 'smoke', changes)
+    assert cfg.trainer['label_smoothing'] == 0.1
+    assert cfg.control_options() == {
+        'learning_rate': 5e-6,
+        'per_device_train_batch_size': 4,
+        'num_train_epochs': 1,
+        'warmup_steps': 0,
+        'max_steps': 2,
+        'logging_steps': 1,
+    }
+    with pytest.raises(LabError, match="SFT has no option 'beta'"):
+        resolve(Config, 'run_dpo_reasoning', 'smoke', {'control_trainer.beta': 1})
+
+
+HEADS = [
+    ('train_sft_domain', {}, 'write trainer.loss_type=nll'),
+    ('run_dpo_reasoning', {}, 'write trainer.loss_type=nll'),  # of the control
+    (
+        'run_dpo_reasoning',
+        {'trainer.use_liger_kernel': True},
+        'write trainer.use_liger_kernel=false',
+    ),
+    ('run_dpo_reasoning', {'control': False}, ''),
+    ('train_sft_domain', {'trainer.loss_type': 'nll'}, ''),
+]
+
+
+@pytest.mark.parametrize('stage, changes, message', HEADS)
+def test_a_head_is_adapted_only_where_the_loss_sees_it(stage, changes, message):
+    changes = {'load.lora_rank': 4, 'load.adapt': '[attention, head]', **changes}
+    if not message:
+        return resolved(stage, 'smoke', changes)
+    with pytest.raises(LabError) as e:
+        resolved(stage, 'smoke', changes)
+    assert message in str(e.value)
+
+
+SERVERS = [
+    ({'vllm.port': 1}, 'vllm: port is the field `port`; set that'),
+    ({'vllm.revision': 'v1'}, 'part of the place in env.yaml, org/name@revision'),
+    ({'vllm.api_key': 'x'}, 'set the variable named by key_env instead'),
+    ({'engine': 'embedded'}, 'vllm: the engine is embedded; write engine=vllm'),
+]
+
+
+@pytest.mark.parametrize('changes, message', SERVERS)
+def test_options_of_vllm_that_the_lab_decides_are_refused(changes, message):
+    with pytest.raises(LabError) as e:
+        resolved('launch_teacher_vllm', 'full', changes)
+    assert message in str(e.value)
+
+
+def test_a_hub_name_while_offline_names_the_switch(monkeypatch):
+    from k2lab.models.quantized import fetched
+
+    monkeypatch.setattr('huggingface_hub.is_offline_mode', lambda: True)
+    with pytest.raises(LabError, match=r'set offline = false under \[hub\] in settings.ini'):
+        fetched('nobody/no-such-model')
+    monkeypatch.setenv('K2LAB_HUB_OFFLINE', 'false')
+    with pytest.raises(LabError, match='unset HF_HUB_OFFLINE'):
+        fetched('nobody/no-such-model')
+
+
+def test_processes_without_gpus_are_refused_before_one_starts(monkeypatch):
+    from types import SimpleNamespace
+
+    import torch
+
+    from k2lab.lab.launch import work_in_processes
+
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 7)
+    monkeypatch.setattr('k2lab.lab.launch.run_group', lambda *a: pytest.fail('something started'))
+    monkeypatch.setenv('SLURM_JOB_NUM_NODES', '1')
+    job = SimpleNamespace(cfg=SimpleNamespace(accelerate='zero3', processes=8), folder=None)
+    with pytest.raises(LabError, match='need 8 GPUs here, and there are 7'):
+        work_in_processes(job)
+
+
+EVALUATED = [
+    ({'checkpoints.mine': 'Kimi-K2-Base'}, "measures: nothing for 'mine'; write measures.mine="),
+    ({'measures.k2_think_dp': '[x]'}, "measures: unknown checkpoint 'k2_think_dp' (did you mean"),
+]
+
+
+@pytest.mark.parametrize('changes, message', EVALUATED)
+def test_measures_belong_to_checkpoints(changes, message):
+    with pytest.raises(LabError) as e:
+        resolved('evaluate', 'nano', changes)
+    assert message in str(e.value)

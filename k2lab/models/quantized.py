@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..lab.checkpoint import finalize_checkpoint
-from ..lab.config import LabError
+from ..lab.config import LabError, setting
 from ..lab.files import disk_errors, move
 from ..text.tokenizer import load_kimi_tokenizer
 
@@ -550,7 +550,14 @@ def fetched(place, files=MODEL_FILES) -> Path:
         )
         return Path(folder)
     except (OSError, ValueError) as e:
-        reason = str(e).splitlines()[0]
-        raise LabError(
-            f'{place}: no such folder, and the hub does not give it ({reason})'
-        ) from None
+        reason = _offline_reason() if is_offline_mode() else f'({str(e).splitlines()[0]})'
+        raise LabError(f'{place}: no such folder, and the hub does not give it {reason}') from None
+
+
+def _offline_reason() -> str:
+    "Why the hub was not asked, and the switch for it."
+    if setting('hub', 'offline') == 'true':
+        switch = 'set offline = false under [hub] in settings.ini'
+    else:
+        switch = 'unset HF_HUB_OFFLINE, which is in the environment'
+    return f'(it is not in the cache of this machine, and the lab is offline; {switch})'

@@ -47,7 +47,13 @@ from k2lab.training.metrics import (
     heldout_loss,
     prompts_of,
 )
-from .trainer import check_trainable, fit_sft, open_for
+from k2lab.training.trainer import (
+    check_options,
+    check_together,
+    check_trainable,
+    fit_sft,
+    open_for,
+)
 
 # %% ../../nbs/training/03_stage.ipynb #fe77c2a6
 @dataclass(frozen=True)
@@ -68,7 +74,9 @@ class Training:
     accelerate: str = 'zero3'  # launch file under configs/accelerate
     trainer: dict = field(default_factory=dict)  # TRL's own options
 
-    backends = ('transformers',)  # which backends may train it; not a field
+    # no fields: which backends may train it, and which trainer of TRL does
+    backends = ('transformers',)
+    method = 'SFT'
 
     def __post_init__(self):
         for key in self.load:
@@ -78,6 +86,8 @@ class Training:
         load = Loading(**self.load)
         one_of('backend', load.backend, self.backends, 'load')
         check_trainable(load, self.optimizer, processes=self.processes)
+        check_options(self.trainer, self.method)
+        check_together(self.trainer, self.method, load, self.optimizer)
 
 # %% ../../nbs/training/03_stage.ipynb #ecb0d042
 def repeated(rows: list, n: int, rng) -> list:
