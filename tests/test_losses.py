@@ -359,14 +359,20 @@ def preferences(n: int) -> list:
 def test_length_holds_for_pairs_and_their_control(own):
     rows = preferences(20)
     rows[3] = dict(rows[3], rejected=words(400, 0))
-    rows[5] = dict(rows[5], rejected=rows[5]['chosen'])
-    told = dict(measures=[], max_dropped=0.1)
-    job = own('run_dpo_reasoning', dict(dpo_pairs=rows), **told)
+    job = own('run_dpo_reasoning', dict(dpo_pairs=rows), measures=[])
     data = job.record['data']['dpo_pairs']
-    assert (data['read'], data['rows'], data['dropped'], data['equal']) == (20, 18, 1, 1)
-    assert '1 with two equal replies' in shown(job)['dpo_pairs: rows left out']
-    with pytest.raises(LabError, match='2 of 20 rows would be left out'):
-        own('run_dpo_reasoning', dict(dpo_pairs=rows), **(told | dict(max_dropped=0.05)))
+    assert (data['read'], data['rows'], data['dropped'], data['equal']) == (20, 19, 1, 0)
+    assert shown(job)['dpo_pairs: rows left out'].startswith('1 of 20: 1 longer than 256 tokens')
+    assert data['longest'] > 400
+    with pytest.raises(LabError, match='1 of 20 rows would be left out'):
+        own('run_dpo_reasoning', dict(dpo_pairs=rows), measures=[], max_dropped=0.01)
+
+
+def test_a_pair_of_equal_replies_is_refused(own):
+    rows = preferences(20)
+    rows[5] = dict(rows[5], rejected=rows[5]['chosen'])
+    with pytest.raises(LabError, match='nothing to learn'):
+        own('run_dpo_reasoning', dict(dpo_pairs=rows), measures=[])
 
 
 TWO = """
