@@ -23,7 +23,7 @@ from k2lab.training.stage import (
 )
 from k2lab.training.trainer import (
     TRL_OPTIONS,
-    check_losses,
+    check_cut,
     check_options,
     check_together,
     fit_dpo,
@@ -53,7 +53,7 @@ class Config(Training):
 
     def __post_init__(self):
         super().__post_init__()
-        check_losses(self.trainer, self.processes)
+        check_cut(self.trainer, self.processes)
         check_options(self.control_trainer, 'SFT')
         if self.control:
             check_together(self.control_options(), 'SFT', Loading(**self.load), self.optimizer)

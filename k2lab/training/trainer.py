@@ -6,7 +6,7 @@
 __all__ = ['TRL_OPTIONS', 'REFUSED_OPTIONS', 'LAB_DEFAULTS', 'SORTING', 'check_options', 'options', 'optimizer_for',
            'check_trainable', 'check_together', 'balance_router', 'expert_load', 'with_labels', 'collator_for',
            'Adapted', 'adapted_for', 'fit_options', 'supervised_trainer', 'fit_sft', 'loads_onto', 'own_ledger',
-           'resumed_from', 'attach_callbacks', 'trained_summary', 'coverage_line', 'finish_fit', 'check_losses',
+           'resumed_from', 'attach_callbacks', 'trained_summary', 'coverage_line', 'finish_fit', 'check_cut',
            'with_length', 'usable_pairs', 'preference_trainer', 'fit_dpo', 'Notices', 'log_notices', 'open_for']
 
 # %% ../../nbs/training/02_trainer.ipynb #250829bf
@@ -429,7 +429,7 @@ def finish_fit(job, fit, ledger, phase: str, load: Loading = DEFAULT_LOADING):
 SORTING = ('aot', 'aot_unpaired')  # losses of TRL that compare the sorted pairs of one batch
 
 
-def check_losses(trainer: dict, processes: int = 1):
+def check_cut(trainer: dict, processes: int = 1):
     "`LabError` for DPO losses that change with how a batch is cut, or that TRL cannot compute."
     losses = trainer.get('loss_type', [])
     losses = [losses] if isinstance(losses, str) else losses
@@ -506,7 +506,7 @@ def fit_dpo(
     )
     ledger = Ledger(tok, wait=True)
     check_trainable(load, optimizer)
-    check_losses(trainer, opts.world_size)
+    check_cut(trainer, opts.world_size)
     fit = preference_trainer(model, reference, tok, pairs, ledger, opts, load, optimizer)
     fit.add_callback(sharing(fit, ledger))
     return finish_fit(job, fit, ledger, phase, load)
