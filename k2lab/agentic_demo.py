@@ -132,10 +132,10 @@ def transcript(messages: list) -> Html:
 # %% ../nbs/70_agentic_demo.ipynb #ea296f36
 def publish_transcript(job, messages: list):
     "Publishes the transcript and checks that every call has its result and every id has K2's form."
+    tools = [declaration for declaration, _ in tools_of(job.cfg).values()]
+    row = json.dumps(dict(messages=messages, tools=tools), ensure_ascii=False)
     with job.publishing('transcript', '.jsonl') as path:
-        path.write_text(
-            ''.join(json.dumps(m, ensure_ascii=False) + '\n' for m in messages), encoding='utf-8'
-        )
+        path.write_text(row + '\n', encoding='utf-8')
     asked = [c['id'] for m in messages for c in m.get('tool_calls') or []]
     results = [m['tool_call_id'] for m in messages if m['role'] == 'tool']
     job.check(
@@ -161,10 +161,7 @@ def check_script(job, messages: list):
 
 def finished_messages(job) -> list:
     "The transcript of a finished conversation."
-    return [
-        json.loads(line)
-        for line in (job.folder / 'transcript.jsonl').read_text(encoding='utf-8').splitlines()
-    ]
+    return json.loads((job.folder / 'transcript.jsonl').read_text(encoding='utf-8'))['messages']
 
 # %% ../nbs/70_agentic_demo.ipynb #dfb63179
 def converse(job):

@@ -380,3 +380,15 @@ def test_no_path_of_one_machine_and_no_unsafe_yaml():
         assert not re.search(
             r'yaml\.(unsafe_load|full_load)|Loader=yaml\.(Unsafe|Full)?Loader', text
         ), path
+
+
+@pytest.mark.parametrize('path', STAGES, ids=lambda path: path.stem)
+def test_a_run_needs_nothing_from_the_cells_above_it(path, tmp_path):
+    "papermill executes the cells from `parameters` on; a name defined above them is not there."
+    cells = json.loads(path.read_text())['cells']
+    first = next(i for i, c in enumerate(cells) if 'parameters' in c['metadata'].get('tags', []))
+    code = [''.join(c['source']) for c in cells[first:] if c['cell_type'] == 'code']
+    (tmp_path / 'tail.py').write_text('\n'.join(code))
+    ruff = [sys.executable, '-m', 'ruff', 'check', '--isolated', '--select', 'F821', 'tail.py']
+    done = subprocess.run(ruff, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYOUTS', 'ROW_KEYS', 'ROLES', 'ROLE_TAGS', 'MESSAGE_KEYS', 'MESSAGE_LISTS', 'HARMLESS', 'MEANINGS', 'DEFAULT',
            'KINDS', 'Layout', 'Spec', 'layout_of', 'Opened', 'as_conversation', 'as_preference', 'placed_rows',
-           'conversations', 'read_conversations']
+           'conversations', 'read_placed', 'read_conversations', 'read_corpus']
 
 # %% ../../nbs/text/01_layouts.ipynb #c2748349
 import json
@@ -870,13 +870,38 @@ def conversations(
     return _converted(placed, where, spec, kind, allow_bad)
 
 
-def read_conversations(
-    path, spec: Spec = DEFAULT, kind: str = 'conversation', allow_bad: int = 0
-) -> tuple[list, dict]:
-    "(rows of one kind, counts) of JSON lines, a JSON list or parquet, file or URL; `LabError` if a key would be lost."
+def read_placed(path) -> list[tuple]:
+    "`placed_rows` of a file or URL; `LabError` if it is not what its manifest says."
     data, manifest = read_bytes(path), read_manifest(path)
     if manifest:
         check_manifest(path, data, manifest)
     placed = placed_rows(unpack(data, path), path)
     check_row_count(path, len(placed), manifest)
-    return _converted(placed, path, spec, kind, allow_bad)
+    return placed
+
+
+def read_conversations(
+    path, spec: Spec = DEFAULT, kind: str = 'conversation', allow_bad: int = 0
+) -> tuple[list, dict]:
+    "(rows of one kind, counts) of JSON lines, a JSON list or parquet, file or URL; `LabError` if a key would be lost."
+    return _converted(read_placed(path), path, spec, kind, allow_bad)
+
+# %% ../../nbs/text/01_layouts.ipynb #b1b0c0d2
+def _document_fault(row, reason: str) -> str:
+    "What is wrong with a row that should be a document, or ''."
+    if reason or not isinstance(row, dict):
+        return reason or f'a row must be an object, this is {type(row).__name__}'
+    text = row.get('text')
+    if not isinstance(text, str) or not text.strip():
+        return 'no text; a file of documents has a text in each row'
+    return 'text holds half a character (a lone surrogate)' if SURROGATE.search(text) else ''
+
+
+def read_corpus(path, spec: Spec = DEFAULT, kind: str = 'conversation') -> tuple[list, dict]:
+    "(rows, counts) of a training corpus: documents if the first row has a `text`, else `read_conversations`."
+    placed = read_placed(path)
+    if not placed or not isinstance(placed[0][1], dict) or 'text' not in placed[0][1]:
+        return _converted(placed, path, spec, kind, 0)
+    faults = [(place, _document_fault(row, reason)) for place, row, reason in placed]
+    check_faults([f'{place}: {fault}' for place, fault in faults if fault], 0)
+    return [row for _, row, _ in placed], {}

@@ -28,6 +28,8 @@ def conversation_of(tok, row: dict, system: str = '') -> Conversation:
     "A row's conversation in the format of a tokenizer; `LabError` if it cannot be printed whole."
     row = as_conversation(row)
     messages = [markup_read(m, f'message {i}') for i, m in enumerate(row['messages'])]
+    if messages != row['messages']:  # calls that were text: their results are linked now
+        messages = as_conversation(dict(row, messages=messages))['messages']
     messages = _led(call_ids(messages) if is_kimi(tok) else messages, system)
     return Conversation(tok, messages, row.get('tools'))
 

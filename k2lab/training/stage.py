@@ -5,15 +5,18 @@
 # %% auto #0
 __all__ = ['LEDGER_COLUMNS', 'Training', 'repeated', 'document_pieces', 'Encoded', 'encoded', 'check_dropped', 'too_long',
            'check_epochs', 'show_epochs', 'question_of', 'held_out', 'Mixture', 'heldout_rows', 'heldout_examples',
-           'examples_of', 'read_mixture', 'mixed', 'check_measures', 'inherited', 'scores_before', 'helped_before',
-           'baselines', 'answer_room', 'log_samples', 'score_details', 'evaluate_and_publish', 'probe_adapter',
-           'publish_adapter', 'compare_saved', 'save_certified', 'publish_model', 'backend_logits', 'publish_merged',
-           'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture', 'loss_before', 'measure_heldout', 'supervised']
+           'examples_of', 'corpus_of', 'read_mixture', 'mixed', 'check_measures', 'inherited', 'scores_before',
+           'helped_before', 'baselines', 'answer_room', 'log_samples', 'score_details', 'evaluate_and_publish',
+           'probe_adapter', 'publish_adapter', 'compare_saved', 'save_certified', 'publish_model', 'backend_logits',
+           'publish_merged', 'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture', 'loss_before',
+           'measure_heldout', 'supervised']
 
 # %% ../../nbs/training/03_stage.ipynb #2ff10f03
 import dataclasses
+import json
 import random
 from dataclasses import dataclass, field, fields
+from itertools import takewhile
 from typing import Annotated
 
 from ..lab.config import LabError, one_of
@@ -34,9 +37,8 @@ from k2lab.models.adapters import (
 from ..models.load import Loading, generate, open_model, save_checkpoint
 from ..tasks.stats import copy_baseline, majority_baseline
 from ..tasks.verify import prompt_of, verify
-from ..text.chat import content_text
-from ..text.layouts import as_conversation
-from ..text.masks import encode_rows, mask_html
+from ..text.layouts import Spec, read_corpus
+from ..text.masks import REPLIES, encode_rows, mask_html
 from ..text.rows import read_rows
 from k2lab.training.metrics import (
     ANSWER_TOKENS,
@@ -68,6 +70,8 @@ class Training:
     load: Annotated[dict, Loading] = field(default_factory=dict)
     measures: list = field(default_factory=list)  # what to measure before and after
     answer_tokens: int = 160  # longest answer when measuring, in tokens
+    # how rows of your own are to be read: columns, roles, ignore, layout; see k2lab.text.layouts.Spec
+    rows: Annotated[dict, Spec] = field(default_factory=dict)
     max_dropped: float = 0.05  # largest share of a corpus that `length` may leave out
     seed: int = 0  # of everything random in this stage
     processes: int = 1  # more than one: `accelerate launch`
@@ -84,7 +88,10 @@ class Training:
         if not 0 <= self.max_dropped <= 1:
             raise LabError(f'max_dropped {self.max_dropped}: a share lies in 0 <= share <= 1')
         load = Loading(**self.load)
+        Spec(**self.rows)
         one_of('backend', load.backend, self.backends, 'load')
+        for measure in self.measures:
+            one_of('measure', measure, DATA, 'measures')
         check_trainable(load, self.optimizer, processes=self.processes)
         check_options(self.trainer, self.method)
         check_together(self.trainer, self.method, load, self.optimizer)
@@ -119,10 +126,12 @@ class Encoded:
         return len(self.examples) + self.counts.get('dropped', 0)
 
 
-def encoded(tok, rows: list, system: str, length: int, n: int | None = None) -> Encoded:
+def encoded(
+    tok, rows: list, system: str, length: int, n: int | None = None, replies: str = 'all'
+) -> Encoded:
     "Rows as examples of at most `length` tokens: replies with their masks, documents in their first `n` pieces."
     if 'text' not in rows[0]:
-        examples, counts = encode_rows(tok, rows, system, length)
+        examples, counts = encode_rows(tok, rows, system, length, replies)
         return Encoded(examples, len(rows), counts)
     pieces, read = [], 0
     while read < len(rows) and (n is None or len(pieces) < n):
@@ -171,11 +180,11 @@ def show_epochs(job, name: str, epochs: float, rows: int):
 
 # %% ../../nbs/training/03_stage.ipynb #fa452c8a
 def question_of(row: dict) -> str:
-    "What a row of any layout asks first; of a document, its text."
+    "What a row asks: all before the first reply of a conversation; of a document, its text."
     if 'text' in row:
         return row['text']
-    asked = next(m for m in as_conversation(row)['messages'] if m['role'] == 'user')
-    return content_text(asked, 'the question')
+    asked = takewhile(lambda m: m['role'] != 'assistant', row['messages'])
+    return json.dumps([m['content'] for m in asked], ensure_ascii=False)
 
 
 def held_out(rows: list, share: float, seed: int) -> list[dict]:
@@ -203,7 +212,7 @@ def heldout_rows(job, corpora: dict) -> list[dict]:
     "The rows that the stage keeps out of training: of its own `corpora` (`{name: rows}`), or of the one it names."
     kept = job.cfg.heldout
     if not kept or isinstance(kept, str):
-        return read_rows(job.find(kept)) if kept else []
+        return read_corpus(job.find(kept), Spec(**job.cfg.rows))[0] if kept else []
     return held_out(
         [r for rows in corpora.values() for r in rows if 'text' not in r], kept, job.seed
     )
@@ -213,7 +222,9 @@ def heldout_examples(job, tok, rows: list) -> list[dict]:
     "The held-out rows as examples; their number goes into the record."
     if not rows:
         return []
-    one, name = encoded(tok, rows, job.env['system'], job.cfg.length), job.cfg.heldout
+    cfg = job.cfg
+    one = encoded(tok, rows, job.env['system'], cfg.length, replies=cfg.replies)
+    name = cfg.heldout
     name = name if isinstance(name, str) else 'held out'
     check_dropped(job, name, one.whole, too_long(job.cfg.length, one.counts))
     counts = dict(one.counts, read=len(rows), examples=len(one.examples), trained=0)
@@ -232,20 +243,28 @@ def examples_of(job, tok, name: str, rows: list, n: int | str, held: set, rng) -
         )
     number = None if n == 'all' else int(n)
     drawn = repeated(free, len(free) if number is None else number, rng)
-    one = encoded(tok, drawn, job.env['system'], job.cfg.length, number)
+    cfg = job.cfg
+    one = encoded(tok, drawn, job.env['system'], cfg.length, number, cfg.replies)
     epochs = one.rows / len(free)
     show_epochs(job, name, epochs, len(free))
     check_dropped(job, name, one.whole, too_long(job.cfg.length, one.counts))
     read = dict(asked=n, read=min(one.rows, len(free)), epochs=round(epochs, 2))
     read |= dict(held_out=len(rows) - len(free), examples=len(one.examples))
-    job.record.setdefault('data', {})[name] = {**one.counts, **read}
+    job.record['data'][name] = job.record['data'].get(name, {}) | one.counts | read
     return one.examples
+
+
+def corpus_of(job, name: str) -> list[dict]:
+    "The rows of a corpus as conversations, or documents; its layout and the keys that ride along are recorded."
+    rows, counts = read_corpus(job.find(name), Spec(**job.cfg.rows))
+    job.record.setdefault('data', {})[name] = counts
+    return rows
 
 
 def read_mixture(job) -> dict[str, list]:
     "`{name: rows}` of the stage's `mix`; `LabError` if it is empty or would repeat rows with replies too often."
     mix = job.cfg.mix
-    corpora = {name: read_rows(job.find(name)) for name, n in mix.items() if n}
+    corpora = {name: corpus_of(job, name) for name, n in mix.items() if n}
     if not corpora:
         raise LabError(
             f'{job.stage}: the mixture is empty; name at least one corpus and how many rows'
@@ -273,7 +292,7 @@ def check_measures(job):
     "`LabError` if the data of one of the stage's measures are missing."
     for name in job.cfg.measures:
         try:
-            job.find(DATA[one_of('measure', name, DATA, 'measures')])
+            job.find(DATA[name])
         except LabError as why:
             raise LabError(f'{why}; or leave {name} out of measures') from None
 
@@ -486,6 +505,7 @@ class Supervised(Training):
     heldout: float | str = 0.0
     # short examples share rows of `length` tokens, and none reads another
     pack: bool = False
+    replies: str = 'all'  # of a conversation that are trained: all | last
 
     backends = ('transformers', 'unsloth')
 
@@ -495,6 +515,11 @@ class Supervised(Training):
         for name, n in self.mix.items():
             if n != 'all' and (not isinstance(n, int) or isinstance(n, bool) or n < 0):
                 raise LabError(f'mix: {name}: {n!r} is no number of rows; give one, or all')
+        if self.mix and not any(self.mix.values()):
+            raise LabError(
+                f'mix: nothing is left of {", ".join(self.mix)}; give one of them a number'
+            )
+        one_of('value', self.replies, REPLIES, 'replies')
         if not isinstance(self.heldout, str) and not 0 <= self.heldout < 1:
             raise LabError(f'heldout {self.heldout}: a share lies in 0 <= share < 1')
 

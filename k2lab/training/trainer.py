@@ -338,7 +338,7 @@ def fit_sft(
     rows = [with_labels(e) for e in (pack(examples, room) if room else examples)]
     sampling = 'random' if room else 'group_by_length'
     opts = fit_options(job, SFTConfig, ready.trainer, phase, sampling)
-    ledger = Ledger(tok, wait=True, parts=parts)
+    ledger = Ledger(tok, wait=True, parts=parts, examples=examples)
     collate = recording(collator_for(model, tok, bool(room)), ledger)
     with samples_apart(model) if room else contextlib.nullcontext():
         if room:
@@ -504,7 +504,7 @@ def fit_dpo(
     opts = fit_options(
         job, DPOConfig, trainer, phase, 'group_by_length', remove_unused_columns=False
     )
-    ledger = Ledger(tok, wait=True)
+    ledger = Ledger(tok, wait=True, examples=pairs)
     check_trainable(load, optimizer)
     check_cut(trainer, opts.world_size)
     fit = preference_trainer(model, reference, tok, pairs, ledger, opts, load, optimizer)
