@@ -77,6 +77,8 @@ class Training:
             one_of('key', key, [f.name for f in fields(Loading)], 'load')
         load = Loading(**self.load)
         one_of('backend', load.backend, self.backends, 'load')
+        for measure in self.measures:
+            one_of('measure', measure, DATA, 'measures')
         check_trainable(load, self.optimizer, processes=self.processes)
         check_options(self.trainer, self.method)
         check_together(self.trainer, self.method, load, self.optimizer)
@@ -323,6 +325,13 @@ class Supervised(Training):
     def __post_init__(self):
         super().__post_init__()
         check_trainable(Loading(**self.load), self.optimizer, self.pack)
+        for name, n in self.mix.items():
+            if n < 0:
+                raise LabError(f'mix: {name} is {n}; 0 leaves it out')
+        if self.mix and not any(self.mix.values()):
+            raise LabError(
+                f'mix: nothing is left of {", ".join(self.mix)}; give one of them a number'
+            )
 
 
 def fit_mixture(job, model, tok, load: Loading):
