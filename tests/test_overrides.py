@@ -467,7 +467,8 @@ def test_processes_without_gpus_are_refused_before_one_starts(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 7)
     monkeypatch.setattr('k2lab.lab.launch.run_group', lambda *a: pytest.fail('something started'))
     monkeypatch.setenv('SLURM_JOB_NUM_NODES', '1')
-    job = SimpleNamespace(cfg=SimpleNamespace(accelerate='zero3', processes=8), folder=None)
+    cfg = SimpleNamespace(accelerate='zero3', processes=8)
+    job: typing.Any = SimpleNamespace(cfg=cfg, folder=None)
     with pytest.raises(LabError, match='need 8 GPUs here, and there are 7'):
         work_in_processes(job)
 
