@@ -39,8 +39,10 @@ class Config:
         for name in self.checkpoints:
             if name not in self.measures:
                 raise LabError(f"measures: nothing for '{name}'; write measures.{name}=[MEASURE]")
-        for name in self.measures:
+        for name, measures in self.measures.items():
             one_of('checkpoint', name, self.checkpoints, 'measures')
+            for measure in measures:
+                one_of('measure', measure, DATA, f'measures.{name}')
 
 # %% ../nbs/80_evaluate.ipynb #52105631
 def counts_for(job, record: dict) -> bool:

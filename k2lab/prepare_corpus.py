@@ -120,6 +120,10 @@ class Config:
     def __post_init__(self):
         check_families([*self.families, *self.family_weights])
         refining(self.refine)
+        if 'tokenizer' in self.refine:
+            raise LabError(
+                "refine: tokenizer is a field of the stage, the name of a model; set that"
+            )
         for family, n in self.family_weights.items():
             if not isinstance(n, int) or n < 1:
                 raise LabError(f'family_weights: {family} has {n}; a whole number from 1 on')

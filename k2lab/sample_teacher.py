@@ -68,6 +68,9 @@ class Config:
                 raise LabError(
                     f"{name}: nothing for mode '{self.mode}'; write {name}.{self.mode}=..."
                 )
+        numbers = [n for rows in self.ask.values() for n in rows.values()]
+        if min(self.samples.values()) < 1 or min([*self.temperature.values(), *numbers]) < 0:
+            raise LabError('samples from 1 on, temperature and the numbers of ask from 0 on')
 
 # %% ../nbs/50_sample_teacher.ipynb #699faeee
 def ask_locally(job, rows: list) -> list[list[Reply]]:

@@ -52,7 +52,9 @@ def another(key: str, value):
         return not value
     if isinstance(value, (int, float)):
         return value * 2 + 1
-    return [*value, *value] if isinstance(value, list) else f'{value}2'
+    if isinstance(value, list) and isinstance(value[0], float):
+        return [v + 1 for v in value]
+    return value[::-1] if isinstance(value, list) else f'{value}2'
 
 
 def changed_to(block: dict, path: tuple, value) -> dict:
@@ -271,7 +273,7 @@ def test_auto_adapts_the_linear_layers_that_a_model_has():
 
 def test_options_of_an_adapter_reach_peft():
     tuned, parts = adapted('k2', lora_alpha=6, lora_dropout=0.25)
-    layer = next(m for m in tuned.modules() if hasattr(m, 'lora_dropout'))
+    layer: typing.Any = next(m for m in tuned.modules() if hasattr(m, 'lora_dropout'))
     assert layer.lora_dropout['default'].p == 0.25 and layer.scaling['default'] == 6 / 4
     assert parts['attention']['scales'] == [1.5]
     assert adapted('k2', rslora=True)[1]['dense']['scales'] == [4.0]  # 8 / sqrt(4)
@@ -391,9 +393,9 @@ def test_options_of_trl_that_a_stage_does_not_use_are_refused(stage, word, messa
 def test_the_control_of_dpo_takes_the_options_that_sft_has():
     from k2lab.run_dpo_reasoning import Config
 
-    changes = {'trainer.label_smoothing': '0.1', 'control_trainer.max_steps': '2'}
+    changes = {'trainer.ld_alpha': '0.5', 'control_trainer.max_steps': '2'}
     cfg = resolve(Config, 'run_dpo_reasoning', 'smoke', changes)
-    assert cfg.trainer['label_smoothing'] == 0.1
+    assert cfg.trainer['ld_alpha'] == 0.5
     assert cfg.control_options() == {
         'learning_rate': 5e-6,
         'per_device_train_batch_size': 4,
@@ -465,7 +467,8 @@ def test_processes_without_gpus_are_refused_before_one_starts(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 7)
     monkeypatch.setattr('k2lab.lab.launch.run_group', lambda *a: pytest.fail('something started'))
     monkeypatch.setenv('SLURM_JOB_NUM_NODES', '1')
-    job = SimpleNamespace(cfg=SimpleNamespace(accelerate='zero3', processes=8), folder=None)
+    cfg = SimpleNamespace(accelerate='zero3', processes=8)
+    job: typing.Any = SimpleNamespace(cfg=cfg, folder=None)
     with pytest.raises(LabError, match='need 8 GPUs here, and there are 7'):
         work_in_processes(job)
 
@@ -481,3 +484,115 @@ def test_measures_belong_to_checkpoints(changes, message):
     with pytest.raises(LabError) as e:
         resolved('evaluate', 'nano', changes)
     assert message in str(e.value)
+
+
+LOSSES = [
+    (
+        'run_dpo_reasoning',
+        {'trainer.loss_type': '[sigmoid, sfft]'},
+        "unknown loss_type 'sfft' (did",
+    ),
+    ('run_dpo_reasoning', {'trainer.loss_type': 'ipo'}, '2 loss_weights for 1 losses'),
+    (
+        'run_dpo_reasoning',
+        {'trainer.label_smoothing': '0.1'},
+        'without loss_type: exo_pair or robust',
+    ),
+    ('run_dpo_reasoning', {'trainer.ref_model_sync_steps': '4'}, 'without sync_ref_model: true'),
+    (
+        'train_sft_domain',
+        {'trainer.loss_type': 'dtf'},
+        "unknown loss_type 'dtf' (did you mean 'dft'?)",
+    ),
+    (
+        'run_dpo_reasoning',
+        {'load.lora_rank': 4, 'load.lora_dropout': 0.1},
+        'write trainer.disable_dropout=false beside it',
+    ),
+]
+
+
+@pytest.mark.parametrize('stage, changes, message', LOSSES)
+def test_losses_and_their_options(stage, changes, message):
+    with pytest.raises(LabError) as e:
+        resolved(stage, 'smoke', changes)
+    assert message in str(e.value) and '\n' not in str(e.value)
+
+
+def test_the_losses_are_those_of_trl():
+    "By the message that TRL has for an unknown one."
+    import inspect
+    import re
+
+    from trl.trainer import dpo_trainer, sft_trainer
+
+    from k2lab.training.trainer import LOSSES as ours
+
+    told = re.search(r'Should be one of \[(.*?)\]', inspect.getsource(dpo_trainer), re.S)
+    assert told and set(re.findall(r"'(\w+)'", told[1])) == set(ours['DPO'])
+    told = re.search(r'Supported values are (.*?)\."', inspect.getsource(sft_trainer), re.S)
+    assert told and set(re.findall(r"'(\w+)'", told[1])) == set(ours['SFT'])
+
+
+def test_dpo_switches_the_dropout_of_an_adapter_off():
+    "Why lora_dropout needs disable_dropout: false: TRL changes every dropout of the model it has wrapped."
+    from trl.trainer.utils import disable_dropout_in_model
+
+    tuned, _ = adapted('k2', lora_dropout=0.25)
+    disable_dropout_in_model(tuned)
+    layer: typing.Any = next(m for m in tuned.modules() if hasattr(m, 'lora_dropout'))
+    assert layer.lora_dropout['default'].p == 0
+
+
+BLOCKS = [
+    ('train_sft_domain', {'mix.general': '-1'}, 'mix: general is -1; 0 leaves it out'),
+    (
+        'train_sft_domain',
+        {'mix.domain_sft': 0, 'mix.domain': 0, 'mix.general': 0},
+        'mix: nothing is left of domain_sft, domain, general',
+    ),
+    (
+        'train_sft_domain',
+        {'measures': '[domain_question]'},
+        "unknown measure 'domain_question' (did",
+    ),
+    (
+        'evaluate',
+        {'measures.k2_think_dpo': '[bits]'},
+        "measures.k2_think_dpo: unknown measure 'bits'",
+    ),
+    (
+        'sample_teacher',
+        {'samples.preference': '2'},
+        "samples: unknown key 'preference' (did you mean",
+    ),
+    ('sample_teacher', {'teacher.preferenses': 'x'}, "teacher: unknown key 'preferenses' (did you"),
+    ('sample_teacher', {'samples.preferences': '0'}, 'samples from 1 on'),
+    ('sample_teacher', {'temperature.preferences': 'warm'}, 'preferences must be float, not'),
+    ('sample_teacher', {'teacher.preferences': 'null'}, "teacher: nothing for mode 'preferences'"),
+    ('sample_teacher', {'load.lora_rank': '4'}, 'lora_rank is for training'),
+    ('prepare_corpus', {'refine.min_char': '4'}, "refine: unknown key 'min_char' (did you mean"),
+    ('prepare_corpus', {'refine.least': '4'}, "refine: 'least' is now called 'min_chars'"),
+    ('prepare_corpus', {'refine.redact': 'maybe'}, "refine.redact must be bool, not 'maybe'"),
+    ('prepare_corpus', {'refine.tokenizer': 'x'}, 'refine: tokenizer is a field of the stage'),
+    ('prepare_corpus', {'family_weights.srot': '4'}, "unknown puzzle family 'srot' (did you mean"),
+    ('prepare_corpus', {'family_weights.sort': 'null'}, ''),
+    ('prepare_corpus', {'refine.near_duplicate_jaccard': 'null'}, ''),
+    (
+        'report',
+        {'goals': '[{stage: a, says: b, measure: c, at_leats: 1}]'},
+        "unknown key 'at_leats'",
+    ),
+    ('report', {'goals': '[{stage: a, says: b, any: [[{measure: c, gian: 1}]]}]'}, "key 'gian'"),
+    ('report', {'goals': '[{stage: a, says: b, measure: c}]'}, 'a goal has a measure and one of'),
+    ('report', {'goals': '[{says: b, measure: c, gain: 1}]'}, "no 'stage'"),
+]
+
+
+@pytest.mark.parametrize('stage, changes, message', BLOCKS)
+def test_unknown_keys_and_values_of_blocks_are_refused(stage, changes, message):
+    if not message:
+        return resolved(stage, 'nano', changes)
+    with pytest.raises(LabError) as e:
+        resolved(stage, 'nano', changes)
+    assert message in str(e.value) and '\n' not in str(e.value)

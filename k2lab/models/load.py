@@ -227,7 +227,7 @@ class Loading:
     four_bit: bool = False
     lora_rank: int = 0  # 0: train all weights
     # an adapter is added times alpha / rank; None: twice the rank, so times 2
-    lora_alpha: float | None = None
+    lora_alpha: int | None = None
     lora_dropout: float = 0.0  # share of an adapter's inputs that are dropped in training
     rslora: bool = False  # divide alpha by the root of the rank (rank-stabilised LoRA)
     # parts that get an adapter: attention, shared, dense, routed (the stacked experts), router,
@@ -272,7 +272,7 @@ class Loading:
         return () if self.adapt == 'auto' else tuple(self.adapt)
 
     @property
-    def alpha(self) -> float:
+    def alpha(self) -> int:
         "LoRA's alpha: as given, or twice the rank."
         return 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
 
