@@ -26,6 +26,8 @@ SLOW = [
     'data',
 ]
 
+LEAN = Path(__file__).parent / 'lean'
+
 
 def weight(item) -> int:
     "The place of a test's file in `SLOW`; files that are not there come last."
@@ -38,6 +40,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if weight(item) < len(SLOW):
             item.add_marker('slow')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def lean():
+    "Processes that tests start do without optional packages that take long to import (see lean/)."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('K2LAB_TEST_WITHOUT', 'sklearn bitsandbytes deepspeed')
+        patch.setenv('PYTHONPATH', str(LEAN), prepend=os.pathsep)
+        yield
 
 
 MODULE = '''
