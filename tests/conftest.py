@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items):
 def lean():
     "Processes that tests start do without optional packages that take long to import (see lean/)."
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('K2LAB_TEST_WITHOUT', 'sklearn bitsandbytes deepspeed')
+        patch.setenv('K2LAB_TEST_WITHOUT', 'scipy sklearn bitsandbytes deepspeed')
         patch.setenv('PYTHONPATH', str(LEAN), prepend=os.pathsep)
         yield
 

@@ -77,7 +77,7 @@ def command(home: Path, *words) -> subprocess.Popen:
         K2LAB_LAB_RUNS_PATH=str(home / 'runs'),
         K2LAB_LAB_CONFIGS_PATH=str(home / 'configs'),
         OMP_NUM_THREADS='1',
-        K2LAB_TEST_WITHOUT='sklearn bitsandbytes',
+        K2LAB_TEST_WITHOUT='scipy sklearn bitsandbytes',
         PYTHONPATH=f"{home / 'shim'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     )
     return subprocess.Popen(
