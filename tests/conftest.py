@@ -10,21 +10,23 @@ from textwrap import dedent
 
 import pytest
 
-# files whose tests train, kill or wait, the longest first: they start first, so that no worker ends with one alone
+# files whose tests train, kill or wait, the longest first; slurm only waits, while faults uses both cores
 SLOW = [
     'faults',
-    'resume',
-    'distributed',
     'slurm',
-    'refine',
-    'run',
+    'distributed',
     'cli',
+    'refine',
+    'resume',
+    'run',
     'traces',
     'paths',
     'unsloth',
     'vllm',
     'data',
 ]
+
+LEAN = Path(__file__).parent / 'lean'
 
 
 def weight(item) -> int:
@@ -38,6 +40,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if weight(item) < len(SLOW):
             item.add_marker('slow')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def lean():
+    "Processes that tests start do without optional packages that take long to import (see lean/)."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('K2LAB_TEST_WITHOUT', 'scipy sklearn bitsandbytes deepspeed')
+        patch.setenv('PYTHONPATH', str(LEAN), prepend=os.pathsep)
+        yield
 
 
 MODULE = '''
@@ -71,7 +82,6 @@ work = train
 RUN_HALF = [
     "job = start('{stage}', scale, run, changes); job.cfg",
     'launch(train, job)',
-    'job.curve()',
     'job.metrics()',
     'job.finish()',
 ]

@@ -65,7 +65,8 @@ def home(tmp_path_factory):
             )
         path.write_text(yaml.safe_dump(told))
     (folder / 'shim').mkdir()
-    (folder / 'shim' / 'sitecustomize.py').write_text(SHIM)
+    lean = (ROOT / 'tests/lean/sitecustomize.py').read_text()  # ours comes before it on the path
+    (folder / 'shim' / 'sitecustomize.py').write_text(lean + SHIM)
     return folder
 
 
@@ -76,6 +77,7 @@ def command(home: Path, *words) -> subprocess.Popen:
         K2LAB_LAB_RUNS_PATH=str(home / 'runs'),
         K2LAB_LAB_CONFIGS_PATH=str(home / 'configs'),
         OMP_NUM_THREADS='1',
+        K2LAB_TEST_WITHOUT='scipy sklearn bitsandbytes',
         PYTHONPATH=f"{home / 'shim'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     )
     return subprocess.Popen(

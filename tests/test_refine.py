@@ -56,6 +56,14 @@ def library(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope='module', autouse=True)
+def without_ray():
+    "Ray's processes, which work even when they have nothing to do, end with this file."
+    yield
+    if ray := sys.modules.get('ray'):
+        ray.shutdown()
+
+
 def refined(library, folder, **how):
     made = refine(
         [dict(files=f'{library}/*.jsonl', licence='MIT')], ['library'], Refining(), folder, **how

@@ -6,8 +6,8 @@ import pytest
 
 from k2lab.corpus.operators import conserved
 from k2lab.lab.config import LabError
-from k2lab.lab.sandbox import why_not
-from k2lab.tasks import verify
+from k2lab.lab.sandbox import run_python, why_not
+from k2lab.tasks import traces, verify
 from k2lab.tasks.traces import (
     Trace,
     choice,
@@ -163,7 +163,9 @@ CODE = Trace('Add.', '', tests=('assert add(2, 3) == 5', 'assert add(-1, 1) == 0
         ('open("/etc/passwd")\ndef add(a, b): return a + b', 'tests fail'),
     ],
 )
-def test_code_must_pass_its_tests_and_reach_their_end(final, why):
+def test_code_must_pass_its_tests_and_reach_their_end(final, why, monkeypatch):
+    sooner = lambda text, timeout: run_python(text, timeout=timeout / 4)
+    monkeypatch.setattr(traces, 'run_python', sooner)
     assert code(final, CODE) == why
 
 
@@ -366,9 +368,10 @@ def test_the_stage_takes_sets_and_generators(tmp_path, monkeypatch):
     )
 
 
-def test_an_answer_that_takes_for_ever_is_given_up():
+def test_an_answer_that_takes_for_ever_is_given_up(monkeypatch):
     import time
 
+    monkeypatch.setattr(traces, 'SECONDS', 1)
     began = time.monotonic()
     assert math('$9^{9^{9^{9}}}$', Trace('?', '', '2')) != ''
     assert time.monotonic() - began < 30
