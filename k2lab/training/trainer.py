@@ -18,7 +18,7 @@ from typing import Any
 
 from ..lab.checkpoint import newest_checkpoint, step_of
 from ..lab.config import LabError, did_you_mean
-from ..models.adapters import check_bits, lora, weight_bits
+from ..models.adapters import check_bits, dtype_of, lora, step_in_float32, weight_bits
 from k2lab.models.fast_lora import (
     check_collator,
     check_fast,
@@ -186,6 +186,7 @@ def supervised_trainer(
         data_collator=collate,
         optimizers=optimizer_for(ready.model, optimizer, opts),
     )
+    step_in_float32(fit)
     if load.backend == 'unsloth':
         check_collator(fit, collate)
     return fit
@@ -325,6 +326,7 @@ def preference_trainer(
         data_collator=recording(DataCollatorForPreference(tok.pad_token_id), ledger),
         optimizers=optimizer_for(model, optimizer, opts),
     )
+    step_in_float32(fit)
     fit.train_dataset = Dataset.from_list([with_length(pair) for pair in pairs])
     return fit
 
@@ -391,6 +393,8 @@ def open_for(job, name: str, load: Loading = DEFAULT_LOADING):
         torch.set_num_threads(job.env['threads'])
     place = job.find(name)
     model = (open_fast if load.backend == 'unsloth' else open_model)(place, load)
+    if (dtype := dtype_of(model)) != load.dtype:
+        job.check(f'{name}: opened in {dtype}', True, f'{load.dtype} cannot hold its training')
     sizes = weight_bits(model)
     job.record.setdefault('weights', {})[name] = {part: c['bytes'] for part, c in sizes.items()}
     if load.four_bit:
