@@ -57,12 +57,13 @@ def runs(tmp_path_factory):
 class Run:
     "A short training of the nano K2, not yet published."
 
-    def __init__(self, setting: str, rate: float, place=shipped('k2'), **changes):
+    def __init__(self, setting: str, rate: float, place: Path | None = None, **changes):
         options = {**SETTINGS[setting], **changes}
         if options.get('load.four_bit') and not find_spec('bitsandbytes'):
             pytest.skip('4-bit weights need bitsandbytes: pip install "k2lab[gpu]"')
         changes = {'trainer.learning_rate': rate, 'trainer.max_steps': 8, **options}
-        self.job = start('train_sft_domain', 'smoke', changes=dict(changes, init_from=str(place)))
+        self.job = start('train_sft_domain', 'smoke', changes=changes)
+        self.job.env['models'][self.job.cfg.init_from] = str(place or shipped('k2'))
         self.load = Loading(**self.job.cfg.load)
         model, self.tok = open_for(self.job, self.job.cfg.init_from, self.load)
         self.model = fit_mixture(self.job, model, self.tok, self.load)
@@ -178,7 +179,8 @@ def test_the_next_stage_starts_from_what_was_published():
     assert check['detail'] == 'bfloat16 cannot hold its training'
     with second.model.disable_adapter():
         start_logits = probe_logits(second.model)
-    assert torch.equal(start_logits, probe_logits(open_model(first.folder)))
+    published = probe_logits(open_model(first.folder))
+    assert export_report(start_logits, published, published)['moved'] < 1e-6
 
 
 def test_a_whole_model_is_not_trained_in_bfloat16():
@@ -205,10 +207,14 @@ def test_a_model_trained_on_four_bits_is_published_as_it_was_trained(four_bit):
     "The trained model speaks through bitsandbytes, the published one through plain layers."
     published = probe_logits(open_model(four_bit.folder))
     assert export_report(four_bit.said, published, published)['moved'] < 1e-5
-    layers = dequantised_layers(four_bit.model)
     plain = open_model(shipped('k2')).state_dict()
-    steps = [float((w - plain[n]).abs().max() / plain[n].abs().max()) for n, w in layers.items()]
-    assert len(steps) > 20 and 0.01 < min(steps) and max(steps) < 0.2  # NF4 has 16 values
+    off = [
+        float((w - plain[n]).norm() / plain[n].norm())
+        for n, w in dequantised_layers(four_bit.model).items()
+        if not w.shape[1] % 64  # bitsandbytes 0.50 garbles other widths on a CPU
+    ]
+    # the mean square of NF4's error for normal weights in blocks of 64 is 0.0091
+    assert len(off) == 28 and all(0.09 < o < 0.105 for o in off)
 
 
 def test_it_is_not_rounded_to_four_bits_again(four_bit):
