@@ -12,11 +12,11 @@ from .models.load import Loading, open_model, open_tokenizer
 from .training.metrics import generation_speed
 from k2lab.training.stage import (
     Supervised,
-    evaluate_after,
+    evaluate_and_publish,
     fit_mixture,
     log_samples,
-    publish_model,
     scores_before,
+    to_measure,
 )
 from .training.trainer import open_for
 
@@ -71,8 +71,8 @@ def train(job):
     model, tok = open_for(job, cfg.init_from, load)
     known = scores_before(job, model, tok)
     log_samples(job, model, tok, 'before')
-    model = publish_model(job, fit_mixture(job, model, tok, load), tok)
-    compare(job, model, tok, evaluate_after(job, model, tok, known))
+    model = to_measure(job, fit_mixture(job, model, tok, load), tok)
+    compare(job, model, tok, evaluate_and_publish(job, model, tok, known))
 
 
 work = train

@@ -12,7 +12,13 @@ from .models.load import Loading, open_model
 from .text.masks import encode_rows
 from .text.rows import read_rows
 from .training.metrics import evaluate_measures, pair_ids, preference_accuracy, target_logps
-from .training.stage import Training, evaluate_after, log_samples, publish_model, scores_before
+from k2lab.training.stage import (
+    Training,
+    evaluate_and_publish,
+    log_samples,
+    scores_before,
+    to_measure,
+)
 from .training.trainer import fit_dpo, fit_sft, open_for
 
 # %% ../nbs/51_run_dpo_reasoning.ipynb #c33679dd
@@ -95,13 +101,13 @@ def train(job):
     logps = chosen_logps(model, tok, heldout, system)
     before = preference_accuracy(model, tok, heldout, system)
     log_samples(job, model, tok, 'before')
-    model = publish_model(job, prefer(job, model, tok, pairs, load), tok)
+    model = to_measure(job, prefer(job, model, tok, pairs, load), tok)
     job.record['displacement'] = displacement(logps, chosen_logps(model, tok, heldout, system))
     after = preference_accuracy(model, tok, heldout, system)
     control = run_control(job, tok) if cfg.control else {}
     values = (before.value, after.value, after.low, after.high, after.n)
     job.measure('preference_accuracy', *values, control=control.get('preference_accuracy'))
-    evaluate_after(job, model, tok, known, **{k: dict(control=v) for k, v in control.items()})
+    evaluate_and_publish(job, model, tok, known, **{k: dict(control=v) for k, v in control.items()})
 
 
 work = train

@@ -31,7 +31,7 @@ from k2lab.models.load import (
     write_certificate,
 )
 from k2lab.train_sft_domain import Config
-from k2lab.training.stage import fit_mixture, publish_model
+from k2lab.training.stage import fit_mixture, publish_model, to_measure
 from k2lab.training.trainer import open_for
 
 FULL = os.environ.get('K2LAB_FAULTS') == 'full'
@@ -69,9 +69,12 @@ class Run:
         self.model = fit_mixture(self.job, model, self.tok, self.load)
 
     def publish(self):
-        "The model to measure after publishing; a second time as if the first had never been."
+        "The model to measure, with the checkpoint published; a second time as if the first had never been."
         self.job.record['saves'].clear()
-        return publish_model(self.job, self.model, self.tok)
+        model = to_measure(self.job, self.model, self.tok)
+        if not self.job.record['saves']:
+            publish_model(self.job, model, self.tok)
+        return model
 
     @property
     def folder(self) -> Path:
@@ -231,7 +234,7 @@ def test_adapters_are_trained_in_float32_and_the_record_says_so(setting):
     assert parts['attention']['dtypes'] == ['float32'] and parts['routed']['dtypes'] == []
     assert coverage(run.model)['attention']['dtypes'] == ['float32']
     run.publish()
-    assert run.export['measured'] == 'the published model' and run.export['live'] < 0.1
+    assert run.job.record['measured'] == 'the published model' and run.export['live'] < 0.1
 
 
 # ---- the certificate that lies beside a checkpoint ---------------------------------------------------------

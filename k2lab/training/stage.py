@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEDGER_COLUMNS', 'check_steps', 'Training', 'repeated', 'document_pieces', 'examples_of', 'mixed', 'inherited',
-           'scores_before', 'baselines', 'answer_room', 'log_samples', 'score_details', 'evaluate_after', 'open_base',
-           'probe_adapter', 'probe_saved', 'record_export', 'publish_adapter', 'computes_alone', 'save_merged',
-           'publish_merged', 'publish_whole', 'publish_gathered', 'to_measure', 'publish_model', 'ledger_line',
-           'ledger_table', 'Supervised', 'fit_mixture', 'supervised']
+           'scores_before', 'baselines', 'answer_room', 'log_samples', 'score_details', 'evaluate_and_publish',
+           'open_base', 'probe_adapter', 'probe_saved', 'record_export', 'publish_adapter', 'computes_alone',
+           'save_merged', 'publish_merged', 'publish_whole', 'publish_gathered', 'publish_model', 'to_measure',
+           'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture', 'supervised']
 
 # %% ../../nbs/training/03_stage.ipynb #2ff10f03
 import dataclasses
@@ -138,10 +138,10 @@ def mixed(job, tok, wanted: dict) -> list[dict]:
 
 # %% ../../nbs/training/03_stage.ipynb #076aabd2
 def inherited(job, measures: list) -> dict:
-    "`{measure: value}` from the record of the run that made `init_from`."
+    "`{measure: value}` from the record of the run that made `init_from`; none for its 4-bit version, another model."
     parents = [p['run'] for p in job.record['parents'] if p['name'] == job.cfg.init_from]
     run = next((run for run in parents if run), None)
-    if not run:
+    if not run or Loading(**job.cfg.load).four_bit:
         return {}
     metrics = read_run(job.folder.parent / run)['metrics']
     after = {m['measure']: m['after'] for m in metrics if m['after'] is not None}
@@ -198,8 +198,8 @@ def score_details(job, name: str, score) -> dict:
     return dict(families=families, cut=sum(r.cut for r in score.replies))
 
 
-def evaluate_after(job, model, tok, known: dict, **more):
-    "Measure, report before and after, show samples; returns scores. `more[measure]` joins its line."
+def evaluate_and_publish(job, model, tok, known: dict, **more):
+    "Measure, report before and after, show samples, publish; returns scores. `more[measure]` joins its line."
     scores = evaluate_measures(job, model, tok, job.cfg.measures)
     for name, score in scores.items():
         details = {**score_details(job, name, score), **more.get(name, {})}
@@ -207,6 +207,8 @@ def evaluate_after(job, model, tok, known: dict, **more):
         values = (known.get(name), score.value, score.low, score.high, score.n)
         job.measure(name, *values, **details)
     log_samples(job, model, tok, 'after')
+    if job.cfg.saves not in job.record['saves']:
+        publish_model(job, model, tok)
     return scores
 
 # %% ../../nbs/training/03_stage.ipynb #bf58b0fd
@@ -300,31 +302,16 @@ def publish_gathered(job, model, tok, weights: dict):
         saved = open_model(place, Loading(dtype=dtype_of(model)))
         record_export(job, same_tensors(weights, saved, moved))
 
-# %% ../../nbs/training/03_stage.ipynb #f7f61195
-def to_measure(job, model, split: bool):
-    "The model that the measures after training are taken on: the published one where it can differ; for the record."
-    load = Loading(**job.cfg.load)
-    trained = split or (computes_alone(job, model, split) and not load.four_bit)
-    job.record['export']['measured'] = 'the trained model' if trained else 'the published model'
-    job.write()
-    if trained:
-        return model
-    return open_model(job.folder / job.cfg.saves, Loading(dtype=load.dtype)).to(model.device)
-
-
+# %% ../../nbs/training/03_stage.ipynb #515d6efe
 def publish_model(job, model, tok):
-    """Publish the trained model as a checkpoint that the next stage opens; returns the model to measure.
+    """The trained model as a checkpoint that the next stage opens, with its certificate.
 
     All processes contribute their slices; the first one writes."""
-    from accelerate.utils import extract_model_from_parallel
-
     split, adapted = is_split(model), hasattr(model, 'peft_config')
     wanted = 'lora_' if adapted else ''
     weights = gather_tensors(model, wanted, job.first) if split or adapted else {}
     if not job.first:
-        return model
-    if not split:  # the trainer's wrapper computes in bfloat16
-        model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+        return
     with one_process():
         if adapted:
             publish_adapter(job, model, weights)
@@ -333,7 +320,28 @@ def publish_model(job, model, tok):
             publish_gathered(job, model, tok, weights)
         else:
             publish_whole(job, model, tok)
-        return to_measure(job, model, split)
+
+
+def to_measure(job, model, tok):
+    """The model that the measures after training are taken on; for the record.
+
+    One that was trained in bfloat16 or on 4-bit weights is published first and opened again."""
+    from accelerate.utils import extract_model_from_parallel
+
+    load, split = Loading(**job.cfg.load), is_split(model)
+    if not split:  # without the trainer's wrapper, which computes in bfloat16 on a GPU
+        model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    trained = split or (computes_alone(job, model, split) and not load.four_bit)
+    job.record['measured'] = 'the trained model' if trained else 'the published model'
+    if trained:
+        return model
+    publish_model(job, model, tok)
+    if not job.first:
+        return model
+    device = model.device
+    if not load.four_bit:
+        model.cpu()  # makes room
+    return open_model(job.folder / job.cfg.saves, Loading(dtype=load.dtype)).to(device)
 
 # %% ../../nbs/training/03_stage.ipynb #ff010e18
 LEDGER_COLUMNS = [
@@ -396,11 +404,11 @@ def fit_mixture(job, model, tok, load: Loading):
 
 
 def supervised(job, headline: str, solved: str):
-    "Open, measure, train, publish, measure again. `headline` gets baselines, with worked examples from `solved`."
+    "Open, measure, train, measure again, publish. `headline` gets baselines, with worked examples from `solved`."
     load = Loading(**job.cfg.load)
     model, tok = open_for(job, job.cfg.init_from, load)
     known = scores_before(job, model, tok)
     compared = baselines(job, model, tok, headline, solved)
     log_samples(job, model, tok, 'before')
-    model = publish_model(job, fit_mixture(job, model, tok, load), tok)
-    evaluate_after(job, model, tok, known, **{headline: dict(baseline=compared)})
+    model = to_measure(job, fit_mixture(job, model, tok, load), tok)
+    evaluate_and_publish(job, model, tok, known, **{headline: dict(baseline=compared)})
