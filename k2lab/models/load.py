@@ -375,11 +375,11 @@ def open_model(place, load: Loading = DEFAULT_LOADING):
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     folder = local_folder(place)
-    load = as_published(folder, load)
     config, tensors = _config_of(folder), dequantised(folder)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class takes no state_dict
     if tensors is None:
         stored(folder)  # all files are there and complete
+    load = as_published(folder, load)
     try:
         model, info = _loaded(kind, folder if tensors is None else None, tensors, config, load)
     except RuntimeError as e:
