@@ -168,7 +168,8 @@ def test_what_bfloat16_cannot_hold_is_published_and_opened_in_float32():
     run = Run('bfloat16 LoRA', 5e-6)
     run.publish()
     assert run.export['dtype'] == 'float32' and run.export['lost_in_bfloat16'] > 0.5
-    assert 'lost_in_bfloat16' in run.job.record['checks'][-1]['detail']
+    check = run.job.record['checks'][-1]
+    assert check['name'] == 'published in float32' and 'would lack 9' in check['detail']
     wanted, half = probe_logits(open_model(run.folder)), Loading(dtype='bfloat16')
     assert torch.equal(probe_logits(open_model(run.folder, half)), wanted)
     tok = open_tokenizer(run.folder)
@@ -194,6 +195,14 @@ def test_a_whole_model_is_not_trained_in_bfloat16():
     for launch in ('zero2', 'zero3', 'fsdp2'):
         Config(load=dict(dtype='bfloat16'), processes=2, accelerate=launch)
     Config(load=dict(dtype='bfloat16', lora_rank=4))
+
+
+def test_four_bit_weights_are_not_split():
+    for launch in ('zero3', 'fsdp2'):
+        with pytest.raises(LabError, match=f'split over processes, as accelerate {launch} does'):
+            Config(load=dict(four_bit=True, lora_rank=4), processes=2, accelerate=launch)
+    Config(load=dict(four_bit=True, lora_rank=4), processes=2, accelerate='ddp')
+    Config(load=dict(four_bit=True, lora_rank=4))
 
 
 # ---- 4 bits ------------------------------------------------------------------------------------------------

@@ -59,12 +59,18 @@ from .trainer import check_trainable, fit_sft, open_for
 
 # %% ../../nbs/training/03_stage.ipynb #b8dca80f
 def check_steps(load: Loading, processes: int, accelerate: str):
-    "`LabError` if all weights would be trained in bfloat16, with no float32 copies of them."
-    if load.dtype != 'bfloat16' or load.lora_rank:
-        return
+    "`LabError` for all weights in bfloat16 with no float32 copies of them, or 4-bit weights split over processes."
     path = lab_path('configs') / 'accelerate' / f'{accelerate}.yaml'
     launched = read_yaml(path) if processes > 1 and path.exists() else {}
-    if launched.get('distributed_type') not in ('DEEPSPEED', 'FSDP'):
+    kind = launched.get('distributed_type')
+    stage = launched.get('deepspeed_config', {}).get('zero_stage')
+    if load.four_bit and (kind == 'FSDP' or stage == 3):
+        raise LabError(
+            f'load: four_bit weights cannot be split over processes, as accelerate {accelerate} '
+            'does; use accelerate ddp, or one process'
+        )
+    whole = load.dtype == 'bfloat16' and not load.lora_rank
+    if whole and kind not in ('DEEPSPEED', 'FSDP'):
         raise LabError(f'load: all weights would be trained in bfloat16, {STEPS_LOST}')
 
 # %% ../../nbs/training/03_stage.ipynb #fe77c2a6
@@ -237,6 +243,9 @@ def record_export(job, report: dict):
         f'{k} {v:.2g}' if isinstance(v, float) else f'{k} {v}' for k, v in report.items()
     )
     job.check('the saved model is the trained one', True, line)
+    if lost := report.get('lost_in_bfloat16'):
+        reason = f'in bfloat16 the model would lack {lost:.0%} of its training'
+        job.check('published in float32', True, reason)
 
 # %% ../../nbs/training/03_stage.ipynb #dbd260ef
 def publish_adapter(job, model, weights: dict):
