@@ -21,6 +21,7 @@ from k2lab.training.stage import (
     mixed,
     read_mixture,
     scores_before,
+    to_measure,
 )
 from .training.trainer import open_for
 
@@ -77,7 +78,7 @@ def train(job):
     mixture = mixed(job, tok, corpora)
     known, before = scores_before(job, model, tok), loss_before(model, tok, mixture)
     log_samples(job, model, tok, 'before')
-    model = fit_mixture(job, model, tok, mixture, load)
+    model = to_measure(job, fit_mixture(job, model, tok, mixture, load), tok)
     measure_heldout(job, model, tok, mixture, before)
     compare(job, model, tok, evaluate_and_publish(job, model, tok, known))
 

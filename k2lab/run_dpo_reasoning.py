@@ -20,6 +20,7 @@ from k2lab.training.stage import (
     evaluate_and_publish,
     log_samples,
     scores_before,
+    to_measure,
     too_long,
 )
 from k2lab.training.trainer import (
@@ -150,7 +151,7 @@ def train(job):
     logps = chosen_logps(model, tok, heldout, system)
     before = preference_accuracy(model, tok, heldout, system)
     log_samples(job, model, tok, 'before')
-    model = prefer(job, model, tok, pairs.ids, load)
+    model = to_measure(job, prefer(job, model, tok, pairs.ids, load), tok)
     job.record['displacement'] = displacement(logps, chosen_logps(model, tok, heldout, system))
     after = preference_accuracy(model, tok, heldout, system)
     control = run_control(job, tok, pairs.ids, heldout) if cfg.control else {}

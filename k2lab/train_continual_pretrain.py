@@ -13,7 +13,13 @@ from .lab.config import LabError
 from .models.load import Loading, generate
 from .text.masks import concatenate
 from .text.rows import read_rows
-from .training.stage import Training, evaluate_and_publish, repeated, scores_before
+from k2lab.training.stage import (
+    Training,
+    evaluate_and_publish,
+    repeated,
+    scores_before,
+    to_measure,
+)
 from .training.trainer import fit_sft, open_for
 
 # %% ../nbs/20_train_continual_pretrain.ipynb #1059a5c1
@@ -61,6 +67,7 @@ def train(job):
     job.show_rows([dict(text=tok.decode(r['input_ids'])[:200]) for r in rows[:5]])
     log_continuations(job, model, tok, 'before')
     model = fit_sft(job, model, tok, rows, cfg.trainer, cfg.optimizer, load)
+    model = to_measure(job, model, tok)
     log_continuations(job, model, tok, 'after')
     evaluate_and_publish(job, model, tok, known)
 

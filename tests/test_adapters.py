@@ -12,11 +12,12 @@ from k2lab.models.adapters import (
     adaptable,
     adapters,
     apart,
-    certificate,
     certified,
+    certified_export,
     check_bits,
     check_saved,
     coverage,
+    export_report,
     lora,
     merge_adapter,
     probe_logits,
@@ -255,15 +256,15 @@ def export(folder, on_disk=lambda weights: None, other=None):
     for n, p in model.named_parameters():
         if 'lora_B' in n:
             torch.nn.init.normal_(p, std=0.05)
-    said = probe_logits(model)
+    trained = probe_logits(model)
     with model.disable_adapter():
         plain = probe_logits(model)
-    one = merge_adapter(model)
-    save_checkpoint(other(model) if other else one, tok, folder)
+    save_checkpoint(other(model) if other else merge_adapter(model), tok, folder)
     weights = load_file(folder / 'model.safetensors')
     on_disk(weights)
     save_file(weights, folder / 'model.safetensors', metadata={'format': 'pt'})
-    return certificate(said, probe_logits(one), probe_logits(open_model(folder)), plain, 'float32')
+    report = export_report(plain, trained, probe_logits(open_model(folder)))
+    return certified_export(report, 'float32')
 
 
 DOWN = 'model.layers.1.mlp.experts.2.down_proj.weight'
@@ -326,12 +327,8 @@ def test_a_fault_of_the_export_is_found(fault, tmp_path):
 
 
 def test_a_good_export_is_certified(tmp_path):
-    told = export(tmp_path / 'out', other=rebuilt())
-    assert (
-        told['prompts'] == 64
-        and told['merged'] < 1e-5
-        and told['saved'] < 1e-5 < 0.01 < told['moved']
-    )
+    report = export(tmp_path / 'out', other=rebuilt())
+    assert report['prompts'] == 64 and report['saved'] < 1e-5 < 0.01 < report['moved']
 
 
 def test_logits_that_cannot_be_compared_are_far_apart():

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..lab.config import LabError
 from .adapters import lora
-from .load import Loading, _check_keys, local_folder
+from .load import Loading, _check_keys, as_published, local_folder
 from .quantized import backbone, language_names, read_config, scheme, stored
 
 # %% ../../nbs/models/03_fast_lora.ipynb #df28e139
@@ -93,6 +93,7 @@ def check_weights(place, folder: Path, model):
 def open_fast(place, load: Loading):
     "A dense causal language model, opened by Unsloth; `LabError` if model, machine or weights do not fit."
     folder = local_folder(place)
+    load = as_published(folder, load)
     config, unsloth = dense_config(folder), unsloth_first()
     import torch
 

@@ -20,7 +20,14 @@ from typing import Any
 
 from ..lab.checkpoint import newest_checkpoint, step_of
 from ..lab.config import LabError, did_you_mean, one_of
-from ..models.adapters import check_bits, check_parts, lora, weight_bits
+from k2lab.models.adapters import (
+    check_bits,
+    check_parts,
+    dtype_of,
+    lora,
+    step_in_float32,
+    weight_bits,
+)
 from k2lab.models.fast_lora import (
     check_collator,
     check_fast,
@@ -353,6 +360,7 @@ def supervised_trainer(
         data_collator=collate,
         optimizers=optimizer_for(ready.model, optimizer, opts),
     )
+    step_in_float32(fit)
     if load.backend == 'unsloth':
         check_collator(fit, collate)
     return fit
@@ -526,6 +534,7 @@ def preference_trainer(
         data_collator=recording(DataCollatorForPreference(tok.pad_token_id), ledger),
         optimizers=optimizer_for(model, optimizer, opts),
     )
+    step_in_float32(fit)
     fit.train_dataset = Dataset.from_list([with_length(pair) for pair in pairs])
     return fit
 
@@ -595,6 +604,8 @@ def open_for(job, name: str, load: Loading = DEFAULT_LOADING):
     place = job.find(name)
     check_parts(place, load)
     model = (open_fast if load.backend == 'unsloth' else open_model)(place, load)
+    if (dtype := dtype_of(model)) != load.dtype:
+        job.check(f'{name}: opened in {dtype}', True, f'{load.dtype} cannot hold its training')
     sizes = weight_bits(model)
     job.record.setdefault('weights', {})[name] = {part: c['bytes'] for part, c in sizes.items()}
     if load.four_bit:
