@@ -605,7 +605,7 @@ class Supervised(Training):
         check_trainable(Loading(**self.load), self.optimizer, self.pack)
         for name, n in self.mix.items():
             if n != 'all' and (not isinstance(n, int) or isinstance(n, bool) or n < 0):
-                raise LabError(f'mix: {name}: {n!r} is no number of rows; give one, or all')
+                raise LabError(f'mix: {name} is {n!r}; 0 leaves it out, all takes each row once')
         if self.mix and not any(self.mix.values()):
             raise LabError(
                 f'mix: nothing is left of {", ".join(self.mix)}; give one of them a number'
