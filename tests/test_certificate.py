@@ -32,7 +32,7 @@ from k2lab.models.load import (
     write_certificate,
 )
 from k2lab.train_sft_domain import Config
-from k2lab.training.stage import fit_mixture, publish_model, to_measure
+from k2lab.training.stage import fit_mixture, mixed, publish_model, read_mixture, to_measure
 from k2lab.training.trainer import open_for
 
 FULL = os.environ.get('K2LAB_FAULTS') == 'full'
@@ -67,7 +67,8 @@ class Run:
         self.job.env['models'][self.job.cfg.init_from] = str(place or shipped('k2'))
         self.load = Loading(**self.job.cfg.load)
         model, self.tok = open_for(self.job, self.job.cfg.init_from, self.load)
-        self.model: Any = fit_mixture(self.job, model, self.tok, self.load)
+        mixture = mixed(self.job, self.tok, read_mixture(self.job))
+        self.model: Any = fit_mixture(self.job, model, self.tok, mixture, self.load)
 
     def publish(self):
         "The model to measure, with the checkpoint published; a second time as if the first had never been."

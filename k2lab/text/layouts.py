@@ -57,7 +57,9 @@ _PAIR = ('chosen', 'rejected')
 LAYOUTS = {
     'messages': Layout('messages'),
     'sharegpt': Layout('conversations'),
-    'alpaca': Layout('instruction', ('output',), takes=('input', 'reasoning', *_TURNS)),
+    'alpaca': Layout(
+        'instruction', ('output',), takes=('input', 'reasoning', *_TURNS), rides=('fact',)
+    ),
     'prompt_completion': Layout('prompt', ('completion',), takes=('reasoning', *_TURNS)),
     'prompt_response': Layout('prompt', ('response',), takes=('reasoning', *_TURNS)),
     'prompt_reasoning_final': Layout(
