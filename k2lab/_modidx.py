@@ -459,6 +459,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'k2lab.lab.config.fill': ('lab/config.html#fill', 'k2lab/lab/config.py'),
                                   'k2lab.lab.config.fit_type': ('lab/config.html#fit_type', 'k2lab/lab/config.py'),
                                   'k2lab.lab.config.fit_value': ('lab/config.html#fit_value', 'k2lab/lab/config.py'),
+                                  'k2lab.lab.config.given_whole': ('lab/config.html#given_whole', 'k2lab/lab/config.py'),
                                   'k2lab.lab.config.is_root': ('lab/config.html#is_root', 'k2lab/lab/config.py'),
                                   'k2lab.lab.config.lab_path': ('lab/config.html#lab_path', 'k2lab/lab/config.py'),
                                   'k2lab.lab.config.load_env': ('lab/config.html#load_env', 'k2lab/lab/config.py'),

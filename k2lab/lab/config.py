@@ -6,7 +6,7 @@
 __all__ = ['SCALES', 'SETTINGS', 'ENV', 'LabError', 'did_you_mean', 'one_of', 'is_root', 'root', 'setting', 'lab_path',
            'stage_notebooks', 'stage_names', 'stage_file', 'StrictLoader', 'read_yaml', 'yaml_value', 'fit_type',
            'block_of', 'field_kind', 'value_kind', 'undot', 'fit_value', 'check_layer', 'required', 'merged',
-           'without_null', 'fill', 'scale_block', 'resolve', 'overlay', 'load_env']
+           'without_null', 'given_whole', 'fill', 'scale_block', 'resolve', 'overlay', 'load_env']
 
 # %% ../../nbs/lab/00_config.ipynb #72f19765
 import contextlib
@@ -359,10 +359,21 @@ def without_null(value, kind):
     }
 
 # %% ../../nbs/lab/00_config.ipynb #1cac6edb
+def given_whole(Config, layer: dict) -> list[str]:
+    "The fields of a layer that name things, such as `mix` does with corpora, and are given whole."
+    kinds = typing.get_type_hints(Config)
+    is_open = lambda kind: typing.get_origin(kind) is dict and typing.get_args(kind)[0] is str
+    return [
+        k for k, v in layer.items() if is_open(kinds.get(k)) and isinstance(yaml_value(v), dict)
+    ]
+
+
 def fill(Config, layers: list, defaults: dict | None = None):
     "A `Config` from `(where, layer)` pairs laid over `defaults`, later ones winning; blocks are laid over key by key."
     values = dict(defaults or {})
     for where, layer in layers:
+        for name in given_whole(Config, layer) if where == 'changes' else ():
+            values.pop(name, None)
         values = merged(values, check_layer(Config, layer, where), f'{where}: ')
     missing = [name for name in required(Config) if name not in values]
     if missing:
