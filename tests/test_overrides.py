@@ -98,8 +98,8 @@ def test_every_dotted_change_changes_one_key():
         nested = new
         for part in reversed(path):
             nested = {part: nested}
-        if name == 'checkpoints':
-            continue  # measures name the checkpoints that such a change leaves out
+        if name in ('checkpoints', 'measures'):
+            continue  # each of the two names what the other has; one alone is refused
         if name in NAMES:  # a mixture that is given whole is the whole mixture
             want = {**before, name: nested}
         assert resolved(stage, scale, {name: nested}) == want, (stage, scale, key, 'as a block')
