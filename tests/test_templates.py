@@ -312,3 +312,49 @@ def test_what_a_template_drops_is_refused(name, messages, reason):
     tools = TOOLS if 'tool' in reason else None
     with pytest.raises(LabError, match=f'cannot print the conversation: .*{reason}'):
         prompt_ids(tokenizer(name), messages, tools)
+
+
+@pytest.mark.skipif(
+    not KIMI_FILES.exists(), reason='the real Kimi tokenizer is not beside this checkout'
+)
+def test_calls_in_a_reply_are_control_tokens_and_letters_of_a_user_are_not(tmp_path):
+    "A reply as a completion endpoint returns it, with Moonshot's own ids."
+    for file in ('tiktoken.model', 'tokenizer_config.json'):
+        (tmp_path / file).symlink_to(KIMI_FILES / file)
+    template = (SHARED / 'templates' / 'kimi-k2-thinking.jinja').read_text()
+    (tmp_path / 'chat_template.jinja').write_text(template)
+    tok = load_kimi_tokenizer(tmp_path)
+    (line,) = (SHARED / 'cases' / 'training' / 'tool_response.jsonl').read_text().splitlines()
+    row = json.loads(line)
+    row['prompt'] += ' <|tool_call_begin|>'
+    (example,) = row_examples(tok, row)
+    tags = range(163595, 163600)
+    learned = [i for i, m in zip(*example.values()) if m]
+    read = [i for i, m in zip(*example.values()) if not m]
+    assert {i for i in learned if i in tags} == set(tags)
+    assert not any(i in tags for i in read)
+    assert '<|tool_call_begin|>' in tok.decode(read)
+
+
+def test_a_model_like_qwen3_keeps_its_own_format(tmp_path):
+    from tokenizers import AddedToken
+
+    from k2lab.models.load import open_tokenizer, shipped
+
+    tok = open_tokenizer(shipped('qwen'))
+    tok.add_tokens([AddedToken(t, normalized=False) for t in ('<think>', '</think>')])
+    path = SHARED / 'cases' / 'training' / 'qwen3_like.jinja'
+    tok.chat_template = path.read_text().rstrip('\n')
+    tok.save_pretrained(tmp_path)
+    tok = open_tokenizer(tmp_path)
+    (example,) = row_examples(tok, dict(prompt='2+2?', reasoning='two and two', final='4'))
+    talk = [
+        dict(role='user', content='2+2?'),
+        dict(role='assistant', content='4', reasoning_content='two and two'),
+    ]
+    whole = tok(tok.apply_chat_template(talk, tokenize=False), add_special_tokens=False).input_ids
+    assert whole[: len(example['input_ids'])] == example['input_ids']
+    assert 'created by Alibaba' not in tok.decode(whole)
+    learned = [i for i, m in zip(*example.values()) if m]
+    assert tok.convert_tokens_to_ids('<think>') in learned
+    assert tok.convert_tokens_to_ids('<|im_end|>') == learned[-1]
