@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['work', 'Config', 'chosen_logps', 'displacement', 'chosen_example', 'rejected_example', 'fit_control', 'run_control',
-           'Pairs', 'pairs_of', 'prefer', 'train']
+           'UsedPairs', 'used_pairs', 'prefer', 'train']
 
 # %% ../nbs/51_run_dpo_reasoning.ipynb #1555942f
 from dataclasses import dataclass, field
@@ -113,14 +113,14 @@ def run_control(job, tok, pairs: list, heldout: list) -> dict:
 
 # %% ../nbs/51_run_dpo_reasoning.ipynb #7d64282b
 @dataclass(frozen=True)
-class Pairs:
+class UsedPairs:
     "The pairs of a corpus that can be used."
 
     rows: list
     ids: list  # `pair_ids` of the rows
 
 
-def pairs_of(job, tok, name: str) -> Pairs:
+def used_pairs(job, tok, name: str) -> UsedPairs:
     "The pairs of a corpus that fit and teach something; the others are counted, `LabError` above `max_dropped`."
     rows, read = read_corpus(job.find(name), Spec(**job.cfg.rows), 'preference')
     length = job.cfg.length
@@ -129,7 +129,7 @@ def pairs_of(job, tok, name: str) -> Pairs:
     left_out = too_long(length, counts) | {'with two equal replies': counts['equal']}
     check_dropped(job, name, len(rows), left_out)
     job.record.setdefault('data', {})[name] = read | counts | dict(read=len(rows))
-    return Pairs([rows[pair['row']] for pair in kept], kept)
+    return UsedPairs([rows[pair['row']] for pair in kept], kept)
 
 
 def prefer(job, model, tok, pairs: list, load: Loading):
@@ -144,7 +144,7 @@ def train(job):
     cfg, load, system = job.cfg, Loading(**job.cfg.load), job.env['system']
     check_measures(job)
     model, tok = open_for(job, cfg.init_from, load)
-    pairs, heldout = pairs_of(job, tok, cfg.data), pairs_of(job, tok, cfg.heldout).rows
+    pairs, heldout = used_pairs(job, tok, cfg.data), used_pairs(job, tok, cfg.heldout).rows
     sides = [f(pair) for pair in pairs.ids[:2] for f in (chosen_example, rejected_example)]
     job.show_rows([mask_html(tok, side) for side in sides])
     known = scores_before(job, model, tok)

@@ -16,7 +16,7 @@ import random
 from pathlib import Path
 
 from ..lab.config import LabError
-from .load import Loading, config_of, group_of, left_padded, local_folder
+from .load import Loading, architecture_of, group_of, left_padded, local_folder
 
 # %% ../../nbs/models/02_adapters.ipynb #41349877
 def adaptable(model) -> dict:
@@ -96,7 +96,9 @@ def check_parts(place, load: Loading):
     from transformers import AutoModelForCausalLM
 
     with torch.device('meta'):
-        model = AutoModelForCausalLM.from_config(config_of(local_folder(place, ['config.json'])))
+        model = AutoModelForCausalLM.from_config(
+            architecture_of(local_folder(place, ['config.json']))
+        )
     lora(model, load)
 
 # %% ../../nbs/models/02_adapters.ipynb #a9cd4d89

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPES', 'GROUPS', 'DEFAULT_LOADING', 'SHIPPED', 'CERTIFICATE', 'register_kimi_k2', 'small_config', 'small_model',
            'ready', 'group_of', 'parameter_counts', 'trained_counts', 'save_checkpoint', 'readable_config', 'Loading',
-           'quantization', 'config_of', 'local_folder', 'write_certificate', 'as_published', 'open_model',
+           'quantization', 'architecture_of', 'local_folder', 'write_certificate', 'as_published', 'open_model',
            'open_tokenizer', 'check_window', 'shipped', 'smoke_model', 'Reply', 'left_padded', 'generate']
 
 # %% ../../nbs/models/01_load.ipynb #ecff08ba
@@ -332,7 +332,7 @@ def _four_bit_options(load: Loading) -> dict:
     return dict(quantization_config=quantization(load), device_map={'': device})
 
 # %% ../../nbs/models/01_load.ipynb #793de56a
-def config_of(folder: Path):
+def architecture_of(folder: Path):
     """The config a checkpoint is opened with: its language model's, with DeepSeek-V3's under the name `kimi_k2`.
 
     `LabError` for a type that only the checkpoint's own code knows."""
@@ -417,7 +417,7 @@ def open_model(place, load: Loading = DEFAULT_LOADING):
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     folder = local_folder(place)
-    config, tensors = config_of(folder), dequantised(folder)
+    config, tensors = architecture_of(folder), dequantised(folder)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class takes no state_dict
     if tensors is None:
         stored(folder)  # all files are there and complete

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'TURNS', 'WRONG', 'batch_rows', 'token_letters', 'grammar_of', 'wrong_turns', 'trained_runs', 'wrong_run',
-           'wrong_mask', 'wrong_row', 'wrong_labels', 'fingerprint', 'example_rows', 'Audit']
+           'wrong_mask', 'wrong_row', 'wrong_labels', 'sample_hash', 'example_rows', 'Audit']
 
 # %% ../../nbs/text/06_audit.ipynb #b3ab1a1e
 import hashlib
@@ -161,7 +161,7 @@ def wrong_labels(batch: dict) -> str | None:
     return next(filter(None, faults), None)
 
 # %% ../../nbs/text/06_audit.ipynb #0c3b7f73
-def fingerprint(ids: list[int], mask: list[int]) -> bytes:
+def sample_hash(ids: list[int], mask: list[int]) -> bytes:
     "16 bytes that stand for a sample's ids and mask, its first token untrained."
     text = f'{ids}{[0, *mask[1:]]}'
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -189,7 +189,7 @@ class Audit:
         self.openings = generation_prompts(tok) if tok.chat_template else []
         self.ends, self.names = end_ids(tok), {i: t for t, i in tok.get_added_vocab().items()}
         self.known = (
-            None if examples is None else {fingerprint(*pair) for pair in example_rows(examples)}
+            None if examples is None else {sample_hash(*pair) for pair in example_rows(examples)}
         )
 
     def is_conversation(self, ids: list, letters: str) -> bool:
@@ -201,7 +201,7 @@ class Audit:
 
     def sample_fault(self, ids: list, mask: list, letters: str) -> str | None:
         "The first fault of one sample, or None."
-        if self.known is not None and fingerprint(ids, mask) not in self.known:
+        if self.known is not None and sample_hash(ids, mask) not in self.known:
             return 'it is none of the rows that were read: something changed its tokens or its mask'
         if self.is_conversation(ids, letters):
             fault = wrong_turns(letters, self.grammar)

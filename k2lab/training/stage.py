@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEDGER_COLUMNS', 'check_steps', 'Training', 'repeated', 'document_pieces', 'Encoded', 'encoded', 'check_dropped',
-           'too_long', 'check_epochs', 'show_epochs', 'question_of', 'held_out', 'Mixture', 'heldout_rows',
+           'too_long', 'check_epochs', 'show_epochs', 'question_of', 'kept_out', 'Mixture', 'heldout_rows',
            'heldout_examples', 'examples_of', 'corpus_of', 'read_mixture', 'mixed', 'check_measures', 'inherited',
            'scores_before', 'helped_before', 'baselines', 'answer_room', 'log_samples', 'score_details',
            'evaluate_and_publish', 'open_base', 'probe_adapter', 'probe_saved', 'record_export', 'publish_adapter',
@@ -218,7 +218,7 @@ def question_of(row: dict) -> str:
     return json.dumps([m['content'] for m in asked], ensure_ascii=False)
 
 
-def held_out(rows: list, share: float, seed: int) -> list[dict]:
+def kept_out(rows: list, share: float, seed: int) -> list[dict]:
     "About `share` of the rows, at least one: a seeded choice of prompts, each with all its rows."
     groups = {}
     for row in rows:
@@ -244,7 +244,7 @@ def heldout_rows(job, corpora: dict) -> list[dict]:
     kept = job.cfg.heldout
     if not kept or isinstance(kept, str):
         return read_corpus(job.find(kept), Spec(**job.cfg.rows))[0] if kept else []
-    return held_out(
+    return kept_out(
         [r for rows in corpora.values() for r in rows if 'text' not in r], kept, job.seed
     )
 
