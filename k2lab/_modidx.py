@@ -1869,6 +1869,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'k2lab/training/trainer.py'),
                                         'k2lab.training.trainer.supervised_trainer': ( 'training/trainer.html#supervised_trainer',
                                                                                        'k2lab/training/trainer.py'),
+                                        'k2lab.training.trainer.tokenizer_for': ( 'training/trainer.html#tokenizer_for',
+                                                                                  'k2lab/training/trainer.py'),
                                         'k2lab.training.trainer.trained_summary': ( 'training/trainer.html#trained_summary',
                                                                                     'k2lab/training/trainer.py'),
                                         'k2lab.training.trainer.usable_pairs': ( 'training/trainer.html#usable_pairs',

@@ -23,7 +23,7 @@ from k2lab.training.stage import (
     scores_before,
     to_measure,
 )
-from .training.trainer import open_for
+from .training.trainer import open_for, tokenizer_for
 
 # %% ../nbs/61_distill_to_student.ipynb #980276a6
 @dataclass(frozen=True)
@@ -73,9 +73,8 @@ def train(job):
     "Cross-entropy on the teacher's verified answers; leaves `cfg.saves` and the comparison."
     cfg, load = job.cfg, Loading(**job.cfg.load)
     check_measures(job)
-    corpora = read_mixture(job)
+    mixture = mixed(job, tokenizer_for(job, cfg.init_from, load), read_mixture(job))
     model, tok = open_for(job, cfg.init_from, load)
-    mixture = mixed(job, tok, corpora)
     known, before = scores_before(job, model, tok), loss_before(model, tok, mixture)
     log_samples(job, model, tok, 'before')
     model = to_measure(job, fit_mixture(job, model, tok, mixture, load), tok)

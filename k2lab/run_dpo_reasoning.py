@@ -31,6 +31,7 @@ from k2lab.training.trainer import (
     fit_dpo,
     fit_sft,
     open_for,
+    tokenizer_for,
     usable_pairs,
 )
 
@@ -143,10 +144,11 @@ def train(job):
     "DPO against the frozen starting point; leaves `cfg.saves`, the evidence, and the control beside it."
     cfg, load, system = job.cfg, Loading(**job.cfg.load), job.env['system']
     check_measures(job)
-    model, tok = open_for(job, cfg.init_from, load)
+    tok = tokenizer_for(job, cfg.init_from, load)
     pairs, heldout = used_pairs(job, tok, cfg.data), used_pairs(job, tok, cfg.heldout).rows
     sides = [f(pair) for pair in pairs.ids[:2] for f in (chosen_example, rejected_example)]
     job.show_rows([mask_html(tok, side) for side in sides])
+    model, tok = open_for(job, cfg.init_from, load)
     known = scores_before(job, model, tok)
     logps = chosen_logps(model, tok, heldout, system)
     before = preference_accuracy(model, tok, heldout, system)

@@ -69,6 +69,7 @@ from k2lab.training.trainer import (
     check_trainable,
     fit_sft,
     open_for,
+    tokenizer_for,
 )
 
 # %% ../../nbs/training/03_stage.ipynb #b8dca80f
@@ -639,9 +640,8 @@ def supervised(job, headline: str, solved: str):
     "Read, open, measure, train, measure again, publish. `headline` gets baselines, with worked examples from `solved`."
     load = Loading(**job.cfg.load)
     check_measures(job)
-    corpora = read_mixture(job)
+    mixture = mixed(job, tokenizer_for(job, job.cfg.init_from, load), read_mixture(job))
     model, tok = open_for(job, job.cfg.init_from, load)
-    mixture = mixed(job, tok, corpora)
     known, before = scores_before(job, model, tok), loss_before(model, tok, mixture)
     compared = baselines(job, model, tok, headline, solved)
     log_samples(job, model, tok, 'before')

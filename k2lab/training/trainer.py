@@ -8,7 +8,7 @@ __all__ = ['TRL_OPTIONS', 'REFUSED_OPTIONS', 'LAB_DEFAULTS', 'LOSSES', 'NEEDS', 
            'with_labels', 'collator_for', 'Adapted', 'adapted_for', 'fit_options', 'supervised_trainer', 'fit_sft',
            'loads_onto', 'own_ledger', 'resumed_from', 'attach_callbacks', 'trained_summary', 'coverage_line',
            'finish_fit', 'check_cut', 'with_length', 'usable_pairs', 'preference_trainer', 'fit_dpo', 'Notices',
-           'log_notices', 'open_for']
+           'log_notices', 'tokenizer_for', 'open_for']
 
 # %% ../../nbs/training/02_trainer.ipynb #250829bf
 import contextlib
@@ -592,13 +592,19 @@ def log_notices(path: Path):
         place.addFilter(notices)
 
 # %% ../../nbs/training/02_trainer.ipynb #b8dc27a8
-def open_for(job, name: str, load: Loading = DEFAULT_LOADING):
-    "`(model, tokenizer)` of a checkpoint found by name; the bytes of its weights go into the job's record."
+def tokenizer_for(job, name: str, load: Loading = DEFAULT_LOADING):
+    "The tokenizer of a checkpoint found by name: rows are encoded, or refused, before its weights are opened."
     if load.backend == 'unsloth':
         unsloth_first()
+    log_notices(job.folder / 'log.txt')
+    return open_tokenizer(job.find(name))
+
+
+def open_for(job, name: str, load: Loading = DEFAULT_LOADING):
+    "`(model, tokenizer)` of a checkpoint found by name; the bytes of its weights go into the job's record."
+    tok = tokenizer_for(job, name, load)
     import torch
 
-    log_notices(job.folder / 'log.txt')
     if job.env.get('threads'):
         torch.set_num_threads(job.env['threads'])
     place = job.find(name)
@@ -610,5 +616,5 @@ def open_for(job, name: str, load: Loading = DEFAULT_LOADING):
     job.record.setdefault('weights', {})[name] = {part: c['bytes'] for part, c in sizes.items()}
     if load.four_bit:
         job.check(f'{name}: linear layers in 4 bits', True, check_bits(sizes, load))
-    check_window(model, tok := open_tokenizer(place), place, vars(job.cfg).get('length', 0))
+    check_window(model, tok, place, vars(job.cfg).get('length', 0))
     return model, tok
