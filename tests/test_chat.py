@@ -488,8 +488,12 @@ def test_what_a_prompt_may_hold_and_a_reply_may_not():
         '<|tool_call_begin|>call_a8f3<|tool_call_argument_begin|>{"city": <|tool_call_end|>'
         in prompt_text(talk)
     )
-    with pytest.raises(LabError, match='to be learned has the id'):
-        Conversation(of('kimi'), talk).turn_ids(1)
+    broken = dict(
+        role='assistant', content='', tool_calls=[dict(CALL, function=function('{"a": '))]
+    )
+    row = dict(messages=[USER, dict(broken, content='See')])
+    with pytest.raises(LabError, match='JSON'):
+        encode_row(of('kimi'), row)
 
 
 def test_instruct_by_hand():

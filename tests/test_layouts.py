@@ -879,7 +879,7 @@ def test_a_bad_row_is_refused_in_one_line(row, message):
         ({'prompt': 'a', 'completion': 'b'}, 'chosen and rejected'),
         ({'chosen': 'a b', 'rejected': 'a c'}, 'give the prompt under the key prompt'),
         ({'prompt': 'a', 'chosen': 'b', 'rejected': 'b'}, 'equal'),
-        ({'prompt': 'a', 'chosen': 'b', 'rejected': ''}, 'rejected is empty'),
+        ({'prompt': 'a', 'chosen': '', 'rejected': 'b'}, 'chosen is empty'),
         (
             {'prompt': [user('a')], 'chosen': [user('a'), said('b')], 'rejected': [said('c')]},
             'repeats',

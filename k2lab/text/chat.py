@@ -525,8 +525,6 @@ class Conversation:
 
     def turn_ids(self, i: int) -> tuple[list[int], list[int]]:
         "(prompt, reply) of assistant message `i` as ids: what the model reads, and what it learns to say."
-        for call in self.given[i].get('tool_calls') or []:
-            check_call(call, is_kimi(self.tok))
         prompt, reply = self.prompt(i), self.reply(i)
         ids = self.ids(prompt)
         if splits(self.tok):
@@ -701,26 +699,30 @@ def reply_message(text: str) -> dict:
 _MARKUP = re.compile(r'</?think>|<\|tool_call\w*\|>|</?tool_call>')
 
 
-def markup_read(message: dict, where: str, unclosed: bool = False) -> dict:
+def _left_as_letters(message: dict, read: dict) -> str | None:
+    "What of the markup in a reply was not read, or is there twice; None if all was."
+    if any(message.get(k) and read.get(k) for k in ('reasoning_content', 'tool_calls')):
+        return 'thoughts or calls twice'
+    left = _MARKUP.search(f'{read["content"] or ""}{read.get("reasoning_content", "")}')
+    return left[0] if left else None
+
+
+def markup_read(message: dict, where: str, as_said: bool = False) -> dict:
     """An assistant message with thoughts and calls in place of the markup in its text; others as they are.
 
-    `LabError` for markup that is not whole; with `unclosed`, thoughts may be cut off."""
+    `LabError` for markup that is not whole. With `as_said`, for replies that are only to be avoided, thoughts may be
+    cut off, and what cannot be read stays letters."""
     if message['role'] != 'assistant' or not _MARKUP.search(text := content_text(message, where)):
         return message
     read = reply_message(text)
-    cut = (
-        text.lstrip().startswith('<think>')
-        and '</think>' not in text
-        and not read.get('tool_calls')
-    )
-    both = any(message.get(k) and read.get(k) for k in ('reasoning_content', 'tool_calls'))
-    left = _MARKUP.search(f'{read["content"] or ""}{read.get("reasoning_content", "")}')
-    if both or left or (cut and not unclosed):
-        odd = (
-            left[0] if left else 'a thought that does not end' if cut else 'thoughts or calls twice'
-        )
+    open_thought = text.lstrip().startswith('<think>') and '</think>' not in text
+    cut = open_thought and not read.get('tool_calls')
+    odd = 'a thought that does not end' if cut else _left_as_letters(message, read)
+    if odd and not as_said:
         raise LabError(
             f'{where}: markup in its text cannot be read as one reply ({odd}): {text[:60]!r}; '
             'give reasoning_content and tool_calls, or leave the row out'
         )
+    if as_said and any(not call['function']['name'] for call in read.get('tool_calls', ())):
+        return message
     return {**message, **read, **({'unclosed': True} if cut else {})}

@@ -675,7 +675,7 @@ def _reply(fields: dict, key: str, spec: Spec) -> list:
         messages = _messages(fields[key], key, spec)
         _check_reply(messages, key)
         return messages
-    said = dict(role='assistant', content=_text(fields[key], key))
+    said = dict(role='assistant', content=_text(fields[key], key, key == 'rejected'))
     if thoughts is not None:
         said['reasoning_content'] = _text(thoughts, 'reasoning')
     return [said]
