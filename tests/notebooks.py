@@ -64,13 +64,20 @@ def joined(value):
     return ''.join(value) if isinstance(value, list) else value
 
 
+def is_notice(out: dict) -> bool:
+    "Whether an output is a notice for the terminal: standard error, or DeepSpeed's line about its accelerator."
+    line = 'real_accelerator' in joined(out.get('text', ''))
+    return out.get('name') == 'stderr' or (out['output_type'] == 'stream' and line)
+
+
 def shown(outputs: list) -> list:
     "What is compared of a cell's outputs: its text and pictures, without counters and without standard error."
     kept = []
     for out in outputs:
+        if is_notice(out):
+            continue
         if out['output_type'] == 'stream':
-            if out['name'] == 'stdout' and 'real_accelerator' not in joined(out['text']):
-                kept.append({'output_type': 'stream', 'text': joined(out['text'])})
+            kept.append({'output_type': 'stream', 'text': joined(out['text'])})
         elif out['output_type'] in ('execute_result', 'display_data'):
             data = {kind: joined(value) for kind, value in out['data'].items()}
             kept.append({'output_type': 'display_data', 'data': data})
@@ -130,9 +137,7 @@ def store(path: Path, notebook: dict, cells: list):
     for i, (old, new) in enumerate(zip(notebook['cells'], cells, strict=True)):
         if old['cell_type'] == 'code':
             kept = i < lesson and 'varies' not in tags(old) and not SKIPPED.search(source(old))
-            outputs = [
-                cleaned(out) for out in new.get('outputs', []) if out.get('name') != 'stderr'
-            ]
+            outputs = [cleaned(out) for out in new.get('outputs', []) if not is_notice(out)]
             old['outputs'] = outputs if kept else []
     path.write_text(
         json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + '\n', encoding='utf-8'
