@@ -137,15 +137,11 @@ def parse(words: list, *options) -> tuple:
 
 
 class Progress:
-    "One line about the stage at work: rewritten in place on a terminal, a sober line every half minute elsewhere."
+    "One line about the stage at work: rewritten in place on a terminal, a plain line every half minute elsewhere."
 
     def __init__(self, stage: str, i: int = 1, n: int = 1):
-        self.head, self.began, self.told, self.tty = (
-            f'[{i}/{n}] {stage}' if n > 1 else stage,
-            time.monotonic(),
-            0,
-            sys.stderr.isatty(),
-        )
+        self.head = f'[{i}/{n}] {stage}' if n > 1 else stage
+        self.began, self.printed, self.tty = time.monotonic(), 0, sys.stderr.isatty()
 
     def __call__(self, row: dict):
         "Show one line of metrics.jsonl."
@@ -156,9 +152,9 @@ class Progress:
         if self.tty:
             sys.stderr.write('\r\x1b[K' + text[: shutil.get_terminal_size().columns - 1])
             sys.stderr.flush()
-        elif time.monotonic() - self.told > 30 or not self.told:
+        elif time.monotonic() - self.printed > 30 or not self.printed:
             print(text, file=sys.stderr, flush=True)
-            self.told = time.monotonic()
+            self.printed = time.monotonic()
 
     def end(self, record: dict):
         "Leave one final line about the run."
@@ -307,7 +303,7 @@ def resolved_config(stage: str, scale: str, changes: dict) -> dict:
 def newest_same_run(
     stage: str, scale: str, campaign: str, changes: dict, status: str = 'complete'
 ) -> dict | None:
-    "The newest run of this status that was told the same and whose parents are still the newest of their names."
+    "The newest run of this status with the same changes whose parents are still the newest of their names."
     from k2lab.lab.files import check_published
     from k2lab.lab.records import runs, saved_by
 
@@ -394,7 +390,7 @@ def show_run(words: list) -> int:
 
 
 def the_run(words: list, command: str) -> str:
-    "The one run that a command is told."
+    "The one run that a command names."
     if len(words) == 1:
         return words[0]
     raise LabError(f'{command} needs one run; `k2lab runs` lists them')
@@ -429,8 +425,8 @@ def attempts(record: dict) -> str:
                 or 'from the start'
             )
         )
-        lines += [f'    not taken: {told}' for told in a['set_aside']] + [
-            f'    changed since: {told}' for told in a['differs']
+        lines += [f'    not taken: {reason}' for reason in a['set_aside']] + [
+            f'    changed since: {what}' for what in a['differs']
         ]
     return ''.join(f'{line}\n' for line in lines)
 
@@ -515,7 +511,7 @@ def convert(words: list) -> int:
         )
     progress = Progress(f'convert {words[0]}')
     place = load_env('full')['models'].get(words[0], words[0])
-    told = to_bf16(
+    counts = to_bf16(
         fetched(place),
         Path(words[1]),
         on_shard=lambda n, of, size: progress.say(
@@ -524,11 +520,11 @@ def convert(words: list) -> int:
     )
     if progress.tty:
         print(file=sys.stderr)
-    print(f"{words[1]}: {told['weights']} weights, {told['dequantised']} of them dequantised")
-    for kind, count in told['left_out'].items():
+    print(f"{words[1]}: {counts['weights']} weights, {counts['dequantised']} of them dequantised")
+    for kind, count in counts['left_out'].items():
         print(f'  left out: {count} tensors ({kind})')
-    if told['files_left_out']:
-        print(f"  left out: {', '.join(told['files_left_out'])}")
+    if counts['files_left_out']:
+        print(f"  left out: {', '.join(counts['files_left_out'])}")
     return 0
 
 
