@@ -1,7 +1,7 @@
 # make demo   the whole pipeline at nano scale, then where its report is
 # make test   everything that must hold before a commit
 # make test-quick   the part without trainings, kills and notebooks (under two minutes)
-# make test-faults  every fault injected, hundreds of kills (about an hour)
+# make test-faults  every fault injected, hundreds of kills, every template and certificate (about an hour)
 # make test-pythons  `make test` on every Python from 3.11 to 3.13 that is on the PATH
 # make lint   ruff and pyright
 # make notebooks    execute the notebooks and store what they show
@@ -69,7 +69,7 @@ notebooks: $(TESTED)
 	$(BIN)/nbdev-clean
 
 test-faults: $(TESTED)
-	K2LAB_FAULTS=full $(BIN)/python -m pytest -q -s tests/test_faults.py tests/test_resume.py tests/test_distributed.py
+	K2LAB_FAULTS=full $(BIN)/python -m pytest -q -s tests/test_faults.py tests/test_resume.py tests/test_distributed.py tests/test_certificate.py tests/test_templates.py
 
 lab: $(READY)
 	$(BIN)/nbdev-install-hooks

@@ -238,7 +238,7 @@ def as_printed(name: str, messages: list) -> list:
     ]
 
 
-COUNT = int(os.environ.get('K2LAB_CONVERSATIONS', 60))  # 500 in `make test-faults`
+COUNT = 500 if os.environ.get('K2LAB_FAULTS') == 'full' else 60
 
 
 @pytest.mark.parametrize('name', FAMILIES)
