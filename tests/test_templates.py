@@ -358,3 +358,59 @@ def test_a_model_like_qwen3_keeps_its_own_format(tmp_path):
     learned = [i for i, m in zip(*example.values()) if m]
     assert tok.convert_tokens_to_ids('<think>') in learned
     assert tok.convert_tokens_to_ids('<|im_end|>') == learned[-1]
+
+
+def one_call(rng, number: str, one_more: bool) -> list:
+    "A question, one call with its result, and an answer; once or twice."
+    talk = []
+    for n in range(2 if one_more else 1):
+        call = dict(id=f'{number}{n}', type='function')
+        call['function'] = dict(name='get_weather', arguments=json.dumps({'city': words(rng)}))
+        talk += [
+            dict(role='user', content='Q ' + words(rng)),
+            dict(role='assistant', content='', tool_calls=[call]),
+            dict(
+                role='tool', name='get_weather', tool_call_id=call['id'], content='R' + words(rng)
+            ),
+            dict(role='assistant', content='A' + words(rng) + '.'),
+        ]
+    return talk
+
+
+def llama_reply(m):
+    if calls := objects(m):
+        ((name, arguments),) = calls
+        return f'{{"name": "{name}", "parameters": {arguments}}}<|eot_id|>'
+    return m['content'].strip() + '<|eot_id|>'
+
+
+def mistral_reply(m):
+    if m.get('tool_calls'):
+        (number, name, _), (_, arguments) = calls_of(m)[0], objects(m)[0]
+        call = f'{{"name": "{name}", "arguments": {arguments}, "id": "{number}"}}'
+        return f'[TOOL_CALLS] [{call}]</s>'
+    return f' {m["content"]}</s>'
+
+
+CALLING = {
+    'llama-3.1-instruct': llama_reply,
+    'llama-3.2-instruct': llama_reply,
+    'mistral-7b-instruct-v0.3': mistral_reply,
+}
+
+
+@pytest.mark.parametrize('name', CALLING)
+def test_calls_in_formats_with_rules_of_their_own(name):
+    "Llama takes one call a message, Mistral ids of nine characters; both print arguments as objects."
+    tok, rng, kept = tokenizer(name), random.Random(name), 0
+    for i in range(COUNT):
+        messages = one_call(rng, f'call{i:04}', rng.random() < 0.5)
+        talk = Conversation(tok, messages, TOOLS)
+        printed = as_printed('qwen2.5-instruct', messages)  # arguments as objects
+        for at, m in enumerate(printed):
+            if m['role'] == 'assistant':
+                prompt, reply = talk.turn_ids(at)
+                assert prompt == template_ids(tok, printed[:at], TOOLS)
+                assert reply == tok(CALLING[name](m), add_special_tokens=False).input_ids
+                kept += 1
+    assert kept >= 2 * COUNT
