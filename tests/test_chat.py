@@ -329,6 +329,40 @@ def test_ids_of_calls_by_other_makers():
     assert call_ids([ASK])[0]['tool_calls'] == ASK['tool_calls']
 
 
+def test_no_two_calls_share_an_id():
+    ask = lambda *ids: dict(ASK, tool_calls=[dict(CALL, id=i) for i in ids])
+    got = lambda *ids: [dict(GOT, tool_call_id=i) for i in ids]
+    again = [
+        ask('a'),
+        *got('a'),
+        ask('a'),
+        *got('a'),
+        ask('a'),
+        *got('a'),
+    ]  # a maker that starts over
+    mixed = [ask('functions.get_weather:1', 'b'), *got('functions.get_weather:1', 'b')]
+    for messages in (again, mixed):
+        ids = [c['id'] for m in call_ids(messages) for c in m.get('tool_calls') or []]
+        assert len(set(ids)) == len(ids)
+        assert [m['tool_call_id'] for m in call_ids(messages) if m['role'] == 'tool'] == ids
+
+
+def test_a_reply_with_nothing_before_it():
+    row = dict(messages=[dict(role='assistant', content='Hi'), USER, ANSWER])
+    with pytest.raises(LabError, match='message 0: nothing stands before this reply'):
+        row_examples(of('qwen'), row)
+    row['messages'][0]['train'] = False
+    (example,) = row_examples(of('qwen'), row)
+    assert trained(of('qwen'), example) == ['<think>So.</think>Sunny.<|im_end|>']
+
+
+def test_the_name_of_a_speaker_is_printed_or_refused():
+    row = dict(messages=[dict(USER, name='Ana'), ANSWER])
+    assert '>Ana<|im_middle|>' in of('kimi').decode(encode_row(of('kimi'), row)['input_ids'])
+    with pytest.raises(LabError, match='does not print the names of speakers'):
+        encode_row(of('qwen'), row)
+
+
 @pytest.mark.parametrize(
     'text,thought,content',
     [

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import count
 from os.path import commonprefix
 from typing import Any
 
@@ -144,16 +145,25 @@ def check_call(call: dict, ids: bool = True):
 K2_ID = re.compile(r'functions\.[\w.-]+:\d+')
 
 
+def _free_id(name: str, number: int, taken: set) -> str:
+    "The first id `functions.NAME:IDX` from `number` on that no call has."
+    return next(i for n in count(number) if (i := f'functions.{name}:{n}') not in taken)
+
+
 def call_ids(messages: list) -> list:
     "The messages with each id of a call, and of its result, in K2's form; foreign ids are numbered over the whole."
-    names, renamed = {}, []
+    calls = [call for m in messages for call in m.get('tool_calls') or []]
+    taken = {call['id'] for call in calls if K2_ID.fullmatch(call.get('id') or '')}
+    names, renamed, seen = {}, [], 0
     for m in messages:
+        here = []
         for call in m.get('tool_calls') or []:
             old, name = call.get('id') or '', (call.get('function') or {}).get('name')
-            names[old] = old if K2_ID.fullmatch(old) else f'functions.{name}:{len(names)}'
-        calls = [dict(c, id=names[c.get('id') or '']) for c in m.get('tool_calls') or []]
+            names[old] = old if old in taken else _free_id(name, seen, taken | set(names.values()))
+            here.append(dict(call, id=names[old]))
+            seen += 1
         number = m.get('tool_call_id')
-        m = dict(m, tool_calls=calls) if calls else m
+        m = dict(m, tool_calls=here) if here else m
         renamed.append(dict(m, tool_call_id=names[number]) if number in names else m)
     return renamed
 
@@ -200,7 +210,7 @@ def rendered(tok, messages: list, tools: list | None = None, ask: bool = True, *
     options = dict(add_generation_prompt=ask, **_tool_options(tok, tools), **switches)
     try:
         return tok.apply_chat_template(messages, tokenize=False, **options)
-    except (TemplateError, TypeError, KeyError) as error:
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
         raise LabError(f'the chat template refuses this conversation: {error}') from error
 
 # %% ../../nbs/text/03_chat.ipynb #b5723938
@@ -523,8 +533,18 @@ class Conversation:
             )
         return ids
 
+    def prints_names(self) -> bool:
+        "Whether the template prints who speaks, where messages have a `name`; a tool's stands in its call."
+        named = [m.get('name') and m['role'] != 'tool' for m in self.messages]
+        if not any(named):
+            return True
+        marked = [dict(m, name=m['name'] + _MARK) if n else m for m, n in zip(self.messages, named)]
+        return self.text(marked, False).count(_MARK) == sum(map(bool, named))
+
     def turn_ids(self, i: int) -> tuple[list[int], list[int]]:
         "(prompt, reply) of assistant message `i` as ids: what the model reads, and what it learns to say."
+        if i == 0:
+            raise LabError('message 0: nothing stands before this reply; give it train: false')
         prompt, reply = self.prompt(i), self.reply(i)
         ids = self.ids(prompt)
         if splits(self.tok):

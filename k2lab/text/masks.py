@@ -31,7 +31,12 @@ def conversation_of(tok, row: dict, system: str = '') -> Conversation:
     if messages != row['messages']:  # calls that were text: their results are linked now
         messages = as_conversation(dict(row, messages=messages))['messages']
     messages = _led(call_ids(messages) if is_kimi(tok) else messages, system)
-    return Conversation(tok, messages, row.get('tools'))
+    talk = Conversation(tok, messages, row.get('tools'))
+    if not talk.prints_names():
+        raise LabError(
+            "this checkpoint's chat template does not print the names of speakers; list name under ignore:"
+        )
+    return talk
 
 
 def check_learned(tok, message: dict, where: str):
