@@ -16,6 +16,7 @@ from k2lab.text.layouts import (
     conversations,
     layout_of,
     read_conversations,
+    read_corpus,
 )
 from k2lab.text.rows import FORMATS, fault, read_rows, write_rows
 
@@ -978,3 +979,14 @@ def test_what_the_user_says_is_checked(make, message):
 def test_every_layout_has_a_row_here():
     named = {layout for _, layout, _, _ in USUAL.values()} | set(PLAIN)
     assert set(LAYOUTS) <= named
+
+
+def test_a_text_beside_a_reply_is_not_taken_for_a_document(tmp_path):
+    path = tmp_path / 'alpaca.jsonl'
+    path.write_text('{"instruction": "a", "input": "", "output": "b", "text": "Below is ..."}\n')
+    with pytest.raises(LabError, match=r'alpaca.jsonl:1: text stands beside .*instruction'):
+        read_corpus(path)
+    rows, counts = read_corpus(path, Spec(ignore=['text']))
+    assert rows[0]['messages'][1]['content'] == 'b' and counts['ignored'] == {'text': 1}
+    rows, _ = read_corpus(path, Spec(ignore=['instruction', 'input', 'output']))
+    assert rows[0]['text'] == 'Below is ...'

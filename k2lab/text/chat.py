@@ -158,7 +158,7 @@ def call_ids(messages: list) -> list:
     for m in messages:
         here = []
         for call in m.get('tool_calls') or []:
-            old, name = call.get('id') or '', (call.get('function') or {}).get('name')
+            old, name = call.get('id') or '', str((call.get('function') or {}).get('name'))
             names[old] = old if old in taken else _free_id(name, seen, taken | set(names.values()))
             here.append(dict(call, id=names[old]))
             seen += 1

@@ -889,10 +889,15 @@ def read_conversations(
     return _converted(read_placed(path), path, spec, kind, allow_bad)
 
 # %% ../../nbs/text/01_layouts.ipynb #b1b0c0d2
-def _document_fault(row, reason: str) -> str:
+def _document_fault(row, reason: str, ignore: list) -> str:
     "What is wrong with a row that should be a document, or ''."
     if reason or not isinstance(row, dict):
         return reason or f'a row must be an object, this is {type(row).__name__}'
+    if both := [key for key in ROW_KEYS if key in row and key not in ignore]:
+        return (
+            f'text stands beside {", ".join(both)}; list text under ignore: to train the replies, '
+            'or the others to train the text'
+        )
     text = row.get('text')
     if not isinstance(text, str) or not text.strip():
         return 'no text; a file of documents has a text in each row'
@@ -902,8 +907,9 @@ def _document_fault(row, reason: str) -> str:
 def read_corpus(path, spec: Spec = DEFAULT, kind: str = 'conversation') -> tuple[list, dict]:
     "(rows, counts) of a training corpus: documents if the first row has a `text`, else `read_conversations`."
     placed = read_placed(path)
-    if not placed or not isinstance(placed[0][1], dict) or 'text' not in placed[0][1]:
+    first = placed[0][1] if placed else None
+    if not isinstance(first, dict) or 'text' not in first or 'text' in spec.ignore:
         return _converted(placed, path, spec, kind, 0)
-    faults = [(place, _document_fault(row, reason)) for place, row, reason in placed]
+    faults = [(place, _document_fault(row, reason, spec.ignore)) for place, row, reason in placed]
     check_faults([f'{place}: {fault}' for place, fault in faults if fault], 0)
     return [row for _, row, _ in placed], {}
