@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LEDGER_COLUMNS', 'check_steps', 'Training', 'repeated', 'document_pieces', 'Encoded', 'encoded', 'check_dropped',
            'too_long', 'check_epochs', 'show_epochs', 'question_of', 'kept_out', 'Mixture', 'heldout_rows',
-           'heldout_examples', 'examples_of', 'corpus_of', 'read_mixture', 'mixed', 'check_measures', 'inherited',
-           'scores_before', 'helped_before', 'baselines', 'answer_room', 'log_samples', 'score_details',
-           'evaluate_and_publish', 'open_base', 'probe_adapter', 'probe_saved', 'record_export', 'publish_adapter',
-           'computes_alone', 'save_merged', 'publish_merged', 'publish_whole', 'publish_gathered', 'publish_model',
-           'to_measure', 'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture', 'loss_before', 'measure_heldout',
-           'supervised']
+           'heldout_examples', 'examples_of', 'corpus_of', 'read_mixture', 'mixed', 'asked_by', 'scores_before',
+           'with_examples', 'helped_before', 'scores_after', 'Compared', 'report_all', 'shown_items', 'log_samples',
+           'open_base', 'probe_adapter', 'probe_saved', 'record_export', 'publish_adapter', 'computes_alone',
+           'save_merged', 'publish_merged', 'publish_whole', 'publish_gathered', 'publish_model', 'to_measure',
+           'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture', 'asked_of', 'scores_of_control', 'check_control',
+           'run_control', 'supervised']
 
 # %% ../../nbs/training/05_stage.ipynb #2ff10f03
 import dataclasses
@@ -23,7 +23,6 @@ from typing import Annotated
 
 from ..lab.config import LabError, lab_path, one_of, read_yaml
 from ..lab.display import Table
-from ..lab.records import read_run
 from k2lab.models.adapters import (
     LOST_LIMIT,
     STEPS_LOST,
@@ -42,26 +41,28 @@ from k2lab.models.adapters import (
     same_tensors,
     unequal,
 )
-from k2lab.models.load import (
-    Loading,
-    generate,
-    open_model,
-    save_checkpoint,
-    write_certificate,
-)
-from ..tasks.stats import copy_baseline, majority_baseline
-from ..tasks.verify import prompt_of, verify
+from ..models.load import Loading, open_model, save_checkpoint, write_certificate
 from ..text.layouts import Spec, read_corpus
 from ..text.masks import REPLIES, encode_rows, mask_html
 from ..text.rows import read_rows
-from k2lab.training.metrics import (
-    ANSWER_TOKENS,
-    DATA,
-    evaluate_measures,
-    family_shares,
-    few_shot,
-    heldout_loss,
-    prompts_of,
+from .metrics import check_examples, is_solved
+from k2lab.training.scores import (
+    Asked,
+    Opened,
+    Scored,
+    asked_for,
+    check_names,
+    control_line,
+    device_of,
+    keep,
+    key_of,
+    opened,
+    read_all,
+    report,
+    score,
+    scores,
+    take,
+    with_lengths,
 )
 from k2lab.training.trainer import (
     check_options,
@@ -100,6 +101,9 @@ class Training:
     # how the model is opened, and its adapter: the fields of k2lab.models.load.Loading
     load: Annotated[dict, Loading] = field(default_factory=dict)
     measures: list = field(default_factory=list)  # what to measure before and after
+    side: str = 'development'  # of the questions that are asked: development | evaluation
+    # test sets of your own: {NAME: {file: F.jsonl, judge: number, prompt: COLUMN, answer: COLUMN}}
+    test_sets: dict[str, dict] = field(default_factory=dict)
     answer_tokens: int = 160  # longest answer when measuring, in tokens
     # how rows of your own are to be read: columns, roles, ignore, layout; see k2lab.text.layouts.Spec
     rows: Annotated[dict, Spec] = field(default_factory=dict)
@@ -121,8 +125,9 @@ class Training:
         load = Loading(**self.load)
         Spec(**self.rows)
         one_of('backend', load.backend, self.backends, 'load')
-        for measure in self.measures:
-            one_of('measure', measure, DATA, 'measures')
+        check_names(self.measures, self.test_sets, self.side)
+        if self.answer_tokens < 1:
+            raise LabError(f'answer_tokens {self.answer_tokens}: an answer takes at least 1 token')
         check_trainable(load, self.optimizer, processes=self.processes)
         check_options(self.trainer, self.method)
         check_together(self.trainer, self.method, load, self.optimizer)
@@ -320,98 +325,94 @@ def mixed(job, tok, corpora: dict[str, list]) -> Mixture:
     return Mixture(rng.sample(examples, len(examples)), heldout)
 
 # %% ../../nbs/training/05_stage.ipynb #076aabd2
-def check_measures(job):
-    "`LabError` if the data of one of the stage's measures are missing."
-    for name in job.cfg.measures:
-        try:
-            job.find(DATA[name])
-        except LabError as why:
-            raise LabError(f'{why}; or leave {name} out of measures') from None
+def asked_by(job) -> list[Asked]:
+    "What the stage's measures and test sets ask; `LabError` if data are missing or cannot be judged."
+    return read_all(job, asked_for(job.cfg.measures, job.cfg.test_sets))
 
 
-def inherited(job, measures: list) -> dict:
-    "`{measure: value}` from the record of the run that made `init_from`; none for its 4-bit version, another model."
-    parents = [p['run'] for p in job.record['parents'] if p['name'] == job.cfg.init_from]
-    run = next((run for run in parents if run), None)
-    if not run or Loading(**job.cfg.load).four_bit:
-        return {}
-    metrics = read_run(job.folder.parent / run)['metrics']
-    after = {m['measure']: m['after'] for m in metrics if m['after'] is not None}
-    return {name: value for name, value in after.items() if name in measures}
-
-
-def scores_before(job, model, tok) -> dict:
-    "`{measure: value}` of the checkpoint that the stage starts from."
-    known = inherited(job, [*job.cfg.measures, 'reasoning_tokens'])
-    fresh = evaluate_measures(job, model, tok, [m for m in job.cfg.measures if m not in known])
-    job.record['before_from'] = dict(
-        {m: 'parent run' for m in known}, **{m: 'measured' for m in fresh}
-    )
-    return {**known, **{m: s.value for m, s in fresh.items()}}
+def scores_before(job, model, tok, asked: list[Asked]) -> dict[str, Scored]:
+    "`{measure: score}` of the checkpoint that the stage starts from."
+    load = Loading(**job.cfg.load)
+    return scores(job, opened(job, model, tok, job.cfg.init_from, load), asked)
 
 # %% ../../nbs/training/05_stage.ipynb #7ad6929b
-def helped_before(job, model, tok, rows: list, examples: str) -> dict:
-    "The score of the model before with worked examples; nothing, and a check that says why, if there are too few."
+def with_examples(job, asked: Asked, examples: str, n: int = 150) -> Asked:
+    "Questions to be asked after worked examples: `n` of them, a seeded choice; `LabError` if a family has too few."
+    solved = [e for e in read_rows(job.find(examples)) if is_solved(e)]
+    rows = random.Random(0).sample(asked.rows, min(n, len(asked.rows)))
+    check_examples(rows, solved, 2)
+    return Asked(asked.measure, rows, 'shots', tuple(solved))
+
+
+def helped_before(job, model, tok, asked: list[Asked], headline: str, examples: str) -> dict:
+    "`{headline: score}` of the model before with worked examples; empty, and a check that says why, without them."
+    one = next((a for a in asked if a.measure == headline), None)
+    if one is None:
+        return {}
     try:
-        helped = few_shot(model, tok, rows, read_rows(job.find(examples)))
+        helped = with_examples(job, one, examples)
     except LabError as why:
         job.check('few-shot baseline left out', True, str(why))
         return {}
-    return dict(few_shot=round(helped.value, 4), few_shot_n=helped.n)
-
-
-def baselines(job, model, tok, name: str, examples: str, n: int = 150) -> dict:
-    "Baselines of an accuracy: the most frequent answer, copying, and the model before with worked examples."
-    if name not in job.cfg.measures:
-        return {}
-    rows = read_rows(job.find(DATA[name]))
-    return dict(
-        majority=round(majority_baseline(rows)['all'], 4),
-        copy=round(copy_baseline(rows)['all'], 4),
-        **helped_before(job, model, tok, rows[:n], examples),
-    )
-
-# %% ../../nbs/training/05_stage.ipynb #7ba13d70
-def answer_room(job, name: str) -> int:
-    "The longest answer of a measure in tokens: the measure's limit or the stage's, the smaller one."
-    return min(ANSWER_TOKENS[name], job.cfg.answer_tokens)
-
-
-def log_samples(job, model, tok, when: str, n: int = 4):
-    "The model's answers to the first held-out questions of each measured set, into samples.jsonl."
-    for name in (m for m in job.cfg.measures if m in ANSWER_TOKENS):
-        rows = read_rows(job.find(DATA[name]))[:n]
-        prompts = prompts_of(tok, rows, job.env['system'])
-        for row, (reply,) in zip(rows, generate(model, tok, prompts, answer_room(job, name))):
-            job.sample(
-                when=when,
-                prompt=prompt_of(row),
-                text=reply.text,
-                ok=verify(row, reply.text) and not reply.cut,
-                family=row.get('family'),
-            )
+    return {headline: score(job, opened(job, model, tok, job.cfg.init_from), helped)}
 
 # %% ../../nbs/training/05_stage.ipynb #4641688d
-def score_details(job, name: str, score) -> dict:
-    "Shares by family and the number of replies that were cut, for a measure with answers."
-    if name not in ANSWER_TOKENS:
-        return {}
-    families = family_shares(read_rows(job.find(DATA[name])), score.items)
-    return dict(families=families, cut=sum(r.cut for r in score.replies))
-
-
-def evaluate_and_publish(job, model, tok, known: dict, **more):
-    "Measure, report before and after, show samples, publish; returns scores. `more[measure]` joins its line."
-    scores = evaluate_measures(job, model, tok, job.cfg.measures)
-    for name, score in scores.items():
-        details = {**score_details(job, name, score), **more.get(name, {})}
-        details = {k: v for k, v in details.items() if v is not None}
-        values = (known.get(name), score.value, score.low, score.high, score.n)
-        job.measure(name, *values, **details)
-    log_samples(job, model, tok, 'after')
-    if job.cfg.saves not in job.record['saves']:
+def scores_after(job, model, tok, asked: list[Asked]) -> dict[str, Scored]:
+    "`{measure: score}` of the trained model, whose weights are the published ones."
+    model_now = Opened(model, tok, '', device_of(model))
+    taken = [take(job, model_now, one) for one in asked]
+    if job.cfg.saves not in job.record['saves']:  # a split model, measured by all processes
         publish_model(job, model, tok)
-    return scores
+    saved = job.record['saves'].get(job.cfg.saves, {}).get('sha256', '')
+    published = Opened(model, tok, saved, model_now.device)
+    kept = [keep(job, key_of(job, published, one), i) for one, i in zip(asked, taken)]
+    return with_lengths(job, kept)
+
+
+@dataclass(frozen=True)
+class Compared:
+    "The scores that a stage's own are held against."
+
+    before: dict[str, Scored]
+    helped: dict[str, Scored] = field(default_factory=dict)  # before, with worked examples
+    control: dict[str, Scored] = field(default_factory=dict)
+
+
+def report_all(job, asked: list[Asked], after: dict[str, Scored], than: Compared):
+    "A line of the record for each score, and a few answers before and after."
+    questions = {one.measure: one for one in asked}
+    for name, one in after.items():
+        control = than.control.get(name)
+        report(
+            job,
+            one,
+            than.before.get(name),
+            questions.get(name),
+            than.helped.get(name),
+            compared_with=job.cfg.init_from,
+            **(control_line(one, control) if control else {}),
+        )
+    for name, one in after.items():
+        if name in than.before:
+            log_samples(job, than.before[name], one)
+
+# %% ../../nbs/training/05_stage.ipynb #7ba13d70
+def shown_items(items: list, n: int = 4) -> list[dict]:
+    "`n` answered items: half of them wrong, if there are as many, then right ones."
+    right, wrong = [i for i in items if i['right']], [i for i in items if not i['right']]
+    first = wrong[: max(n // 2, n - len(right))]
+    return first + right[: n - len(first)]
+
+
+def log_samples(job, before: Scored, after: Scored):
+    "The answers to a few questions before and after training, into samples.jsonl."
+    if 'reply' not in after.items[0]:
+        return
+    old = {i['item']: i for i in before.items}
+    for item in shown_items(after.items):
+        for when, i in (('before', old[item['item']]), ('after', item)):
+            said = dict(prompt=i['question'], text=i['reply'], ok=i['right'], family=i['family'])
+            job.sample(when=when, **said)
 
 # %% ../../nbs/training/05_stage.ipynb #bf58b0fd
 def open_base(job):
@@ -528,22 +529,20 @@ def publish_model(job, model, tok):
 
 
 def to_measure(job, model, tok):
-    """The model that the measures after training are taken on; for the record.
-
-    One that was trained in bfloat16 or on 4-bit weights is published first and opened again."""
+    "The model that the measures after training are taken on: published, unless it is split; for the record."
     from accelerate.utils import extract_model_from_parallel
 
     load, split = Loading(**job.cfg.load), is_split(model)
-    if not split:  # without the trainer's wrapper, which computes in bfloat16 on a GPU
-        model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
-    trained = split or (computes_alone(job, model, split) and not load.four_bit)
-    job.record['measured'] = 'the trained model' if trained else 'the published model'
-    if trained:
+    job.record['measured'] = 'the trained model'
+    if split:
         return model
+    # without the trainer's wrapper, which computes in bfloat16 on a GPU
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    same = computes_alone(job, model, split) and not hasattr(model, 'peft_config')
     publish_model(job, model, tok)
-    if not job.first:
+    if same or not job.first:
         return model
-    device = model.device
+    job.record['measured'], device = 'the published model', model.device
     if not load.four_bit:
         model.cpu()  # makes room
     return open_model(job.folder / job.cfg.saves, Loading(dtype=load.dtype)).to(device)
@@ -598,6 +597,8 @@ class Supervised(Training):
     # short examples share rows of `length` tokens, and none reads another
     pack: bool = False
     replies: str = 'all'  # of a conversation that are trained: all | last
+    # also give the same training to this checkpoint, measure it as a control, and discard it
+    control_from: str = ''
 
     backends = ('transformers', 'unsloth')
 
@@ -616,35 +617,66 @@ class Supervised(Training):
             raise LabError(f'heldout {self.heldout}: a share lies in 0 <= share < 1')
 
 
-def fit_mixture(job, model, tok, mixture: Mixture, load: Loading):
+def fit_mixture(job, model, tok, mixture: Mixture, load: Loading, phase: str = 'train'):
     "The model trained on the stage's mixture, packed into rows of `length` tokens if it asks for that."
     cfg, rows = job.cfg, mixture.examples
     room = cfg.length if cfg.pack else 0
-    return fit_sft(job, model, tok, rows, cfg.trainer, cfg.optimizer, load, room=room)
+    return fit_sft(job, model, tok, rows, cfg.trainer, cfg.optimizer, load, phase=phase, room=room)
 
 
-def loss_before(model, tok, mixture: Mixture) -> float | None:
-    "The loss on the held-out rows in nats per trained token, None if there are none."
-    return heldout_loss(model, tok, mixture.heldout).value if mixture.heldout else None
+def asked_of(job, mixture: Mixture) -> list[Asked]:
+    "The loss on the held-out rows as a measure; none without such rows."
+    return [Asked('heldout_loss', mixture.heldout, 'examples')] if mixture.heldout else []
 
 
-def measure_heldout(job, model, tok, mixture: Mixture, before: float | None):
-    "Record the loss on the held-out rows before and after, if there are any."
-    if mixture.heldout:
-        after = heldout_loss(model, tok, mixture.heldout)
-        values = (before, after.value, after.low, after.high, after.n)
-        job.measure('heldout_loss', *values, unit='nats per trained token')
+def scores_of_control(job, model, tok, asked: list[Asked]) -> dict[str, Scored]:
+    "`{measure: score}` of a model that is not kept: no other run can take its scores over."
+    weights = f'control of {job.folder.name}, not kept'
+    control = Opened(model, tok, weights, device_of(model, Loading(**job.cfg.load)))
+    kept = [keep(job, key_of(job, control, one), take(job, control, one)) for one in asked]
+    return with_lengths(job, kept)
 
 
-def supervised(job, headline: str, solved: str):
-    "Read, open, measure, train, measure again, publish. `headline` gets baselines, with worked examples from `solved`."
-    load = Loading(**job.cfg.load)
-    check_measures(job)
-    mixture = mixed(job, tokenizer_for(job, job.cfg.init_from, load), read_mixture(job))
+def check_control(job, tok):
+    "`LabError` if the checkpoint of the control is missing or has other tokens."
+    name = job.cfg.control_from
+    other = tokenizer_for(job, name, Loading(**job.cfg.load))
+    if other.get_vocab() != tok.get_vocab():
+        raise LabError(
+            f'control_from: {name} has other tokens than {job.cfg.init_from}, '
+            'so it cannot read the same training; name a checkpoint of the same family'
+        )
+
+
+def run_control(job, mixture: Mixture, asked: list[Asked]) -> dict[str, Scored]:
+    "`{measure: score}` of `control_from` after the same training; empty if the stage names none."
+    from accelerate.utils import extract_model_from_parallel
+
+    load, name = Loading(**job.cfg.load), job.cfg.control_from
+    if not name:
+        return {}
+    model, tok = open_for(job, name, load)
+    model = fit_mixture(job, model, tok, mixture, load, 'control')
+    if not is_split(model):
+        model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    return scores_of_control(job, model, tok, asked)
+
+
+def supervised(job, headline: str = '', solved: str = '') -> dict[str, Scored]:
+    """Read, open, measure, train, publish, measure again; the scores of the published model.
+
+    `headline` is also measured with worked examples from `solved`."""
+    load, asked = Loading(**job.cfg.load), asked_by(job)
+    tok = tokenizer_for(job, job.cfg.init_from, load)
+    if job.cfg.control_from:
+        check_control(job, tok)
+    mixture = mixed(job, tok, read_mixture(job))
+    asked += asked_of(job, mixture)
     model, tok = open_for(job, job.cfg.init_from, load)
-    known, before = scores_before(job, model, tok), loss_before(model, tok, mixture)
-    compared = baselines(job, model, tok, headline, solved)
-    log_samples(job, model, tok, 'before')
+    before = scores_before(job, model, tok, asked)
+    helped = helped_before(job, model, tok, asked, headline, solved)
     model = to_measure(job, fit_mixture(job, model, tok, mixture, load), tok)
-    measure_heldout(job, model, tok, mixture, before)
-    evaluate_and_publish(job, model, tok, known, **{headline: dict(baseline=compared)})
+    after = scores_after(job, model, tok, asked)
+    control = run_control(job, mixture, asked)
+    report_all(job, asked, after, Compared(before, helped, control))
+    return after
