@@ -41,11 +41,11 @@ def tally(pairs) -> dict[str, dict]:
     return {family: proportion(right) for family, right in groups.items()}
 
 
-def score(rows: list, texts: list, lenient: bool = False) -> dict[str, dict]:
+def score(rows: list, texts: list) -> dict[str, dict]:
     "{family: {k, n, accuracy, low, high}} of one reply for each row; `LabError` if their numbers differ."
     if len(rows) != len(texts):
         raise LabError(f'{len(rows)} rows but {len(texts)} replies')
-    graded = (verify(row, text, lenient) for row, text in zip(rows, texts, strict=True))
+    graded = (verify(row, text) for row, text in zip(rows, texts, strict=True))
     return tally((row.get('family', 'all'), ok) for row, ok in zip(rows, graded, strict=True))
 
 # %% ../../nbs/tasks/03_stats.ipynb #5bff797f

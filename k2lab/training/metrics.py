@@ -18,7 +18,7 @@ from ..lab.config import LabError, one_of
 from ..models.load import generate
 from ..models.mla import from_latents
 from ..tasks.stats import wilson
-from ..tasks.verify import fact, prompt_of, verify
+from ..tasks.verify import fact, prompt_of, verify, without_format
 from ..text.chat import prompt_ids
 from ..text.masks import pair_row
 from ..text.rows import read_rows
@@ -173,7 +173,7 @@ def few_shot_texts(rows: list, examples: list, shots: int, seed: int) -> list[st
 def few_shot(
     model, tok, rows: list, examples: list, shots: int = 2, max_new_tokens: int = 24, seed: int = 0
 ) -> Score:
-    """Share of rows answered right as a continuation of `shots` solved examples of the family, read leniently.
+    """Share of rows answered right as a continuation of `shots` solved examples of the family.
 
     `LabError` for a row with fewer examples."""
     examples = [e for e in examples if is_solved(e)]
@@ -184,7 +184,7 @@ def few_shot(
     prompts = [tok(t, add_special_tokens=False)['input_ids'] for t in texts]
     replies = [r for (r,) in generate(model, tok, prompts, max_new_tokens)]
     lines = [r.text.split('\n\n')[0] for r in replies]
-    return share([verify(row, line, lenient=True) for row, line in zip(rows, lines)], replies)
+    return share([verify(without_format(row), line) for row, line in zip(rows, lines)], replies)
 
 # %% ../../nbs/training/00_metrics.ipynb #29ff7105
 def target_logps(model, tok, prompts: list, targets: list) -> list[float]:
