@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['RECALL', 'LABELS', 'TEXT_FAMILIES', 'ENOUGH', 'Sides', 'sorted_by_side', 'split_texts', 'package_functions',
-           'FunctionSides', 'domain_sides', 'split_functions', 'list_counts', 'check_graded', 'labelled', 'read_own',
+           'FunctionSides', 'sets_of_domain', 'split_functions', 'list_counts', 'check_graded', 'labelled', 'read_own',
            'OwnRows', 'without', 'once', 'split_own', 'check_unread', 'check_apart', 'known_by', 'check_facts',
            'check_guessing', 'check_held']
 
 # %% ../../nbs/tasks/04_splits.ipynb #91957d01
-from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 from ..corpus.duplicates import drop_contaminated, fingerprints
 from ..corpus.operators import counted, fingerprint, hash_percent, held_out, sorted_out
@@ -46,9 +46,13 @@ class Sides:
         start = self.seed * self.evaluation % rest
         return 'evaluation' if (place - start) % rest < self.evaluation else 'training'
 
+    def holds(self, side: str, key: str) -> bool:
+        "Whether a key is on a side."
+        return self.of(key) == side
+
     def part(self, items, side: str, key=lambda item: item.key) -> list:
         "The items whose key is on a side."
-        return [item for item in items if self.of(key(item)) == side]
+        return [item for item in items if self.holds(side, key(item))]
 
 # %% ../../nbs/tasks/04_splits.ipynb #ebe4c51d
 def sorted_by_side(corpus: Refined, settings: Refining, sides: Sides, asked: set) -> tuple:
@@ -108,7 +112,7 @@ class FunctionSides:
 RECALL = 12  # per cent of the training functions of the domain, for each set of recall questions
 
 
-def domain_sides(domain: list, sides: Sides) -> dict[str, list]:
+def sets_of_domain(domain: list, sides: Sides) -> dict[str, list]:
     "{set of questions: functions of the domain}; those to train on give way to twins."
     evaluation = sides.part(domain, 'evaluation')
     development = unlike(sides.part(domain, 'development'), evaluation)
@@ -132,12 +136,12 @@ def split_functions(
 ) -> FunctionSides:
     "The functions of a domain by side, `more` to train on, and `others`, which give way, to ask about."
     domain, trained = package_functions(sources), package_functions(more)
-    sets, read = domain_sides(domain, sides), len(domain) + len(trained)
+    sets, read = sets_of_domain(domain, sides), len(domain) + len(trained)
     trained = [f for f in trained if not held_out(f.key, more_percent)]
     asked = [f for name, some in sets.items() if name != 'train' for f in some]
     sets['train'] = sets['train'] + unlike(trained, asked)
     for side in ('development', 'evaluation') if domain else ():
-        outside = package_functions(others, lambda module: sides.of(module) == side)
+        outside = package_functions(others, partial(sides.holds, side))
         read += len(outside)
         sets[side] = sets[side] + unlike(outside, [f for some in sets.values() for f in some])
     kept = sum(map(len, sets.values()))
@@ -264,9 +268,9 @@ def known_by(row: dict) -> set:
     "What gives the answer away under another name: the parameter list with its fact, or the texts."
     page = row.get('input', '')
     if row.get('family') in SIGNATURE_FAMILIES:
-        return {(row['family'], page[page.find('(') :], row['fact'])}
+        return {(row['family'], page[page.find('(') :], row.get('fact'))}
     lines = [line.partition(': ')[2].lower() for line in page.splitlines()]
-    return {*lines, row['fact'].lower()} if row.get('family') in TEXT_FAMILIES else set()
+    return {*lines, row.get('fact', '').lower()} if row.get('family') in TEXT_FAMILIES else set()
 
 
 TEXT_FAMILIES = (*MANUAL_FAMILIES, 'recall_describe')
@@ -290,9 +294,9 @@ def check_facts(job, asked: list, training: dict):
 ENOUGH = 30  # questions a family must have before the share of an answer says anything
 
 
-def check_guessing(job, generated: list):
-    "Checks that no large family of generated questions has one answer for over a quarter."
-    families = [rows for rows in by_family(generated).values() if len(rows) >= ENOUGH]
+def check_guessing(job, sets: list):
+    "Checks that no large family of a set of generated questions has one answer for over a quarter."
+    families = [rows for some in sets for rows in by_family(some).values() if len(rows) >= ENOUGH]
     most = max((majority_baseline(rows)['all'] for rows in families), default=0)
     job.check(
         'no generated family is right in over a quarter by its most frequent answer',
