@@ -6,12 +6,12 @@
 __all__ = ['BACKENDS', 'Asking', 'task_manager', 'own_and_known_tasks', 'check_tasks', 'member_names', 'first_line', 'why_broken',
            'is_broken', 'leave_out', 'load_name', 'short_hash', 'task_hash', 'Tasks', 'read_tasks', 'check_unsafe',
            'Model', 'open_model_as', 'open_checkpoint', 'endpoint_options', 'open_endpoint_as', 'vllm_options',
-           'Result', 'settings', 'generation_of', 'ask', 'writes', 'room_of', 'reply_of', 'length_of', 'count_cut',
-           'notes_of', 'unfinished', 'result_place', 'keep', 'kept', 'result_of', 'off_loop', 'Session', 'is_refusal',
-           'endpoint_failure', 'common', 'group_results', 'harness_name', 'harness_interval', 'is_score', 'line_key',
-           'harness_line', 'harness_lines', 'target_of', 'item_of', 'harness_items', 'prepared', 'check_vllm',
-           'identity_of', 'put_items', 'report', 'run_harness', 'run_on_checkpoint', 'endpoint_model', 'vllm_model',
-           'run_elsewhere']
+           'Result', 'settings', 'generation_of', 'ask', 'writes', 'room_of', 'reply_of', 'length_of', 'is_score',
+           'marks_of', 'graded_of', 'count_cut', 'notes_of', 'unfinished', 'result_place', 'keep', 'kept', 'result_of',
+           'off_loop', 'Session', 'is_refusal', 'endpoint_failure', 'common', 'group_results', 'harness_name',
+           'harness_interval', 'line_key', 'harness_line', 'harness_lines', 'target_of', 'item_of', 'harness_items',
+           'prepared', 'check_vllm', 'identity_of', 'put_items', 'report', 'run_harness', 'run_on_checkpoint',
+           'endpoint_model', 'vllm_model', 'run_elsewhere']
 
 # %% ../../nbs/serving/02_harness.ipynb #ebd7e19a
 import dataclasses
@@ -321,6 +321,7 @@ class Result:
     chat_format: bool = False
     higher_is_better: dict = field(default_factory=dict)  # metric -> bool
     notes: tuple = ()  # what a reader has to know
+    graded: tuple = ()  # metrics that are right or wrong for each item, and the mean of that
     cut: int | None = None  # replies that ran into max_gen_toks
     why: str = ''  # why there is none
 
@@ -381,12 +382,35 @@ def reply_of(sample: dict) -> str:
         given[0][0] if isinstance(given[0], (list, tuple)) else given[0]
         for given in sample['resps']
     ]
-    return str(sample['arguments'][scores.index(max(scores))][-1])
+    return str(sample['arguments'][scores.index(max(scores))][-1]).strip()
 
 
 def length_of(tok, text: str) -> int:
     "The length of a text in tokens."
     return len(tok(text, add_special_tokens=False)['input_ids'])
+
+
+def is_score(key: str, value) -> bool:
+    "Whether an entry of lm-eval's results is a metric, not a standard error or a label."
+    return isinstance(value, float) and not key.partition(',')[0].endswith('_stderr')
+
+
+def marks_of(samples: list, key: str) -> list:
+    "What each item scored on a metric."
+    metric, _, reader = key.partition(',')
+    return [s[metric] for s in samples if s['filter'] == reader and metric in s]
+
+
+def graded_of(metrics: dict, samples: list) -> list[str]:
+    "The metrics that are 0 or 1 for each item, and the mean of that."
+    found = {key: marks_of(samples, key) for key, value in metrics.items() if is_score(key, value)}
+    return [
+        key
+        for key, marks in found.items()
+        if marks
+        and all(mark in (0, 1) for mark in marks)
+        and abs(sum(marks) / len(marks) - metrics[key]) < 1e-9
+    ]
 
 
 def count_cut(samples: list, tok) -> int:
@@ -435,7 +459,8 @@ def kept(home: Path | None, task: str, key: str) -> Result | None:
     if not place or not place.exists():
         return None
     read = json.loads(place.read_text(encoding='utf-8'))
-    return Result(**read | dict(notes=tuple(read['notes']))) if read['key'] == key else None
+    lists = {name: tuple(read[name]) for name in ('notes', 'graded')}
+    return Result(**read | lists) if read['key'] == key else None
 
 
 def result_of(results: dict, task, key: str, chat: bool, asking: Asking, tok) -> Result:
@@ -451,6 +476,7 @@ def result_of(results: dict, task, key: str, chat: bool, asking: Asking, tok) ->
         chat,
         results['higher_is_better'][name],
         tuple(notes_of(results, task, asking)),
+        tuple(graded_of(results['results'][name], samples)),
         count_cut(samples, tok) if tok and writes(task) else None,
     )
 
@@ -559,6 +585,7 @@ def group_results(tasks: Tasks, name: str, done: dict[str, Result]) -> Iterator[
         common(p.chat_format for p in there),
         {m: h for p in there for m, h in p.higher_is_better.items()},
         (f'without {", ".join(gone)}',) if gone else (),
+        tuple(k for k in scores if all(k in p.graded for p in there)),
     )
 
 # %% ../../nbs/serving/02_harness.ipynb #eebd2753
@@ -568,19 +595,16 @@ def harness_name(task: str, key: str) -> str:
     return f'{task}: {metric}' + (f' ({reader})' if reader not in ('', 'none') else '')
 
 
-def harness_interval(metrics: dict, key: str) -> dict[str, float]:
+def harness_interval(result: Result, key: str) -> dict[str, float]:
     "`{se, low, high}` of a metric, the 95 % interval from its standard error; empty without one."
     metric, _, reader = key.partition(',')
-    error = metrics.get(f'{metric}_stderr,{reader}')
+    error = result.metrics.get(f'{metric}_stderr,{reader}')
     if not isinstance(error, float):
         return {}
-    spread = 1.96 * error
-    return dict(se=error, low=metrics[key] - spread, high=metrics[key] + spread)
-
-
-def is_score(key: str, value) -> bool:
-    "Whether an entry of lm-eval's results is a metric, not a standard error or a label."
-    return isinstance(value, float) and not key.partition(',')[0].endswith('_stderr')
+    low, high = (result.metrics[key] + side * 1.96 * error for side in (-1, 1))
+    if key in result.graded:  # a share
+        low, high = max(0.0, low), min(1.0, high)
+    return dict(se=error, low=low, high=high)
 
 
 def line_key(result: Result, key: str) -> str:
@@ -592,7 +616,7 @@ def harness_line(result: Result, key: str, value: float) -> dict:
     "The line of a metric."
     metric, _, reader = key.partition(',')
     line = dict(measure=harness_name(result.task, key), after=value, n=result.n)
-    line |= harness_interval(result.metrics, key)
+    line |= harness_interval(result, key)
     line |= dict(metric=metric, filter=reader, shots=result.shots, chat_format=result.chat_format)
     line |= dict(higher_is_better=result.higher_is_better.get(metric), cut=result.cut)
     line |= dict(key=line_key(result, key), note='; '.join(result.notes))
@@ -609,35 +633,32 @@ def target_of(sample: dict) -> str:
     target = sample['target']
     given = sample['arguments']
     if isinstance(target, int) and len(given) > 1 and 0 <= target < len(given):
-        return str(given[target][-1])
+        return str(given[target][-1]).strip()
     return str(target)
 
 
 def item_of(sample: dict, key: str, metric: str, tok) -> dict:
     "A sample as an item of a score."
-    question, reply = str(sample['arguments'][0][0]), reply_of(sample)
-    item = short_hash(sample['doc'])
-    ids = tok(question, add_special_tokens=False)['input_ids'] if tok else question
-    line = dict(
-        key=key, item=item, group=str(sample['doc'].get('group', item)), prompt=short_hash(ids)
+    question, reply, doc = str(sample['arguments'][0][0]), reply_of(sample), sample['doc']
+    item, ids = (
+        short_hash(doc),
+        tok(question, add_special_tokens=False)['input_ids'] if tok else question,
     )
-    line |= dict(question=question, answer=target_of(sample), reply=reply)
-    line |= dict(right=bool(sample[metric]))
-    if tok:
-        line |= dict(tokens=length_of(tok, reply))
-    return line
+    group, family = str(doc.get('group') or item), str(doc.get('family') or 'all')
+    line = dict(key=key, item=item, group=group, family=family, prompt=short_hash(ids))
+    line |= dict(
+        question=question, answer=target_of(sample), reply=reply, right=bool(sample[metric])
+    )
+    return line | (dict(tokens=length_of(tok, reply)) if tok else {})
 
 
 def harness_items(result: Result, samples: list, tok) -> list[dict]:
-    "An item for each sample of each metric that is right or wrong, and the mean of that."
+    "An item for each sample of each metric that is right or wrong."
     out = []
-    for key, value in result.metrics.items():
+    for key in result.graded:
         metric, _, reader = key.partition(',')
         own = [s for s in samples if s['filter'] == reader and metric in s]
-        marks = [s[metric] for s in own]
-        if is_score(key, value) and marks and all(mark in (0, 1) for mark in marks):
-            if abs(sum(marks) / len(marks) - value) < 1e-9:
-                out += [item_of(s, line_key(result, key), metric, tok) for s in own]
+        out += [item_of(s, line_key(result, key), metric, tok) for s in own]
     return out
 
 # %% ../../nbs/serving/02_harness.ipynb #4496f861
