@@ -1,9 +1,9 @@
 "Tasks of lm-eval: what is sent, what is scored, what is kept, and what becomes of them when something breaks."
 
-import ast
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,6 +40,8 @@ WRITES = dict(
     generation_kwargs=dict(max_gen_toks=6, do_sample=False, until=['\n\n']),
     metric_list=[dict(metric='exact_match', aggregation='mean', higher_is_better=True)],
 )
+PLAIN = Asking()
+BREAKS = CHOICE | dict(doc_to_text='{{6 // n}} =')  # at the fourth question
 SUMS = [dict(q=f'{n} + 1 =', a=f'{n + 1}', choices=[f'{n + 1}', f'{n}'], gold=0) for n in range(6)]
 
 
@@ -253,16 +255,18 @@ def test_all_that_cannot_be_read_is_refused_before_a_model_is_opened(tmp_path, m
 
 def test_a_task_that_runs_code_has_to_be_allowed(tmp_path):
     write_task(tmp_path, 'own_code', **WRITES, unsafe_code=True)
-    with pytest.raises(LabError, match='own_code executes code .* confirm_unsafe_code=true'):
+    with pytest.raises(LabError, match='own_code executes code .*confirm_unsafe_code=true'):
         read_tasks(['own_code'], str(tmp_path), Asking())
     assert list(read_tasks(['own_code'], str(tmp_path), Asking(confirm_unsafe_code=True)).tasks)
 
 
 def test_a_group_keeps_its_other_tasks(tmp_path):
     "One task of the group has no data, another one breaks when it is asked."
-    for name in ('own_a', 'own_gone', 'own_bad'):
+    for name in ('own_a', 'own_gone'):
         write_task(tmp_path, name, **CHOICE)
-    write_task(tmp_path, 'own_bad', [{**row, 'gold': 'x'} for row in SUMS], **CHOICE)
+    write_task(
+        tmp_path, 'own_bad', [dict(row, n=n) for n, row in enumerate(SUMS[::-1], -3)], **BREAKS
+    )
     (tmp_path / 'own_gone.jsonl').unlink()
     write_group(tmp_path, 'own_all', ['own_a', 'own_gone', 'own_bad'])
     job = evaluated(tmp_path, ['own_all'])
@@ -276,7 +280,9 @@ def test_a_group_keeps_its_other_tasks(tmp_path):
 
 
 def test_a_named_task_that_breaks_costs_the_run_not_the_others(tmp_path):
-    write_task(tmp_path, 'own_bad', [{**row, 'gold': 'x'} for row in SUMS], **CHOICE)
+    write_task(
+        tmp_path, 'own_bad', [dict(row, n=n) for n, row in enumerate(SUMS[::-1], -3)], **BREAKS
+    )
     write_task(tmp_path, 'own_a', **CHOICE)
     job = evaluated(tmp_path, ['own_bad', 'own_a'])
     assert list(measured(job)) == ['own_a: acc']
@@ -309,7 +315,7 @@ def test_a_result_is_used_again_only_where_all_is_equal(tmp_path, parts, monkeyp
     seen = counting(monkeypatch)
     write_task(tmp_path, 'own_a', **CHOICE)
 
-    def one(asking=Asking(), weights='w1', **more):
+    def one(asking=PLAIN, weights='w1', **more):
         tasks = read_tasks(['own_a'], str(tmp_path), asking)
         model = open_checkpoint('m', *parts, asking, weights)
         (result,) = Session(tasks, model, asking, home=tmp_path / 'kept', **more).results()
@@ -348,8 +354,8 @@ def test_a_killed_evaluation_asks_only_what_is_missing(tmp_path):
     for name in ('own_a', 'own_b', 'own_c'):
         write_task(tmp_path, name, SUMS * 20, **CHOICE | dict(metadata=dict(version=1)))
     write_task(tmp_path, 'own_d', SUMS * 20, **WRITES)
-    told = json.dumps(asked(tmp_path, ['own_a', 'own_b', 'own_c', 'own_d']))
-    words = [f'{k}={json.dumps(v)}' for k, v in json.loads(told).items()]
+    told = asked(tmp_path, ['own_a', 'own_b', 'own_c', 'own_d'])
+    words = [f'{k}={v if isinstance(v, str) else json.dumps(v)}' for k, v in told.items()]
     home = tmp_path / 'runs'
     run = k2lab(
         home, 'evaluate', '--scale', 'smoke', '--campaign', 'c', *words, start_new_session=True
@@ -412,7 +418,8 @@ def listening(app):
 
 def served(folder: Path, names: list, url: str, **options):
     options |= dict(backend='endpoint')
-    job = start('evaluate', 'smoke', changes=dict(harness=names, harness_tasks=str(folder), harness_options=options, checkpoints={}, measures={}))  # fmt: skip
+    told = asked(folder, names, checkpoints={}, measures={}, harness_options=options)
+    job = start('evaluate', 'smoke', changes=told)
     job.env['endpoint'] |= dict(base_url=url, key_env='OWN_KEY', model='k2_think_dpo')
     stage.evaluate(job)
     return job
@@ -458,12 +465,10 @@ def test_vllm_gets_options_that_lm_eval_has():
     import lm_eval
 
     source = (Path(lm_eval.__path__[0]) / 'models' / 'vllm_causallms.py').read_text()
-    made = next(
-        n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == 'VLLM'
-    )
-    init = next(n for n in made.body if isinstance(n, ast.FunctionDef) and n.name == '__init__')
+    taken = re.search(r'class VLLM.*?def __init__\((.*?)\*\*kwargs', source, re.S)
+    names = set(re.findall(r'^ +(\w+):', taken[1], re.M))
     given = harness.vllm_options('a/place', Asking(think_end='</think>'), 2)
-    assert given.keys() <= {a.arg for a in init.args.args}
+    assert given.keys() <= names
     assert (given['pretrained'], given['tensor_parallel_size']) == ('a/place', 2)
 
 

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['BACKENDS', 'Asking', 'task_manager', 'own_and_known_tasks', 'check_tasks', 'member_names', 'first_line', 'why_broken',
            'is_broken', 'leave_out', 'load_name', 'short_hash', 'task_hash', 'Tasks', 'read_tasks', 'check_unsafe',
-           'Model', 'open_model_as', 'open_checkpoint', 'endpoint_options', 'open_endpoint_as', 'vllm_options',
-           'Result', 'settings', 'generation_of', 'ask', 'writes', 'room_of', 'reply_of', 'length_of', 'is_score',
-           'marks_of', 'graded_of', 'count_cut', 'notes_of', 'unfinished', 'result_place', 'keep', 'kept', 'result_of',
-           'off_loop', 'Session', 'is_refusal', 'endpoint_failure', 'common', 'group_results', 'harness_name',
-           'harness_interval', 'line_key', 'harness_line', 'harness_lines', 'target_of', 'item_of', 'harness_items',
-           'prepared', 'check_vllm', 'identity_of', 'put_items', 'report', 'run_harness', 'run_on_checkpoint',
-           'endpoint_model', 'vllm_model', 'run_elsewhere']
+           'Model', 'template_in', 'open_model_as', 'open_checkpoint', 'endpoint_options', 'open_endpoint_as',
+           'vllm_options', 'Result', 'settings', 'generation_of', 'ask', 'writes', 'room_of', 'reply_of', 'length_of',
+           'is_score', 'marks_of', 'graded_of', 'count_cut', 'notes_of', 'unfinished', 'result_place', 'keep', 'kept',
+           'result_of', 'off_loop', 'Session', 'is_refusal', 'endpoint_failure', 'common', 'group_results',
+           'harness_name', 'harness_interval', 'line_key', 'harness_line', 'harness_lines', 'target_of', 'item_of',
+           'harness_items', 'prepared', 'check_vllm', 'identity_of', 'put_items', 'report', 'run_harness',
+           'run_on_checkpoint', 'endpoint_model', 'vllm_model', 'run_elsewhere']
 
 # %% ../../nbs/serving/02_harness.ipynb #ebd7e19a
 import dataclasses
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -245,6 +246,11 @@ class Model:
     place: str = ''  # address of an endpoint
 
 
+def template_in(tok) -> str:
+    "The chat template of a tokenizer, '' without one."
+    return tok.chat_template if isinstance(tok.chat_template, str) else ''
+
+
 def open_model_as(model, tok, asking: Asking, chat: bool) -> Any:
     "lm-eval's object for an open model."
     from lm_eval.models.huggingface import HFLM
@@ -265,7 +271,7 @@ def open_checkpoint(name: str, model, tok, asking: Asking, identity: Any = '') -
         identity,
         lambda chat, writes: open_model_as(model, tok, asking, chat),
         dict(eos_token_id=end_ids(tok)),
-        tok.chat_template or '',
+        template_in(tok),
         tok,
     )
 
@@ -276,8 +282,6 @@ _AT_ONCE = 8  # requests to an endpoint
 
 def endpoint_options(env: dict, asking: Asking, chat: bool, tokenizer: str) -> dict:
     "lm-eval's options for the endpoint of env.yaml."
-    import os
-
     key = os.environ.get(env['key_env'], '')
     # a header of our own: lm-eval would send $OPENAI_API_KEY to any address
     header = {'Authorization': f'Bearer {key}'} if key else {'Accept': 'application/json'}
@@ -349,7 +353,9 @@ def generation_of(asking: Asking, model: Model) -> dict:
     return options | model.stops
 
 
-def ask(lm, task, manager, asking: Asking, chat: bool, generation: dict, system: str, seed: int):
+def ask(
+    lm, task, manager, asking: Asking, chat: bool, generation: dict, system: str, seed: int
+) -> Any:
     "lm-eval's results of one task."
     from lm_eval import simple_evaluate
 
@@ -520,6 +526,10 @@ class Session:
         if self.home:
             keep(self.home, result, results['samples'][name])
         return result
+
+    def samples(self, name: str) -> list[dict]:
+        "The samples of a task that were kept; none of a group."
+        return read_lines(result_place(self.home, name, 'jsonl')) if self.home else []
 
     def attempt(self, name: str) -> Result:
         "The result of a task, or why there is none; `LabError` if an endpoint does not answer."
@@ -704,8 +714,7 @@ def report(job, session: Session, result: Result):
         return
     for line in harness_lines(result):
         job.measure(**line, checkpoint=session.model.name)
-    samples = read_lines(result_place(session.home, result.task, 'jsonl'))
-    put_items(job, harness_items(result, samples, session.model.tok))
+    put_items(job, harness_items(result, session.samples(result.task), session.model.tok))
 
 
 def run_harness(job, tasks: Tasks, model: Model):
@@ -753,7 +762,7 @@ def vllm_model(job, name: str, asking: Asking) -> Model:
     tok, options = open_tokenizer(place), vllm_options(place, asking, torch.cuda.device_count())
     engine = get_model('vllm')(**options)
     identity, ends = identity_of(job, name), dict(stop_token_ids=end_ids(tok))
-    return Model(name, identity, lambda *_: engine, ends, tok.chat_template or '', tok)
+    return Model(name, identity, lambda *_: engine, ends, template_in(tok), tok)
 
 
 def run_elsewhere(job, tasks: Tasks | None):
