@@ -103,12 +103,12 @@ def check_tasks(names: list, valid):
             raise LabError(f'harness: lm-eval has no task {name!r}{hint}; {own}')
 
 # %% ../../nbs/serving/02_harness.ipynb #ad2da6dd
-def member_names(index: dict, member) -> list[str]:
+def member_names(index: dict, member: Any) -> list[str]:
     "The names of the tasks in lm-eval's index behind a member of a group: a name, or a block with `task` or `group`."
     inside = member.get('task') if isinstance(member, dict) else None
     if isinstance(inside, list):  # a group within a group
         return [name for m in inside for name in member_names(index, m)]
-    name = (member.get('group') or inside) if isinstance(member, dict) else member
+    name: Any = (member.get('group') or inside) if isinstance(member, dict) else member
     entry = index.get(name)
     if entry is None:
         return []
@@ -360,13 +360,13 @@ def ask(
     from lm_eval import simple_evaluate
 
     asked: dict[str, Any] = dict(model=lm, tasks=[task], task_manager=manager)
+    asked |= dict(torch_random_seed=seed, confirm_run_unsafe_code=asking.confirm_unsafe_code)
     asked |= dict(num_fewshot=asking.shots, limit=asking.limit, log_samples=True)
     asked |= dict(apply_chat_template=chat, fewshot_as_multiturn=chat)
     asked |= dict(system_instruction=(system or None) if chat else None)
     if writes(task):
         asked['gen_kwargs'] = generation
-    unsafe = asking.confirm_unsafe_code
-    return simple_evaluate(**asked, torch_random_seed=seed, confirm_run_unsafe_code=unsafe)
+    return simple_evaluate(**asked)
 
 
 def writes(task) -> bool:
