@@ -235,7 +235,7 @@ def judge_goal(goal: dict, evidences: list[Evidence]) -> Goal:
     said = best([worst([a.verdict for a in found]) for found in lists])
     conditions = [c for cs in alternatives(goal) for c in cs]
     places = dict.fromkeys(c.get('checkpoint') or c.get('stage', '') for c in conditions)
-    return Goal(goal['says'], ', '.join(places), said, in_words(flat), flat)
+    return Goal(goal['says'], ', '.join(places), said, in_words(flat, said), flat)
 
 # %% ../../nbs/reports/01_goals.ipynb #a286b09b
 SAYS = {  # test -> what stands before the value
@@ -261,7 +261,8 @@ def answer_words(a: Answer, named: bool) -> str:
     "An answer in words; `named` puts the measure in front."
     name = f'{about(a.measure).label}: ' if named else ''
     if a.value is None:
-        return f'{name}not measured'
+        what = 'baseline ' if a.test == 'over_baseline' else SAYS.get(a.test, '')
+        return f'{name}{what}not measured'
     if a.test == 'items':
         return f'{a.value:,.0f} items'
     words = f'{name}{SAYS.get(a.test, "")}{amount(a)}'
@@ -269,19 +270,21 @@ def answer_words(a: Answer, named: bool) -> str:
         words = f'{name}baseline {with_unit(a.measure, a.limit)}'
     if a.test in PAIRED:
         words += f' {"of" if a.test.startswith("ratio") else "from"} {a.other or "the teacher"}'
-    return words + tell(a)
+    return words
 
 
 def tell(a: Answer) -> str:
     "How many items or seeds it would take to say more, in words; empty where all is said."
     what = 'seeds' if a.seeds > 1 else 'items'
-    return f'; about {a.needed:,} {what} would tell' if a.needed else ''
+    return f'about {a.needed:,} {what} would tell' if a.needed else ''
 
 
-def in_words(found: tuple[Answer, ...]) -> str:
-    "The answers of a goal in words, each once."
+def in_words(found: tuple[Answer, ...], said: str) -> str:
+    "The answers of a goal in words, each once, and what it would take where it cannot be said."
     several = len({a.measure for a in found}) > 1
-    return '; '.join(dict.fromkeys(answer_words(a, several) for a in found))
+    words = [answer_words(a, several) for a in found]
+    needed = [tell(a) for a in found if said == a.verdict == 'cannot be said']
+    return '; '.join(dict.fromkeys(filter(None, [*words, *needed])))
 
 # %% ../../nbs/reports/01_goals.ipynb #e7d513c5
 def check_condition(condition: dict, where: str):

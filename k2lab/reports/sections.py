@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORIGINS', 'LEDGER', 'FLIGHT', 'OWN_COSTS', 'VERDICT', 'COUNTED', 'KEPT', 'name_of', 'distinct_values', 'code_version',
-           'machine_text', 'total_cost', 'facts', 'facts_list', 'parameters', 'origin', 'sizes', 'models',
+           'machine_text', 'total_cost', 'facts', 'facts_list', 'parameters', 'origin', 'sizes', 'starts', 'models',
            'model_sentence', 'run_name', 'gate_fault', 'gate_words', 'run_state', 'checks_passed', 'run_row',
            'run_list', 'is_newer', 'held_back', 'gate_rows', 'gates', 'phases', 'phase_name', 'curves', 'kinds',
            'whole', 'ledger_row', 'ledger', 'reasons', 'settings_of', 'beside_control', 'flight', 'preference_runs',
@@ -36,6 +36,7 @@ from k2lab.reports.results import (
     is_share,
     items_of,
     line_of,
+    made,
     percent,
     students,
     with_interval,
@@ -131,33 +132,44 @@ def sizes(evidence: Evidence) -> dict[str, int]:
     return {name: size for name, size in found.items() if size}
 
 
+def starts(evidence: Evidence) -> dict[str, str]:
+    "`{checkpoint: what it was trained from}` of a campaign's own checkpoints."
+    own = [r for r in evidence.used if made(r)]
+    return {made(r): r['config'].get('init_from', '').partition('@')[0] for r in own}
+
+
 def models(evidence: Evidence) -> list[dict]:
-    "`{name, parameters, from}` of the checkpoints of a campaign and of what they started from."
-    own, size = chain(evidence), sizes(evidence)
+    "`{name, parameters, origin}` of the checkpoints of a campaign, those from outside first."
+    own, size = starts(evidence), sizes(evidence)
     outside = {
         p['name']: origin(p['place'])
         for r in evidence.used
         for p in r['parents']
-        if p.get('place')
-        and p['name'] in (r['config'].get('init_from'), r['config'].get('teacher'))
+        if p.get('place') and p['name'] in own.values()
     }
-    starts = {name: r['config'].get('init_from', '') for r in evidence.used for name in r['saves']}
     first = [dict(name=n, parameters=None, origin=o) for n, o in outside.items()]
     rest = [
-        dict(name=n, parameters=size.get(n), origin=f'trained from {starts.get(n) or "?"}')
-        for n in own
-        if n not in outside
+        dict(name=n, parameters=size.get(n), origin=f'trained from {o}') for n, o in own.items()
     ]
     return first + rest
 
 
 def model_sentence(found: list[dict]) -> str:
-    "What the models are, in a sentence."
+    "What the models are, in a sentence for each model from outside."
     words = []
     for m in found:
-        count = m['parameters'] and with_unit('parameters', m['parameters']) + ' parameters'
-        words.append(f'{m["name"]}: {", ".join(w for w in (count, m["origin"]) if w)}')
-    return '; '.join(words) + '.' if words else ''
+        if m['origin'].startswith('trained from '):
+            continue
+        heirs, sizes_ = [m['name']], []
+        for n in found:
+            if n['origin'].removeprefix('trained from ') in heirs:
+                heirs.append(n['name'])
+                sizes_ += [n['parameters']] if n['parameters'] else []
+        text = f'{m["name"]} is {m["origin"]}'
+        text += f', {with_unit("parameters", sizes_[0])} parameters' if sizes_ else ''
+        text += f'; from it: {" → ".join(heirs[1:])}' if heirs[1:] else ''
+        words.append(f'{text}.')
+    return ' '.join(words)
 
 # %% ../../nbs/reports/05_sections.ipynb #a83fba4b
 def run_name(record: dict) -> str:
@@ -376,7 +388,7 @@ def flight(evidence: Evidence, record: dict) -> dict[str, str]:
     "Settings, movements and scores of a preference run, in words."
     lines = [m for m in evidence.lines if m.get('run') == run_name(record)]
     scores = {about(m['measure']).label: m for m in lines if m['measure'] in FLIGHT}
-    known = {k: short(v) for k, v in settings_of(record).items() if v is not None}
+    known = {k: short(v) for k, v in settings_of(record).items() if v not in (None, '-')}
     return known | {k: beside_control(m) for k, m in scores.items()}
 
 
