@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from k2lab.tasks.items import compared_line, own_line, score_of, write_items
+from k2lab.tasks.items import compared_line, own_line, read_items, write_items
 
 # checkpoint: stage, what it started from, shares of right answers (domain, reasoning), bits per byte
 CHECKPOINTS = {
@@ -80,6 +80,12 @@ def metric(stage: str, measure: str, before, after, **more) -> dict:
     return line | dict(low=None, high=None, n=400, seed=0) | more
 
 
+def once(folder: Path, key: str, items: list[dict]):
+    "Leave items in a run's folder, unless they are there."
+    if key not in read_items(folder):
+        write_items(folder, key, items)
+
+
 def scores(folder: Path, stage: str, name: str, other: str, n: int, seed: int, side: str) -> list:
     "The lines of a checkpoint against another, with their items in the run's folder."
     mine = measured(name, n, seed)
@@ -88,10 +94,10 @@ def scores(folder: Path, stage: str, name: str, other: str, n: int, seed: int, s
     for measure, items in mine.items():
         key, before_key = f'{name}.{measure}.{side}', f'{other}.{measure}.{side}'
         line = dict(stage=stage, measure=measure, seed=seed, checkpoint=name, side=side, key=key)
-        write_items(folder, key, items)
+        once(folder, key, items)
         line |= own_line(items)
         if theirs:
-            write_items(folder, before_key, theirs[measure])
+            once(folder, before_key, theirs[measure])
             line |= compared_line(theirs[measure], items)
             line |= dict(compared_with=other, before_key=before_key)
         lines.append(line)
@@ -144,7 +150,9 @@ def parent(name: str, runs: dict[str, str]) -> dict:
 def logged(steps: int) -> list[dict]:
     "Lines of metrics.jsonl."
     return [
-        dict(phase='train', step=s, loss=3 / s + 0.3, lr=1e-3 / s, grad_norm=1 + 1 / s, tokens_s=9000)
+        dict(
+            phase='train', step=s, loss=3 / s + 0.3, lr=1e-3 / s, grad_norm=1 + 1 / s, tokens_s=9000
+        )
         for s in range(1, steps + 1)
     ]
 
@@ -171,7 +179,9 @@ def train(home: Path, at: int, name: str, runs: dict[str, str], n: int, seed: in
         line |= own_line(pairs[1]) | compared_line(*pairs)
         lines.append(line | dict(key='now', before_key='before', compared_with=start))
     r = record(stage, lines, name, [parent(start, runs)], **config)
-    r['training'] = {'train': dict(steps=9, rows=90, tokens=9000, trained_tokens=4000, tokens_s=9000)}
+    r['training'] = {
+        'train': dict(steps=9, rows=90, tokens=9000, trained_tokens=4000, tokens_s=9000)
+    }
     add(home, at, r, steps=logged(9))
     runs[name] = folder.name
 
@@ -190,8 +200,3 @@ def campaign(home: Path, seed: int = 0, n: int = 400) -> Path:
     parents = [parent(name, runs) for name in CHECKPOINTS]
     add(home, 6, record('evaluate', lines, parents=parents, seed=seed))
     return home
-
-
-def recomputed(folder: Path, line: dict, items: dict[str, list]) -> bool:
-    "Whether a line's value is that of its items, to the last digit."
-    return score_of(items[line['key']]).value == line['after']

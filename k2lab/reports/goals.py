@@ -148,7 +148,7 @@ class Answer:
 def answer(measure: str, test: str, limit: float | None, e: Estimate | None, seeds=1) -> Answer:
     "The answer of an interval to a limit."
     if e is None or limit is None:
-        return Answer(measure, test, 'not measured', limit)
+        return Answer(measure, test, 'not measured', limit, seeds=seeds)
     said = verdict(e, limit, TESTS[test])
     needed = items_needed(e, limit) if said == 'cannot be said' else None
     return Answer(measure, test, said, limit, e.value, e.low, e.high, e.n, needed, seeds)

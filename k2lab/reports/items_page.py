@@ -16,7 +16,9 @@ from k2lab.reports.results import (
     about,
     chain,
     items_of,
+    measures_of,
     other_side,
+    score_line,
     with_interval,
 )
 from ..tasks.items import RATIOS, numbered, value_of
@@ -132,8 +134,10 @@ def items_section(evidence: Evidence, line: dict, most: int) -> Html:
 
 
 def with_items(evidence: Evidence) -> list[dict]:
-    "The lines whose items were kept."
-    return [m for m in evidence.lines if m.get('key') and items_of(m)]
+    "The lines whose items were kept, those that others were compared with among them."
+    shown = [score_line(evidence, c, m) for m in measures_of(evidence) for c in chain(evidence)]
+    lines = {place(m): m for m in [*shown, *evidence.lines] if m.get('key') and items_of(m)}
+    return [*lines.values()]
 
 
 def items_body(evidence: Evidence, most: int = 100) -> list[Html]:

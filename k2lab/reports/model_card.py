@@ -14,13 +14,14 @@ from pathlib import Path
 
 from ..lab.files import as_json, write_text
 from .charts import better_side
-from .matrix import Cell, change_from, change_text, direction, score_line
+from .matrix import Cell, change_from, change_text, direction
 from .page import Report
 from k2lab.reports.results import (
     Evidence,
     about,
     chain,
     measures_of,
+    score_line,
     students,
     with_interval,
     with_unit,

@@ -6,8 +6,8 @@
 __all__ = ['MEASURES', 'SHOW', 'ROUNDS', 'KEYS', 'TRAINING', 'SKIPPED', 'role', 'in_folder', 'steps', 'is_promoted',
            'newest_runs', 'Measure', 'about', 'with_unit', 'is_share', 'percent', 'bracket', 'with_interval', 'trains',
            'made', 'lines_of', 'is_of_older', 'merged', 'cost_line', 'costs', 'Evidence', 'gather', 'line_of',
-           'students', 'chain', 'measures_of', 'final_teacher', 'kept_items', 'items_of', 'as_before', 'other_side',
-           'compare', 'as_estimate']
+           'students', 'chain', 'measures_of', 'final_teacher', 'kept_items', 'items_of', 'as_before', 'score_line',
+           'other_side', 'compare', 'as_estimate']
 
 # %% ../../nbs/reports/00_results.ipynb #3e7a755f
 import math
@@ -295,6 +295,16 @@ def as_before(evidence: Evidence, checkpoint: str, measure: str, side: str) -> d
     line |= dict(checkpoint=checkpoint, after=found['before'], key=found.get('before_key'))
     items = items_of(line)
     return line | (own_line(items) if items else {})
+
+
+def score_line(evidence: Evidence, checkpoint: str, measure: str) -> dict:
+    "The line that the matrix shows: evaluated, else as another's base, else measured while training."
+    return (
+        line_of(evidence, checkpoint, measure)
+        or as_before(evidence, checkpoint, measure, 'evaluation')
+        or line_of(evidence, checkpoint, measure, 'development')
+        or as_before(evidence, checkpoint, measure, 'development')
+    )
 
 
 def other_side(evidence: Evidence, line: dict, other: str) -> dict:

@@ -23,7 +23,6 @@ from ..lab.display import Html, short
 from ..lab.files import read_lines
 from ..lab.records import read_or_mark, run_order
 from .charts import anchor, el, html_table, lineage_chart, note, training_chart
-from .matrix import score_line
 from k2lab.reports.results import (
     MEASURES,
     Evidence,
@@ -38,6 +37,7 @@ from k2lab.reports.results import (
     line_of,
     made,
     percent,
+    score_line,
     students,
     with_interval,
     with_unit,
