@@ -1,4 +1,6 @@
-"""README.md from the index notebook. `--write` generates it; without, a stale README fails."""
+"""README.md from the index notebook, and its measured figures from the reports that are kept in
+runs/evidence. `--write` generates it; without, a stale README fails.
+"""
 
 import json
 import posixpath
@@ -7,7 +9,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+EVIDENCE = ROOT / 'runs/evidence'
 LINK = re.compile(r'(?<=\]\()(?!\w+:|#)([^)#]+)')
+MEASURED = '<!-- measured -->'  # the place in the index notebook where the figures go
 
 
 def from_root(cell: str) -> str:
@@ -18,12 +22,59 @@ def from_root(cell: str) -> str:
     return '```'.join(parts)
 
 
+def table(header: list, rows: list) -> str:
+    "A table in Markdown."
+    lines = [header, ['---'] * len(header), *rows]
+    return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in lines)
+
+
+def value(score: dict | None) -> str:
+    "A score with its interval, a dagger if it is of the development side."
+    from k2lab.reports.results import with_interval
+
+    if not score:
+        return '-'
+    own = score['value']
+    text = with_interval(dict(own, measure=score['measure'], after=own['value']))
+    return text + ('' if score['side'] == 'evaluation' else ' †')
+
+
+def score_table(report: dict) -> str:
+    "Measures by checkpoints."
+    from k2lab.reports.results import about
+
+    found = {(s['measure'], s['checkpoint']): s for s in report['scores']}
+    measures, names = (list(dict.fromkeys(at[i] for at in found)) for i in (0, 1))
+    rows = [[about(m).label, *(value(found.get((m, n))) for n in names)] for m in measures]
+    return table(['', *names], rows)
+
+
+def measured(folder: Path) -> str:
+    "What the reports that are kept in a folder say: lead, scores with intervals, goals."
+    parts = []
+    for path in sorted(folder.glob('*/report.json')):
+        report = json.loads(path.read_text(encoding='utf-8'))
+        goals = [[g['says'], g['reached'], g['verdict']] for g in report['goals']]
+        where = posixpath.join('runs/evidence', path.parent.name)
+        campaigns = ', '.join(c['campaign'] for c in report['campaigns'])
+        facts = report['facts']
+        parts += [
+            f'**{campaigns}** (scale {report["scale"]}, seed {facts["seed"]}; {facts["hardware"]}; '
+            f'{facts["wall time of all runs"]}). {report["lead"]} {report["goals_reached"]}',
+            score_table(report),
+            table(['goal', 'reached', 'verdict'], goals),
+            f'[Its pages, notebooks and numbers]({where}/README.md).',
+        ]
+    return '\n\n'.join(parts) or 'No report is kept in runs/evidence yet.'
+
+
 def readme() -> str:
-    "The text of README.md: the markdown cells of nbs/index.ipynb."
+    "The text of README.md: the markdown cells of nbs/index.ipynb, with the measured figures."
     cells = json.loads((ROOT / 'nbs/index.ipynb').read_text())['cells']
     if any(cell['cell_type'] != 'markdown' for cell in cells):
         raise SystemExit('nbs/index.ipynb: only markdown cells can be part of README.md')
-    return '\n\n'.join(from_root(''.join(cell['source']).strip()) for cell in cells) + '\n'
+    text = '\n\n'.join(from_root(''.join(cell['source']).strip()) for cell in cells) + '\n'
+    return text.replace(MEASURED, measured(EVIDENCE))
 
 
 if __name__ == '__main__':

@@ -1,415 +1,502 @@
-"""The report: which runs it takes, what it says when runs are missing or goals are missed,
-and a README that is its notebook.
+"""The report: which runs and scores it takes, when a goal is reached, that it loses nothing of failed
+or replaced runs, that its numbers come from items, and a README that is its notebook.
 """
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from campaigns import add, campaign, metric, parent, record
 
-from k2lab.lab.config import read_yaml
+from k2lab.lab.config import LabError, read_yaml
+from k2lab.reports import gallery
 from k2lab.reports.charts import el
-from k2lab.reports.page import ancestors, headline, report_html, student_lines
-from k2lab.reports.results import (
-    KEYS,
-    MEASURES,
+from k2lab.reports.goals import (
     TESTS,
     alternatives,
-    change,
-    for_machines,
-    goal_reached,
-    goal_results,
-    holds,
-    line_of,
-    measured,
-    newest_runs,
+    answer,
+    check_goal,
+    goal_sentence,
+    judge_goal,
+    judge_goals,
+    over_seeds,
+    point,
 )
+from k2lab.reports.matrix import matrix
+from k2lab.reports.model_card import card, write_cards
+from k2lab.reports.page import items_html, lead, make_report, report_html, report_json, warnings
+from k2lab.reports.results import MEASURES, Evidence, compare, gather, line_of, newest_runs
+from k2lab.reports.sections import ancestors, run_name
+from k2lab.tasks.items import read_items, score_of
+from k2lab.tasks.stats import Estimate
 
 ROOT = Path(__file__).resolve().parents[1]
+GOALS = read_yaml(ROOT / 'configs/report.yaml')['goals']
 
 
-def metric(stage, measure, before, after, **more):
-    return (
-        dict(
-            stage=stage,
-            measure=measure,
-            before=before,
-            after=after,
-            low=None,
-            high=None,
-            n=400,
-            seed=0,
-        )
-        | more
-    )
+@pytest.fixture(scope='module')
+def seeds(tmp_path_factory):
+    "Two campaigns of two seeds."
+    home = tmp_path_factory.mktemp('runs')
+    return [campaign(home / f'demo{seed}', seed) for seed in (0, 1)]
 
 
-def record(stage, metrics=(), saves=None, parents=(), status='complete', scale='nano', **config):
-    "A run's record, as the lab writes it."
-    return dict(
-        stage=stage,
-        scale=scale,
-        campaign='c',
-        seed=0,
-        status=status,
-        reason='' if status == 'complete' else 'it broke',
-        started='2026-11-23T10:00:00+00:00',
-        closed='2026-11-23T10:01:00+00:00',
-        owner={},
-        config=config | ({'saves': saves} if saves else {}),
-        code={'commit': 'a' * 40, 'dirty': False},
-        hardware={'cpu': 'a cpu', 'cores': 2, 'memory_gib': 8},
-        parents=list(parents),
-        saves={saves: {'path': saves}} if saves else {},
-        metrics=list(metrics),
-        checks=[{'name': 'x', 'ok': True, 'detail': ''}],
-        timings={},
-        wall_s=60.0,
-        peak_gib=1.5,
-    )
+@pytest.fixture(scope='module')
+def demo(seeds):
+    return gather(seeds[0], 'nano')
 
 
-@pytest.fixture
-def home(tmp_path):
-    "An empty campaign's folder."
-    return tmp_path
+@pytest.fixture(scope='module')
+def report(demo):
+    return make_report([demo], judge_goals(GOALS, [demo], 'nano'))
 
 
-def add(home, n, r, samples=(), steps=(), card=None):
-    "Leave a run in a campaign's folder."
-    folder = home / f"2026-11-23.{n}-{r['stage']}"
-    folder.mkdir()
-    for name, rows in (('samples', samples), ('metrics', steps)):
-        (folder / f'{name}.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in rows))
-    if card:
-        (folder / 'card.json').write_text(json.dumps(card))
-    (folder / 'run.json').write_text(json.dumps(r))
-
-
-class Balanced(HTMLParser):
-    "Fails on an element that is closed in the wrong place, and collects names."
+class Page(HTMLParser):
+    "Fails on an element that is closed in the wrong place, and collects names, links and anchors."
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.seen = [], []
+        self.open, self.seen, self.links, self.ids = [], set(), [], []
         self.feed(text)
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
-        self.seen.append(tag)
-        if tag not in ('br', 'meta'):
+        self.seen.add(tag)
+        self.links += [v for k, v in attrs if k in ('href', 'src', 'xlink:href')]
+        self.ids += [v for k, v in attrs if k == 'id']
+        if tag not in ('br', 'meta', 'img'):
             self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in ('br', 'meta', 'img'):
+            self.open.pop()
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
 
-def test_the_newest_complete_run_of_each_role_counts(home):
-    for n, r in enumerate(
-        [
-            record('train_sft_domain', saves='k2_a'),
-            record('train_sft_domain', saves='k2_a'),
-            record('train_sft_domain', saves='k2_a', status='failed'),
-            record('prepare_corpus', mode='domain'),
-            record('prepare_corpus', mode='reasoning'),
-            record('train_sft_domain', saves='k2_a', scale='smoke'),
-            record('report'),
-        ],
-        1,
+def numbers(records):
+    return [int(re.search(r'\.(\d+)-', Path(r['folder']).name)[1]) for r in records]
+
+
+def failed_gate(high=0.09):
+    line = dict(measure='general_bits_per_byte', rule='at most', limit=0.05, value=0.08)
+    return dict(passed=False, lines=[line | dict(low=0.07, high=high, passed=False)])
+
+
+# which runs and scores count
+
+
+def test_the_newest_promoted_run_of_each_role_counts(tmp_path):
+    sft = record('train_sft_domain', saves='k2_a')
+    found = [
+        sft,
+        sft,
+        record('train_sft_domain', saves='k2_a', status='failed'),
+        record('prepare_corpus', mode='domain'),
+        record('prepare_corpus', mode='reasoning'),
+        record('train_sft_domain', saves='k2_a', scale='smoke'),
+        record('report'),
+        sft | dict(gate=failed_gate()),
+    ]
+    for n, r in enumerate(found, 1):
+        add(tmp_path, n, r)
+    used, aside = newest_runs(tmp_path, 'nano')
+    assert sorted(numbers(used)) == [2, 4, 5] and sorted(numbers(aside)) == [1, 3, 8]
+    because = dict(because='the domain counts more', at='2026-11-24')
+    add(tmp_path, 8, found[-1] | dict(promoted=because))
+    assert sorted(numbers(newest_runs(tmp_path, 'nano')[0])) == [4, 5, 8]
+
+
+def test_the_order_is_that_of_the_pipeline_and_of_numbers_not_of_text(tmp_path):
+    add(tmp_path, 10, record('train_continual_pretrain', saves='k2_p'))
+    add(tmp_path, 9, record('train_sft_domain', saves='k2_d'))
+    add(tmp_path, 2, record('train_continual_pretrain', saves='k2_p'))
+    used, aside = newest_runs(tmp_path, 'nano')
+    assert numbers(used) == [10, 9] and numbers(aside) == [2]
+
+
+def test_failed_held_back_and_unreadable_runs_are_named_at_the_top_and_nothing_is_lost(tmp_path):
+    add(tmp_path, 1, record('evaluate', [metric('evaluate', 'domain_questions', 0, 0.6)]))
+    add(tmp_path, 2, record('evaluate', status='failed'))
+    add(tmp_path, 3, record('train_sft_domain', saves='k2_a'))
+    add(tmp_path, 4, record('train_sft_domain', saves='k2_a') | dict(gate=failed_gate()))
+    folder = add(tmp_path, 5, record('sample_teacher', mode='distill'))
+    (folder / 'run.json').write_text('{"stage": ')
+    evidence = gather(tmp_path, 'nano')
+    text = '\n'.join(warnings(evidence))
+    for words in (
+        '2026-11-23.2-evaluate: failed: it broke.',
+        '2026-11-23.4-train_sft_domain: complete, not promoted: general text, bits per byte +8.0',
+        '2026-11-23.5-sample_teacher: unreadable: ',
+        'No run that counts of: prepare_corpus (domain)',
     ):
-        add(home, n, r)
-    used, aside = newest_runs(home, 'nano')
-    assert sorted(int(Path(r['folder']).name.split('.')[1].split('-')[0]) for r in used) == [
-        2,
-        4,
-        5,
+        assert words in text, text
+    page = report_html(make_report([evidence], []))
+    assert page.index('failed: it broke') < page.index('<h2>')
+    assert len(report_json(make_report([evidence], []))['campaigns'][0]['runs']) == 5
+
+
+def evaluation(n, made_by, **values):
+    lines = [
+        metric('evaluate', k, None, v, checkpoint='k2_think_dpo', side='evaluation')
+        for k, v in values.items()
     ]
-    assert [(Path(r['folder']).name[11], r['status']) for r in aside] == [
-        ('1', 'complete'),
-        ('3', 'failed'),
-    ]
-
-
-def test_the_order_is_that_of_the_pipeline_and_of_numbers_not_of_text(home):
-    add(home, 10, record('train_continual_pretrain', saves='k2_p'))
-    add(home, 9, record('train_sft_domain', saves='k2_d'))
-    add(home, 2, record('train_continual_pretrain', saves='k2_p'))
-    used, aside = newest_runs(home, 'nano')
-    assert [Path(r['folder']).name for r in used] == [
-        '2026-11-23.10-train_continual_pretrain',
-        '2026-11-23.9-train_sft_domain',
-    ] and len(aside) == 1
-
-
-def test_report_json_has_the_eight_keys_and_one_line_for_the_pipeline(home):
-    add(
-        home,
-        1,
-        record(
-            'train_sft_domain',
-            [
-                metric('train_sft_domain', 'domain_questions', 0.1, 0.7),
-                metric('train_sft_domain', 'something_else', 1, 2),
-            ],
-            saves='k2_a',
-        ),
+    return n, record(
+        'evaluate', lines, parents=[parent('k2_think_dpo', dict(k2_think_dpo=made_by))]
     )
-    add(
-        home,
-        2,
-        record(
-            'evaluate',
-            [metric('evaluate', 'domain_questions', 0.1, 0.7, checkpoint='k2_think_dpo')],
-        ),
+
+
+def test_a_second_evaluation_replaces_only_what_it_measured_again(tmp_path):
+    dpo = add(tmp_path, 1, record('run_dpo_reasoning', saves='k2_think_dpo')).name
+    add(tmp_path, *evaluation(2, dpo, domain_questions=0.61, reasoning_verified=0.82))
+    add(tmp_path, *evaluation(3, dpo, domain_questions=0.62, domain_recall=0.3))
+    evidence = gather(tmp_path, 'nano')
+    found = {
+        m['measure']: (m['after'], m['run'][11]) for m in evidence.lines if m.get('checkpoint')
+    }
+    assert found == {
+        'domain_questions': (0.62, '3'),
+        'reasoning_verified': (0.82, '2'),
+        'domain_recall': (0.3, '3'),
+    }
+
+
+def test_scores_of_a_replaced_checkpoint_are_left_out_and_said_to_be(tmp_path):
+    old = add(tmp_path, 1, record('run_dpo_reasoning', saves='k2_think_dpo')).name
+    add(tmp_path, *evaluation(2, old, domain_questions=0.9))
+    add(tmp_path, 3, record('run_dpo_reasoning', saves='k2_think_dpo'))
+    evidence = gather(tmp_path, 'nano')
+    assert line_of(evidence, 'k2_think_dpo', 'domain_questions') == {}
+    assert any(
+        '1 scores of an older k2_think_dpo, in 2026-11-23.2' in w for w in warnings(evidence)
     )
-    lines = for_machines(newest_runs(home, 'nano')[0])
-    assert all(list(m)[:8] == list(KEYS) and m['measure'] in MEASURES for m in lines)
-    assert [(m['measure'], m['after'], m['n']) for m in lines if m['stage'] == 'pipeline'] == [
-        ('wall_s', 120.0, 2),
-        ('peak_gib', 1.5, 2),
-    ]
-    assert [m.get('checkpoint') for m in lines if m['measure'] == 'domain_questions'] == [
-        None,
-        'k2_think_dpo',
-    ]
-    json.loads(json.dumps(lines, allow_nan=False))
+
+
+# goals
 
 
 @pytest.mark.parametrize(
-    'test, limit, line, answer',
+    'test, limit, interval, verdict',
     [
-        ('at_least', 0.6, dict(after=0.6), True),
-        ('at_least', 0.6, dict(after=0.59), False),
-        ('at_least', 0.6, dict(after=None), None),
-        ('at_most', 4, dict(after=4.1), False),
-        ('from_at_most', 0.1, dict(before=0.1), True),
-        ('gain', 0.03, dict(before=0.9, after=0.93), True),
-        ('gain', -0.05, dict(before=0.7, after=0.64), False),
-        ('gain', 0, dict(after=0.64), None),
-        ('ratio_at_most', 0.92, dict(before=2.0, after=1.84), True),
-        ('ratio_at_most', 0.92, dict(before=2.0, after=1.85), False),
-        ('ratio_at_least', 0.9, dict(before=0, after=0), False),
-        ('over_control', 0, dict(after=0.9, control=0.9), True),
-        ('over_control', 0, dict(after=0.9), None),
-        ('keeps', 0.05, dict(after=0.85, best=0.9), True),
-        ('keeps', 0.05, dict(after=0.84, best=0.9), False),
-        ('items', 400, dict(n=399), False),
+        ('at_least', 0.6, (0.65, 0.61, 0.69), 'reached'),
+        ('at_least', 0.6, (0.65, 0.59, 0.71), 'cannot be said'),
+        ('at_least', 0.6, (0.55, 0.51, 0.59), 'not reached'),
+        ('ratio_at_most', 0.92, (0.9, 0.89, 0.91), 'reached'),
+        ('ratio_at_most', 0.92, (0.94, 0.93, 0.95), 'not reached'),
+        ('gain', 0, (0.011, -0.011, 0.033), 'cannot be said'),
+        ('keeps', -0.05, (-0.004, -0.053, 0.042), 'cannot be said'),
+        ('at_most', 4, (1.5, 1.5, 1.5), 'reached'),
+        ('at_most', 4, (4.1, 4.1, 4.1), 'not reached'),
+        ('items', 2000, (1999, 1999, 1999), 'not reached'),
     ],
 )
-def test_a_test_against_values_worked_out_by_hand(test, limit, line, answer):
-    assert holds(line, test, limit) is answer
+def test_a_verdict_against_intervals_worked_out_by_hand(test, limit, interval, verdict):
+    value, low, high = interval
+    e = Estimate(value, low, high, (high - low) / 3.92, 450, 450)
+    assert answer('domain_questions', test, limit, e).verdict == verdict
+
+
+def test_the_items_that_it_would_take():
+    "The half width .022 must shrink to the distance .011: four times the items."
+    e = Estimate(0.011, -0.011, 0.033, 0.0112, 450, 450)
+    assert answer('reasoning_verified', 'gain', 0.0, e).needed == 1800
+
+
+def line(measure, after, low, high, checkpoint='k2_x', **more):
+    own = dict(stage='evaluate', measure=measure, after=after, low=low, high=high, n=450)
+    return own | dict(checkpoint=checkpoint, side='evaluation') | more
 
 
 def test_either_way_reaches_a_goal_and_a_gap_is_not_a_miss():
     goal = dict(
-        stage='s',
+        checkpoint='k2_x',
+        says='x',
         any=[
-            [dict(measure='reasoning_verified', gain=0.03)],
+            [dict(measure='reasoning_verified', at_least=0.9)],
             [
-                dict(measure='reasoning_tokens', ratio_at_most=0.9),
-                dict(measure='reasoning_verified', gain=-0.01),
+                dict(measure='reasoning_tokens', at_most=30),
+                dict(measure='domain_recall', at_least=0.5),
             ],
         ],
     )
-    acc = lambda a, b: metric('s', 'reasoning_verified', a, b)
-    length = lambda a, b: metric('s', 'reasoning_tokens', a, b)
-    assert goal_reached(goal, [acc(0.9, 0.94), length(50, 60)]) is True
-    assert goal_reached(goal, [acc(0.9, 0.9), length(50, 45)]) is True
-    assert goal_reached(goal, [acc(0.9, 0.85), length(50, 20)]) is False
-    assert goal_reached(goal, [acc(0.9, 0.9), length(None, 20)]) is None
-    assert goal_reached(goal, []) is None
+    verdict = lambda *lines: judge_goal(goal, [Evidence('c', 'nano', lines=[*lines])]).verdict
+    good, poor = (line('reasoning_verified', v, v - 0.02, v + 0.02) for v in (0.95, 0.8))
+    short, recall = line('reasoning_tokens', 28, 27, 29), line('domain_recall', 0.6, 0.55, 0.65)
+    assert verdict(good) == 'reached' and verdict(poor, short, recall) == 'reached'
+    assert verdict(poor, short, line('domain_recall', 0.5, 0.45, 0.55)) == 'cannot be said'
+    assert verdict(poor, short, line('domain_recall', 0.3, 0.25, 0.35)) == 'not reached'
+    assert verdict(poor, short) == 'not measured' and verdict() == 'not measured'
 
 
-def test_the_best_earlier_value_is_a_teachers():
-    lines = [
-        metric('train_sft_domain', 'domain_questions', 0.1, 0.7),
-        metric('distill_to_student', 'domain_questions', 0.1, 0.9),
-        metric('evaluate', 'domain_questions', 0.1, 0.66, checkpoint='k2_think_dpo'),
-    ]
-    assert line_of(lines, 'evaluate', 'domain_questions', 'k2_think_dpo')['best'] == 0.7
-    assert line_of(lines, 'evaluate', 'domain_questions', 'k2_student_7b') == {}
-
-
-def test_goals_that_do_not_apply_are_neither_reached_nor_missed():
-    goals, lines = (
-        [
-            dict(stage='pipeline', measure='wall_s', at_most=1, scales=['nano'], says='fast'),
-            dict(stage='s', measure='domain_questions', at_least=0.5, says='good'),
-        ],
-        [metric('s', 'domain_questions', 0.1, 0.4)],
+def test_baselines_the_control_and_cut_replies_are_judged_too():
+    own = dict(baselines=dict(few_shot=dict(value=0.05, n=150), copy=dict(value=0.3, n=450)), cut=9)
+    found = line('domain_questions', 0.32, 0.28, 0.36, **own)
+    found['over_control'] = dict(value=-0.03, low=-0.05, high=-0.01)
+    seen = [Evidence('c', 'nano', lines=[found])]
+    judged = lambda **t: judge_goal(
+        dict(says='x', checkpoint='k2_x', measure='domain_questions') | t, seen
     )
-    assert [g['mark'] for g in goal_results(goals, lines, 'smoke', False)] == ['na', 'na']
-    assert [g['mark'] for g in goal_results(goals, lines, 'qlora', True)] == ['na', 'missed']
-    assert [g['mark'] for g in goal_results(goals, lines, 'nano', True)] == ['open', 'missed']
-    assert (
-        headline(goal_results(goals, lines, 'qlora', True), [1], 'qlora')
-        == '0 of 1 goals reached, 1 not reached, 0 not measured.'
-    )
+    assert judged(over_baseline='few_shot').verdict == 'reached'
+    assert judged(over_baseline='copy').verdict == 'cannot be said'
+    assert judged(over_baseline='prompt_only').verdict == 'not measured'
+    assert judged(over_control=0).verdict == 'not reached'
+    assert judged(cut_at_most=0.02).verdict == 'reached'
+    assert judged(cut_at_most=0.01).verdict == 'not reached'
+    assert judged(at_least=0.2, items=451).verdict == 'not reached'
 
 
-def test_the_stage_file_names_measures_and_tests_that_exist():
-    stages = {re.sub(r'^\d+[a-z]?_', '', p.stem) for p in (ROOT / 'nbs').glob('[1-9]*.ipynb')} | {
-        'pipeline'
-    }
-    for goal in read_yaml(ROOT / 'configs/report.yaml')['goals']:
-        assert goal['stage'] in stages and goal['says']
-        for condition in (c for conditions in alternatives(goal) for c in conditions):
-            assert (
-                condition['measure'] in MEASURES
-                and set(condition) - {'measure'}
-                and set(condition) - {'measure'} <= set(TESTS)
-            )
+def test_seeds_are_joined_by_students_t():
+    "t(.975, 2) = 4.302653; the standard deviation of .60, .62, .64 is .02."
+    e = over_seeds([point(0.60, 2000), point(0.62, 2000), point(0.64, 2000)])
+    half = 4.302653 * 0.02 / math.sqrt(3)
+    assert e.value == pytest.approx(0.62) and e.high - e.value == pytest.approx(half, rel=1e-6)
+    assert (e.n, e.groups) == (6000, 3)
 
 
-def test_differences_are_points_for_shares_and_per_cent_otherwise():
-    assert change(metric('s', 'domain_questions', 0.1, 0.7)) == '10.0 % → 70.0 % (+60.0 points)'
-    assert change(metric('s', 'domain_bits_per_byte', 2.0, 1.8)) == '2.000 → 1.800 (-10.0 %)'
-    assert (
-        change(metric('s', 'reasoning_tokens', 0, 5)) == '0.0 → 5.0'
-        and change(metric('s', 'wall_s', None, 90)) == '90 s'
-    )
+def test_a_seed_without_the_score_leaves_a_goal_unmeasured():
+    goal = dict(says='x', checkpoint='k2_x', measure='domain_questions', at_least=0.6)
+    seen = Evidence('a', 'nano', lines=[line('domain_questions', 0.7, 0.68, 0.72)])
+    assert judge_goal(goal, [seen, seen]).verdict == 'reached'
+    assert judge_goal(goal, [seen, Evidence('b', 'nano')]).verdict == 'not measured'
 
 
-def test_a_full_page_is_well_formed_and_needs_nothing_from_outside(home):
-    nasty = '</div><script>alert(1)</script> & "quoted"'
-    card = dict(
-        mode='domain',
-        corpora=[
-            dict(
-                name='domain',
-                documents=68,
-                bytes=114503,
-                licence='BSD-3-Clause',
-                origin=nasty,
-                removed={'shorter than 80': 16},
-            )
-        ],
-        majority={'all': 0.1, 'default': 0.12},
-        copy={'all': 0.3},
+def test_a_difference_is_one_of_equal_items_never_of_a_name(demo):
+    "`keeps` finds the best earlier checkpoint itself; the recorded change against another one is not used."
+    found = line_of(demo, 'k2_think_dpo', 'domain_questions')
+    assert found['compared_with'] == 'k2_reason_sft'
+    base = compare(demo, found, 'Kimi-K2-Base')
+    assert base['before'] < 0.1 and base['change']['value'] == pytest.approx(
+        found['after'] - base['before']
     )
-    training = dict(
-        train=dict(
-            steps=4,
-            rows=20,
-            tokens=1280,
-            trained_tokens=1260,
-            trained_by_kind=dict(answer=1260),
-            ends_of_turn=0,
-            padding_share=0.0,
-            tokens_s=2570,
-            stream_sha256='ab' * 32,
-        )
-    )
-    add(home, 1, record('prepare_corpus', mode='domain'), card=card)
-    old = record(
-        'train_continual_pretrain',
-        [metric('train_continual_pretrain', 'domain_bits_per_byte', 2.0, 1.8, low=1.7, high=1.9)],
-        saves='k2_p',
-    )
-    add(home, 2, old), add(home, 3, old)
-    line = metric(
-        'train_sft_domain',
-        'domain_questions',
-        0.1,
-        0.7,
-        low=0.65,
-        high=0.75,
-        baseline=dict(majority=0.1, copy=0.3, few_shot=0.2, few_shot_n=150),
-        control=0.6,
-    )
-    sft = record(
-        'train_sft_domain',
-        [line],
-        saves='k2_d',
-        parents=[
-            dict(name='k2_p', run='2026-11-23.2-train_continual_pretrain', place=None),
-            dict(name='Kimi-K2-Base', run=None, place='x'),
-        ],
-    ) | dict(training=training)
-    replies = [dict(when=w, prompt=nasty, text=nasty, ok=w == 'after') for w in ('before', 'after')]
-    add(
-        home,
-        4,
-        sft,
-        samples=replies,
-        steps=[dict(step=i, loss=8 / i, phase='train') for i in (1, 2, 3)],
-    )
-    add(
-        home,
-        5,
-        record('sample_teacher', saves='dpo_pairs', mode='preferences')
-        | dict(sampling=dict(prompts=12, answers=36, right=24, cut=0, dpo_pairs=22)),
-    )
-    used, aside = newest_runs(home, 'nano')
-    text = report_html(used, aside, goal_results([], measured(used), 'nano', True), 'c<1>', 'nano')
-    tags = Balanced(text).seen
-    assert (
-        'script' not in tags
-        and 'img' not in tags
-        and 'link' not in tags
-        and not re.search(r'\b(src|href)=|https?:', text)
-    )
-    for words in (
-        'c&lt;1&gt;',
-        '10.0 % → ',
-        '70.0 %',
-        'since replaced',
-        'replaced by a newer run',
-        'majority 10.0 %',
-        '✓ right',
-        '✗ wrong',
-        '16 shorter than 80',
-        'BSD-3-Clause',
-        '22 dpo_pairs',
-        'answer 100 %',
-        'No complete run of: prepare_corpus (reasoning)',
-        'replaced since: train_sft_domain.',
-    ):
-        assert words in text, words
-    assert [Path(r['folder']).name[11] for r in ancestors(used)] == ['1', '2', '3', '4', '5']
+    goal = dict(says='x', checkpoint='k2_think_dpo', measure='domain_questions', keeps=0.05)
+    assert judge_goal(goal, [demo]).answers[0].other == 'k2_domain_instruct'
+    swapped = dict(found, key='gone', compared_with='x')
+    assert 'change' not in compare(demo, swapped, 'k2_reason_sft')
 
 
-def test_an_empty_campaign_is_said_not_crashed_on(home):
-    text = report_html(
-        *newest_runs(home, 'nano'),
-        goal_results(
-            [dict(stage='s', measure='domain_questions', at_least=0.5, says='good')],
-            [],
-            'nano',
-            True,
+@pytest.mark.parametrize(
+    'change, said',
+    [
+        (dict(at_leats=0.6), "unknown key 'at_leats' (did you mean 'at_least'?)"),
+        (dict(over_baseline='luck'), "unknown baseline 'luck'"),
+        (dict(at_least='0.6'), "at_least is a number, not '0.6'"),
+        (dict(checkpoint=None), "name a 'checkpoint'"),
+        (dict(says=None), "no 'says'"),
+        (dict(scales=['tiny']), "unknown scale 'tiny'"),
+        (
+            dict(any=[[dict(measure='cut')]], at_least=None, measure=None),
+            'has a measure and one of',
         ),
-        'none',
-        'nano',
+        (dict(from_at_most=0.1), "unknown key 'from_at_most'"),
+    ],
+)
+def test_a_goal_that_nothing_can_judge_is_refused(change, said):
+    goal = dict(says='x', checkpoint='k2_x', measure='domain_questions', at_least=0.6) | change
+    with pytest.raises(LabError, match=re.escape(said)):
+        check_goal({k: v for k, v in goal.items() if v is not None})
+
+
+def test_the_stage_file_has_17_goals_that_name_stages_measures_and_tests():
+    stages = {re.sub(r'^\d+[a-z]?_', '', p.stem) for p in (ROOT / 'nbs').glob('[1-9]*.ipynb')}
+    assert len(GOALS) == 17
+    for goal in GOALS:
+        check_goal(goal)
+        for condition in (c for conditions in alternatives(goal) for c in conditions):
+            assert condition['measure'] in MEASURES and set(condition) & set(TESTS)
+            assert condition.get('stage', 'evaluate') in stages | {'pipeline'}
+
+
+def test_every_goal_of_the_demo_is_judged(report):
+    "The two goals that ask for 2000 items and few-shot answers have neither here."
+    missed = [g.says for g in report.goals if g.verdict == 'not reached']
+    assert len(missed) == 2 and all('few-shot (2000 items)' in says for says in missed)
+    assert [g.says for g in report.goals if g.verdict == 'not measured'] == []
+    reached = {g.says: g.verdict for g in report.goals}
+    general = 'final teacher at most 5 % more bits per byte on general text than the base'
+    assert reached[general] == 'reached'
+    assert goal_sentence(report.goals).startswith(f'{[*reached.values()].count("reached")} of 17')
+
+
+# numbers from items
+
+
+def test_every_score_of_report_json_is_computed_again_from_items_alone(report, seeds):
+    lines = report_json(report)['campaigns'][0]['lines']
+    keyed = [m for m in lines if m.get('key')]
+    assert len(keyed) == 51
+    for m in keyed:
+        items = read_items(seeds[0] / m['run'])
+        assert score_of(items[m['key']]).value == m['after'], m
+        if m.get('before_key'):
+            assert score_of(items[m['before_key']]).value == m['before'], m
+
+
+def test_a_change_in_the_matrix_is_that_of_the_items_by_another_way(report, seeds):
+    "The mean of after - before, counted by hand."
+    cell = report.scores['reasoning_verified', 'k2_student_7b']
+    items = read_items(seeds[0] / '2026-11-23.6-evaluate')
+    side = lambda name: {
+        i['item']: i['right'] for i in items[f'{name}.reasoning_verified.evaluation']
+    }
+    old, new = side('k2_think_dpo'), side('k2_student_7b')
+    assert cell.change.value == pytest.approx(sum(new[i] - old[i] for i in old) / len(old))
+    assert cell.other == 'k2_think_dpo' and cell.change.low < cell.change.value < cell.change.high
+
+
+def test_report_json_holds_what_the_page_shows(report):
+    found = report_json(report)
+    json.dumps(found, allow_nan=False)
+    assert {'lead', 'facts', 'scores', 'goals', 'campaigns'} <= set(found)
+    one = found['campaigns'][0]
+    assert {'models', 'lines', 'runs', 'flights', 'data', 'samples', 'warnings'} <= set(one)
+    best = next(s for s in found['scores'] if s['measure'] == 'general_bits_per_byte')
+    assert {'low', 'high', 'n'} <= set(best['value'])
+    assert all(g['verdict'] and g['answers'] for g in found['goals'])
+    assert any(m.get('families') for m in one['lines'])
+
+
+# the pages
+
+
+def test_the_lead_says_result_and_loss(report):
+    said = lead(report)
+    assert re.match(r"The student, a third of the teacher's size, keeps 9\d % \[\d+, \d+\]", said)
+    assert re.search(r'its general text lost 3\.\d % \[', said) and said.count('.') < 8
+
+
+def test_the_page_needs_nothing_from_outside_and_each_link_has_its_place(report, demo):
+    page, items = Page(report_html(report)), Page(items_html(demo, 5))
+    for p in (page, items):
+        assert not {'script', 'img', 'link', 'iframe'} & p.seen
+        assert [link for link in p.links if not link.startswith(('#', 'items.html#'))] == []
+        assert [link for link in p.links if link[0] == '#' and link[1:] not in p.ids] == []
+    to_items = [link.partition('#')[2] for link in page.links if link.startswith('items.html')]
+    assert len(to_items) > 25 and set(to_items) <= set(items.ids)
+    assert 'http' not in report_html(report)
+
+
+def test_items_come_wrong_first_are_escaped_and_the_rest_is_counted(demo):
+    text = items_html(demo, 5)
+    section = text.partition('id="k2_student_7b.reasoning_verified.evaluation"')[2]
+    section = section.partition('</section>')[0]
+    marks = re.findall(r'[✗✓] (lost|wrong|gained|right)', section)
+    assert marks == ['lost'] * 5
+    assert '395 more items are in 2026-11-23.6-evaluate/items.jsonl' in section
+    assert '&lt;reasoning_verified&gt; no.' in section and '<reasoning_verified>' not in text
+
+
+def test_several_seeds_are_means_on_one_page(seeds):
+    evidences = [gather(home, 'nano') for home in seeds]
+    both = matrix(evidences)
+    each = [matrix([e])['domain_questions', 'k2_think_dpo'].value.value for e in evidences]
+    cell = both['domain_questions', 'k2_think_dpo']
+    assert cell.value.value == pytest.approx(sum(each) / 2) and cell.seeds == 2
+    report = make_report(evidences, judge_goals(GOALS, evidences, 'nano'))
+    page = report_html(report)
+    assert Page(page) and 'means over 2 campaigns (demo0, demo1)' in page
+    assert {a.seeds for g in report.goals for a in g.answers} == {2}
+
+
+def test_nasty_text_is_escaped_everywhere(tmp_path):
+    nasty = '</div><script>alert(1)</script> & "quoted"'
+    corpus = dict(name='domain', documents=68, bytes=114503, licence=nasty, origin=nasty)
+    card_ = dict(mode='domain', corpora=[corpus | dict(removed={nasty: 16})])
+    add(tmp_path, 1, record('prepare_corpus', mode='domain'), card=card_)
+    replies = [dict(when='after', prompt=nasty, text=nasty, ok=True)]
+    for n, name in ((2, 'k2_p'), (3, 'k2_d')):
+        r = record('train_sft_domain', saves=name, init_from='k2_p')
+        r |= dict(status='complete', sampling=dict(prompts=12, answers=36, right=24, cut=0))
+        add(tmp_path, n, r, samples=replies)
+    add(tmp_path, 4, record('evaluate', status='failed') | dict(reason=nasty))
+    evidence = gather(tmp_path, 'nano')
+    page = Page(text := report_html(make_report([evidence], [])))
+    assert 'script' not in page.seen and text.count('&lt;script&gt;') >= 5
+
+
+def test_records_without_items_still_give_a_page_that_claims_no_change(tmp_path):
+    "A line as it was before scores kept their items."
+    old = metric('train_sft_domain', 'domain_questions', 0.1, 0.7, low=0.65, high=0.75)
+    old |= dict(families=dict(arity=0.6), cut=3, baseline=dict(majority=0.1))
+    r = record(
+        'train_sft_domain', [old], 'k2_d', [parent('Kimi-K2-Base', {})], init_from='Kimi-K2-Base'
     )
-    assert 'no complete runs' in text and Balanced(text) and for_machines([]) == []
-    add(home, 1, record('train_sft_domain', saves='k2_d', status='failed'))
-    assert 'failed: it broke' in report_html(*newest_runs(home, 'nano'), [], 'none', 'nano')
+    add(tmp_path, 1, r)
+    evidence = gather(tmp_path, 'nano')
+    report = make_report([evidence], judge_goals(GOALS, [evidence], 'nano'))
+    assert Page(text := report_html(report)) and '70.0 %†' in text
+    assert report.scores['domain_questions', 'k2_d'].change is None
+    assert 'k2-nano-base' in text
 
 
-def test_the_student_is_compared_by_its_evaluation_or_by_its_own_run():
-    own = [
-        metric('distill_to_student', 'parameters', 10, 4),
-        metric('distill_to_student', 'share_of_teacher_domain_questions', 0.8, 0.9),
-        metric('distill_to_student', 'domain_questions', 0.0, 0.72),
-    ]
-    assert [(m['measure'], round(m['after'], 3)) for m in student_lines(own)] == [
-        ('domain_questions', 0.72),
-        ('parameters', 4),
-    ]
-    final = own + [metric('evaluate', 'domain_questions', 0.79, 0.71, checkpoint='k2_student_7b')]
-    assert [(m['measure'], m['before']) for m in student_lines(final)] == [
-        ('parameters', 10),
-        ('domain_questions', 0.79),
-    ]
+def test_an_empty_campaign_is_said_not_crashed_on(tmp_path):
+    report = make_report([gather(tmp_path, 'nano')], [])
+    assert 'no complete runs' in report_html(report) and report_json(report)['scores'] == []
+    add(tmp_path, 1, record('train_sft_domain', saves='k2_d', status='failed'))
+    assert 'failed: it broke' in report_html(make_report([gather(tmp_path, 'nano')], []))
+
+
+def test_lineage_holds_replaced_ancestors(tmp_path):
+    first = add(tmp_path, 1, record('train_continual_pretrain', saves='k2_p')).name
+    add(tmp_path, 2, record('train_continual_pretrain', saves='k2_p'))
+    add(
+        tmp_path,
+        3,
+        record('train_sft_domain', saves='k2_d', parents=[parent('k2_p', dict(k2_p=first))]),
+    )
+    evidence = gather(tmp_path, 'nano')
+    assert [run_name(r)[11] for r in ancestors(evidence.used)] == ['1', '2', '3']
+    assert 'since replaced' in report_html(make_report([evidence], []))
+    assert any('replaced since: train_sft_domain' in w for w in warnings(evidence))
 
 
 def test_text_is_escaped_and_elements_are_not():
-    assert (
-        el('p', el('b', '<i>'), ' & ', class_='x', stroke_width=2)
-        == '<p class="x" stroke-width="2"><b>&lt;i&gt;</b> &amp; </p>'
-    )
+    text = el('p', el('b', '<i>'), ' & ', class_='x', stroke_width=2)
+    assert text == '<p class="x" stroke-width="2"><b>&lt;i&gt;</b> &amp; </p>'
+
+
+# what is published
+
+
+def test_cards_name_lineage_data_scores_losses_and_the_duty(report, tmp_path):
+    write_cards(report, tmp_path / 'cards')
+    assert len([*(tmp_path / 'cards').iterdir()]) == 5
+    text = (tmp_path / 'cards' / 'k2_think_dpo.md').read_text()
+    head = text.split('---')[1]
+    assert 'license: "apache-2.0"' in head and 'base_model: "k2-nano-base"' in head
+    assert 'Kimi-K2-Base → k2_domain_pretrain → k2_domain_instruct' in text
+    assert re.search(r'general text, bits per byte: ▲ \+3\.\d %', text)
+    assert '100 million monthly active users' in text and 'does not arise here' in text
+    assert 'trained on answers of k2_think_dpo' in card(report, 'k2_student_7b')
+
+
+def test_the_gallery_holds_no_path_and_no_secret_and_keeps_its_limit(
+    seeds, report, tmp_path, monkeypatch
+):
+    folder = seeds[0] / '2026-11-23.2-train_sft_domain'
+    monkeypatch.setenv('HF_TOKEN', 'hf_' + 'a1B2' * 8)
+    cell = dict(cell_type='code', source='x', outputs=[], metadata={}, execution_count=None)
+    cell['source'] = f'see {folder}/x.jsonl with hf_' + 'a1B2' * 8
+    (folder / 'notebook.ipynb').write_text(json.dumps(dict(cells=[cell], nbformat=4)))
+    monkeypatch.setattr(gallery, 'take_picture', lambda *a: False)
+    (tmp_path / 'nano').mkdir()
+    (tmp_path / 'nano' / 'report.png').write_bytes(b'picture')
+    gallery.keep_gallery(report, tmp_path / 'nano')
+    kept = {p.name: p for p in (tmp_path / 'nano').rglob('*') if p.is_file()}
+    names = {'01-train_sft_domain.ipynb', 'report.html', 'items.html', 'report.json', 'README.md'}
+    assert set(kept) == names | {'report.png'}
+    for path in (p for p in kept.values() if p.suffix != '.png'):
+        text = path.read_text()
+        assert str(seeds[0].parent) not in text and 'a1B2a1B2' not in text, path
+    assert '…/x.jsonl' in kept['01-train_sft_domain.ipynb'].read_text()
+    monkeypatch.setattr(gallery, 'LIMIT', 1000)
+    with pytest.raises(LabError, match='MB, at most 0; the largest: items.html'):
+        gallery.keep_gallery(report, tmp_path / 'nano')
+    assert kept['report.html'].exists()
 
 
 def test_readme_is_the_index_notebook():
@@ -420,6 +507,20 @@ def test_readme_is_the_index_notebook():
         '[a](nbs/lab/00.ipynb#x) [b](LOG.md) [c](https://d.e) [f](#g)'
     )
     assert from_root('[a](b)\n```\nc[0](d)\n```') == '[a](nbs/b)\n```\nc[0](d)\n```'
+
+
+def test_measured_figures_of_the_readme_come_from_report_json(report, tmp_path):
+    from readme import measured
+
+    (tmp_path / 'nano').mkdir()
+    (tmp_path / 'nano' / 'report.json').write_text(json.dumps(report_json(report)))
+    text = measured(tmp_path)
+    cell = report.scores['general_bits_per_byte', 'k2_think_dpo'].value
+    assert f'{cell.value:.3f}' in text and 'general text, bits per byte' in text
+    assert lead(report) in text and text.count('| reached |\n') == sum(
+        g.verdict == 'reached' for g in report.goals
+    )
+    assert 'No report' in measured(tmp_path / 'nano')
 
 
 def test_readme_names_every_notebook_and_scale():
