@@ -181,7 +181,7 @@ def by_length(replies: list) -> list[Reply]:
 
 
 def wrong_pairs(right: list, wrong: list, length_ratio: float | None) -> list[Pair]:
-    "Pairs of the shortest right reply with wrong ones; with `length_ratio` of each wrong one with the nearest in length."
+    "The shortest right reply with wrong ones; with `length_ratio` each wrong one with the nearest in length."
     if length_ratio is None:
         return [Pair(right[0], r, 'wrong') for r in (wrong[:1] + wrong[1:][-1:])]
     nearest = lambda r: min(right, key=lambda good: abs(good.tokens - r.tokens))
@@ -265,7 +265,7 @@ def quartiles(values: list) -> list:
 
 
 def pair_card(made: Preferences) -> dict:
-    "Counts of the pairs and of those left out, quartiles of their tokens and of rejected over chosen, shares by length."
+    "Counts of the pairs and those left out, quartiles of tokens and of rejected over chosen, shares by length."
     pairs, n = made.pairs, max(1, len(made.pairs))
     shorter = sum(p.chosen.tokens < p.rejected.tokens for p in pairs)
     equal = sum(p.chosen.tokens == p.rejected.tokens for p in pairs)
