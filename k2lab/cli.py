@@ -665,7 +665,9 @@ COMMANDS = {
 
 
 def main(words: list) -> int:
-    "Run one command line; its exit code: 0 done, 1 a run did not complete or failed its gate, 2 a mistake in the request, 130 Ctrl-C."
+    """Run one command line; its exit code.
+
+    0 done, 1 a run did not complete or failed its gate, 2 a mistake in the request, 130 Ctrl-C."""
     if not words or words[0] in ('-h', '--help', 'help'):
         print(usage())
         return 0
