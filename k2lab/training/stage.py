@@ -354,7 +354,8 @@ def helped_before(job, model, tok, asked: list[Asked], headline: str, examples: 
     except LabError as why:
         job.check('few-shot baseline left out', True, str(why))
         return {}
-    return {headline: score(job, opened(job, model, tok, job.cfg.init_from), helped)}
+    before = opened(job, model, tok, job.cfg.init_from, Loading(**job.cfg.load))
+    return {headline: score(job, before, helped)}
 
 # %% ../../nbs/training/05_stage.ipynb #4641688d
 def scores_after(job, model, tok, asked: list[Asked]) -> dict[str, Scored]:
