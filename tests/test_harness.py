@@ -182,6 +182,18 @@ def test_shots_that_a_task_file_rules_out_are_told(tmp_path):
     assert (free['shots'], free['n'], 'note' in free) == (2, 3, False)
 
 
+def test_prompts_that_do_not_fit_are_counted(tmp_path, parts):
+    model, tok = parts
+    window = model.config.max_position_embeddings
+    long = dict(SUMS[0], q='1 + 1 = ' * window)
+    write_task(tmp_path, 'own_a', [*SUMS, long], **CHOICE)
+    write_task(tmp_path, 'own_gen', [*SUMS, long, long], **WRITES)
+    tasks = read_tasks(['own_a', 'own_gen'], str(tmp_path), PLAIN)
+    results = list(Session(tasks, open_checkpoint('m', *parts, PLAIN)).results())
+    said = 'prompts are longer than the model reads: their start is gone'
+    assert [r.notes for r in results] == [(f'1 {said}',), (f'2 {said}',)]
+
+
 # ---- what is scored --------------------------------------------------------------------------------------------
 
 
@@ -251,6 +263,36 @@ def test_all_that_cannot_be_read_is_refused_before_a_model_is_opened(tmp_path, m
         evaluated(tmp_path, ['own_bb'])
     with pytest.raises(LabError, match='harness_tasks: no folder nowhere'):
         evaluated(Path('nowhere'), ['own_b'])
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path):
+    write_task(tmp_path, 'own_a', **CHOICE)
+    (tmp_path / 'own_b.yaml').write_text('task: own_b\nmetric_list: [{metric: acc}\n')
+    assert list(read_tasks(['own_a'], str(tmp_path), PLAIN).tasks) == ['own_a']
+    with pytest.raises(LabError, match=r'own_b.yaml is not YAML: .*line 2'):
+        read_tasks(['own_b'], str(tmp_path), PLAIN)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch):
+    import datasets
+    from huggingface_hub import constants
+
+    asked_for = []
+
+    def away(path, **kw):
+        asked_for.append(path)
+        raise ConnectionError(f"Couldn't reach '{path}' on the Hub")
+
+    for name in ('own_a', 'own_b', 'own_c'):
+        write_task(tmp_path, name, **CHOICE)
+    write_group(tmp_path, 'own_all', ['own_a', 'own_b', 'own_c'])
+    monkeypatch.setattr(datasets, 'load_dataset', away)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    with pytest.raises(
+        LabError, match='own_all .ConnectionError: .*HF_HUB_OFFLINE=1 reads what is'
+    ):
+        read_tasks(['own_all', 'own_a'], str(tmp_path), PLAIN)
+    assert len(asked_for) == 1
 
 
 def test_a_task_that_runs_code_has_to_be_allowed(tmp_path):
@@ -458,6 +500,16 @@ def test_an_endpoint_that_never_answers_is_told_and_nothing_is_lost(tmp_path, ap
     with listening(app(times=10**6)) as url:
         with pytest.raises(LabError, match=f'{url}: no answer after 4 attempts .*500.*resume'):
             served(tmp_path, ['own_gen'], url)
+
+
+def test_an_endpoint_has_to_say_how_much_its_model_reads(tmp_path, app):
+    "lm-eval would cut prompts to 2,048 tokens otherwise."
+    env = dict(key_env='OWN_KEY', model='k2_think_dpo')
+    with listening(app()) as url:
+        window = harness.window_of(dict(env, base_url=url))
+        assert window == open_model('smoke:k2').config.max_position_embeddings
+        with pytest.raises(LabError, match=f'gpt has no max_model_len .*k2_think_dpo .{window}'):
+            harness.window_of(dict(env, base_url=url, model='gpt'))
 
 
 def test_vllm_gets_options_that_lm_eval_has():

@@ -6,23 +6,24 @@
 __all__ = ['END', 'SIGNS', 'LATEX', 'MONTHS', 'MONTH', 'DATES', 'ONES', 'TENS', 'SMALL', 'SCALES', 'PARTS', 'HAN', 'HAN_UNITS',
            'HAN_SCALES', 'HAN_CHARS', 'DECIMAL', 'POWER', 'OVER', 'FORMS', 'SIGN', 'SI', 'PREFIXES', 'OTHER', 'WORDS',
            'BLOCKED', 'MULTIPLES', 'CURRENCY', 'ASKED', 'MENTIONED', 'PERCENT', 'FUNCTIONS', 'SECONDS', 'NEGATION',
-           'REVISED', 'MAYBE', 'DOUBT', 'HEDGE', 'IS', 'SOLVED', 'EXPLICIT', 'SOFT', 'REASON', 'LEAD', 'DIGITS',
-           'VARIABLE', 'PAIRS', 'ORDERED', 'COMPARED', 'BRACKETS', 'CHAIN', 'FLIP', 'ENDS', 'INTERVAL', 'OPTION',
-           'YES_NO', 'IDIOM', 'SAID', 'POLITE', 'EXPRESSION', 'SOLVERS', 'FINALS', 'JUDGES', 'LISTED', 'BOUNDS', 'CODE',
-           'GRADER', 'extract', 'normalise_answer', 'ascii_signs', 'plain', 'iso_dates', 'wording', 'count_in_words',
-           'number_in_words', 'han_count', 'number_in_chinese', 'exact', 'form_value', 'unsigned', 'leading_number',
-           'number', 'Unit', 'base_units', 'units', 'named_unit', 'unit_of', 'Quantity', 'is_noun', 'measured',
-           'compound', 'quantity', 'spelt', 'units_in', 'same_noun', 'same_in_units', 'same_quantity', 'Formula',
-           'formula', 'latex', 'math_verify', 'same_formula', 'same_value', 'installed', 'braced', 'boxed', 'trimmed',
-           'table_row', 'sentences', 'Claim', 'Items', 'Reader', 'open_head', 'explicit', 'implied', 'claim_of',
-           'claims', 'final_answer', 'key', 'read_number', 'number_reader', 'split_top', 'unwrapped', 'item_values',
-           'read_items', 'same_items', 'same_item', 'end_of', 'span', 'bracketed', 'one_side', 'inequality',
-           'both_sides', 'read_interval', 'options', 'read_choice', 'choice_reader', 'said', 'right_yes_no',
-           'subject_and_rest', 'marked', 'given_in', 'right_text', 'program_of', 'why_tests_fail', 'Shape',
-           'same_program', 'term_value', 'value', 'solve_chain', 'solve_compare', 'solve_sort', 'solve_count',
-           'answer_of', 'prompt_of', 'truth', 'fact', 'several_values', 'is_interval', 'is_number', 'kind_of',
-           'judge_of', 'right_answer', 'by_gym', 'reference', 'right_value', 'same_spans', 'right_by_kind', 'why_wrong',
-           'verify', 'without_format', 'own_reply', 'check_row', 'grader_version']
+           'REVISED', 'OPEN', 'MAYBE', 'DOUBT', 'HEDGE', 'IS', 'SOLVED', 'EXPLICIT', 'SOFT', 'REASON', 'LEAD', 'DIGITS',
+           'RATIO', 'VARIABLE', 'PAIRS', 'ORDERED', 'COMPARED', 'BRACKETS', 'CHAIN', 'FLIP', 'ENDS', 'INTERVAL',
+           'OPTION', 'YES_NO', 'IDIOM', 'SAID', 'POLITE', 'EXPRESSION', 'SOLVERS', 'FINALS', 'JUDGES', 'LISTED',
+           'BOUNDS', 'CODE', 'GRADER', 'extract', 'normalise_answer', 'ascii_signs', 'plain', 'iso_dates', 'wording',
+           'count_in_words', 'number_in_words', 'han_count', 'number_in_chinese', 'exact', 'form_value', 'unsigned',
+           'leading_number', 'number', 'Unit', 'base_units', 'units', 'named_unit', 'unit_of', 'Quantity', 'is_noun',
+           'measured', 'compound', 'quantity', 'spelt', 'units_in', 'same_noun', 'same_in_units', 'same_quantity',
+           'Formula', 'formula', 'latex', 'math_verify', 'same_formula', 'same_value', 'installed', 'braced', 'boxed',
+           'trimmed', 'table_row', 'sentences', 'Claim', 'Items', 'Reader', 'open_head', 'explicit', 'implied',
+           'only_one', 'assigned_twice', 'claim_of', 'claims', 'shortened', 'final_answer', 'key', 'read_number',
+           'number_reader', 'split_top', 'unwrapped', 'item_values', 'read_items', 'same_items', 'same_item', 'end_of',
+           'span', 'bracketed', 'one_side', 'inequality', 'both_sides', 'read_interval', 'options', 'read_choice',
+           'choice_reader', 'said', 'right_yes_no', 'subject_and_rest', 'marked', 'given_in', 'right_text',
+           'program_of', 'why_tests_fail', 'Shape', 'same_program', 'term_value', 'value', 'solve_chain',
+           'solve_compare', 'solve_sort', 'solve_count', 'answer_of', 'prompt_of', 'truth', 'fact', 'several_values',
+           'is_interval', 'is_number', 'kind_of', 'judge_of', 'right_answer', 'by_gym', 'reference', 'right_value',
+           'same_spans', 'right_by_kind', 'why_wrong', 'verify', 'without_format', 'own_reply', 'check_row',
+           'grader_version']
 
 # %% ../../nbs/tasks/02_verify.ipynb #7a675d0a
 import ast
@@ -63,7 +64,7 @@ def normalise_answer(text) -> str:
         text = text[1:-1].strip()
     return text[:-1].rstrip() if text.endswith('.') else text
 
-# %% ../../nbs/tasks/02_verify.ipynb #e362dfbf
+# %% ../../nbs/tasks/02_verify.ipynb #06fe0e17
 SIGNS = {
     '−': '-',
     '–': '-',
@@ -126,7 +127,7 @@ def plain(text: str) -> str:
     for pattern, new in LATEX if '\\' in text else ():
         text = re.sub(pattern, new, text)
     text = re.sub(r'\$([^$\n]{1,400}?)\$(?![\d$])', r' \1 ', text.replace('$$', '$'))
-    return re.sub(r'\*\*|__', '', text)
+    return re.sub(r'\*\*|__|\s+(?=\^)', '', text)
 
 # %% ../../nbs/tasks/02_verify.ipynb #0ce2f854
 MONTHS = (
@@ -423,7 +424,7 @@ def unit_of(text: str) -> Unit | None:
             unit = unit.times(found, int(m[2] or 1) * (-1 if place else 1))
     return unit
 
-# %% ../../nbs/tasks/02_verify.ipynb #586aea15
+# %% ../../nbs/tasks/02_verify.ipynb #c49af49d
 BLOCKED = set(
     'or and not no nor to than more less fewer least most but if else unless except either neither between '
     'maybe perhaps possibly might may could would cannot too wrong incorrect false almost nearly over '
@@ -454,12 +455,11 @@ def is_noun(text: str) -> bool:
     words = re.findall(r"[^\W\d_]+(?:['-][^\W\d_]+)*", text.lower())
     if not words or len(words) > 10 or re.search(r"[^\w\s'().-]|\d|_|n't", text):
         return False
-    glued = (
-        not text[:1].isspace() and text[:1].isascii() and text[:2] not in ('st', 'nd', 'rd', 'th')
-    )
-    alone = len(words) == 1 and len(words[0]) == 1 and words[0].isascii()
+    chinese = '\u4e00' <= text.strip()[0] <= '\u9fff'
+    glued = not (text[0].isspace() or chinese or text[:2] in ('st', 'nd', 'rd', 'th'))
+    alone = len(words) == 1 and len(words[0]) == 1 and not chinese
     han = any(c in text for c in '或和到至不与')
-    return not (glued or alone or han or BLOCKED & {*words})
+    return not (glued or alone or han or '\n' in text or BLOCKED & {*words})
 
 
 def measured(amount: Fraction, rest: str) -> Quantity | None:
@@ -490,7 +490,7 @@ def compound(text: str) -> Quantity | None:
 
 def quantity(text: str) -> Quantity | None:
     "The amount and unit of a text that is one of both, such as `$18` or `5 km`; None for other text."
-    text = re.sub(r'^\s*(?:约|共|一共|总共)', '', text)
+    text = re.sub(r'^\s*(?:约|一?共有?|总共|有)', '', text)
     sign, money = '', re.match(rf'\s*(-?)\s*({CURRENCY})\s*(?=[-\d.])', text)
     if money:
         sign, text = money[1], text[money.end() :]
@@ -555,7 +555,7 @@ def same_quantity(right: Quantity, got: Quantity, question: str) -> bool:
         return True
     return right.total == got.total and same_noun(right.noun, got.noun)
 
-# %% ../../nbs/tasks/02_verify.ipynb #944ba219
+# %% ../../nbs/tasks/02_verify.ipynb #ea60589c
 FUNCTIONS = 'frac sqrt pi sin cos tan cot log ln exp binom cdot times over inf begin end matrix pmatrix bmatrix'.split()
 SECONDS = 5  # for one formula
 
@@ -579,9 +579,9 @@ def formula(text: str) -> Formula | None:
         text = head.strip()
     words = re.findall(r'[^\W\d_]{2,}', text)
     huge = re.search(r'\^[^+*/=-]*\^|\^\W*\d{4}|\d{4}\s*!|!!', text)
-    if not 0 < len(text) <= 300 or huge or not {*words} <= {*FUNCTIONS}:
+    if not re.search(r'\w', text) or len(text) > 300 or huge or not {*words} <= {*FUNCTIONS}:
         return None
-    return Formula(text, unit) if re.fullmatch(r'[\w\s+\-*/^(){}\[\]\\.,=|!√π&]+', text) else None
+    return Formula(text, unit) if re.fullmatch(r'[\w\s+\-*/^(){}\[\]\\.|!√π&]+', text) else None
 
 
 def latex(text: str) -> str:
@@ -637,7 +637,7 @@ def installed(package: str) -> str:
     except PackageNotFoundError:
         return ''
 
-# %% ../../nbs/tasks/02_verify.ipynb #f07e163c
+# %% ../../nbs/tasks/02_verify.ipynb #5753a352
 def braced(text: str, start: int) -> int:
     "Where the brace that opens at `start` closes; -1 if it does not."
     depth = 0
@@ -651,6 +651,7 @@ def braced(text: str, start: int) -> int:
 def boxed(text: str) -> str | None:
     "What is in the last box, with those joined to it by a comma or a word; None without a box."
     found, after = None, 0
+    text = text[-20_000:]
     for m in re.finditer(r'\\(?:boxed|fbox)\s*\{', text):
         end = braced(text, m.end() - 1)
         inside = text[m.end() : end].strip() if end >= 0 else ''
@@ -660,12 +661,16 @@ def boxed(text: str) -> str | None:
         after = end + 1
     return found
 
-# %% ../../nbs/tasks/02_verify.ipynb #4cb6a36d
+# %% ../../nbs/tasks/02_verify.ipynb #6882fb46
 NEGATION = r"\b(?:not|never|neither|rather than|instead of|cannot)\b|n't\b|不是|而不"
 REVISED = re.compile(
     r'\b(?:wait|actually|scratch that|correction|on second thought|my mistake|i was wrong|sorry)\b,?|\bno,|'
     r"\b(?:is|was|are|be)(?: also)? (?:wrong|incorrect|false|not (?:right|correct|true)|a mistake)\b|"
     r"'s (?:wrong|incorrect|not right)\b|\bisn't (?:right|correct)\b|不对|错了",
+    re.I,
+)
+OPEN = re.compile(
+    rf'{NEGATION}|\b(?:if|whether|suppose|assume|doubt|unless|might|may|could|let|than|least|most)\b',
     re.I,
 )
 MAYBE = 'maybe|perhaps|possibly|might|may|could|alternatively|unsure|not sure|uncertain'
@@ -702,9 +707,8 @@ def trimmed(text: str) -> str:
     text, *reason = re.split(REASON, text.strip(' \t\n"\'`*_,;:!'), maxsplit=1, flags=re.I)
     if reason and (REVISED.search(f'is {reason[0]}') or HEDGE.search(reason[0])):
         return ''
-    text = re.sub(
-        r'(?<=[^\s(,[])\s+\((?![^()]*\b(?:or|not|maybe|perhaps)\b)[^()]*\)\s*\.?$', '', text
-    )
+    remark = r'(?<=[^\s(,[])\s+\((?=[^()]*[^\W\d_]{2})(?![^()]*\b(?:or|not|maybe|perhaps)\b)[^()]*\)\s*\.?$'
+    text = re.sub(remark, '', text)
     denied = r'(?:^|[,;]|\s)\s*(?:but |and |so )?\b(?:not|rather than|instead of)\s[^,;]*?(?=$|[,;]|\s+but\b)'
     text = re.sub(denied, '', text, flags=re.I).strip(' ,;')
     text = LEAD.sub('', text)
@@ -720,11 +724,13 @@ def table_row(line: str) -> str:
 def sentences(text: str) -> list[str]:
     "The sentences and lines of a text without the marks of lists; a line that ends in a colon joins the next."
     text = re.sub(r'(?m):\s*\n+', ': ', text)
-    marks = re.compile(r'^\s*(?:[-*•>]\s+|#+(?!#)\s+|\d+[.)]\s+(?=\D))')
+    numbered = r'\d+[.)]\s+(?=\D)'
+    listed = len(re.findall(rf'(?m)^\s*{numbered}', text)) > 1
+    marks = re.compile(rf'^\s*(?:[-*•>]\s+|#+\s+|{numbered if listed else "(?!)"})')
     lines = [marks.sub('', table_row(line)) for line in text.split('\n')]
     return [s.strip() for line in lines for s in re.split(r'(?<=[.!?])\s+', line) if s.strip()]
 
-# %% ../../nbs/tasks/02_verify.ipynb #6594b613
+# %% ../../nbs/tasks/02_verify.ipynb #ab227573
 @dataclass(frozen=True)
 class Claim:
     "A value that a sentence gives (None: one that cannot be read), how plainly, and of what."
@@ -759,9 +765,7 @@ class Reader:
 
 def open_head(sentence: str, end: int) -> bool:
     "Whether the words before `end` leave a statement as it is: no negation, condition or doubt."
-    head = re.split(r'[,;:]\s', sentence[:end])[-1]
-    doubt = r'\b(?:if|whether|suppose|assume|doubt|unless|might|may|could|let)\b'
-    return not re.search(f'{NEGATION}|{doubt}', head, re.I)
+    return not OPEN.search(re.split(r'[,;:]\s', sentence[:end])[-1])
 
 
 def explicit(sentence: str, reader: Reader) -> Claim | None:
@@ -781,19 +785,39 @@ def implied(sentence: str, reader: Reader) -> Claim | None:
     for m in order(list(SOFT.finditer(sentence))):
         if reader.mentions.search(sentence, m.end()):
             value = reader.whole(sentence[m.end() :])
-            if value is not None and open_head(sentence, m.end()):
-                return Claim(value, 0, sentence[: m.start()].strip().lower())
+            if value is not None:
+                subject = sentence[: m.start()].strip().lower()
+                return Claim(value, 0, subject) if open_head(sentence, m.end()) else None
             if not reader.several:
                 break
+    return only_one(sentence, reader)
+
+
+def only_one(sentence: str, reader: Reader) -> Claim | None:
+    "The only value that a sentence mentions, if nothing in it denies or doubts."
     found = list(reader.mentions.finditer(sentence))
-    blocked = reader.doubt.search(sentence) or re.search(
-        f'{NEGATION}|\\b(?:than|least|most|if)\\b', sentence, re.I
-    )
-    if len(found) != 1 or blocked:
+    if not found or reader.doubt.search(sentence) or OPEN.search(sentence):
         return None
-    alone = re.split(r'[,;]\s', sentence[found[0].start() :])[0]
-    value = reader.lone(found[0]) if reader.lone else reader.whole(alone)
-    return None if value is None else Claim(value, 0, sentence[: found[0].start()].lower())
+    if reader.lone:
+        values = {reader.lone(m) for m in found}
+    elif len(found) == 1:
+        rest = sentence[found[0].start() :]
+        values = {reader.whole(rest if reader.several else re.split(r'[,;]\s', rest)[0])}
+    else:
+        return None
+    value = values.pop()
+    return (
+        None if values or value is None else Claim(value, 0, sentence[: found[0].start()].lower())
+    )
+
+
+def assigned_twice(sentence: str) -> bool:
+    "Whether a sentence gives one name two values, as `x = 3, x = 4` does."
+    values = {}
+    for name, value in re.findall(r'(\w+)\s*=\s*([^\s,;=]+)', sentence):
+        if values.setdefault(name, value) != value:
+            return True
+    return False
 
 
 def claim_of(sentence: str, reader: Reader) -> Claim | None:
@@ -802,6 +826,8 @@ def claim_of(sentence: str, reader: Reader) -> Claim | None:
         return None
     if (reader.several or '=' not in sentence) and (value := reader.whole(sentence)) is not None:
         return Claim(value, 1)
+    if not reader.several and assigned_twice(sentence):
+        return Claim(None, 1)
     claim = explicit(sentence, reader)
     return claim or (None if reader.doubt.search(sentence) else implied(sentence, reader))
 
@@ -822,12 +848,17 @@ def claims(text: str, reader: Reader) -> list[Claim]:
     return found[final[0] :] if final else found
 
 
+def shortened(text: str) -> str:
+    "A long text without its middle: an answer stands at its start or at its end."
+    return text if len(text) <= 6000 else f'{text[:1000]}\n{text[-4000:]}'
+
+
 def final_answer(text: str, reader: Reader) -> Any:
     "The one value that a reply gives as its answer; None if it gives none or several."
     inside = boxed(text)
     if inside is not None:
         return reader.whole(plain(inside))
-    text = plain(text)
+    text = plain(shortened(text))
     value = reader.whole(text)
     if value is not None:
         return value
@@ -844,17 +875,18 @@ def key(value) -> Any:
         return frozenset(map(key, value.values))
     return value.total if isinstance(value, Quantity) else value
 
-# %% ../../nbs/tasks/02_verify.ipynb #ff3c880a
+# %% ../../nbs/tasks/02_verify.ipynb #7a03d60d
 DIGITS = re.compile(
     rf'\d|[{HAN_CHARS[:-2]}]|\b(?:{"|".join([*SMALL, *PARTS])})s?\b|\\frac|\\sqrt|\\pi|[√π∞]', re.I
 )
+RATIO = re.compile(r'\bratio\b|\bproportion\b|比例', re.I)
 VARIABLE = re.compile(r'^[A-Za-z](?:_\{?\w+\}?)?(?:\([a-z]\))?\s*=\s*(?!=)')
 
 
 def read_number(text: str, ratio: bool = False) -> Quantity | Formula | None:
     "The number, quantity or formula that a statement is; None for anything else."
     text = re.split('≈', trimmed(text))[0] or text
-    if '=' in text and not re.search(r',\s|;|\b(?:or|and)\b|[<>!]=', text):
+    if '=' in text and not re.search(r',\s|;|\n|\b(?:or|and)\b|[<>!]=', text):
         text = text.rpartition('=')[2]
     if ratio and (m := re.fullmatch(r'\s*(\d+)\s*(?::|to|比|/)\s*(\d+)\s*', text)) and int(m[2]):
         return Quantity(Fraction(int(m[1]), int(m[2])))
@@ -863,10 +895,9 @@ def read_number(text: str, ratio: bool = False) -> Quantity | Formula | None:
 
 def number_reader(question: str) -> Reader:
     "Reads numbers, and `2:3` where the question asks for a ratio."
-    ratio = bool(re.search(r'\bratio\b|\bproportion\b|比例', question, re.I))
-    return Reader(functools.partial(read_number, ratio=ratio), DIGITS)
+    return Reader(functools.partial(read_number, ratio=bool(RATIO.search(question))), DIGITS)
 
-# %% ../../nbs/tasks/02_verify.ipynb #c1944083
+# %% ../../nbs/tasks/02_verify.ipynb #48038408
 PAIRS = {'(': ')', '[': ']', '{': '}'}
 ORDERED = re.compile(
     r'\b(?:sort\w*|order\w*|ascending|descending|rank\w*|sequence|coordinates?|points?|smallest to)\b|排序|从小到大',
@@ -890,10 +921,14 @@ def split_top(text: str) -> list[str]:
 
 def unwrapped(text: str) -> tuple[str, str]:
     "(a text without the brackets around all of it, the opening one or '')."
-    inside = text[1:-1]
-    if PAIRS.get(text[:1]) != text[-1:] or re.search(r'[)\]}]\s*[,;]?\s*[(\[{]', inside):
-        return text, ''
-    return inside, text[0]
+    depth = 0
+    for char in text[:-1]:
+        depth += (char in '([{') - (char in ')]}')
+        if not depth:
+            break
+    else:
+        return (text[1:-1], text[0]) if PAIRS.get(text[:1]) == text[-1:] else (text, '')
+    return text, ''
 
 
 def item_values(text: str, words: bool) -> list | None:
@@ -1048,7 +1083,7 @@ def read_interval(text: str) -> tuple | None:
 ENDS = re.compile(r'[\[(\]].*[,;]|[<>]|\b(?:at least|at most|than|real)\b|inf')
 INTERVAL = Reader(read_interval, ENDS, several=True)
 
-# %% ../../nbs/tasks/02_verify.ipynb #1919b1d7
+# %% ../../nbs/tasks/02_verify.ipynb #72220959
 OPTION = re.compile(
     r'(?:^|[\s(\[])([A-J])[).:\]]\s*(.+?)(?=[\s,;]+[(\[]?[A-J][).:\]]\s|[\s,;]*\n|\s*$)'
 )
@@ -1078,10 +1113,11 @@ def choice_reader(question: str) -> Reader:
     "Reads the letters of the options of a question."
     listed = options(question)
     letters = ''.join(listed) or 'ABCDEFGHJ'
-    letter = rf'(?<![A-Za-z])[{letters}](?![A-Za-z\'])(?<!A(?=\s(?!is\b|was\b)[a-z]))'
-    texts = [rf'\b{re.escape(text)}\b' for text in listed.values() if text]
+    letter = rf'(?<![A-Za-z])[{letters}](?![A-Za-z\'])(?<!A(?=\s(?!(?:is|was|and|or|nor)\b)[a-z]))'
+    texts = [rf'(?i:(?<!\w){re.escape(text)}(?!\w))' for text in listed.values() if text]
     one = re.compile('|'.join([letter, *texts]))
-    lone = lambda m: m[0] if m[0] in letters else None
+    named = {text: letter for letter, text in listed.items()}
+    lone = lambda m: m[0] if m[0] in letters else named.get(wording(m[0]))
     return Reader(functools.partial(read_choice, listed=listed), one, lone=lone)
 
 
@@ -1121,7 +1157,7 @@ def right_yes_no(right: str, answer: str) -> bool:
     taken_back = re.search(r'\b(?:wait|actually|on second thought)\b', answer, re.I)
     return said(answer) == {YES_NO[wording(right)]} and not doubtful and not taken_back
 
-# %% ../../nbs/tasks/02_verify.ipynb #ffa54346
+# %% ../../nbs/tasks/02_verify.ipynb #e0c7c7f7
 def subject_and_rest(sentence: str) -> tuple[str, str] | None:
     "The two sides of a sentence with one `is`, `=` or colon; None for other sentences."
     found = list(re.finditer(rf'{IS}|是|为', sentence, re.I))
@@ -1169,7 +1205,7 @@ def right_text(right: str, answer: str) -> bool:
     if wording(answer) == wanted or not wanted:
         return bool(wanted)
     found = []
-    for sentence in sentences(answer if answer.isascii() else answer.replace('。', '. ')):
+    for sentence in sentences(shortened(answer).replace('。', '. ')):
         if turns := list(REVISED.finditer(sentence)):
             found.clear()
             sentence = sentence[turns[-1].end() :]
@@ -1312,7 +1348,7 @@ def fact(row: dict) -> str:
     "The bare answer (`None` where the full answer quotes `weight=None`): the row's `fact`, else its truth."
     return row.get('fact') or truth(row)
 
-# %% ../../nbs/tasks/02_verify.ipynb #06fffb89
+# %% ../../nbs/tasks/02_verify.ipynb #7fe37d43
 JUDGES = ('number', 'set', 'interval', 'choice', 'yesno', 'text', 'code', 'exact')
 LISTED = re.compile(
     r'\b(?:both|all|list|each|roots|solutions|zeros|numbers|values|factors|divisors|pair)\b|'
@@ -1351,10 +1387,12 @@ def is_interval(answer: str, question: str) -> bool:
     return bool(BOUNDS.search(question)) if point and 'inf' not in text else True
 
 
-def is_number(answer: str) -> bool:
+def is_number(answer: str, question: str) -> bool:
     "Whether an answer is a number, a quantity or a formula."
     text = plain(answer)
     mathematics = re.search(r'\\|\^|√|π|\bsqrt\b|[a-z]\s*[+*/-]\s*\d|\d[a-z]\b', text)
+    if RATIO.search(question) and number_reader(question).whole(text) is not None:
+        return True
     return quantity(text) is not None or bool(mathematics and formula(text))
 
 
@@ -1370,7 +1408,7 @@ def kind_of(answer: str, question: str) -> str:
         return 'interval'
     if several_values(answer, question):
         return 'set'
-    if is_number(answer):
+    if is_number(answer, question):
         return 'number'
     return 'code' if CODE.search(answer) else 'text'
 
