@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECALL', 'LABELS', 'TEXT_FAMILIES', 'ENOUGH', 'Sides', 'sorted_by_side', 'split_texts', 'package_functions',
-           'FunctionSides', 'sets_of_domain', 'split_functions', 'list_counts', 'check_graded', 'labelled', 'read_own',
-           'OwnRows', 'without', 'once', 'split_own', 'check_unread', 'check_apart', 'known_by', 'check_facts',
-           'check_guessing', 'check_held']
+           'FunctionSides', 'sets_of_domain', 'split_functions', 'list_counts', 'labelled', 'read_own', 'OwnRows',
+           'without', 'once', 'split_own', 'check_unread', 'check_apart', 'known_by', 'check_facts', 'check_guessing',
+           'check_held']
 
 # %% ../../nbs/tasks/04_splits.ipynb #91957d01
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from k2lab.tasks.questions import (
     unlike,
 )
 from .stats import by_family, majority_baseline
-from .verify import SOLVERS, normalise_answer, prompt_of, truth
+from .verify import check_row, prompt_of
 from ..text.rows import FORMATS, read_rows
 
 # %% ../../nbs/tasks/04_splits.ipynb #30df18f9
@@ -164,31 +164,14 @@ def list_counts(name: str, functions: list, seen: set) -> dict:
 LABELS = ('family', 'source', 'licence')
 
 
-def check_graded(row: dict, trained: str, place: str):
-    "`LabError` if a row would be graded by another answer than the field that is trained."
-    family = row.get('family')
-    remedy = "remove 'answer', or put a short answer in 'fact'"
-    if family in SOLVERS:
-        remedy = f'{family!r} is a puzzle family with computed answers, so choose another name'
-    try:
-        graded = truth(row)
-    except LabError as error:
-        raise LabError(f'{place}: {error}; {remedy}') from None
-    if normalise_answer(graded) != normalise_answer(row[trained]):
-        raise LabError(
-            f'{place}: {trained!r} is {row[trained]!r}, but replies would be graded by {graded!r}; '
-            f'{remedy}'
-        )
-
-
 def labelled(row: dict, format: str, path, number: int) -> dict:
-    "An own row with family, source and licence; `LabError` if one of them is no text."
+    "An own row with family, source and licence; `LabError` if it is not right by its own answer."
     given = {k: v for k, v in row.items() if k not in LABELS or v not in (None, '')}
     place = f'{path}: row {number}'
     for name in LABELS:
         if not isinstance(given.get(name, ''), str):
             raise LabError(f'{place}: {name!r} must be text, this is {type(given[name]).__name__}')
-    check_graded(given, FORMATS[format][-1], place)
+    check_row(given, place, FORMATS[format][-1])
     return {'family': 'own', 'source': str(path), 'licence': 'unknown', **given}
 
 

@@ -5,25 +5,25 @@
 # %% auto #0
 __all__ = ['END', 'SIGNS', 'LATEX', 'MONTHS', 'MONTH', 'DATES', 'ONES', 'TENS', 'SMALL', 'SCALES', 'PARTS', 'HAN', 'HAN_UNITS',
            'HAN_SCALES', 'HAN_CHARS', 'DECIMAL', 'POWER', 'OVER', 'FORMS', 'SIGN', 'SI', 'PREFIXES', 'OTHER', 'WORDS',
-           'BLOCKED', 'MULTIPLES', 'CURRENCY', 'ASKED', 'MENTIONED', 'PERCENT', 'FUNCTIONS', 'SECONDS', 'NEGATION',
-           'REVISED', 'OPEN', 'MAYBE', 'DOUBT', 'HEDGE', 'IS', 'SOLVED', 'EXPLICIT', 'SOFT', 'REASON', 'LEAD', 'DIGITS',
-           'RATIO', 'VARIABLE', 'PAIRS', 'ORDERED', 'COMPARED', 'BRACKETS', 'CHAIN', 'FLIP', 'ENDS', 'INTERVAL',
-           'OPTION', 'YES_NO', 'IDIOM', 'SAID', 'POLITE', 'EXPRESSION', 'SOLVERS', 'FINALS', 'JUDGES', 'LISTED',
-           'BOUNDS', 'CODE', 'GRADER', 'extract', 'normalise_answer', 'ascii_signs', 'plain', 'iso_dates', 'wording',
-           'count_in_words', 'number_in_words', 'han_count', 'number_in_chinese', 'exact', 'form_value', 'unsigned',
-           'leading_number', 'number', 'Unit', 'base_units', 'units', 'named_unit', 'unit_of', 'Quantity', 'is_noun',
-           'measured', 'compound', 'quantity', 'spelt', 'units_in', 'same_noun', 'same_in_units', 'same_quantity',
-           'Formula', 'formula', 'latex', 'math_verify', 'same_formula', 'same_value', 'installed', 'braced', 'boxed',
-           'trimmed', 'table_row', 'sentences', 'Claim', 'Items', 'Reader', 'open_head', 'explicit', 'implied',
-           'only_one', 'assigned_twice', 'claim_of', 'claims', 'shortened', 'final_answer', 'key', 'read_number',
-           'number_reader', 'split_top', 'unwrapped', 'item_values', 'read_items', 'same_items', 'same_item', 'end_of',
-           'span', 'bracketed', 'one_side', 'inequality', 'both_sides', 'read_interval', 'options', 'read_choice',
-           'choice_reader', 'said', 'right_yes_no', 'subject_and_rest', 'marked', 'given_in', 'right_text',
-           'program_of', 'why_tests_fail', 'Shape', 'same_program', 'term_value', 'value', 'solve_chain',
+           'BLOCKED', 'MULTIPLES', 'CURRENCY', 'ASKED', 'MENTIONED', 'PERCENT', 'FUNCTIONS', 'WORD', 'SECONDS',
+           'NEGATION', 'REVISED', 'OPEN', 'MAYBE', 'DOUBT', 'HEDGE', 'IS', 'SOLVED', 'EXPLICIT', 'SOFT', 'REASON',
+           'LEAD', 'DIGITS', 'RATIO', 'VARIABLE', 'PAIRS', 'ORDERED', 'COMPARED', 'BRACKETS', 'CHAIN', 'FLIP', 'ENDS',
+           'INTERVAL', 'OPTION', 'YES_NO', 'IDIOM', 'SAID', 'POLITE', 'EXPRESSION', 'SOLVERS', 'FINALS', 'JUDGES',
+           'LISTED', 'BOUNDS', 'CODE', 'GRADER', 'extract', 'normalise_answer', 'ascii_signs', 'plain', 'iso_dates',
+           'wording', 'count_in_words', 'number_in_words', 'han_count', 'number_in_chinese', 'exact', 'form_value',
+           'unsigned', 'leading_number', 'number', 'Unit', 'base_units', 'units', 'named_unit', 'unit_of', 'Quantity',
+           'is_noun', 'measured', 'compound', 'quantity', 'spelt', 'units_in', 'same_noun', 'same_in_units',
+           'same_quantity', 'Formula', 'formula', 'latex', 'math_verify', 'same_formula', 'same_value', 'installed',
+           'braced', 'boxed', 'trimmed', 'table_row', 'sentences', 'Claim', 'Items', 'Reader', 'open_head', 'explicit',
+           'implied', 'only_one', 'assigned_twice', 'claim_of', 'claims', 'shortened', 'final_answer', 'key',
+           'read_number', 'number_reader', 'split_top', 'unwrapped', 'item_values', 'read_items', 'same_items',
+           'same_item', 'end_of', 'span', 'bracketed', 'one_side', 'inequality', 'both_sides', 'read_interval',
+           'options', 'read_choice', 'choice_reader', 'said', 'right_yes_no', 'subject_and_rest', 'marked', 'given_in',
+           'right_text', 'program_of', 'why_tests_fail', 'Shape', 'same_program', 'term_value', 'value', 'solve_chain',
            'solve_compare', 'solve_sort', 'solve_count', 'answer_of', 'prompt_of', 'truth', 'fact', 'several_values',
-           'is_interval', 'is_number', 'kind_of', 'judge_of', 'right_answer', 'by_gym', 'reference', 'right_value',
-           'same_spans', 'right_by_kind', 'why_wrong', 'verify', 'without_format', 'own_reply', 'check_row',
-           'grader_version']
+           'is_interval', 'is_number', 'kind_of', 'judge_of', 'right_answer', 'by_gym', 'Unreadable', 'reference',
+           'right_value', 'same_spans', 'right_by_kind', 'why_wrong', 'verify', 'without_format', 'own_reply',
+           'check_readable', 'check_row', 'remedy', 'grader_version']
 
 # %% ../../nbs/tasks/02_verify.ipynb #7a675d0a
 import ast
@@ -424,7 +424,7 @@ def unit_of(text: str) -> Unit | None:
             unit = unit.times(found, int(m[2] or 1) * (-1 if place else 1))
     return unit
 
-# %% ../../nbs/tasks/02_verify.ipynb #c49af49d
+# %% ../../nbs/tasks/02_verify.ipynb #67180af7
 BLOCKED = set(
     'or and not no nor to than more less fewer least most but if else unless except either neither between '
     'maybe perhaps possibly might may could would cannot too wrong incorrect false almost nearly over '
@@ -509,6 +509,9 @@ def quantity(text: str) -> Quantity | None:
 def spelt(text: str) -> Quantity | None:
     "The quantity of a number in words, with or without a unit: `twelve centimetres`."
     words = text.split()
+    first = re.match(r'(?:minus|negative|a)?[\s-]*([a-z]*)', text.strip().lower())
+    if not first or first[1] not in SMALL and first[1].removesuffix('s') not in PARTS:
+        return None
     for n in range(min(len(words), 12), 0, -1):
         value = number(' '.join(words[:n]))
         if value is not None:
@@ -555,8 +558,9 @@ def same_quantity(right: Quantity, got: Quantity, question: str) -> bool:
         return True
     return right.total == got.total and same_noun(right.noun, got.noun)
 
-# %% ../../nbs/tasks/02_verify.ipynb #ea60589c
+# %% ../../nbs/tasks/02_verify.ipynb #2f91b0d8
 FUNCTIONS = 'frac sqrt pi sin cos tan cot log ln exp binom cdot times over inf begin end matrix pmatrix bmatrix'.split()
+WORD = re.compile(r'[^\W\d_]{2,}')
 SECONDS = 5  # for one formula
 
 
@@ -571,15 +575,16 @@ class Formula:
 def formula(text: str) -> Formula | None:
     "A text as a formula; None if it has words, is long, or has a power or factorial that is huge."
     text, unit = text.strip(), Unit()
+    if len(text) > 300 or len({*WORD.findall(text)} - {*FUNCTIONS}) > 1:
+        return None
     head, _, last = text.rpartition(' ')
     if head and re.fullmatch(r'[a-zA-Z%°]{2,}|[msg]', last) and last not in FUNCTIONS:
         unit = unit_of(last)
         if unit is None:
             return None
         text = head.strip()
-    words = re.findall(r'[^\W\d_]{2,}', text)
     huge = re.search(r'\^[^+*/=-]*\^|\^\W*\d{4}|\d{4}\s*!|!!', text)
-    if not re.search(r'\w', text) or len(text) > 300 or huge or not {*words} <= {*FUNCTIONS}:
+    if not re.search(r'\w', text) or huge or not {*WORD.findall(text)} <= {*FUNCTIONS}:
         return None
     return Formula(text, unit) if re.fullmatch(r'[\w\s+\-*/^(){}\[\]\\.|!√π&]+', text) else None
 
@@ -625,8 +630,9 @@ def same_value(right, got, question: str) -> bool:
         return False
     texts = [x.text if isinstance(x, Formula) else str(x.amount) for x in (right, got)]
     compact = [re.sub(r'\s', '', text) for text in (texts[1], plain(question))]
-    if compact[0] in compact[1] and isinstance(right, Quantity):
-        return False  # the question again, not its value
+    open_sum = re.fullmatch(r'[\d+*/().-]*', compact[0])
+    if isinstance(right, Quantity) and (open_sum or compact[0] in compact[1]):
+        return False  # a sum or the question again, not its value
     return texts[0] == texts[1] or same_formula(*texts)
 
 
@@ -730,7 +736,7 @@ def sentences(text: str) -> list[str]:
     lines = [marks.sub('', table_row(line)) for line in text.split('\n')]
     return [s.strip() for line in lines for s in re.split(r'(?<=[.!?])\s+', line) if s.strip()]
 
-# %% ../../nbs/tasks/02_verify.ipynb #ab227573
+# %% ../../nbs/tasks/02_verify.ipynb #124d5d5b
 @dataclass(frozen=True)
 class Claim:
     "A value that a sentence gives (None: one that cannot be read), how plainly, and of what."
@@ -839,8 +845,10 @@ def claims(text: str, reader: Reader) -> list[Claim]:
         if turns := list(REVISED.finditer(sentence)):
             found.clear()
             sentence = sentence[turns[-1].end() :]
+        if not reader.mentions.search(sentence):
+            continue
         claim = claim_of(sentence, reader)
-        if claim is None and reader.doubt.search(sentence) and reader.mentions.search(sentence):
+        if claim is None and reader.doubt.search(sentence):
             claim = Claim(None, 1) if any(c.level for c in found) else Claim(None, 0, sentence)
         if claim:
             found.append(claim)
@@ -875,9 +883,11 @@ def key(value) -> Any:
         return frozenset(map(key, value.values))
     return value.total if isinstance(value, Quantity) else value
 
-# %% ../../nbs/tasks/02_verify.ipynb #7a03d60d
+# %% ../../nbs/tasks/02_verify.ipynb #64037d85
 DIGITS = re.compile(
-    rf'\d|[{HAN_CHARS[:-2]}]|\b(?:{"|".join([*SMALL, *PARTS])})s?\b|\\frac|\\sqrt|\\pi|[√π∞]', re.I
+    rf'\d|[{HAN_CHARS[:-2]}]|\b(?:{"|".join([*SMALL, *PARTS])})s?\b|\\frac|\\sqrt|\\pi|[√π∞]|'
+    r'(?<![a-z])[a-z]\s*[+*/^-]\s*[\w(]',
+    re.I,
 )
 RATIO = re.compile(r'\bratio\b|\bproportion\b|比例', re.I)
 VARIABLE = re.compile(r'^[A-Za-z](?:_\{?\w+\}?)?(?:\([a-z]\))?\s*=\s*(?!=)')
@@ -1446,9 +1456,13 @@ def by_gym(row: dict, answer: str | None) -> bool:
     return score(answer, json.loads(row['entry'])) >= 1
 
 
+class Unreadable(LabError):
+    "A right answer that is no value of the kind that its row names."
+
+
 @functools.lru_cache(4096)
 def reference(kind: str, right: str, question: str) -> Any:
-    "The right answer as a value of its kind; `LabError` if it cannot be read as one."
+    "The right answer as a value of its kind; `Unreadable` if it is none."
     readers = dict(
         number=lambda text: number_reader(question).whole(text),
         set=lambda text: read_items(text) or read_items(text, words=True),
@@ -1458,7 +1472,7 @@ def reference(kind: str, right: str, question: str) -> Any:
     )
     found = readers[kind](plain(right))
     if found is None:
-        raise LabError(f'judge: the answer {right!r} cannot be read as a {kind}')
+        raise Unreadable(f'judge: the answer {right!r} cannot be read as a {kind}')
     return found
 
 
@@ -1493,10 +1507,10 @@ def right_by_kind(kind: str, right: str, answer: str, question: str) -> bool:
     "Whether a reply without its thoughts gives the right answer, of a kind."
     if answer.split() == right.split():
         return True
-    if kind == 'exact':
-        return normalise_answer(answer) == normalise_answer(right)
-    if kind == 'text':
-        return right_text(right, answer)
+    if kind in ('exact', 'text') and normalise_answer(answer) == normalise_answer(right):
+        return True
+    if kind in ('exact', 'text'):
+        return kind == 'text' and right_text(right, answer)
     if kind == 'yesno':
         return right_yes_no(reference(kind, right, question), answer)
     if kind == 'code':
@@ -1527,29 +1541,45 @@ def without_format(row: dict) -> dict:
     "A row that asks the same and is graded by its bare fact, without the format of its family."
     return dict(prompt=prompt_of(row), answer=str(fact(row)))
 
-# %% ../../nbs/tasks/02_verify.ipynb #b8e46e4b
-def own_reply(row: dict) -> str:
-    "What a row trains as a reply, with its thoughts."
-    final = next((row[name] for name in FINALS if name in row), '')
-    return f'<think>{row["reasoning"]}</think>{final}' if row.get('reasoning') else final
+# %% ../../nbs/tasks/02_verify.ipynb #2076d02a
+def own_reply(row: dict, field: str) -> str:
+    "What a row trains as a reply: its `field`, after its thoughts if the final text is trained."
+    thoughts = row.get('reasoning') if field == 'final' else ''
+    return f'<think>{thoughts}</think>{row[field]}' if thoughts else row[field]
 
 
-def check_row(row: dict, place: str):
-    "`LabError` if the row's own reply is not graded right; `place` is its file and number."
-    try:
-        why, kind, right = why_wrong(row, own_reply(row)), judge_of(row), right_answer(row)
-        if kind not in ('exact', 'text', 'code') and isinstance(
-            reference(kind, right, prompt_of(row)), Formula
-        ):
+def check_readable(row: dict):
+    "`LabError` if the answer of a row is no value of its kind, or needs a package that is missing."
+    kind, right = judge_of(row), right_answer(row)
+    if kind not in ('exact', 'text', 'code'):
+        if isinstance(reference(kind, right, prompt_of(row)), Formula):
             math_verify()
+
+
+def check_row(row: dict, place: str, field: str = ''):
+    """`LabError` if the reply that a row trains is not graded right.
+
+    `place` is its file and number, `field` what is trained, by default the first of `FINALS` in it."""
+    field = field or next((name for name in FINALS if name in row), 'answer')
+    try:
+        check_readable(row)
+        why, kind, right = why_wrong(row, own_reply(row, field)), judge_of(row), right_answer(row)
     except LabError as error:
-        raise LabError(f'{place}: {error}') from None
+        raise LabError(f'{place}: {error}; {remedy(row)}') from None
     if why:
         raise LabError(
-            f'{place}: its own reply {own_reply(row)[-200:]!r} is graded wrong ({why}): replies are '
-            f'graded by {right!r}, read as {kind}; mend the row, or name the kind in the field '
-            f"'judge': {', '.join(JUDGES)}"
+            f'{place}: {field!r} is {row[field][-200:]!r}, but replies would be graded by {right!r} '
+            f'as {kind}, and it is not right: {why}; {remedy(row)}'
         )
+
+
+def remedy(row: dict) -> str:
+    "What to do about a row that is not right by its own answer."
+    family = row.get('family')
+    if family in SOLVERS:
+        return f'{family!r} is a puzzle family with computed answers, so choose another name'
+    kinds = f"name the kind of answer in 'judge' ({', '.join(JUDGES)})"
+    return f"mend the row, remove 'answer', or {kinds}"
 
 # %% ../../nbs/tasks/02_verify.ipynb #e76c6833
 def grader_version() -> str:
