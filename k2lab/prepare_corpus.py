@@ -46,6 +46,7 @@ from .tasks.puzzles import PUZZLE_FAMILIES, check_families, make_puzzles
 from k2lab.tasks.questions import (
     QUESTION_FAMILIES,
     RECALL_FAMILIES,
+    SHARE,
     check_question_families,
     draw_questions,
     make_questions,
@@ -380,7 +381,8 @@ def reasoning_questions(cfg) -> Questions:
     rows = read_own(cfg.own_rows, ROW_FORMAT['reasoning'])
     made, taken = {}, set()
     for side, n in dict(evaluation=cfg.eval_puzzles, development=cfg.dev_items).items():
-        made[side] = make_puzzles(n, cfg.seed + SIDE_SEED[side], cfg.families, avoid=taken)
+        seed = cfg.seed + SIDE_SEED[side]
+        made[side] = make_puzzles(n, seed, cfg.families, avoid=taken, share=SHARE)
         taken |= {row['id'] for row in made[side]}
     asked = made['evaluation'] + made['development']
     weights = {family: cfg.family_weights.get(family, 1) for family in cfg.families}

@@ -109,7 +109,7 @@ class FunctionSides:
         return {parameter_list(f) for f in before}
 
 
-RECALL = 12  # per cent of the training functions of the domain, for each set of recall questions
+RECALL = 15  # per cent of the training functions of the domain, for each set of recall questions
 
 
 def sets_of_domain(domain: list, sides: Sides) -> dict[str, list]:
