@@ -42,7 +42,7 @@ def publish_rows(
     job, name: str, rows: list, format: str, origin: str, steps: Sequence = ()
 ) -> dict:
     "Publishes rows as `<name>.jsonl` with its manifest and returns the data card."
-    default = LICENCE if origin.startswith('k2lab.') else 'unknown'
+    default = LICENCE if 'k2lab.' in origin else 'unknown'
     licence = ' AND '.join(sorted({row.get('licence', default) for row in rows}))
     with job.publishing(name, '.jsonl') as path:
         manifest = write_rows(path, rows, format, licence, origin)

@@ -38,6 +38,13 @@ class Sides:
     development: float = 0  # the end of the hash, the same for all seeds
     seed: int = 0
 
+    def __post_init__(self):
+        if self.evaluation + self.development > 100:
+            raise LabError(
+                f'{self.evaluation} % held out and {self.development} % for development '
+                'leave 0 to train on; both together: less than 100'
+            )
+
     def of(self, key: str) -> str:
         "training, development or evaluation."
         place, rest = hash_percent(key), 100 - self.development
