@@ -337,7 +337,10 @@ def make_questions(
 # %% ../../nbs/tasks/00_questions.ipynb #d16af09a
 def unlike(functions, held) -> list:
     "The functions that share neither name nor summary with any of `held`."
-    names, texts = {f.name for f in held}, {f.summary.strip().lower() for f in held}
+    names, texts = set(), set()
+    for f in held:
+        names.add(f.name)
+        texts.add(f.summary.strip().lower())
     return [f for f in functions if f.name not in names and f.summary.strip().lower() not in texts]
 
 
