@@ -6,11 +6,11 @@
 __all__ = ['ROW_FORMAT', 'EVALUATION', 'SAMPLING', 'DEVELOPMENT', 'SIDE_SEED', 'SUFFIX', 'PROMPT_KEYS', 'work',
            'check_question_weights', 'check_evaluation_sources', 'Config', 'source_name', 'source_names', 'eval_texts',
            'check_source', 'check_files', 'check_inputs', 'with_licence', 'Questions', 'own_sides', 'make_way',
-           'set_rows', 'side_questions', 'training_weights', 'training_questions', 'domain_sides', 'function_sides',
-           'check_asked', 'domain_questions', 'reasoning_questions', 'as_text', 'traces_of', 'refine_settings',
-           'refined_texts', 'Part', 'TextFile', 'parts_of', 'weights_of', 'mixed_rows', 'split_part', 'publish_text',
-           'split_parts', 'first_documents', 'recall_questions', 'Prepared', 'prepare_domain', 'check_questions',
-           'check_functions', 'publish_questions', 'row_origin', 'functions_asked', 'gather_rejects',
+           'set_rows', 'side_questions', 'check_balance', 'training_weights', 'training_questions', 'domain_sides',
+           'function_sides', 'check_asked', 'domain_questions', 'reasoning_questions', 'as_text', 'traces_of',
+           'refine_settings', 'refined_texts', 'Part', 'TextFile', 'parts_of', 'weights_of', 'mixed_rows', 'split_part',
+           'publish_text', 'split_parts', 'first_documents', 'recall_questions', 'Prepared', 'prepare_domain',
+           'check_questions', 'check_functions', 'publish_questions', 'row_origin', 'functions_asked', 'gather_rejects',
            'reasoning_origin', 'prepare_reasoning', 'show_first_rows', 'trivial_scores', 'prepare_corpora']
 
 # %% ../nbs/10_prepare_corpus.ipynb #0484b1b0
@@ -46,6 +46,7 @@ from .tasks.puzzles import PUZZLE_FAMILIES, check_families, make_puzzles
 from k2lab.tasks.questions import (
     QUESTION_FAMILIES,
     RECALL_FAMILIES,
+    SHARE,
     check_question_families,
     draw_questions,
     make_questions,
@@ -309,7 +310,20 @@ def side_questions(cfg, split: FunctionSides, side: str) -> list:
         rows = make_questions(functions, n, cfg.seed + SIDE_SEED[side], seen=split.seen(side))
     except LabError as error:
         raise LabError(f'{name}: {error} in evaluation_sources') from None
+    check_balance(name, rows)
     return with_licence(rows)
+
+
+def check_balance(name: str, rows: list):
+    "`LabError` if a family of questions has less than half of its share because its facts run out."
+    families = Counter(row['family'] for row in rows)
+    least, n = min(families, key=lambda f: families[f], default=''), len(rows)
+    most = 2 * len(families) * families[least]
+    if n > most:
+        raise LabError(
+            f'{name}: {n} questions, but the functions give only {families[least]} of {least}; '
+            f'ask for {most} at most, or name more packages in evaluation_sources'
+        )
 
 
 def training_weights(cfg) -> dict[str, float]:
@@ -380,7 +394,8 @@ def reasoning_questions(cfg) -> Questions:
     rows = read_own(cfg.own_rows, ROW_FORMAT['reasoning'])
     made, taken = {}, set()
     for side, n in dict(evaluation=cfg.eval_puzzles, development=cfg.dev_items).items():
-        made[side] = make_puzzles(n, cfg.seed + SIDE_SEED[side], cfg.families, avoid=taken)
+        seed = cfg.seed + SIDE_SEED[side]
+        made[side] = make_puzzles(n, seed, cfg.families, avoid=taken, share=SHARE)
         taken |= {row['id'] for row in made[side]}
     asked = made['evaluation'] + made['development']
     weights = {family: cfg.family_weights.get(family, 1) for family in cfg.families}

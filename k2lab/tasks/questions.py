@@ -60,8 +60,8 @@ WORDINGS = dict(
     describe=('What does {0} do?', 'Describe {0}.', 'What is {0} for?'),
     recall_name=(
         'Which function of {0}?',
-        'Name the function of {0}.',
-        'Without a list: which function of {0}?',
+        'From memory: which function of {0}?',
+        'Say which function of {0}.',
     ),
     recall_describe=('What does {0} do?', 'Describe {0}.', 'What is {0} for?'),
     recall_default=(
@@ -266,13 +266,13 @@ def question_candidates(family: str, functions, n: int, rng) -> list:
 
 # %% ../../nbs/tasks/00_questions.ipynb #7c8fcfb0
 def unique_prompts(candidates: list, avoid=()) -> list:
-    "The candidates whose `(instruction, input)` is new, both here and in `avoid`."
-    seen, kept = set(avoid), []
+    "The candidates whose `(instruction, input)` is new in any case, both here and in `avoid`."
+    mark = lambda texts: tuple(text.lower() for text in texts)
+    seen, kept = set(map(mark, avoid)), []
     for c in candidates:
-        if c[1:3] in seen:
-            continue
-        seen.add(c[1:3])
-        kept.append(c)
+        if mark(c[1:3]) not in seen:
+            seen.add(mark(c[1:3]))
+            kept.append(c)
     return kept
 
 # %% ../../nbs/tasks/00_questions.ipynb #87ace3be
@@ -337,7 +337,10 @@ def make_questions(
 # %% ../../nbs/tasks/00_questions.ipynb #d16af09a
 def unlike(functions, held) -> list:
     "The functions that share neither name nor summary with any of `held`."
-    names, texts = {f.name for f in held}, {f.summary.strip().lower() for f in held}
+    names, texts = set(), set()
+    for f in held:
+        names.add(f.name)
+        texts.add(f.summary.strip().lower())
     return [f for f in functions if f.name not in names and f.summary.strip().lower() not in texts]
 
 

@@ -11,6 +11,7 @@ __all__ = ['RECALL', 'LABELS', 'TEXT_FAMILIES', 'ENOUGH', 'Sides', 'sorted_by_si
 # %% ../../nbs/tasks/04_splits.ipynb #91957d01
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 from ..corpus.duplicates import drop_contaminated, fingerprints
 from ..corpus.operators import counted, fingerprint, hash_percent, held_out, sorted_out
@@ -37,6 +38,13 @@ class Sides:
     evaluation: float  # a window of the hash, another one for each seed
     development: float = 0  # the end of the hash, the same for all seeds
     seed: int = 0
+
+    def __post_init__(self):
+        if self.evaluation + self.development > 100:
+            raise LabError(
+                f'{self.evaluation} % held out and {self.development} % for development '
+                'leave 0 to train on; both together: less than 100'
+            )
 
     def of(self, key: str) -> str:
         "training, development or evaluation."
@@ -101,21 +109,22 @@ class FunctionSides:
     evaluation: list
     recall_development: list
     recall: list
+    window: list  # all functions of the development side, those of other seeds' questions, too
     counts: dict  # of all functions that were read
 
     def seen(self, side: str) -> set:
         "The parameter lists of the sides that a side must be apart from."
-        before = self.train if side == 'development' else self.train + self.development
+        before = self.train if side == 'development' else self.train + self.window
         return {parameter_list(f) for f in before}
 
 
-RECALL = 12  # per cent of the training functions of the domain, for each set of recall questions
+RECALL = 15  # per cent of the training functions of the domain, for each set of recall questions
 
 
 def sets_of_domain(domain: list, sides: Sides) -> dict[str, list]:
-    "{set of questions: functions of the domain}; those to train on give way to twins."
-    evaluation = sides.part(domain, 'evaluation')
-    development = unlike(sides.part(domain, 'development'), evaluation)
+    "{set of questions: functions of the domain}; of twins the first of development, evaluation, training stays."
+    development = sides.part(domain, 'development')
+    evaluation = unlike(sides.part(domain, 'evaluation'), development)
     trained = unlike(sides.part(domain, 'training'), evaluation + development)
     closed = Sides(RECALL, RECALL, sides.seed)
     part = lambda side: closed.part(trained, side, lambda f: f'recall {f.key}')
@@ -136,17 +145,20 @@ def split_functions(
 ) -> FunctionSides:
     "The functions of a domain by side, `more` to train on, and `others`, which give way, to ask about."
     domain, trained = package_functions(sources), package_functions(more)
-    sets, read = sets_of_domain(domain, sides), len(domain) + len(trained)
-    trained = [f for f in trained if not held_out(f.key, more_percent)]
+    sets = sets_of_domain(domain, sides)
+    allowed = [f for f in trained if not held_out(f.key, more_percent)]
     asked = [f for name, some in sets.items() if name != 'train' for f in some]
-    sets['train'] = sets['train'] + unlike(trained, asked)
-    for side in ('development', 'evaluation') if domain else ():
-        outside = package_functions(others, partial(sides.holds, side))
-        read += len(outside)
-        sets[side] = sets[side] + unlike(outside, [f for some in sets.values() for f in some])
+    sets['train'] = sets['train'] + unlike(allowed, asked)
+    outside = lambda side: package_functions(others if domain else [], partial(sides.holds, side))
+    developed, evaluated = outside('development'), outside('evaluation')
+    window = sets['development'] + developed
+    sets['development'] = sets['development'] + unlike(developed, chain(*sets.values()))
+    sets['evaluation'] = sets['evaluation'] + unlike(evaluated, chain(*sets.values(), window))
+    read = len(domain + trained + developed + evaluated)
     kept = sum(map(len, sets.values()))
     removed = {'name or summary of another side, or held out with general text': read - kept}
-    return FunctionSides(**sets, counts=counted('functions', range(read), range(kept), removed))
+    counts = counted('functions', range(read), range(kept), removed)
+    return FunctionSides(**sets, window=window, counts=counts)
 
 
 def list_counts(name: str, functions: list, seen: set) -> dict:
