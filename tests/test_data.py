@@ -391,33 +391,6 @@ def test_wilson_against_the_formula():
     assert stats.wilson(0, 0) == (0, 1) and stats.wilson(10, 10)[1] == 1
 
 
-def test_paired_tests():
-    assert stats.paired_difference([1, 2, 3], [2, 3, 4]) == (1, 1, 1)
-    assert stats.paired_difference([0] * 50, [0, 1] * 25, seed=1) == stats.paired_difference(
-        [0] * 50, [0, 1] * 25, seed=1
-    )
-    with pytest.raises(LabError, match='the same items twice'):
-        stats.paired_difference([1], [1, 2])
-    assert stats.mcnemar([0, 0, 1, 1], [0, 0, 1, 1]) == 1 and math.isclose(
-        stats.mcnemar([0] * 9 + [1], [1] * 9 + [0]), 22 / 1024
-    )
-
-
-def test_score_by_family():
-    rows = [
-        dict(prompt='Compute 1+1.', family='chain', final='2'),
-        dict(prompt='Sort ascending: 20,10.', family='sort', final='10,20'),
-    ]
-    got = stats.score(rows, ['2', '20,10'])
-    assert (
-        list(got) == ['all', 'chain', 'sort']
-        and [got[f]['k'] for f in got] == [1, 1, 0]
-        and got['all']['accuracy'] == 0.5
-    )
-    with pytest.raises(LabError, match='2 rows but 1 replies'):
-        stats.score(rows, ['2'])
-
-
 # questions ------------------------------------------------------------------------------------------------------------
 
 

@@ -126,7 +126,7 @@ def clear_attempt(folder: Path):
         for row in read_lines(folder / name)
     )
     write_text(folder / OLD_LINES, lines)
-    for name in ('metrics.jsonl', 'samples.jsonl', 'rows.json', '.notebook.ipynb'):
+    for name in ('metrics.jsonl', 'samples.jsonl', 'items.jsonl', 'rows.json', '.notebook.ipynb'):
         (folder / name).unlink(missing_ok=True)
     for part in folder.glob('.*.part'):
         shutil.rmtree(part) if part.is_dir() else part.unlink()
@@ -151,6 +151,8 @@ def reopen(folder: Path) -> Job:
         'pins': list(pins.values()),
         'saves': {},
         'metrics': [],
+        'score_keys': {},
+        'scores': {},
         'checks': [],
         'timings': {},
         'attempts': record.get('attempts', [])
