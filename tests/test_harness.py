@@ -155,10 +155,13 @@ def test_replies_end_where_the_labs_do(tmp_path, parts):
         (dict(backend='vlm'), "did you mean 'vllm'"),
         (dict(shots=-1), 'shots is -1'),
         (dict(limit=0), 'limit is 0'),
+        (dict(limit=1.5), 'limit is 1.5; a number of items, or a share below 1'),
+        (dict(generation=dict(temperature='hot')), 'temperature must be float'),
+        (dict(generation=dict(max_gen_toks=0)), 'max_gen_toks is 0'),
         (dict(batch_size=0), 'batch_size is 0'),
         (dict(batch_size='many'), 'batch_size must be int or'),
         (dict(chat_format=False, system='Be brief.'), 'system needs the chat format'),
-        (dict(generation=dict(temperature=0.7, do_sample=False)), 'temperature needs do_sample'),
+        (dict(generation=dict(temperature=0.7, do_sample=False)), 'temperature 0.7 with do_sample False'),
     ],
 )
 def test_a_wrong_option_is_refused_with_the_valid_ones(options, says, tmp_path):
@@ -489,7 +492,9 @@ def test_an_endpoint_scores_what_its_checkpoint_scores(tmp_path, app):
     ]
     scores = [{n: m['after'] for n, m in measured(job).items()} for job in (near, far)]
     assert scores[0] == scores[1] and len(replies[1]) == 12
-    assert {path for path, _ in one.seen} == {'/v1/chat/completions', '/v1/completions'}
+    assert {p for p, _ in one.seen} == {
+        f'/v1/{r}' for r in ('chat/completions', 'completions', 'models')
+    }
     assert {key for _, key in one.seen} == {b'Bearer own-secret-key'}
     for file in far.folder.rglob('*'):
         assert file.is_dir() or b'own-secret-key' not in file.read_bytes()
