@@ -150,7 +150,8 @@ def answer(measure: str, test: str, limit: float | None, e: Estimate | None, see
     if e is None or limit is None:
         return Answer(measure, test, 'not measured', limit, seeds=seeds)
     said = verdict(e, limit, TESTS[test])
-    needed = items_needed(e, limit) if said == 'cannot be said' else None
+    drawn = e if seeds == 1 else replace(e, n=seeds)
+    needed = items_needed(drawn, limit) if said == 'cannot be said' else None
     return Answer(measure, test, said, limit, e.value, e.low, e.high, e.n, needed, seeds)
 
 # %% ../../nbs/reports/01_goals.ipynb #7271ef4e
