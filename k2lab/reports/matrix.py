@@ -218,11 +218,10 @@ def stage_charts(evidences: list[Evidence], found: dict) -> Html:
     for measure in dict.fromkeys(at[0] for at in found):
         row = [c for at, c in found.items() if at[0] == measure]
         if len(row) > 1:
-            parts = (
-                [drawn(c) for c in row if (c.checkpoint in late) == is_late]
-                for is_late in (False, True)
-            )
-            chart = stage_chart(measure, *parts, [*baselines_of(evidences, measure).values()])
+            late_ones = [drawn(c) for c in row if c.checkpoint in late]
+            teachers = [drawn(c) for c in row if c.checkpoint not in late]
+            lines = baselines_of(evidences, measure).values()
+            chart = stage_chart(measure, teachers, late_ones, lines)
             figures.append(el('figure', el('figcaption', about(measure).label), chart))
     return el('div', *figures, class_='grid') if figures else note('Nothing was measured twice.')
 
@@ -291,11 +290,10 @@ def against(
 ) -> Estimate | None:
     "The ratio (or change) of a checkpoint's score to another's, over all seeds; None if one lacks it."
     lines = [score_line(e, name, measure) for e in evidences]
-    found = [
-        as_estimate(compare(e, m, other).get(key), m['n']) if m else None
-        for e, m in zip(evidences, lines)
-    ]
-    return over_seeds(found) if found and None not in found else None
+    pairs = [(e, m) for e, m in zip(evidences, lines) if m]
+    ratios = [as_estimate(compare(e, m, other).get(key), m['n']) for e, m in pairs]
+    found = [e for e in ratios if e]
+    return over_seeds(found) if len(found) == len(evidences) else None
 
 
 def rounded(e: Estimate) -> str:
