@@ -12,14 +12,17 @@ from dataclasses import dataclass, field
 from .models.load import Loading, open_model
 from .text.layouts import Spec, read_corpus
 from .text.masks import mask_html
-from .training.metrics import evaluate_measures, pair_ids, preference_accuracy, target_logps
+from .training.metrics import pair_ids, target_logps
+from .training.scores import Asked, Scored
 from k2lab.training.stage import (
+    Compared,
     Training,
+    asked_by,
     check_dropped,
-    check_measures,
-    evaluate_and_publish,
-    log_samples,
+    report_all,
+    scores_after,
     scores_before,
+    scores_of_control,
     to_measure,
     too_long,
 )
@@ -104,13 +107,11 @@ def fit_control(job, tok, pairs: list):
     return fit_sft(job, model, tok, examples, trainer, optimizer, load, phase='control')
 
 
-def run_control(job, tok, pairs: list, heldout: list) -> dict:
-    "Verified accuracy and reply length, if the stage measures them, and preference accuracy of the control."
+def run_control(job, tok, pairs: list, asked: list[Asked]) -> dict[str, Scored]:
+    "`{measure: score}` of the control: preferences and, if the stage measures them, verified answers."
     model = fit_control(job, tok, pairs)
-    asked = [m for m in job.cfg.measures if m == 'reasoning_verified']
-    values = {m: s.value for m, s in evaluate_measures(job, model, tok, asked).items()}
-    preference = preference_accuracy(model, tok, heldout, job.env['system'])
-    return dict(values, preference_accuracy=preference.value)
+    wanted = ('preference_accuracy', 'reasoning_verified')
+    return scores_of_control(job, model, tok, [a for a in asked if a.measure in wanted])
 
 # %% ../nbs/51_run_dpo_reasoning.ipynb #7d64282b
 @dataclass(frozen=True)
@@ -142,24 +143,20 @@ def prefer(job, model, tok, pairs: list, load: Loading):
 
 def train(job):
     "DPO against the frozen starting point; leaves `cfg.saves`, the evidence, and the control beside it."
-    cfg, load, system = job.cfg, Loading(**job.cfg.load), job.env['system']
-    check_measures(job)
+    cfg, load, system, asked = job.cfg, Loading(**job.cfg.load), job.env['system'], asked_by(job)
     tok = tokenizer_for(job, cfg.init_from, load)
     pairs, heldout = used_pairs(job, tok, cfg.data), used_pairs(job, tok, cfg.heldout).rows
+    asked.insert(0, Asked('preference_accuracy', heldout, 'pairs'))
     sides = [f(pair) for pair in pairs.ids[:2] for f in (chosen_example, rejected_example)]
     job.show_rows([mask_html(tok, side) for side in sides])
     model, tok = open_for(job, cfg.init_from, load)
-    known = scores_before(job, model, tok)
+    before = scores_before(job, model, tok, asked)
     logps = chosen_logps(model, tok, heldout, system)
-    before = preference_accuracy(model, tok, heldout, system)
-    log_samples(job, model, tok, 'before')
     model = to_measure(job, prefer(job, model, tok, pairs.ids, load), tok)
     job.record['displacement'] = displacement(logps, chosen_logps(model, tok, heldout, system))
-    after = preference_accuracy(model, tok, heldout, system)
-    control = run_control(job, tok, pairs.ids, heldout) if cfg.control else {}
-    values = (before.value, after.value, after.low, after.high, after.n)
-    job.measure('preference_accuracy', *values, control=control.get('preference_accuracy'))
-    evaluate_and_publish(job, model, tok, known, **{k: dict(control=v) for k, v in control.items()})
+    after = scores_after(job, model, tok, asked)
+    control = run_control(job, tok, pairs.ids, asked) if cfg.control else {}
+    report_all(job, asked, after, Compared(before, control=control))
 
 
 work = train

@@ -14,9 +14,12 @@ from .models.load import Loading, generate
 from .text.masks import concatenate
 from .text.rows import read_rows
 from k2lab.training.stage import (
+    Compared,
     Training,
-    evaluate_and_publish,
+    asked_by,
     repeated,
+    report_all,
+    scores_after,
     scores_before,
     to_measure,
 )
@@ -57,9 +60,9 @@ def training_rows(tok, cfg, domain: list, general: list) -> list:
 # %% ../nbs/20_train_continual_pretrain.ipynb #e29230ca
 def train(job):
     "Continue pretraining; leaves `cfg.saves` and the measures before and after."
-    cfg, load = job.cfg, Loading(**job.cfg.load)
+    cfg, load, asked = job.cfg, Loading(**job.cfg.load), asked_by(job)
     model, tok = open_for(job, cfg.init_from, load)
-    known = scores_before(job, model, tok)
+    before = scores_before(job, model, tok, asked)
     domain, general = (
         [r['text'] for r in read_rows(job.find(name))] for name in (cfg.data, cfg.replay)
     )
@@ -69,7 +72,7 @@ def train(job):
     model = fit_sft(job, model, tok, rows, cfg.trainer, cfg.optimizer, load)
     model = to_measure(job, model, tok)
     log_continuations(job, model, tok, 'after')
-    evaluate_and_publish(job, model, tok, known)
+    report_all(job, asked, scores_after(job, model, tok, asked), Compared(before))
 
 
 def log_continuations(job, model, tok, when: str):

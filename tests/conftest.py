@@ -21,6 +21,7 @@ SLOW = [
     'run',
     'traces',
     'paths',
+    'harness',
     'unsloth',
     'vllm',
     'data',

@@ -58,7 +58,7 @@ def test_help_of_a_benchmark_lists_its_arguments(name, capsys):
         bench.main([name, '--help'])
     text = capsys.readouterr().out
     assert e.value.code == 0 and 'rounds' in text and 'default: ' in text
-    assert ('megabytes' in text) == (name not in ('run', 'train'))
+    assert ('megabytes' in text) == (name not in ('run', 'train', 'scores'))
 
 
 @pytest.mark.parametrize(

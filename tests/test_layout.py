@@ -49,6 +49,7 @@ PLAIN = {
             'quality',
             'readers',
             'runner',
+            'scores',
             'tokens',
             'training',
         )

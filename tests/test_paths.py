@@ -1,4 +1,4 @@
-"Paths that a laptop seldom takes: adapters, 4-bit weights, the harness, launch files, scales `qlora` and `full`."
+"Paths that a laptop seldom takes: adapters, 4-bit weights, launch files, scales `qlora` and `full`."
 
 import importlib
 import json
@@ -324,62 +324,6 @@ def test_of_several_processes_the_first_one_publishes():
     job.first = True
     publish_model(job, model, tok)
     assert torch.equal(logits(open_model(job.folder / 'k2_domain_instruct')), logits(model))
-
-
-# ---- the harness -------------------------------------------------------------------------------------------
-
-TASK = '''
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: {type}
-doc_to_text: "Q: {{{{question}}}}\\nA:"
-{rest}
-'''
-
-
-def test_the_harness_runs_tasks_of_your_own(tmp_path):
-    pytest.importorskip('lm_eval', reason='the harness needs lm-eval: pip install "k2lab[eval]"')
-    (tmp_path / 'data.jsonl').write_text(
-        ''.join(
-            json.dumps(
-                dict(
-                    question=f'{n} + 1?',
-                    choices=[str(n + 1), 'a graph'],
-                    label=0,
-                    answer=str(n + 1),
-                )
-            )
-            + '\n'
-            for n in range(6)
-        )
-    )
-    choice = 'doc_to_target: label\ndoc_to_choice: "{{choices}}"\nmetric_list: [{metric: acc}, {metric: acc_norm}]'
-    (tmp_path / 'own_choice.yaml').write_text(
-        TASK.format(
-            name='own_choice', data=tmp_path / 'data.jsonl', type='multiple_choice', rest=choice
-        )
-    )
-    told = dict(
-        checkpoints=dict(k2_think_dpo='Kimi-K2-Base'),
-        measures=dict(k2_think_dpo=[]),
-        harness=['own_choice'],
-        harness_tasks=str(tmp_path),
-    )
-    from k2lab.evaluate import evaluate
-
-    evaluate(job := start('evaluate', 'smoke', changes=told))
-    (acc, norm) = job.record['metrics']
-    assert (acc['measure'], norm['measure'], acc['n'], acc['checkpoint']) == (
-        'own_choice: acc',
-        'own_choice: acc_norm',
-        6,
-        'k2_think_dpo',
-    )
-    assert 0 <= acc['after'] <= 1 and acc['low'] <= acc['after'] <= acc['high']
-    with pytest.raises(LabError, match='harness_tasks: no folder nowhere'):
-        evaluate(start('evaluate', 'smoke', changes={**told, 'harness_tasks': 'nowhere'}))
 
 
 # ---- what qlora and full ask for ---------------------------------------------------------------------------

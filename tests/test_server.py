@@ -154,6 +154,22 @@ def test_echoed_logprobs_are_the_models_own(client, parts):
     )
 
 
+def test_echoed_tokens_hold_the_one_that_ended_the_answer(client, parts, monkeypatch):
+    "Who reads a prompt's log-probabilities from an echo cuts off what was generated, one token."
+    ids = parts[1]('What is 6*7?').input_ids
+    (said,) = complete(
+        client, prompt=ids, max_tokens=1, logprobs=1, return_tokens_as_token_ids=True
+    ).json()['choices']
+    end = said['logprobs']['tokens'][0]
+    monkeypatch.setattr(server, 'end_ids', lambda tok: [int(end[9:])])
+    app = server.create_app(*parts, 'tiny', 'secret')
+    other = TestClient(app, headers={'authorization': 'Bearer secret'})
+    asked = dict(max_tokens=1, echo=True, logprobs=1, return_tokens_as_token_ids=True)
+    (got,) = complete(other, prompt=ids, **asked).json()['choices']
+    assert got['logprobs']['tokens'] == [*(f'token_id:{i}' for i in ids), end]
+    assert (got['text'], got['finish_reason']) == ('What is 6*7?', 'stop')
+
+
 def test_generated_logprobs_do_not_depend_on_temperature(client, parts):
     cold = complete(client, prompt='What', max_tokens=4, logprobs=2).json()['choices'][0][
         'logprobs'

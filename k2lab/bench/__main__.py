@@ -13,6 +13,7 @@ from k2lab.bench.privacy import privacy
 from k2lab.bench.quality import quality
 from k2lab.bench.readers import shards
 from k2lab.bench.runner import run
+from k2lab.bench.scores import scores
 from k2lab.bench.tokens import tokens
 from k2lab.bench.training import train
 from k2lab.lab.config import LabError, did_you_mean
@@ -25,6 +26,7 @@ BENCHMARKS: dict[str, tuple[Callable, str]] = {
     'privacy': (privacy, 'redaction of private data against plain `re` and datatrove'),
     'quality': (quality, "quality rules against datatrove's filters"),
     'tokens': (tokens, 'the encoder against tokenizers and tiktoken'),
+    'scores': (scores, "the lab's questions asked by lm-eval, beside the lab's own score"),
     'chain': (chain, 'from JSON lines to tokens against datatrove'),
 }
 
@@ -48,6 +50,7 @@ def rounds(text: str) -> int:
 
 
 OPTIONS = {
+    'campaign': (str, 'campaign in which a demo was run'),
     'megabytes': (megabytes, 'size of the measured texts'),
     'rounds': (rounds, 'how often each side is measured, in turns'),
 }

@@ -83,11 +83,12 @@ class Draft:
     def __init__(self, tok, ends, stop):
         self.tok, self.ends, self.stop = tok, ends, [stop] if isinstance(stop, str) else stop
         self.ids, self.logprobs, self.text, self.finish = [], [], '', None
+        self.end: tuple = ()  # the token that ended the answer, and its row
 
     def add(self, token: int, logprobs):
         "Take the next token and its row of log-probabilities [vocabulary], or end here."
         if token in self.ends:
-            self.finish = 'stop'
+            self.finish, self.end = 'stop', (token, logprobs)
             return
         self.ids.append(token)
         self.logprobs.append(logprobs)
@@ -214,6 +215,8 @@ def completion_choice(
     text, ids, rows = draft.text, draft.ids, draft.logprobs
     if ask.echo:
         text, ids, rows = engine.tok.decode(prompt) + text, prompt + ids, before + rows
+        if draft.end:  # as in vLLM: who reads echoed tokens counts on all that were generated
+            ids, rows = [*ids, draft.end[0]], [*rows, draft.end[1]]
     logprobs = None if ask.logprobs is None else logprobs_block(engine, ask, ids, rows)
     return dict(index=index, text=text, logprobs=logprobs, finish_reason=draft.finish)
 

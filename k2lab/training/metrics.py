@@ -17,7 +17,7 @@ from ..lab.config import LabError
 from ..models.load import generate
 from ..models.mla import from_latents
 from ..tasks.items import content_hash, item_of
-from ..tasks.verify import fact, prompt_of, truth, verify
+from ..tasks.verify import fact, prompt_of, truth, verify, without_format
 from ..text.chat import prompt_ids
 from ..text.masks import pair_row
 
@@ -188,7 +188,7 @@ def check_examples(rows: list, examples: list, shots: int):
 def few_shot(
     model, tok, rows: list, examples: list, shots: int = 2, max_new_tokens: int = 24, seed: int = 0
 ) -> list[dict]:
-    """An item for each row, answered as a continuation of `shots` solved examples of its family, read leniently.
+    """An item for each row, answered as a continuation of `shots` solved examples of its family.
 
     `LabError` for a row with fewer examples."""
     examples = [e for e in examples if is_solved(e)]
@@ -197,7 +197,7 @@ def few_shot(
     prompts = [tok(t, add_special_tokens=False)['input_ids'] for t in texts]
     replies = [r for (r,) in generate(model, tok, prompts, max_new_tokens)]
     lines = [r.text.split('\n\n')[0] for r in replies]
-    right = [verify(row, line, lenient=True) for row, line in zip(rows, lines)]
+    right = [verify(without_format(row), line) for row, line in zip(rows, lines)]
     return [answer_item(*one) for one in zip(rows, prompts, replies, right)]
 
 # %% ../../nbs/training/00_metrics.ipynb #29ff7105

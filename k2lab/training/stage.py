@@ -10,7 +10,7 @@ __all__ = ['LEDGER_COLUMNS', 'check_steps', 'Training', 'repeated', 'document_pi
            'open_base', 'probe_adapter', 'probe_saved', 'record_export', 'publish_adapter', 'computes_alone',
            'save_merged', 'publish_merged', 'publish_whole', 'publish_gathered', 'publish_model', 'to_measure',
            'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture', 'asked_of', 'scores_of_control', 'check_control',
-           'run_control', 'supervised']
+           'run_control', 'Trained', 'supervised']
 
 # %% ../../nbs/training/05_stage.ipynb #2ff10f03
 import dataclasses
@@ -354,7 +354,8 @@ def helped_before(job, model, tok, asked: list[Asked], headline: str, examples: 
     except LabError as why:
         job.check('few-shot baseline left out', True, str(why))
         return {}
-    return {headline: score(job, opened(job, model, tok, job.cfg.init_from), helped)}
+    before = opened(job, model, tok, job.cfg.init_from, Loading(**job.cfg.load))
+    return {headline: score(job, before, helped)}
 
 # %% ../../nbs/training/05_stage.ipynb #4641688d
 def scores_after(job, model, tok, asked: list[Asked]) -> dict[str, Scored]:
@@ -662,8 +663,18 @@ def run_control(job, mixture: Mixture, asked: list[Asked]) -> dict[str, Scored]:
     return scores_of_control(job, model, tok, asked)
 
 
-def supervised(job, headline: str = '', solved: str = '') -> dict[str, Scored]:
-    """Read, open, measure, train, publish, measure again; the scores of the published model.
+@dataclass(frozen=True)
+class Trained:
+    "What a supervised stage made: the model that was measured, what it was asked, and its scores."
+
+    model: object
+    tok: object
+    asked: list[Asked]
+    scores: dict[str, Scored]
+
+
+def supervised(job, headline: str = '', solved: str = '') -> Trained:
+    """Read, open, measure, train, publish, measure again.
 
     `headline` is also measured with worked examples from `solved`."""
     load, asked = Loading(**job.cfg.load), asked_by(job)
@@ -679,4 +690,4 @@ def supervised(job, headline: str = '', solved: str = '') -> dict[str, Scored]:
     after = scores_after(job, model, tok, asked)
     control = run_control(job, mixture, asked)
     report_all(job, asked, after, Compared(before, helped, control))
-    return after
+    return Trained(model, tok, asked, after)
