@@ -7,9 +7,8 @@ __all__ = ['work', 'Config', 'seeds_of', 'write_report', 'report']
 
 # %% ../nbs/90_report.ipynb #ea76d4ac
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from .lab.config import LabError, lab_path
+from .lab.config import LabError, lab_path, root
 from .lab.files import as_json, write_text
 from .lab.records import check_campaign
 from .reports.gallery import keep_gallery
@@ -72,7 +71,7 @@ def report(job):
         reached = sum(g.verdict == 'reached' for g in report.goals)
         job.measure('goals_reached', after=reached, n=len(report.goals))
     if job.cfg.keep:
-        keep_gallery(report, Path(job.cfg.keep))
+        keep_gallery(report, root() / job.cfg.keep)
 
 
 work = report

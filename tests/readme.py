@@ -49,6 +49,12 @@ def score_table(report: dict) -> str:
     return table(['', *names], rows)
 
 
+def picture(folder: Path, where: str) -> list[str]:
+    "The picture of a report, if one was taken."
+    says = 'The top of the report: result and loss in a sentence, then checkpoints by measures'
+    return [f'![{says}]({where}/report.png)'] if (folder / 'report.png').exists() else []
+
+
 def measured(folder: Path) -> str:
     "What the reports that are kept in a folder say: lead, scores with intervals, goals."
     parts = []
@@ -61,6 +67,7 @@ def measured(folder: Path) -> str:
         parts += [
             f'**{campaigns}** (scale {report["scale"]}, seed {facts["seed"]}; {facts["hardware"]}; '
             f'{facts["wall time of all runs"]}). {report["lead"]} {report["goals_reached"]}',
+            *picture(path.parent, where),
             score_table(report),
             table(['goal', 'reached', 'verdict'], goals),
             f'[Its pages, notebooks and numbers]({where}/README.md).',

@@ -11,7 +11,7 @@ __all__ = ['VOID', 'INK', 'BLUE', 'ORANGE', 'RED', 'PALE', 'THEME', 'TEXTS', 'CH
 import html
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ..lab.display import PLOT_STYLE, Html
 from .results import about
@@ -61,7 +61,7 @@ THEME = {
     PALE: 'var(--line)',
 }
 TEXTS = ('text.color', 'axes.labelcolor', 'xtick.color', 'ytick.color')
-CHART_STYLE = PLOT_STYLE | {
+CHART_STYLE: dict = PLOT_STYLE | {
     **dict.fromkeys(TEXTS, INK),
     'axes.edgecolor': PALE,
     'grid.color': PALE,
@@ -117,7 +117,9 @@ def draw_points(ax, lines: list[dict], factor: float, colour: str, mark: str, at
     ax.plot(places, values, mark, color=colour, lw=1.2, ms=4.5, ls='-' if len(places) > 1 else '')
 
 
-def stage_chart(measure: str, teachers: list[dict], students=(), baselines=()) -> Html:
+def stage_chart(
+    measure: str, teachers: list, students: Iterable = (), baselines: Iterable = ()
+) -> Html:
     "The lines of one measure over the checkpoints: the teacher's joined, the students' apart."
     factor, lines = scale_of(measure), [*teachers, *students]
 
@@ -180,9 +182,11 @@ def lineage_chart(names: list[str], arcs: list[tuple], hollow=()) -> Html:
         ax = axes[0]
         for start, end, model in sorted(arcs, key=lambda a: a[2]):
             bend = min(0.5, 0.18 + 0.05 * (end - start))
-            look = dict(color=BLUE, lw=1.6) if model else dict(color=INK, lw=0.6, alpha=0.4)
+            look: dict = dict(color=INK, lw=0.6, alpha=0.4)
+            if model:
+                look = dict(color=BLUE, lw=1.6)
             style = f'arc3,rad={bend}'
-            ends = dict(shrinkA=0, shrinkB=0, arrowstyle='-', connectionstyle=style)
+            ends: dict = dict(shrinkA=0, shrinkB=0, arrowstyle='-', connectionstyle=style)
             ax.add_patch(FancyArrowPatch((0, -start), (0, -end), **ends, **look))
         for i, name in enumerate(names):
             ax.plot(0, -i, 'o', ms=5, color=INK, mfc='none' if i in hollow else INK)

@@ -92,8 +92,8 @@ def keep_gallery(report: Report, folder: Path):
     "Write a campaign's gallery into a folder; `LabError` if it is too large, and then nothing is replaced."
     found = notebooks(report)
     with tempfile.TemporaryDirectory() as temporary:
-        new = Path(temporary)
-        (new / 'notebooks').mkdir()
+        new = Path(temporary) / 'gallery'
+        (new / 'notebooks').mkdir(parents=True)
         for name, path in found.items():
             write_text(new / 'notebooks' / name, public(path.read_text(encoding='utf-8')))
         write_text(new / 'items.html', public(items_html(report.evidences[0], MOST)))

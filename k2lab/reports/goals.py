@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TESTS', 'PAIRED', 'BASELINES', 'PLACE', 'ABOUT', 'POINTS', 'ORDER', 'SAYS', 'point', 'own_interval', 'cut_share',
            'best_earlier', 'against', 'interval_for', 'ratio_of_points', 'limit_of', 'Answer', 'answer', 'over_seeds',
-           'alternatives', 'found_line', 'answers', 'worst', 'best', 'Goal', 'judge_goal', 'amount', 'answer_words',
-           'tell', 'in_words', 'check_condition', 'check_goal', 'judge_goals', 'goal_sentence']
+           'alternatives', 'found_line', 'judge_test', 'answers', 'worst', 'best', 'Goal', 'judge_goal', 'amount',
+           'answer_words', 'tell', 'in_words', 'check_condition', 'check_goal', 'judge_goals', 'goal_sentence']
 
 # %% ../../nbs/reports/01_goals.ipynb #3f746c4e
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +24,7 @@ from k2lab.reports.results import (
     items_of,
     line_of,
     percent,
+    recorded,
     students,
     with_interval,
     with_unit,
@@ -59,7 +60,7 @@ def own_interval(line: dict) -> Estimate:
     "The value of a line with its interval."
     if line.get('low') is None or line['measure'] in ROUNDS:
         return point(line['after'], line['n'])
-    return as_estimate({**line, 'value': line['after']})
+    return recorded({**line, 'value': line['after']})
 
 
 def cut_share(line: dict) -> Estimate | None:
@@ -150,7 +151,8 @@ def answer(measure: str, test: str, limit: float | None, e: Estimate | None, see
     if e is None or limit is None:
         return Answer(measure, test, 'not measured', limit, seeds=seeds)
     said = verdict(e, limit, TESTS[test])
-    needed = items_needed(e, limit) if said == 'cannot be said' else None
+    drawn = e if seeds == 1 else replace(e, n=seeds)
+    needed = items_needed(drawn, limit) if said == 'cannot be said' else None
     return Answer(measure, test, said, limit, e.value, e.low, e.high, e.n, needed, seeds)
 
 # %% ../../nbs/reports/01_goals.ipynb #7271ef4e
@@ -184,23 +186,26 @@ def found_line(evidence: Evidence, condition: dict) -> dict:
     return same[-1] if same else {}
 
 
+def judge_test(evidences: list[Evidence], lines: list[dict], condition: dict, test: str) -> Answer:
+    "The answer to a test, over all seeds; a seed that lacks a value leaves it unmeasured."
+    measure, seeds = condition['measure'], len(evidences)
+    if not all(m and m['after'] is not None for m in lines):
+        return Answer(measure, test, 'not measured', seeds=seeds)
+    pairs = zip(evidences, lines)
+    found = [e for e in (interval_for(c, m, test, condition) for c, m in pairs) if e]
+    limits = [x for x in (limit_of(m, test, condition[test]) for m in lines) if x is not None]
+    if min(len(found), len(limits)) < seeds:
+        return Answer(measure, test, 'not measured', seeds=seeds)
+    said = answer(measure, test, sum(limits) / seeds, over_seeds(found), seeds)
+    other = against(evidences[0], lines[0], condition) if test in PAIRED else ''
+    return replace(said, other=other)
+
+
 def answers(evidences: list[Evidence], condition: dict) -> list[Answer]:
-    "The answers to the tests of a condition, over all seeds; a seed that lacks it leaves it unmeasured."
+    "The answers to the tests of a condition, over all seeds."
     lines = [found_line(e, condition) for e in evidences]
-    out = []
-    for test in (t for t in TESTS if t in condition):
-        known = all(lines) and [m['after'] is not None for m in lines]
-        found = [
-            interval_for(e, m, test, condition) if known else None for e, m in zip(evidences, lines)
-        ]
-        limits = [limit_of(m, test, condition[test]) for m in lines if m]
-        lacks = None in found or None in limits
-        limit = None if lacks else sum(limits) / len(limits)
-        e = None if lacks else over_seeds(found)
-        other = against(evidences[0], lines[0], condition) if all(lines) else ''
-        said = answer(condition['measure'], test, limit, e, len(evidences))
-        out.append(replace(said, other=other if test in PAIRED else ''))
-    return out
+    tests = [t for t in TESTS if t in condition]
+    return [judge_test(evidences, lines, condition, test) for test in tests]
 
 
 def worst(found: list[str]) -> str:
@@ -246,15 +251,15 @@ SAYS = {  # test -> what stands before the value
 }
 
 
-def amount(a: Answer) -> str:
+def amount(a: Answer, value: float) -> str:
     "The value of an answer with its interval, in words."
     if a.test.startswith('ratio'):
-        return f'{percent(a.value)} %{bracket(a.low, a.high)}'
+        return f'{percent(value)} %{bracket(a.low, a.high)}'
     if a.test in ('gain', 'keeps', 'over_control') and is_share(a.measure):
-        return f'{percent(a.value, sign="+")} points{bracket(a.low, a.high, sign="+")}'
+        return f'{percent(value, sign="+")} points{bracket(a.low, a.high, sign="+")}'
     if a.test == 'cut_at_most':
-        return f'{percent(a.value)} %{bracket(a.low, a.high)}'
-    return with_interval(dict(measure=a.measure, after=a.value, low=a.low, high=a.high))
+        return f'{percent(value)} %{bracket(a.low, a.high)}'
+    return with_interval(dict(measure=a.measure, after=value, low=a.low, high=a.high))
 
 
 def answer_words(a: Answer, named: bool) -> str:
@@ -265,7 +270,7 @@ def answer_words(a: Answer, named: bool) -> str:
         return f'{name}{what}not measured'
     if a.test == 'items':
         return f'{a.value:,.0f} items'
-    words = f'{name}{SAYS.get(a.test, "")}{amount(a)}'
+    words = f'{name}{SAYS.get(a.test, "")}{amount(a, a.value)}'
     if a.test == 'over_baseline':
         words = f'{name}baseline {with_unit(a.measure, a.limit)}'
     if a.test in PAIRED:

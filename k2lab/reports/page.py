@@ -12,6 +12,7 @@ __all__ = ['VERDICTS', 'SECTIONS', 'NO_GOALS', 'goal_row', 'goal_table', 'missin
 import math
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
+from typing import Any
 
 from ..lab.display import Html
 from .charts import anchor, el, html_table, note
@@ -292,7 +293,7 @@ def campaign_entry(evidence: Evidence, n: int) -> dict:
     )
 
 
-def finite(value):
+def finite(value: Any) -> Any:
     "A JSON value with None for each infinite end of an interval."
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}

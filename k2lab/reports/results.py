@@ -7,7 +7,7 @@ __all__ = ['MEASURES', 'SHOW', 'ROUNDS', 'KEYS', 'TRAINING', 'SKIPPED', 'role', 
            'newest_runs', 'Measure', 'about', 'with_unit', 'is_share', 'percent', 'bracket', 'with_interval', 'trains',
            'made', 'lines_of', 'is_of_older', 'merged', 'cost_line', 'costs', 'Evidence', 'gather', 'line_of',
            'students', 'chain', 'measures_of', 'final_teacher', 'kept_items', 'items_of', 'as_before', 'score_line',
-           'other_side', 'compare', 'as_estimate']
+           'other_side', 'compare', 'as_estimate', 'recorded']
 
 # %% ../../nbs/reports/00_results.ipynb #3e7a755f
 import math
@@ -279,7 +279,7 @@ def kept_items(folder: str) -> dict[str, list]:
 
 def items_of(line: dict) -> list[dict]:
     "The items that a line was computed of; empty if they were not kept."
-    return kept_items(line['folder']).get(line.get('key'), []) if line.get('folder') else []
+    return kept_items(line['folder']).get(line.get('key', ''), []) if line.get('folder') else []
 
 
 def as_before(evidence: Evidence, checkpoint: str, measure: str, side: str) -> dict:
@@ -292,7 +292,7 @@ def as_before(evidence: Evidence, checkpoint: str, measure: str, side: str) -> d
         return {}
     keep = ('stage', 'measure', 'n', 'seed', 'side', 'run', 'folder')
     line = {k: found.get(k) for k in keep}
-    line |= dict(checkpoint=checkpoint, after=found['before'], key=found.get('before_key'))
+    line |= dict(checkpoint=checkpoint, after=found['before'], key=found.get('before_key', ''))
     items = items_of(line)
     return line | (own_line(items) if items else {})
 
@@ -311,7 +311,7 @@ def other_side(evidence: Evidence, line: dict, other: str) -> dict:
     "The line of another checkpoint by the same measure and side, or what a run kept of it as `before`."
     measure, side = line['measure'], line['side']
     own = line.get('compared_with') == other and line.get('before') is not None
-    mine = dict(line, after=line.get('before'), key=line.get('before_key')) if own else {}
+    mine = dict(line, after=line.get('before'), key=line.get('before_key', '')) if own else {}
     return (
         line_of(evidence, other, measure, side) or mine or as_before(evidence, other, measure, side)
     )
@@ -332,8 +332,11 @@ def compare(evidence: Evidence, line: dict, other: str) -> dict:
 
 def as_estimate(values: dict | None, n: int | None = None) -> Estimate | None:
     "A recorded `{'value', 'low', 'high'}` as an `Estimate`; None without one."
-    if not values:
-        return None
+    return recorded(values, n) if values else None
+
+
+def recorded(values: dict, n: int | None = None) -> Estimate:
+    "A recorded `{'value', 'low', 'high'}` as an `Estimate`."
     count = values.get('n') or n or 0
     se, groups = (values['high'] - values['low']) / 3.92, values.get('groups') or count
     return Estimate(values['value'], values['low'], values['high'], se, count, groups)
