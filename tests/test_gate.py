@@ -207,7 +207,17 @@ def test_a_pipeline_stops_at_a_gate_and_goes_on_after_promotion(gated, capsys):
     promote(bad, 'a try')
     assert main(['pipeline', '--campaign', 'c']) == 0
     assert [r['stage'] for r in runs('c')] == ['train_toy', 'train_more']
+    capsys.readouterr()
     assert main(['pipeline', '--campaign', 'c']) == 0 and len(runs('c')) == 2
+    assert capsys.readouterr().err.count('complete: already, in') == 2
+
+
+def test_a_pipeline_step_with_a_pinned_parent_is_done_once(gated):
+    bad = name(run('train_toy', how='worse'))
+    step = f'{{stage: train_more, changes: {{init_from: k2_toy@{bad}}}}}'
+    gated.write('configs/pipeline.yaml', f'steps: [{step}]')
+    for _ in range(2):
+        assert main(['pipeline', '--campaign', 'c']) == 0 and len(runs('c')) == 2
 
 
 def test_commands_tell_a_script_that_the_gate_failed(gated):
