@@ -305,11 +305,7 @@ def test_chain_stays_between_0_and_99():
 
 def test_neighbouring_seeds_are_strangers():
     a, b = (puzzles.make_puzzles(2000, seed) for seed in (0, 1))
-    shared = [
-        key
-        for key in puzzles.prompts_overlap(a, b)
-        if ': ' in key and key.split(': ')[0] in puzzles.PUZZLE_FAMILIES
-    ]
+    shared = {r['prompt'] for r in a} & {r['prompt'] for r in b}
     assert len(shared) < 20 and [r['id'] for r in a[4:]] != [r['id'] for r in b[:-4]]
 
 
@@ -471,7 +467,7 @@ def test_questions_avoid_and_refuse():
     with pytest.raises(LabError, match='0 functions give 0 questions'):
         questions.make_questions([], 5, 0)
     with pytest.raises(LabError, match="unknown question family 'count'"):
-        questions.make_questions(LIB, 5, 0, families=('count',))
+        questions.make_questions(LIB, 5, 0, ('count',))
 
 
 def test_twins_of_held_out_functions_are_not_trained_on():
@@ -530,7 +526,7 @@ def prompts(job, name):
     return {verify.prompt_of(r) for r in rows_of(job, name)}
 
 
-def test_domain_mode_leaves_six_files_and_passes_its_checks(domain_job):
+def test_domain_mode_leaves_its_files_and_passes_its_checks(domain_job):
     assert set(domain_job.record['saves']) == {
         'domain',
         'domain_heldout',
@@ -538,6 +534,9 @@ def test_domain_mode_leaves_six_files_and_passes_its_checks(domain_job):
         'general_heldout',
         'domain_sft',
         'domain_questions',
+        'domain_questions_dev',
+        'domain_recall',
+        'domain_recall_dev',
     }
     assert all(c['ok'] for c in domain_job.record['checks'])
 
@@ -553,8 +552,22 @@ def test_questions_are_about_heldout_functions_and_in_no_training_file(domain_jo
     questions_asked = prompts(domain_job, 'domain_questions')
     assert len(questions_asked) == 40
     assert not prompts(domain_job, 'domain_sft') & questions_asked
-    ids = [r['id'] for r in rows_of(domain_job, 'domain_questions')]
-    assert all(operators.held_out(i.split(': ')[1].split('/')[0], 15) for i in ids)
+    of_domain = lambda name: [
+        r['group'] for r in rows_of(domain_job, name) if r['package'] == 'networkx'
+    ]
+    assert all(operators.held_out(key, 15) for key in of_domain('domain_questions'))
+    developed = of_domain('domain_questions_dev')
+    assert developed and not any(operators.held_out(key, 95) for key in developed)
+    assert not {*developed} & keys(domain_job, 'domain')
+
+
+def test_recall_questions_are_about_pages_that_are_read_and_nothing_else_asks(domain_job):
+    pages, trained = keys(domain_job, 'domain'), rows_of(domain_job, 'domain_sft')
+    for name in ('domain_recall', 'domain_recall_dev'):
+        asked = {r['group'] for r in rows_of(domain_job, name)}
+        assert asked and asked <= pages
+        assert not asked & {r['group'] for r in trained}
+    assert {r['family'] for r in trained} >= {*questions.RECALL_FAMILIES}
 
 
 def test_every_corpus_has_a_card_with_licence_and_origin(domain_job):
@@ -563,16 +576,17 @@ def test_every_corpus_has_a_card_with_licence_and_origin(domain_job):
     assert all(c['licence'] != 'unknown' and c['origin'] for c in corpora)
 
 
-def test_reasoning_mode_leaves_four_files_that_do_not_meet(reasoning_job):
+def test_reasoning_mode_leaves_five_files_that_do_not_meet(reasoning_job):
     assert set(reasoning_job.record['saves']) == {
         'reasoning',
         'reasoning_sft',
         'reasoning_prompts',
         'reasoning_eval',
+        'reasoning_eval_dev',
     }
-    names = ('reasoning_sft', 'reasoning_prompts', 'reasoning_eval')
+    names = ('reasoning_sft', 'reasoning_prompts', 'reasoning_eval', 'reasoning_eval_dev')
     sets = [prompts(reasoning_job, name) for name in names]
-    assert [len(s) for s in sets] == [80, 24, 40] and len(set.union(*sets)) == 144
+    assert [len(s) for s in sets] == [80, 24, 40, 20] and len(set.union(*sets)) == 164
     assert rows_of(reasoning_job, 'reasoning')[0]['source'] == 'puzzles/chain'
 
 
@@ -591,7 +605,8 @@ def test_rows_of_your_own_join_and_a_copied_test_question_does_not(
     ]
     (tmp_path / 'mine.jsonl').write_text('\n'.join(map(json.dumps, mine)))
     job = prepared(mode='reasoning', own_rows=[str(tmp_path / 'mine.jsonl')])
-    train, test = prompts(job, 'reasoning_sft'), prompts(job, 'reasoning_eval')
+    train = prompts(job, 'reasoning_sft')
+    test = prompts(job, 'reasoning_eval') | prompts(job, 'reasoning_eval_dev')
     own = {r['prompt'] for r in mine[:20]}
     assert own <= train | test and own & train and own & test and not train & test
 
@@ -612,6 +627,12 @@ NETWORKX = f'networkx {version("networkx")}'
         (dict(refine=dict(near_duplicate_jaccard=2)), 'a Jaccard similarity'),
         (dict(heldout_percent=100, limit=20), 'leave 0 to train on'),
         (dict(own_rows=['nowhere.jsonl']), 'nowhere.jsonl: no such file'),
+        (dict(eval_items=4000), 'questions, but the functions give only'),
+        (dict(evaluation_sources=[], dev_items=4000), 'dev_items: 4000 questions, but'),
+        (dict(evaluation_sources=[dict(package='fsspec')]), "'fsspec' is also in general_sources"),
+        (dict(evaluation_sources=[dict(files='a.md')]), 'has no functions'),
+        (dict(question_weights=dict(sumary=2)), "did you mean 'summary'"),
+        (dict(question_weights=dict(summary=-1)), 'a number from 0 on'),
         (dict(mode='reasoning', families=['sums']), "unknown puzzle family 'sums'"),
         (dict(mode='resoning'), 'mode must be'),
         (dict(puzles=3), "did you mean 'puzzles'"),
@@ -649,7 +670,8 @@ def test_files_without_functions_ask_for_rows_of_your_own(prepared, tmp_path):
     mine = [dict(instruction=f'What is note {i}?', input='', output=f'Note {i}') for i in range(60)]
     (tmp_path / 'mine.jsonl').write_text('\n'.join(map(json.dumps, mine)))
     job = prepared(sources=source, own_rows=[str(tmp_path / 'mine.jsonl')])
-    assert len(prompts(job, 'domain_sft')) + len(prompts(job, 'domain_questions')) == 60
+    names = ('domain_sft', 'domain_questions', 'domain_questions_dev')
+    assert sum(len(prompts(job, name)) for name in names) == 60
 
 
 def test_text_alone_needs_no_questions(prepared, tmp_path):

@@ -13,7 +13,7 @@ from k2lab.tasks.verify import verify
 from k2lab.text.rows import read_rows
 
 TEXT = dict(questions=0, general_sources=[], limit=None)
-PUZZLES = dict(mode='reasoning', puzzles=4, prompts=4, eval_items=40)
+PUZZLES = dict(mode='reasoning', puzzles=4, prompts=4)
 
 
 def question(text, answer, **more):
@@ -50,12 +50,24 @@ def prepared(tmp_path, monkeypatch):
     return run
 
 
-def files_of(job):
-    "The training rows and the evaluation rows that a run published."
-    names = ('domain_sft', 'domain_questions')
+def read(job, name):
+    "The rows of a file that a run published, none if it did not."
+    path = job.folder / f'{name}.jsonl'
+    return read_rows(path) if path.exists() else []
+
+
+def sides_of(job):
+    "The training, evaluation and development rows that a run published."
+    names = ('domain_sft', 'domain_questions', 'domain_questions_dev')
     if job.cfg.mode == 'reasoning':
-        names = ('reasoning_sft', 'reasoning_eval')
-    return [read_rows(job.folder / f'{name}.jsonl') for name in names]
+        names = ('reasoning_sft', 'reasoning_eval', 'reasoning_eval_dev')
+    return [read(job, name) for name in names]
+
+
+def files_of(job):
+    "The training rows, and the rows of the two other sides."
+    train, evaluation, development = sides_of(job)
+    return [train, evaluation + development]
 
 
 def card_of(job):
@@ -63,6 +75,14 @@ def card_of(job):
 
 
 MODES = pytest.mark.parametrize('mode', ['domain', 'reasoning'])
+
+
+def majority_of(job):
+    "The share of the most frequent answer among the own rows to evaluate on."
+    [entry] = [
+        c for c in card_of(job)['corpora'] if c['name'] in ('domain_questions', 'reasoning_eval')
+    ]
+    return entry['baselines']['majority']['own']
 
 
 def step_of(job, name='own rows'):
@@ -76,12 +96,12 @@ def own_of(rows):
 
 @MODES
 def test_yes_no_questions_are_a_task_and_their_baseline_is_recorded(prepared, mode):
-    rows = [question(f'Is {i} an even number?', 'no' if i % 2 else 'yes') for i in range(400)]
+    rows = [question(f'Is {i} an even number?', 'no' if i % 2 else 'yes') for i in range(800)]
     job = prepared(rows, mode=mode)
-    evaluated = own_of(files_of(job)[1])
+    evaluated, development = map(own_of, sides_of(job)[1:])
     yes = sum(row['final'] == 'yes' for row in evaluated)
-    assert len(evaluated) == 40
-    assert card_of(job)['majority']['own'] == max(yes, 40 - yes) / 40 >= 0.5
+    assert (len(evaluated), len(development)) == (40, 20)
+    assert majority_of(job) == max(yes, 40 - yes) / 40 >= 0.5
 
 
 def test_rows_held_out_beyond_eval_items_are_counted(prepared):
@@ -89,7 +109,7 @@ def test_rows_held_out_beyond_eval_items_are_counted(prepared):
     train, evaluated = files_of(job)
     step = step_of(job)
     assert (step['rows_in'], step['rows_out']) == (400, len(train) + len(evaluated))
-    assert step['removed'] == {'held out beyond eval_items': 400 - len(train) - 40}
+    assert step['removed'] == {'held out beyond eval_items': 400 - len(train) - 60}
     assert f"{step['removed']['held out beyond eval_items']} held out beyond eval_items" in (
         job.folder / 'README.md'
     ).read_text(encoding='utf-8')
@@ -98,7 +118,7 @@ def test_rows_held_out_beyond_eval_items_are_counted(prepared):
 @MODES
 def test_a_task_with_one_answer_has_a_baseline_of_one(prepared, mode):
     job = prepared(numbered(300, lambda i: 'yes'), mode=mode)
-    assert card_of(job)['majority']['own'] == 1
+    assert majority_of(job) == 1
 
 
 @MODES
@@ -153,14 +173,19 @@ def test_rows_with_one_question_leave_none_to_train_on(prepared, mode):
         prepared([question('Tell a story.', str(i)) for i in range(9)], mode=mode, **HOLD_OUT[mode])
 
 
-HOLD_OUT = dict(domain=dict(heldout_percent=99.99), reasoning=dict(heldout_percent=100))
+HOLD_OUT = dict(
+    domain=dict(heldout_percent=99.99, development_percent=0), reasoning=dict(heldout_percent=100)
+)
 
 
 def test_own_rows_alone_are_a_reasoning_task(prepared):
-    job = prepared(numbered(60), mode='reasoning', puzzles=0, prompts=0, eval_items=0)
+    job = prepared(
+        numbered(60), mode='reasoning', puzzles=0, prompts=0, eval_puzzles=0, dev_items=0
+    )
     assert set(job.record['saves']) == {'reasoning', 'reasoning_sft'}
     job = prepared(numbered(60), mode='reasoning', puzzles=0, prompts=0)
-    assert set(job.record['saves']) == {'reasoning', 'reasoning_sft', 'reasoning_eval'}
+    asked = {'reasoning_eval', 'reasoning_eval_dev'}
+    assert set(job.record['saves']) == {'reasoning', 'reasoning_sft'} | asked
 
 
 @MODES

@@ -130,22 +130,22 @@ def _module(path, folder, package):
     return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
 
 # %% ../../nbs/corpus/03_sources.ipynb #b69682db
-def python_nodes(package: str | None = None):
-    "`(module, name, node, docstring)` for the modules, classes and functions of a package, or of the standard library."
+def python_nodes(package: str | None = None, keep=lambda module: True):
+    "`(module, name, node, docstring)` for what a package, or the standard library, defines in the modules to keep."
     folder = package_folder(package) if package else Path(sysconfig.get_paths()['stdlib'])
     for path in python_files(folder):
-        tree = _parse(path)
+        module = _module(path, folder, package)
+        tree = _parse(path) if keep(module) else None
         if tree is None:
             continue
-        module = _module(path, folder, package)
         for name, node in [('', tree), *_named(tree)]:
             doc = ast.get_docstring(node)
             if doc and doc.strip():
                 yield module, name, node, doc
 
 # %% ../../nbs/corpus/03_sources.ipynb #99cbe80a
-def functions(package: str | None = None) -> list:
-    "Public documented functions with parameters of a package (None: the standard library)."
+def functions(package: str | None = None, keep=lambda module: True) -> list:
+    "Public documented functions with parameters of a package (None: the standard library), in the modules to keep."
     rows = [
         Function(
             name.split('.')[-1],
@@ -155,7 +155,7 @@ def functions(package: str | None = None) -> list:
             doc,
             package or 'stdlib',
         )
-        for module, name, node, doc in python_nodes(package)
+        for module, name, node, doc in python_nodes(package, keep)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]
     return [f for f in rows if f.params]

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['CHAIN', 'WORDS', 'COUNT', 'SORT', 'COMPARE', 'STYLES', 'MAKERS', 'PUZZLE_FAMILIES', 'Item', 'make_chain',
            'chain_steps', 'make_count', 'count_trace', 'make_sort', 'sort_steps', 'make_side', 'make_compare',
-           'write_trace', 'check_families', 'new_items', 'turns', 'puzzle_row', 'make_puzzles', 'prompts_and_ids',
-           'prompts_overlap']
+           'write_trace', 'check_families', 'new_items', 'turns', 'with_limit', 'puzzle_row', 'make_puzzles',
+           'prompts_and_ids', 'prompts_overlap']
 
 # %% ../../nbs/tasks/01_puzzles.ipynb #0ea12f95
 import random
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -38,7 +39,8 @@ def make_chain(rng) -> Item:
         terms.append(f'{term:+d}')
         totals.append(totals[-1] + term)
     text = f'{totals[0]}{"".join(terms)}'
-    return Item(rng.choice(CHAIN).format(text), chain_steps(totals, terms), str(totals[-1]), text)
+    key = ''.join([str(totals[0]), *sorted(terms)])
+    return Item(rng.choice(CHAIN).format(text), chain_steps(totals, terms), str(totals[-1]), key)
 
 
 def chain_steps(totals: list, terms: list) -> list[str]:
@@ -62,7 +64,7 @@ def make_count(rng) -> Item:
     rng.shuffle(items)
     text, trace = ', '.join(items), [count_trace(items, target)]
     prompt = rng.choice(COUNT).format(target, text)
-    return Item(prompt, trace, str(times), f'{target} in {text}')
+    return Item(prompt, trace, str(times), f'{target} in {", ".join(sorted(items))}')
 
 
 def count_trace(items: list, target: str) -> str:
@@ -108,7 +110,7 @@ def make_compare(rng) -> Item:
     while x == y or abs(x - y) > 30:
         right, y = make_side(rng)
     steps = [f'{left}={x}', f'{right}={y}', f'{max(x, y)}>{min(x, y)}']
-    key = ' or '.join(sorted((left, right)))
+    key = ' or '.join(sorted('*'.join(sorted(side.split('*'))) for side in (left, right)))
     return Item(rng.choice(COMPARE).format(left, right), steps, str(max(x, y)), key)
 
 # %% ../../nbs/tasks/01_puzzles.ipynb #eaa5185a
@@ -156,6 +158,15 @@ def turns(families) -> list[str]:
     return [family for family in families for _ in range(weight[family])]
 
 
+def with_limit(items, limit: int) -> Iterator[tuple[str, Item]]:
+    "The `(key, item)` of a stream, no answer more than `limit` times."
+    seen = Counter()
+    for key, item in items:
+        if seen[item.answer] < limit:
+            seen[item.answer] += 1
+            yield key, item
+
+
 def puzzle_row(key: str, item: Item, style: str) -> dict:
     "A reasoning_sft row of an item; `key` is its family, a colon and the item's key."
     return dict(
@@ -176,11 +187,14 @@ def make_puzzles(
     verbose_share: float = 0.65,
     style: str | None = None,
     avoid=(),
+    share: float | None = None,
 ) -> list[dict]:
-    "`n` distinct reasoning_sft rows, no id in `avoid`; `families` is a list or `{family: turns in a round}`."
+    "`n` distinct rows; `families`: a list or `{family: turns in a round}`; `share`: of one answer at most."
     check_families(families)
-    streams = {family: new_items(family, seed, set(avoid)) for family in families}
     rng, order, rows = random.Random(f'styles {seed}'), turns(families), []
+    most = {f: n * order.count(f) / len(order) * share if share else n for f in families}
+    new = {family: new_items(family, seed, set(avoid)) for family in families}
+    streams = {f: with_limit(items, max(1, int(most[f]))) for f, items in new.items()}
     for i in range(n):
         key, item = next(streams[order[i % len(order)]])
         row_style = style or ('long' if rng.random() < verbose_share else 'short')
