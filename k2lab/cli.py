@@ -34,6 +34,7 @@ USAGE = """usage: k2lab pipeline [--scale S] [--campaign C] [--from STAGE] [--to
        k2lab watch RUN          follow the progress of a run, wherever it runs
        k2lab resume RUN         continue a run that was killed or failed (also --on slurm)
        k2lab reproduce RUN      repeat a complete run and compare the results
+       k2lab promote RUN --because "..."   let a run that failed its gate take over its names
        k2lab diff RUN RUN       show how the inputs and results of two runs differ
        k2lab convert NAME OUT   write a published checkpoint (name, folder or hub id) as bfloat16
 
@@ -170,15 +171,17 @@ def outcome(record: dict) -> str:
         from k2lab.lab.slurm import waiting
 
         return waiting(record['folder']) or 'prepared: Slurm does not have it any more'
-    return f"{record['status']}: {record['reason']}" if record['reason'] else record['status']
+    from k2lab.lab.records import standing
+
+    return standing(record)
 
 
 # ---- commands ------------------------------------------------------------------------------------
 
 
 def run_stage(stage: str, words: list) -> int:
-    "Run one stage; 1 when it did not complete."
-    from k2lab.lab.records import read_run
+    "Run one stage; 1 when it did not complete, or failed its gate."
+    from k2lab.lab.records import promoted, read_run
     from k2lab.lab.runner import execute
 
     options, rest = parse(words, 'scale', 'campaign', 'on')
@@ -191,7 +194,7 @@ def run_stage(stage: str, words: list) -> int:
     record = read_run(folder)
     progress.end(record)
     print(run_text(record))
-    return int(record['status'] != 'complete')
+    return int(not promoted(record))
 
 
 def submit_stage_here(place: str, stage: str, options: dict, changes: dict) -> int:
@@ -241,8 +244,10 @@ def steps_of(first: str | None, last: str | None) -> list:
 
 
 def pipeline(words: list) -> int:
-    "Run or resume the steps of configs/pipeline.yaml that are not complete; after a failure only the `always` ones."
-    from k2lab.lab.records import read_run
+    """Run or resume the steps of configs/pipeline.yaml that are not complete.
+
+    After one that failed, or failed its gate, only the `always` ones."""
+    from k2lab.lab.records import promoted, read_run
     from k2lab.lab.reproduce import resume
     from k2lab.lab.runner import execute
 
@@ -260,7 +265,7 @@ def pipeline(words: list) -> int:
         step['changes'] = step['changes'] | seed_for(step['stage'], options['seed'])
         resolved_config(step['stage'], scale, step['changes'])
     for i, step in enumerate(steps, 1):
-        if any(r['status'] != 'complete' for r in records) and not step['always']:
+        if not all(map(promoted, records)) and not step['always']:
             continue
         ask = step['stage'], scale, campaign, step['changes']
         done, progress = (
@@ -272,14 +277,15 @@ def pipeline(words: list) -> int:
             done
             or read_run(resume(begun['folder'], progress) if begun else execute(*ask, progress))
         )
-        progress.end(
-            records[-1] | ({'reason': f"already, in {Path(done['folder']).name}"} if done else {})
-        )
+        already = f'already, in {Path(done["folder"]).name}' if done else ''
+        as_done = {'reason': already, 'gate': None, 'promoted': None}
+        progress.end(records[-1] | (as_done if done and promoted(done) else {}))
     print(summary(records))
+    print(''.join(f'\n{gate_text(r)}' for r in records if r['status'] == 'complete'), end='')
     report = lab_path('runs') / campaign / 'report.html'
     if report.exists():
         print(f'\nreport: {report}')
-    return int(any(r['status'] != 'complete' for r in records))
+    return int(not all(map(promoted, records)))
 
 
 def seed_for(stage: str, seed: str | None) -> dict:
@@ -321,7 +327,9 @@ def newest_same_run(
             break
     else:
         return None
-    newest = lambda p: getattr(saved_by(home, p['name'], scale), 'name', None) == p['run']
+    newest = lambda p: (
+        '@' in p['name'] or getattr(saved_by(home, p['name'], scale), 'name', None) == p['run']
+    )
     return record if all(newest(p) for p in record['parents']) else None
 
 
@@ -397,8 +405,8 @@ def the_run(words: list, command: str) -> str:
 
 
 def resume_run(words: list) -> int:
-    "Go on with an unfinished run; 1 when it did not complete."
-    from k2lab.lab.records import find_run, read_run
+    "Go on with an unfinished run; 1 when it did not complete, or failed its gate."
+    from k2lab.lab.records import find_run, promoted, read_run
     from k2lab.lab.reproduce import resume
 
     options, rest = parse(words, 'on')
@@ -409,7 +417,21 @@ def resume_run(words: list) -> int:
     record = read_run(resume(str(folder), progress))
     progress.end(record)
     print(attempts(record) + run_text(record))
-    return int(record['status'] != 'complete')
+    return int(not promoted(record))
+
+
+def promote_run(words: list) -> int:
+    "Let a run that failed its gate take over the names of what it saved."
+    from k2lab.lab.records import promote, saved_by
+
+    options, rest = parse(words, 'because')
+    record = promote(the_run(rest, 'promote'), options['because'] or '')
+    folder = Path(record['folder'])
+    print(f'{folder.parent.name}/{folder.name}: {outcome(record)}')
+    for name in record['saves']:
+        now = saved_by(folder.parent, name, record['scale'])
+        print(f'  {name} means {now.name if now else "nothing"}')
+    return 0
 
 
 def attempts(record: dict) -> str:
@@ -486,9 +508,9 @@ def diff(words: list) -> int:
 
 
 def watch_run(words: list) -> int:
-    "Show the progress of a run until it ends; 1 when it did not complete."
+    "Show the progress of a run until it ends; 1 when it did not complete, or failed its gate."
     from k2lab.lab.files import following
-    from k2lab.lab.records import find_run, read_run
+    from k2lab.lab.records import find_run, promoted, read_run
 
     folder = find_run(the_run(words, 'watch'))
     record = read_run(folder)
@@ -498,7 +520,7 @@ def watch_run(words: list) -> int:
             time.sleep(0.5)
             record = read_run(folder)
     progress.end(record)
-    return int(record['status'] != 'complete')
+    return int(not promoted(record))
 
 
 def convert(words: list) -> int:
@@ -577,10 +599,24 @@ def run_text(record: dict) -> str:
                 [[m['measure'], m['before'], m['after'], m['n']] for m in record['metrics']],
             ),
         ]
-    return '\n'.join(
-        lines
-        + [f"  check failed: {c['name']} {c['detail']}" for c in record['checks'] if not c['ok']]
-    )
+    failed = [f"  check failed: {c['name']} {c['detail']}" for c in record['checks'] if not c['ok']]
+    gate = gate_text(record)
+    return '\n'.join(lines + failed + (['', gate.rstrip()] if gate else []))
+
+
+def gate_text(record: dict) -> str:
+    "The gate of a run as lines of text, and how to promote it where it failed; empty without a gate."
+    from k2lab.lab.records import promoted
+    from k2lab.lab.show import gate_shown
+
+    gate = record.get('gate')
+    if not (gate and gate['lines']):
+        return ''
+    run, table = Path(record['folder']).name, gate_shown(gate['lines'])
+    text = f"gate of {run}: {'passed' if gate['passed'] else 'failed'}\n"
+    text += text_table(table.header, table.rows) + '\n'
+    way = f'`k2lab promote {run} --because "..."` lets it take over {", ".join(record["saves"])}\n'
+    return text + ('' if promoted(record) else way)
 
 
 def summary(records: list) -> str:
@@ -622,6 +658,7 @@ COMMANDS = {
     'watch': watch_run,
     'resume': resume_run,
     'reproduce': reproduce_run,
+    'promote': promote_run,
     'diff': diff,
     'convert': convert,
     'work': work,
@@ -629,7 +666,9 @@ COMMANDS = {
 
 
 def main(words: list) -> int:
-    "Run one command line; its exit code: 0 done, 1 a run did not complete, 2 a mistake in the request, 130 Ctrl-C."
+    """Run one command line; its exit code.
+
+    0 done, 1 a run did not complete or failed its gate, 2 a mistake in the request, 130 Ctrl-C."""
     if not words or words[0] in ('-h', '--help', 'help'):
         print(usage())
         return 0

@@ -36,15 +36,17 @@ from k2lab.lab.config import (
 )
 from .files import as_json, disk_errors, inventory, mask, move, read_lines, write_text
 from .locks import holder, lock
-from .names import parent_of, place_of
+from .names import parent_of, passed_over_here, place_of
 from .provenance import code_state, hardware, owner, peak_gib, versions
 from k2lab.lab.records import (
     OLD_LINES,
     check_campaign,
     drop_resume_files,
+    gate_failures,
     lacks,
     new_folder,
     read_run,
+    standing,
 )
 from .show import Evidence
 
@@ -108,11 +110,11 @@ class Job(Evidence):
         self.held: IO | None = None  # the lock of the run folder
 
     def __repr__(self):
-        state = (
-            'closed'
-            if self.record['status'] == 'running' and self.record.get('closed')
-            else self.record['status']
-        )
+        state = self.record['status']
+        if state == 'complete':
+            state = standing(self.record)
+        elif state == 'running' and self.record.get('closed'):
+            state = 'closed'
         return f'{self.campaign}/{self.folder.name} ({self.scale}, {state})'
 
     def write(self):
@@ -133,7 +135,17 @@ class Job(Evidence):
         if parent not in self.record['parents']:
             self.record['parents'].append(parent)
             self.write()
+            self.tell_passed_over(parent)
         return place
+
+    def tell_passed_over(self, parent: dict):
+        "Enter as a check which newer runs of a parent's name were not promoted, and why."
+        name = parent['name']
+        if parent['run'] and '@' not in name:
+            for record in passed_over_here(self, name):
+                run, why = Path(record['folder']).name, gate_failures(record)
+                detail = f'{run} was not promoted ({why}); read is {parent["run"]}'
+                self.check(f'{name}: a newer run is passed over', True, detail)
 
     def publishing(self, name: str, suffix: str = ''):
         "A context whose temporary path is published as `<folder>/<name><suffix>` when the block succeeds."
@@ -187,7 +199,7 @@ class Job(Evidence):
         self.write()
 
     def check(self, name: str, ok: bool, detail: str = ''):
-        "Record whether a claim holds; a run with a failed check cannot complete."
+        "Record whether a claim holds; a run with a failed check cannot complete. What a gate asks is no check."
         self.record['checks'].append({'name': name, 'ok': bool(ok), 'detail': str(detail)})
         self.write()
 

@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['RUN_NAME', 'OLD_LINES', 'new_folder', 'check_campaign', 'read_record', 'abandoned', 'read_run', 'run_order',
-           'unreadable_record', 'read_or_mark', 'runs', 'find_run', 'saved_by', 'lacks', 'drop_resume_files']
+           'unreadable_record', 'read_or_mark', 'runs', 'find_run', 'promoted', 'standing', 'gate_line_text',
+           'gate_failures', 'savers', 'saved_by', 'passed_over', 'check_promotable', 'promote', 'lacks',
+           'drop_resume_files']
 
 # %% ../../nbs/lab/06_records.ipynb #48a0e45c
 import json
 import re
 import shutil
 import socket
-from datetime import date
+from collections.abc import Iterator
+from datetime import date, datetime, timezone
+from itertools import takewhile
 from pathlib import Path
 
 from .config import LabError, did_you_mean, lab_path, root
-from .files import check_published
-from .locks import lock
+from .files import as_json, check_published, mask, write_text
+from .locks import lock, owning
 from .provenance import is_alive
 
 # %% ../../nbs/lab/06_records.ipynb #d56454aa
@@ -141,9 +145,38 @@ def find_run(name: str | Path) -> Path:
         f"no run '{name}'{did_you_mean(name, [f.name for f in folders])}; `k2lab runs` lists them"
     )
 
-# %% ../../nbs/lab/06_records.ipynb #9b9d1423
-def saved_by(home: Path, name: str, scale: str) -> Path | None:
-    "The newest complete run in the campaign folder `home` that saved `name` at this scale, or None."
+# %% ../../nbs/lab/06_records.ipynb #648661d5
+def promoted(record: dict) -> bool:
+    "Whether what a run saved takes over its name: the run is complete, and passed its gate or was promoted by hand."
+    gate = record.get('gate') or {'passed': True}
+    return record['status'] == 'complete' and bool(gate['passed'] or record.get('promoted'))
+
+
+def standing(record: dict) -> str:
+    "The status of a run in words, with the reason where it has one, and whether it was promoted."
+    if by_hand := record.get('promoted'):
+        return f"complete, promoted by hand: {by_hand['because']}"
+    if record['status'] == 'complete' and not promoted(record):
+        return 'complete, not promoted'
+    return f"{record['status']}: {record['reason']}" if record['reason'] else record['status']
+
+
+def gate_line_text(line: dict) -> str:
+    "One line of a gate, such as `keeps domain_questions: -0.080 [-0.110, -0.050], limit -0.050`."
+    if line['value'] is None:
+        return f"{line['rule']} {line['measure']}: its change was not measured"
+    value, low, high, limit = (f'{line[k]:+.3f}' for k in ('value', 'low', 'high', 'limit'))
+    return f"{line['rule']} {line['measure']}: {value} [{low}, {high}], limit {limit}"
+
+
+def gate_failures(record: dict) -> str:
+    "What a run's gate refused, in one line, or an empty string."
+    lines = (record.get('gate') or {}).get('lines', [])
+    return '; '.join(gate_line_text(line) for line in lines if not line['passed'])
+
+# %% ../../nbs/lab/06_records.ipynb #51b3497c
+def savers(home: Path, name: str, scale: str) -> Iterator[dict]:
+    "The complete runs in the campaign folder `home` that saved `name` at this scale and still hold it, newest first."
     for folder in sorted((p.parent for p in home.glob('*/run.json')), key=run_order, reverse=True):
         record = read_run(folder)
         if (
@@ -152,8 +185,45 @@ def saved_by(home: Path, name: str, scale: str) -> Path | None:
             and name in record['saves']
             and not check_published(folder, name)
         ):
-            return folder
-    return None
+            yield record
+
+
+def saved_by(home: Path, name: str, scale: str) -> Path | None:
+    "The newest promoted run in the campaign folder `home` that saved `name` at this scale, or None."
+    return next((Path(r['folder']) for r in savers(home, name, scale) if promoted(r)), None)
+
+
+def passed_over(home: Path, name: str, scale: str) -> list[dict]:
+    "The runs that saved `name` after the newest promoted one and were not promoted themselves, newest first."
+    return list(takewhile(lambda r: not promoted(r), savers(home, name, scale)))
+
+# %% ../../nbs/lab/06_records.ipynb #2b4b73eb
+def check_promotable(name: str, record: dict):
+    "`LabError` unless a run is complete, failed its gate, and was not promoted yet."
+    if record['status'] != 'complete':
+        raise LabError(f"{name}: {record['status']}; only a complete run can be promoted")
+    if record.get('promoted'):
+        raise LabError(f"{name}: promoted already: {record['promoted']['because']}")
+    if promoted(record):
+        why = 'it passed its gate' if record.get('gate') else 'it has no gate'
+        raise LabError(f'{name}: nothing to promote: {why}, so its names are its own already')
+
+
+def promote(name: str | Path, because: str) -> dict:
+    "The record of a run whose results now take over their names although its gate refused them; `because` is kept."
+    folder, reason = find_run(name), ' '.join(because.split())
+    if not reason:
+        raise LabError(f'promote {folder.name}: say why: --because "..."')
+    with owning(folder):
+        record = read_record(folder)
+        check_promotable(folder.name, record)
+        for saved in record['saves']:
+            if why := check_published(folder, saved, deep=True):
+                raise LabError(f'{folder.name}: cannot be promoted: {why}')
+        now = datetime.now(timezone.utc).isoformat(timespec='seconds')
+        record['promoted'] = {'because': reason, 'at': now}
+        write_text(folder / 'run.json', as_json(mask(record), indent=1) + '\n')
+    return read_run(folder)
 
 # %% ../../nbs/lab/06_records.ipynb #354a2f0a
 def lacks(folder: Path, record: dict) -> str:
