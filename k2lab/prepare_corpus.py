@@ -93,8 +93,8 @@ class Config:
     prompts: int = 2400  # problems to sample answers for later
     eval_items: int = 450  # questions or puzzles to evaluate on, and own rows at most
     families: list = field(default_factory=lambda: list(PUZZLE_FAMILIES))  # puzzle families
-    # reasoning sets of others, each answer checked: {files: GLOB or URL, licence: TEXT, verifier:
-    # math, ...}
+    # reasoning sets of others, each answer checked: {files: GLOB or URL, licence: TEXT, judge:
+    # number, ...}
     trace_sources: list = field(default_factory=list)
     # problems of reasoning-gym to sample on, by family, {chain_sum: 200}
     gym: dict[str, int] = field(default_factory=dict)
