@@ -356,27 +356,27 @@ def test_truth_comes_from_the_question(prompt, family, want):
         ('5', '5'),
         ('<think>a</think>', None),
         ('', None),
-        ('<think>a</think>4</think>5', '4</think>5'),
+        ('<think>a</think>4</think>5', '5'),
+        ('<think>a</think>4<think>b', None),
     ],
 )
 def test_strict_reading(text, want):
     assert verify.extract(text) == want
 
 
-def test_strict_and_lenient():
+def test_the_format_of_the_labs_families_is_strict():
     row = dict(instruction='q', input='', output="'km'", family='default')
     assert (
         verify.verify(row, "'km'.")
         and not verify.verify(row, 'km')
         and not verify.verify(row, "It is 'km'.")
-        and verify.verify(row, "The default is 'km'.", lenient=True)
+        and verify.verify(verify.without_format(row), "The default is 'km'.")
     )
     row = dict(prompt='Compute 2+3.', family='chain', final='5')
-    assert (
-        not verify.verify(row, '<think>2+3=5')
-        and verify.verify(row, '<think>2+3=5', lenient=True)
-        and not verify.verify(row, '15', lenient=True)
-    )
+    free = verify.without_format(row)
+    assert not verify.verify(row, '<think>2+3=5') and not verify.verify(row, 'It is 5.')
+    assert verify.verify(free, 'It is 5.') and not verify.verify(free, 'It is 4 or 5.')
+    assert not verify.verify(free, '<think>2+3=5') and not verify.verify(free, '15')
 
 
 def test_wilson_against_the_formula():

@@ -29,7 +29,7 @@ REASONING = [
     (dict(eval_sets=dict(mine='nowhere.jsonl')), 'nowhere.jsonl: no such file'),
     (dict(trace_sources=[NOWHERE]), 'nothing matches'),
     (dict(trace_sources=[dict(licence='MIT')]), 'names no files'),
-    (dict(trace_sources=[dict(files='a', verifier='maths')]), "did you mean 'math'"),
+    (dict(trace_sources=[dict(files='a', judge='numbr')]), "did you mean 'number'"),
 ]
 
 

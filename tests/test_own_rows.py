@@ -8,7 +8,8 @@ import pytest
 from k2lab import prepare_corpus
 from k2lab.lab.config import LabError
 from k2lab.lab.job import start
-from k2lab.tasks.splits import check_unread
+from k2lab.lab.sandbox import why_not
+from k2lab.tasks.splits import check_unread, read_own
 from k2lab.tasks.verify import verify
 from k2lab.text.rows import read_rows
 
@@ -219,8 +220,13 @@ REFUSED = [
     (dict(family=3), "row 3: 'family' must be text, this is int"),
     (dict(licence=['MIT']), "row 3: 'licence' must be text, this is list"),
     (dict(source=['a']), "row 3: 'source' must be text, this is list"),
-    (dict(answer='other'), "replies would be graded by 'other'; remove 'answer'"),
-    (dict(answer=None), "replies would be graded by None; remove 'answer'"),
+    (dict(answer='other'), "replies would be graded by 'other' as text"),
+    (dict(answer='other'), "mend the row, remove 'answer', or name the kind of answer in 'judge'"),
+    (dict(answer=None), 'row 3: the answer must be text or a number, this is None; mend the row'),
+    (dict(answer='yes'), "'no', but replies would be graded by 'yes' as yesno"),
+    (dict(judge='numbr'), "did you mean 'number'"),
+    (dict(judge='number'), "'no' cannot be read as a number"),
+    (dict(judge='interval', answer='[0, 1)'), "graded by '[0, 1)' as interval"),
     (dict(family='sort'), "'sort' is a puzzle family with computed answers"),
     (dict(family='compare'), 'row 3: not a compare question'),
 ]
@@ -239,6 +245,63 @@ def test_a_row_that_cannot_be_graded_is_refused_before_any_work(
     with pytest.raises(LabError) as e:
         prepared(rows, mode=mode)
     assert message in str(e.value) and '\n' not in str(e.value)
+
+
+KINDS = [  # a right row and its answer, and a text that is wrong by it
+    (dict(answer='1/2'), 'The result is 0.5.', 'The result is 0.5 or 0.6.'),
+    (dict(answer=12), 'It is twelve.', 'It is thirteen.'),
+    (dict(answer='5 km'), '5000 m', '5 m'),
+    (dict(answer='2, 5'), 'x = 2 or x = 5', '5'),
+    (dict(answer='[0, 1)'), '0 <= x < 1', '(0, 1)'),
+    (dict(answer='B', judge='choice'), 'The answer is (B).', 'A or B'),
+    (dict(answer='yes'), 'Yes, because it is.', 'No.'),
+    (dict(answer='Lima'), 'The capital is `Lima`.', 'It is Lima or Cusco.'),
+    (dict(answer='f = lambda x: x'), '```python\ndef f(x): return x\n```', 'f = lambda y: 1'),
+    (dict(answer='\\frac{1}{\\sqrt{2}}'), '\\boxed{\\frac{\\sqrt{2}}{2}}', '\\boxed{\\sqrt{2}}'),
+    (dict(answer='x', judge='exact'), 'x.', 'It is x.'),
+    (dict(), 'A text of its own, with 3 or 4 numbers.', '<think>'),
+]
+
+
+def read(path, mode):
+    return read_own([path], dict(domain='domain_sft', reasoning='reasoning_sft')[mode])
+
+
+@MODES
+@pytest.mark.parametrize('more,right,wrong', KINDS, ids=lambda value: str(value)[:20])
+def test_a_row_of_each_kind_is_right_by_its_own_answer_or_refused(
+    tmp_path, mode, more, right, wrong
+):
+    good = write(
+        tmp_path / 'good.jsonl', [question(f'What is f({i})?', right) | more for i in 'ab']
+    )
+    rows = read(good, mode)
+    assert score(rows, [row['final'] for row in rows])['all']['k'] == 2
+    assert score(rows, [wrong] * 2)['all']['k'] == 0
+    bad = write(
+        tmp_path / 'bad.jsonl', [question('a?', right) | more, question('b?', wrong) | more]
+    )
+    with pytest.raises(LabError, match=r'bad\.jsonl: row 2: .*(graded by|graded as)'):
+        read(bad, mode)
+
+
+@MODES
+def test_what_is_trained_is_what_is_graded(tmp_path, mode):
+    one = question('a?', 'Lima')
+    field = dict(domain='output', reasoning='final')[mode]
+    with pytest.raises(LabError, match=f'row 1: {field!r} is .Cusco., but replies would be graded'):
+        read(write(tmp_path / 'a.jsonl', [one | {field: 'Cusco', 'answer': 'Lima'}]), mode)
+
+
+@pytest.mark.skipif(bool(why_not()), reason=f'no sandbox: {why_not()}')
+@MODES
+def test_rows_with_tests_are_graded_by_them(tmp_path, mode):
+    adds = dict(tests=['assert add(2, 3) == 5'])
+    good, bad = 'def add(a, b): return a + b', 'def add(a, b): return a - b'
+    [row] = read(write(tmp_path / 'a.jsonl', [question('Add.', good, **adds)]), mode)
+    assert score([row], ['def add(x, y): return y + x'])['all']['k'] == 1
+    with pytest.raises(LabError, match='tests fail'):
+        read(write(tmp_path / 'a.jsonl', [question('Add.', bad, **adds)]), mode)
 
 
 @MODES

@@ -7,20 +7,17 @@ import pytest
 from k2lab.corpus.operators import conserved
 from k2lab.lab.config import LabError
 from k2lab.lab.sandbox import run_python, why_not
-from k2lab.tasks import traces, verify
+from k2lab.tasks import verify
 from k2lab.tasks.traces import (
     Trace,
-    choice,
-    code,
-    exact,
+    fault_of,
+    graded_row,
     gym_rows,
     layout_of,
-    math,
     not_asked,
     one_each,
     parted,
     reasoning_set,
-    verifier_for,
 )
 from k2lab.text import rows
 
@@ -99,6 +96,10 @@ def test_a_text_without_both_parts_says_what_is_missing(text, why):
     assert parted(text) == ('', '', why)
 
 
+def why(trace, final, judge=None):
+    return fault_of(graded_row(trace, 'so', final, judge))
+
+
 @pytest.mark.parametrize(
     'answer,final,right',
     [
@@ -110,14 +111,18 @@ def test_a_text_without_both_parts_says_what_is_missing(text, why):
         ('\\sqrt{8}', '$2\\sqrt{2}$', True),
         ('1,000', '1000', True),
         ('x^2+2x+1', '$(x+1)^2$', True),
-        ('7', 'seven', False),
+        ('7', 'seven', True),
         ('42', '\\frac{{{{', False),
         ('9' * 400, '9' * 400, True),
-        ('3', '\U0001d7db', False),
+        ('3', '\U0001d7db', True),
+        ('4', 'The answer is 3 or 4.', False),
+        ('Paris', 'The capital is Paris.', True),
+        ('Paris', 'Not Paris but London', False),
+        ('a, b', 'a,b', True),
     ],
 )
-def test_mathematics_is_compared_by_value(answer, final, right):
-    assert (math(final, Trace('?', '', answer)) == '') is right
+def test_a_final_answer_is_compared_by_its_kind(answer, final, right):
+    assert (why(Trace('?', '', answer), final) == '') is right
 
 
 @pytest.mark.parametrize(
@@ -130,20 +135,7 @@ def test_mathematics_is_compared_by_value(answer, final, right):
     ],
 )
 def test_letters(answer, final, right):
-    assert (choice(final, Trace('? (A) x (B) y', '', answer)) == '') is right
-
-
-@pytest.mark.parametrize(
-    'answer,final,right',
-    [
-        ('Paris', 'The capital is Paris.', True),
-        ('Paris', '**paris**', True),
-        ('Paris', 'Not Paris but London', False),
-        ('a, b', 'a,b', True),
-    ],
-)
-def test_words(answer, final, right):
-    assert (exact(final, Trace('?', '', answer)) == '') is right
+    assert (why(Trace('? (A) x (B) y (C) z', '', answer), final) == '') is right
 
 
 CODE = Trace('Add.', '', tests=('assert add(2, 3) == 5', 'assert add(-1, 1) == 0'))
@@ -151,7 +143,7 @@ CODE = Trace('Add.', '', tests=('assert add(2, 3) == 5', 'assert add(-1, 1) == 0
 
 @pytest.mark.skipif(bool(why_not()), reason=f'no sandbox: {why_not()}')
 @pytest.mark.parametrize(
-    'final,why',
+    'final,fault',
     [
         ('Here:\n```python\ndef add(a, b):\n    return a + b\n```', ''),
         ('def add(a, b): return 5', 'tests fail'),
@@ -163,25 +155,26 @@ CODE = Trace('Add.', '', tests=('assert add(2, 3) == 5', 'assert add(-1, 1) == 0
         ('open("/etc/passwd")\ndef add(a, b): return a + b', 'tests fail'),
     ],
 )
-def test_code_must_pass_its_tests_and_reach_their_end(final, why, monkeypatch):
+def test_code_must_pass_its_tests_and_reach_their_end(final, fault, monkeypatch):
     sooner = lambda text, timeout: run_python(text, timeout=timeout / 4)
-    monkeypatch.setattr(traces, 'run_python', sooner)
-    assert code(final, CODE) == why
+    monkeypatch.setattr(verify, 'run_python', sooner)
+    assert why(CODE, final) == fault
 
 
-def test_the_verifier_is_the_strictest_there_is():
-    assert [
-        verifier_for(t)
-        for t in (
-            CODE,
-            Trace('Which? A) x B) y', '', 'B'),
-            Trace('?', '', 'B'),
-            Trace('?', '', '42'),
-            Trace('?', '', '\\pi'),
-            Trace('?', '', 'Paris'),
-            Trace('?', ''),
-        )
-    ] == ['code', 'choice', 'exact', 'math', 'math', 'exact', '']
+def test_a_set_may_name_its_kind_and_an_answer_that_is_none_is_counted(tmp_path):
+    lines = [
+        dict(problem='Which of both?', answer=answer, solution=f'<think>so</think>{final}')
+        for answer, final in [('1, 2', '2 and 1'), ('1, 2', '3'), ('x', 'x')]
+    ]
+    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    spec = dict(files=f'{tmp_path}/a.jsonl', judge='number')
+    _, steps = reasoning_set(spec)
+    assert conserved(steps) == ''
+    [step] = [step for step in steps if step['step'] == 'verify']
+    assert step['removed'] == {'answer is no number': 2}  # x is a formula
+    found, _ = reasoning_set(spec | dict(judge='set'))
+    assert [(r['final'], r['judge']) for r in found] == [('2 and 1', 'set')]
+    assert all(verify.verify(r, r['final']) for r in found)
 
 
 def row(prompt, reasoning='r', verified=True):
@@ -267,7 +260,7 @@ def test_a_set_is_accounted_for_from_the_first_row_to_the_last(tmp_path):
         'one of each problem': {'same prompt': 10},
         'decontaminate': {'is an evaluation question': 1},
     }
-    everything, _ = reasoning_set(dict(files=f'{tmp_path}/a.jsonl', verifier='none'))
+    everything, _ = reasoning_set(dict(files=f'{tmp_path}/a.jsonl', judge='none'))
     assert len(everything) == 30 and not any(r['verified'] for r in everything)
 
 
@@ -275,7 +268,7 @@ def test_a_set_is_accounted_for_from_the_first_row_to_the_last(tmp_path):
     'spec,message',
     [
         (dict(licens='MIT'), "did you mean 'licence'"),
-        (dict(verifier='maths'), "did you mean 'math'"),
+        (dict(judge='numbr'), "did you mean 'number'"),
     ],
 )
 def test_bad_specs_are_named(tmp_path, spec, message):
@@ -368,10 +361,10 @@ def test_the_stage_takes_sets_and_generators(tmp_path, monkeypatch):
     )
 
 
-def test_an_answer_that_takes_for_ever_is_given_up(monkeypatch):
+@pytest.mark.parametrize('final', ['$9^{9^{9^{9}}}$', '99999999!', '$2^{99999999}$', '1e999999999'])
+def test_an_answer_that_takes_for_ever_is_given_up(final):
     import time
 
-    monkeypatch.setattr(traces, 'SECONDS', 1)
     began = time.monotonic()
-    assert math('$9^{9^{9^{9}}}$', Trace('?', '', '2')) != ''
-    assert time.monotonic() - began < 30
+    assert why(Trace('?', '', '2'), final) == 'wrong answer'
+    assert time.monotonic() - began < 10
