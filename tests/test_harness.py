@@ -161,7 +161,10 @@ def test_replies_end_where_the_labs_do(tmp_path, parts):
         (dict(batch_size=0), 'batch_size is 0'),
         (dict(batch_size='many'), 'batch_size must be int or'),
         (dict(chat_format=False, system='Be brief.'), 'system needs the chat format'),
-        (dict(generation=dict(temperature=0.7, do_sample=False)), 'temperature 0.7 with do_sample False'),
+        (
+            dict(generation=dict(temperature=0.7, do_sample=False)),
+            'temperature 0.7 with do_sample False',
+        ),
     ],
 )
 def test_a_wrong_option_is_refused_with_the_valid_ones(options, says, tmp_path):
@@ -224,6 +227,9 @@ def test_tasks_of_your_own_become_lines_and_items(tmp_path):
         right = [i['right'] for i in items if i['key'] == line['key']]
         assert sum(right) / 6 == pytest.approx(line['after'])
     assert all(i['reply'] == i['answer'] for i in items if i['right'])
+    keys = job.record['score_keys']
+    assert {keys[line['key']]['measure'] for line in (acc, exact)} == set(lines)
+    assert [bool(keys[line['key']]['template']) for line in (acc, exact)] == [False, True]
     kept = job.folder / 'harness' / 'k2_think_dpo'
     assert {p.name for p in kept.iterdir()} == {
         f'own_{name}.{kind}' for name in ('choice', 'gen') for kind in ('json', 'jsonl')

@@ -291,6 +291,7 @@ class Model:
     template: str = ''  # the chat template; '' without one
     tok: Any = None  # to count tokens with
     place: str = ''  # address of an endpoint
+    device: str = ''  # where an open model computes
 
 
 def template_in(tok) -> str:
@@ -320,6 +321,7 @@ def open_checkpoint(name: str, model, tok, asking: Asking, identity: Any = '') -
         dict(eos_token_id=end_ids(tok)),
         template_in(tok),
         tok,
+        device=model.device.type,
     )
 
 # %% ../../nbs/serving/02_harness.ipynb #2278c0db
@@ -410,10 +412,8 @@ def settings(asking: Asking, model: Model, chat: bool, system: str, seed: int) -
         asked.pop(name)
     if chat:
         asked |= dict(template=short_hash(model.template), system=system)
-    version = lm_eval.__version__
-    return asked | dict(
-        chat=chat, model=model.identity, seed=seed, stops=model.stops, lm_eval=version
-    )
+    who = dict(model=model.identity, device=model.device, stops=model.stops)
+    return asked | who | dict(chat=chat, seed=seed, lm_eval=lm_eval.__version__)
 
 
 def generation_of(asking: Asking, model: Model) -> dict:
@@ -616,6 +616,23 @@ class Session:
             keep(self.home, result, samples)
         return result
 
+    def score_key(self, result: Result, measure: str) -> dict:
+        "What a score depends on: `{measure, weights, data, grader, template, limits, device}`."
+        from importlib.metadata import version
+
+        asking, model = self.asking, self.model
+        system = self.system if asking.system is None else asking.system
+        limits = dict(shots=result.shots, limit=asking.limit, think_end=asking.think_end)
+        return dict(
+            measure=measure,
+            weights=model.identity,
+            data=self.tasks.hashes[result.task],
+            grader=f'lm-eval {version("lm-eval")}',
+            template=short_hash([model.template, system]) if result.chat_format else '',
+            limits=limits | asking.generation,
+            device=model.device or model.place,
+        )
+
     def samples(self, name: str) -> list[dict]:
         "The samples of a task that were kept; none of a group."
         return read_lines(result_place(self.home, name, 'jsonl')) if self.home else []
@@ -802,6 +819,9 @@ def report(job, session: Session, result: Result):
         job.check(f'lm-eval task {result.task} {what}', not named, result.why)
         return
     for line in harness_lines(result):
+        if result.task in session.tasks.tasks:  # a group's score is made of theirs
+            key = session.score_key(result, line['measure'])
+            job.record.setdefault('score_keys', {})[line['key']] = key
         job.measure(**line, checkpoint=session.model.name)
     put_items(job, harness_items(result, session.samples(result.task), session.model.tok))
 
@@ -851,7 +871,7 @@ def vllm_model(job, name: str, asking: Asking) -> Model:
     tok, options = open_tokenizer(place), vllm_options(place, asking, torch.cuda.device_count())
     engine = get_model('vllm')(**options)
     identity, ends = identity_of(job, name), dict(stop_token_ids=end_ids(tok))
-    return Model(name, identity, lambda *_: engine, ends, template_in(tok), tok)
+    return Model(name, identity, lambda *_: engine, ends, template_in(tok), tok, device='vllm')
 
 
 def run_elsewhere(job, tasks: Tasks | None):
