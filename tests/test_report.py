@@ -84,7 +84,7 @@ def numbers(records):
 
 
 def failed_gate(high=0.09):
-    line = dict(measure='general_bits_per_byte', rule='at most', limit=0.05, value=0.08)
+    line = dict(measure='general_bits_per_byte', rule='keeps', limit=0.05, value=0.08)
     return dict(passed=False, lines=[line | dict(low=0.07, high=high, passed=False)])
 
 
@@ -131,7 +131,7 @@ def test_failed_held_back_and_unreadable_runs_are_named_at_the_top_and_nothing_i
     text = '\n'.join(warnings(evidence))
     for words in (
         '2026-11-23.2-evaluate: failed: it broke.',
-        '2026-11-23.4-train_sft_domain: complete, not promoted: general text, bits per byte +8.0',
+        '2026-11-23.4-train_sft_domain: complete, not promoted (keeps general_bits_per_byte: +0.080 [',
         '2026-11-23.5-sample_teacher: unreadable: ',
         'No run that counts of: prepare_corpus (domain)',
     ):
@@ -254,7 +254,7 @@ def test_seeds_are_joined_by_students_t():
     "t(.975, 2) = 4.302653; the standard deviation of .60, .62, .64 is .02."
     e = over_seeds([point(0.60, 2000), point(0.62, 2000), point(0.64, 2000)])
     half = 4.302653 * 0.02 / math.sqrt(3)
-    assert e.value == pytest.approx(0.62) and e.high - e.value == pytest.approx(half, rel=1e-6)
+    assert e.value == pytest.approx(0.62) and e.high - e.value == pytest.approx(half, rel=1e-4)
     assert (e.n, e.groups) == (6000, 3)
 
 

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ORIGINS', 'LEDGER', 'FLIGHT', 'OWN_COSTS', 'VERDICT', 'COUNTED', 'KEPT', 'name_of', 'distinct_values', 'code_version',
            'machine_text', 'total_cost', 'facts', 'facts_list', 'parameters', 'origin', 'sizes', 'starts', 'models',
-           'model_sentence', 'run_name', 'gate_fault', 'gate_words', 'run_state', 'checks_passed', 'run_row',
-           'run_list', 'is_newer', 'held_back', 'gate_rows', 'gates', 'phases', 'phase_name', 'curves', 'kinds',
-           'whole', 'ledger_row', 'ledger', 'reasons', 'settings_of', 'beside_control', 'flight', 'preference_runs',
-           'flights', 'cost_row', 'student_row', 'student_table', 'evenly', 'replies_of', 'marked_reply', 'sample',
-           'samples', 'other_lines', 'other_table', 'low_high', 'card_of', 'corpus_row', 'card_part', 'cards',
-           'sampling_row', 'sampling_table', 'ancestors', 'is_model', 'products', 'lineage']
+           'model_sentence', 'run_name', 'run_state', 'checks_passed', 'run_row', 'run_list', 'is_newer', 'held_back',
+           'gate_rows', 'gates', 'phases', 'phase_name', 'curves', 'kinds', 'whole', 'ledger_row', 'ledger', 'reasons',
+           'settings_of', 'beside_control', 'flight', 'preference_runs', 'flights', 'cost_row', 'student_row',
+           'student_table', 'evenly', 'replies_of', 'marked_reply', 'sample', 'samples', 'other_lines', 'other_table',
+           'low_high', 'card_of', 'corpus_row', 'card_part', 'cards', 'sampling_row', 'sampling_table', 'ancestors',
+           'is_model', 'products', 'lineage']
 
 # %% ../../nbs/reports/05_sections.ipynb #0d199c55
 import json
@@ -21,7 +21,7 @@ from pathlib import Path
 from ..corpus.card import card_report
 from ..lab.display import Html, short
 from ..lab.files import read_lines
-from ..lab.records import read_or_mark, run_order
+from ..lab.records import gate_failures, promoted, read_or_mark, run_order, standing
 from .charts import anchor, el, html_table, lineage_chart, note, training_chart
 from k2lab.reports.results import (
     MEASURES,
@@ -31,7 +31,6 @@ from k2lab.reports.results import (
     chain,
     compare,
     costs,
-    is_promoted,
     is_share,
     items_of,
     line_of,
@@ -177,35 +176,13 @@ def run_name(record: dict) -> str:
     return Path(record['folder']).name
 
 
-def gate_fault(record: dict) -> str:
-    "Which lines of a run's gate did not pass, in words; empty if all did."
-    lines = [line for line in record.get('gate', {}).get('lines', []) if not line['passed']]
-    return '; '.join(gate_words(line) for line in lines)
-
-
-def gate_words(line: dict) -> str:
-    "A line of a gate: measure, rule, and the interval of the change."
-    name, value = about(line['measure']).label, line.get('value')
-    if value is None:
-        return f'{name}: not measured ({line["rule"]})'
-    found = f'{percent(value, sign="+")}{bracket(line.get("low"), line.get("high"), sign="+")}'
-    return f'{name} {found}, {line["rule"]} {short(line["limit"])}'
-
-
 def run_state(record: dict, used: bool) -> str:
     "Whether a run is used, was replaced, or why it does not count."
-    if 'promoted' in record:
-        because = (
-            f"promoted: {record['promoted']['because']} ({gate_fault(record) or 'gate passed'})"
-        )
-        return because if used else f'replaced by a newer run; {because}'
-    if record['status'] == 'complete' and not is_promoted(record):
-        return f'complete, not promoted: {gate_fault(record)}'
-    if used:
-        return 'used'
-    if record['status'] == 'complete':
-        return 'replaced by a newer run'
-    return ': '.join(x for x in (record['status'], record['reason']) if x)
+    said, failures = standing(record), gate_failures(record)
+    if 'promoted' in record or not promoted(record):
+        said += f' ({failures})' if failures else ''
+        return said if used or not promoted(record) else f'replaced by a newer run; {said}'
+    return 'used' if used else 'replaced by a newer run'
 
 
 def checks_passed(checks: list) -> str:
