@@ -61,7 +61,8 @@ def facts_of(item: dict) -> str:
     if 'margin' in item:
         words.append(f'margin {item["margin"]:+.3g}')
     if 'reply' in item:
-        words.append(f'{item["tokens"]} tokens' + (', cut off' if item.get('cut') else ''))
+        words += [f'{item["tokens"]} tokens'] if 'tokens' in item else []
+        words += ['cut off'] if item.get('cut') else []
     return ' · '.join([*words, f'item {item["item"]}'])
 
 

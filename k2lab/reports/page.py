@@ -151,7 +151,7 @@ def bodies(report: Report) -> list[Html]:
         samples(first, report.samples),
         families(first),
         flights(first),
-        other_table(first),
+        other_table(first, report.items_page),
         curves(records),
         Html(cards(records) + sampling_table(records)),
         lineage(records),

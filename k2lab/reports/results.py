@@ -254,9 +254,9 @@ def measures_of(evidence: Evidence) -> list[str]:
     "The measures of checkpoints, known ones first; what lm-eval measured has a table of its own."
     known = [m for m in MEASURES if m not in SKIPPED]
     lines = [m for m in evidence.lines if m.get('checkpoint')]
-    others = [m['measure'] for m in lines if m.get('key') and m['measure'] not in MEASURES]
-    have = {m['measure'] for m in lines}
-    return [m for m in dict.fromkeys([*known, *others]) if m in have]
+    have = {m['measure'] for m in lines if ':' not in m['measure']}
+    own = [m['measure'] for m in lines if m.get('key') and m['measure'] in have - {*MEASURES}]
+    return [m for m in dict.fromkeys([*known, *own]) if m in have]
 
 
 def final_teacher(evidence: Evidence) -> str:

@@ -8,9 +8,9 @@ __all__ = ['ORIGINS', 'LEDGER', 'FLIGHT', 'OWN_COSTS', 'VERDICT', 'COUNTED', 'KE
            'model_sentence', 'run_name', 'run_state', 'checks_passed', 'run_row', 'run_list', 'is_newer', 'held_back',
            'gate_rows', 'gates', 'phases', 'phase_name', 'curves', 'kinds', 'whole', 'ledger_row', 'ledger', 'reasons',
            'settings_of', 'beside_control', 'flight', 'preference_runs', 'flights', 'cost_row', 'student_row',
-           'student_table', 'evenly', 'replies_of', 'marked_reply', 'sample', 'samples', 'other_lines', 'other_table',
-           'low_high', 'card_of', 'corpus_row', 'card_part', 'cards', 'sampling_row', 'sampling_table', 'ancestors',
-           'is_model', 'products', 'lineage']
+           'student_table', 'evenly', 'replies_of', 'marked_reply', 'sample', 'samples', 'other_lines', 'asked_how',
+           'other_row', 'other_table', 'low_high', 'card_of', 'corpus_row', 'card_part', 'cards', 'sampling_row',
+           'sampling_table', 'ancestors', 'is_model', 'products', 'lineage']
 
 # %% ../../nbs/reports/05_sections.ipynb #0d199c55
 import json
@@ -23,6 +23,7 @@ from ..lab.display import Html, short
 from ..lab.files import read_lines
 from ..lab.records import gate_failures, promoted, read_or_mark, run_order, standing
 from .charts import anchor, el, html_table, lineage_chart, note, training_chart
+from .items_page import place
 from k2lab.reports.results import (
     MEASURES,
     Evidence,
@@ -462,26 +463,43 @@ def samples(evidence: Evidence, n: int) -> Html:
 
 # %% ../../nbs/reports/05_sections.ipynb #e4a87654
 def other_lines(evidence: Evidence) -> list[dict]:
-    "The lines of evaluations that are no measure of the lab: those of lm-eval."
-    found = [m for m in evidence.lines if m['stage'] == 'evaluate' and m['measure'] not in MEASURES]
-    return [m for m in found if not m.get('key')]
+    "The lines of lm-eval's tasks, whose names are `task: metric`."
+    return [m for m in evidence.lines if m['stage'] == 'evaluate' and ':' in m['measure']]
 
 
-def other_table(evidence: Evidence) -> Html:
-    "The scores of lm-eval's tasks."
-    rows = [
-        [
-            m['checkpoint'],
-            about(m['measure']).label,
-            short(m['after']),
-            low_high(m),
-            whole(m['n']),
-            m.get('note', ''),
-        ]
-        for m in other_lines(evidence)
+def asked_how(line: dict) -> str:
+    "Shots, chat format and notes of a task, in words."
+    shots = line.get('shots')
+    words = [] if shots is None else [f'{shots} shots']
+    if line.get('chat_format') is not None:
+        words.append('chat format' if line['chat_format'] else 'no chat format')
+    words += [f'{line["cut"]:,} cut off'] if line.get('cut') else []
+    return ', '.join([*words, *filter(None, [line.get('note')])])
+
+
+def other_row(line: dict, page: str) -> list:
+    "The cells of a task's score; the value leads to its items on `page`."
+    value = short(line['after'])
+    if page and items_of(line):
+        value = el('a', value, href=f'{page}#{place(line)}')
+    better = {True: '↑ higher', False: '↓ lower'}.get(line.get('higher_is_better'), '')
+    name = about(line['measure']).label
+    return [
+        line['checkpoint'],
+        name,
+        better,
+        value,
+        low_high(line),
+        whole(line['n']),
+        asked_how(line),
     ]
-    heads = ['checkpoint', 'task: metric', 'value', '95 % interval', 'n', '']
-    return html_table(heads, rows, (2, 3, 4)) if rows else note('No task of lm-eval was run.')
+
+
+def other_table(evidence: Evidence, page: str = '') -> Html:
+    "The scores of lm-eval's tasks."
+    rows = [other_row(m, page) for m in other_lines(evidence)]
+    heads = ['checkpoint', 'task: metric', 'better', 'value', '95 % interval', 'n', 'asked']
+    return html_table(heads, rows, (3, 4, 5)) if rows else note('No task of lm-eval was run.')
 
 
 def low_high(line: dict) -> str:
