@@ -52,10 +52,18 @@ class Config(Training):
     # TRL's options of the control, where they differ
     control_trainer: dict = field(default_factory=dict)
     measures: list = field(
-        default_factory=lambda: ['reasoning_verified', 'domain_questions', 'domain_bits_per_byte']
+        default_factory=lambda: [
+            'reasoning_verified',
+            'domain_questions',
+            'domain_bits_per_byte',
+            'general_bits_per_byte',
+        ]
     )
 
     method = 'DPO'  # no field
+
+    def taken(self) -> list[str]:
+        return [*super().taken(), 'preference_accuracy']
 
     def __post_init__(self):
         super().__post_init__()

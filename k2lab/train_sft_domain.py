@@ -17,7 +17,14 @@ class Config(Supervised):
 
     init_from: str = 'k2_domain_pretrain'
     saves: str = 'k2_domain_instruct'
-    measures: list = field(default_factory=lambda: ['domain_questions', 'domain_bits_per_byte'])
+    measures: list = field(
+        default_factory=lambda: [
+            'domain_questions',
+            'domain_recall',
+            'domain_bits_per_byte',
+            'general_bits_per_byte',
+        ]
+    )
 
 # %% ../nbs/30_train_sft_domain.ipynb #a9393b01
 def train(job):

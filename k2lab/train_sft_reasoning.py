@@ -18,7 +18,12 @@ class Config(Supervised):
     init_from: str = 'k2_domain_instruct'
     saves: str = 'k2_reason_sft'
     measures: list = field(
-        default_factory=lambda: ['reasoning_verified', 'domain_questions', 'domain_bits_per_byte']
+        default_factory=lambda: [
+            'reasoning_verified',
+            'domain_questions',
+            'domain_bits_per_byte',
+            'general_bits_per_byte',
+        ]
     )
 
 # %% ../nbs/40_train_sft_reasoning.ipynb #44b15e84

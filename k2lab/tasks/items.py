@@ -37,9 +37,9 @@ def item_of(row: dict) -> dict:
     item, family = content_hash(row), row.get('family')
     return dict(item=item, group=row.get('group') or family or item, family=family or 'all')
 
-# %% ../../nbs/tasks/07_items.ipynb #dc55eaa7
+# %% ../../nbs/tasks/07_items.ipynb #ac02462e
 RATIOS = {'bits': 'bytes', 'nats': 'tokens'}  # sums that are divided by another sum
-MEANS = ('right', 'tokens')  # values that are averaged
+MEANS = ('right', 'cut', 'tokens')  # values that are averaged
 
 
 def value_of(items: list) -> str:
@@ -123,7 +123,7 @@ def compare(before: list, after: list) -> Estimate:
     "After minus before over the items that both have; `LabError` if there are none."
     return change_of(pair_items(before, after))
 
-# %% ../../nbs/tasks/07_items.ipynb #5ad3a91e
+# %% ../../nbs/tasks/07_items.ipynb #669d0efa
 def bounds(e: Estimate) -> dict:
     "`{'value', 'low', 'high'}` of an estimate; the bounds are None where all items are of one group."
     known = math.isfinite(e.low) and math.isfinite(e.high)
@@ -141,7 +141,7 @@ def family_scores(items: list) -> dict[str, dict]:
 
 def reply_counts(items: list) -> dict:
     "`{'cut', 'tokens'}` of items with replies: how many had no room to end, and their mean length."
-    if 'cut' not in items[0]:
+    if 'reply' not in items[0]:
         return {}
     lengths = column(items, 'tokens')
     return dict(cut=sum(i['cut'] for i in items), tokens=sum(lengths) / len(lengths))

@@ -74,7 +74,8 @@ def judged(measure: str, rule: str, margin: float, line: dict) -> dict:
     relative = rule == 'keeps' and measure in SHRINK
     sign = 1 if measure in LESS else -1
     out = dict(measure=measure, rule=rule, limit=sign * margin if margin else 0.0)
-    if not line.get('ratio' if relative else 'change'):
+    found = line.get('ratio' if relative else 'change')
+    if not found or found['low'] is None:  # all items are of one group
         return out | dict(value=None, low=None, high=None, passed=False)
     line = share_of(line) if relative else line
     e = estimate_of(line, measure)

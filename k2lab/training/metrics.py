@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ANSWERS', 'right_padded', 'token_logps', 'row_logps', 'windows', 'document_windows', 'bits_per_byte', 'loss_item',
-           'heldout_loss', 'prompts_of', 'reference', 'answer_item', 'answers', 'reply_lengths', 'check_answers',
-           'is_solved', 'plain_example', 'solved_alike', 'few_shot_texts', 'check_examples', 'few_shot', 'target_logps',
-           'pair_ids', 'preference_item', 'preference_accuracy', 'generation_speed']
+           'heldout_loss', 'prompts_of', 'reference', 'answer_item', 'answers', 'check_answers', 'is_solved',
+           'plain_example', 'solved_alike', 'few_shot_texts', 'check_examples', 'few_shot', 'target_logps', 'pair_ids',
+           'preference_item', 'preference_accuracy', 'generation_speed']
 
 # %% ../../nbs/training/00_metrics.ipynb #2405ef1b
 import math
@@ -132,11 +132,6 @@ def answers(model, tok, rows: list, system: str, max_new_tokens: int) -> list[di
         answer_item(row, ids, r, not r.cut and verify(row, r.text))
         for row, ids, r in zip(rows, prompts, replies)
     ]
-
-
-def reply_lengths(items: list) -> list[dict]:
-    "The items of a second score, the mean length of the replies in tokens."
-    return [{k: i[k] for k in ('item', 'group', 'family', 'tokens')} for i in items]
 
 
 def check_answers(name: str, rows: list):

@@ -6,11 +6,11 @@
 __all__ = ['LEDGER_COLUMNS', 'check_steps', 'Training', 'repeated', 'document_pieces', 'Encoded', 'encoded', 'check_dropped',
            'too_long', 'check_epochs', 'show_epochs', 'question_of', 'kept_out', 'Mixture', 'heldout_rows',
            'heldout_examples', 'examples_of', 'corpus_of', 'read_mixture', 'mixed', 'asked_by', 'scores_before',
-           'with_examples', 'helped_before', 'scores_after', 'Compared', 'report_all', 'shown_items', 'log_samples',
-           'open_base', 'probe_adapter', 'probe_saved', 'record_export', 'publish_adapter', 'computes_alone',
-           'save_merged', 'publish_merged', 'publish_whole', 'publish_gathered', 'publish_model', 'to_measure',
-           'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture', 'asked_of', 'scores_of_control', 'check_control',
-           'run_control', 'Trained', 'supervised']
+           'with_examples', 'helped_before', 'scores_after', 'Compared', 'report_all', 'judge', 'shown_items',
+           'log_samples', 'open_base', 'probe_adapter', 'probe_saved', 'record_export', 'publish_adapter',
+           'computes_alone', 'save_merged', 'publish_merged', 'publish_whole', 'publish_gathered', 'publish_model',
+           'to_measure', 'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture', 'asked_of', 'scores_of_control',
+           'check_control', 'run_control', 'Trained', 'supervised']
 
 # %% ../../nbs/training/05_stage.ipynb #2ff10f03
 import dataclasses
@@ -45,6 +45,7 @@ from ..models.load import Loading, open_model, save_checkpoint, write_certificat
 from ..text.layouts import Spec, read_corpus
 from ..text.masks import REPLIES, encode_rows, mask_html
 from ..text.rows import read_rows
+from .gate import check_gate, gate_lines, passed
 from .metrics import check_examples, is_solved
 from k2lab.training.scores import (
     Asked,
@@ -57,12 +58,13 @@ from k2lab.training.scores import (
     keep,
     key_of,
     opened,
+    parts_of,
     read_all,
     report,
     score,
     scores,
     take,
-    with_lengths,
+    with_parts,
 )
 from k2lab.training.trainer import (
     check_options,
@@ -105,6 +107,8 @@ class Training:
     # test sets of your own: {NAME: {file: F.jsonl, judge: number, prompt: COLUMN, answer: COLUMN}}
     test_sets: dict[str, dict] = field(default_factory=dict)
     answer_tokens: int = 160  # longest answer when measuring, in tokens
+    # what a checkpoint must improve and keep to take its name over: {improves: [MEASURE], keeps: {MEASURE: MARGIN}}
+    gate: dict = field(default_factory=dict)
     # how rows of your own are to be read: columns, roles, ignore, layout; see k2lab.text.layouts.Spec
     rows: Annotated[dict, Spec] = field(default_factory=dict)
     max_dropped: float = 0.05  # largest share of a corpus that `length` may leave out
@@ -128,10 +132,16 @@ class Training:
         check_names(self.measures, self.test_sets, self.side)
         if self.answer_tokens < 1:
             raise LabError(f'answer_tokens {self.answer_tokens}: an answer takes at least 1 token')
+        check_gate(self.gate, self.taken())
         check_trainable(load, self.optimizer, processes=self.processes)
         check_options(self.trainer, self.method)
         check_together(self.trainer, self.method, load, self.optimizer)
         check_steps(load, self.processes, self.accelerate)
+
+    def taken(self) -> list[str]:
+        "The names of all scores that the stage takes, before and after."
+        asked = asked_for(self.measures, self.test_sets)
+        return asked + parts_of(asked)
 
 # %% ../../nbs/training/05_stage.ipynb #ecb0d042
 def repeated(rows: list, n: int, rng) -> list:
@@ -367,7 +377,7 @@ def scores_after(job, model, tok, asked: list[Asked]) -> dict[str, Scored]:
     saved = job.record['saves'].get(job.cfg.saves, {}).get('sha256', '')
     published = Opened(model, tok, saved, model_now.device)
     kept = [keep(job, key_of(job, published, one), i) for one, i in zip(asked, taken)]
-    return with_lengths(job, kept)
+    return with_parts(job, kept)
 
 
 @dataclass(frozen=True)
@@ -396,6 +406,15 @@ def report_all(job, asked: list[Asked], after: dict[str, Scored], than: Compared
     for name, one in after.items():
         if name in than.before:
             log_samples(job, than.before[name], one)
+    judge(job)
+
+
+def judge(job):
+    "Enter in the record whether the run passes its gate; one that does not is complete and keeps no name."
+    if job.cfg.gate:
+        lines = gate_lines(job.cfg.gate, job.record['metrics'])
+        job.record['gate'] = dict(passed=passed(lines), lines=lines)
+        job.write()
 
 # %% ../../nbs/training/05_stage.ipynb #7ba13d70
 def shown_items(items: list, n: int = 4) -> list[dict]:
@@ -603,6 +622,9 @@ class Supervised(Training):
 
     backends = ('transformers', 'unsloth')
 
+    def taken(self) -> list[str]:
+        return super().taken() + (['heldout_loss'] if self.heldout else [])
+
     def __post_init__(self):
         super().__post_init__()
         check_trainable(Loading(**self.load), self.optimizer, self.pack)
@@ -635,7 +657,7 @@ def scores_of_control(job, model, tok, asked: list[Asked]) -> dict[str, Scored]:
     weights = f'control of {job.folder.name}, not kept'
     control = Opened(model, tok, weights, device_of(model, Loading(**job.cfg.load)))
     kept = [keep(job, key_of(job, control, one), take(job, control, one)) for one in asked]
-    return with_lengths(job, kept)
+    return with_parts(job, kept)
 
 
 def check_control(job, tok):
