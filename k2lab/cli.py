@@ -278,7 +278,8 @@ def pipeline(words: list) -> int:
             or read_run(resume(begun['folder'], progress) if begun else execute(*ask, progress))
         )
         already = f'already, in {Path(done["folder"]).name}' if done else ''
-        progress.end(records[-1] | ({'reason': already} if done and promoted(done) else {}))
+        as_done = {'reason': already, 'gate': None, 'promoted': None}
+        progress.end(records[-1] | (as_done if done and promoted(done) else {}))
     print(summary(records))
     print(''.join(f'\n{gate_text(r)}' for r in records if r['status'] == 'complete'), end='')
     report = lab_path('runs') / campaign / 'report.html'
@@ -656,8 +657,8 @@ COMMANDS = {
     'show': show_run,
     'watch': watch_run,
     'resume': resume_run,
-    'promote': promote_run,
     'reproduce': reproduce_run,
+    'promote': promote_run,
     'diff': diff,
     'convert': convert,
     'work': work,
@@ -665,7 +666,9 @@ COMMANDS = {
 
 
 def main(words: list) -> int:
-    "Run one command line; its exit code: 0 done, 1 a run did not complete or failed its gate, 2 a mistake in the request, 130 Ctrl-C."
+    """Run one command line; its exit code.
+
+    0 done, 1 a run did not complete or failed its gate, 2 a mistake in the request, 130 Ctrl-C."""
     if not words or words[0] in ('-h', '--help', 'help'):
         print(usage())
         return 0

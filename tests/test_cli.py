@@ -51,6 +51,8 @@ def test_help_names_every_command_and_stage():
         (['watch'], 'watch needs one run; `k2lab runs` lists them'),
         (['resume', 'a', 'b'], 'resume needs one run; `k2lab runs` lists them'),
         (['reproduce'], 'reproduce needs one run; `k2lab runs` lists them'),
+        (['promote'], 'promote needs one run; `k2lab runs` lists them'),
+        (['promote', 'a', '--because'], 'expected one argument'),
         (['diff', 'a'], 'diff needs two runs; `k2lab runs` lists them'),
         (['convert'], 'convert needs'),
         (['work'], 'work needs one run folder'),
