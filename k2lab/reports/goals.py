@@ -30,7 +30,7 @@ from k2lab.reports.results import (
     with_unit,
 )
 from ..tasks.items import clusters, column
-from ..tasks.stats import Estimate, items_needed, mean_estimate, verdict
+from ..tasks.stats import Estimate, items_needed, mean_estimate, student_quantile, verdict
 
 # %% ../../nbs/reports/01_goals.ipynb #e91c0bd4
 TESTS = {  # test -> whether the value must be at least the limit
@@ -161,11 +161,10 @@ def over_seeds(found: list[Estimate]) -> Estimate:
     if len(found) == 1:
         return found[0]
     import numpy as np
-    from scipy.stats import t
 
     values = [e.value for e in found]
     mean, se = float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5)
-    half = float(t.ppf(0.975, len(values) - 1)) * se
+    half = student_quantile(len(values) - 1) * se
     n = sum(e.n for e in found)
     return Estimate(mean, mean - half, mean + half, se, n, len(values))
 

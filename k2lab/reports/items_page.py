@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'LONGEST', 'CLASSES', 'SIGNS', 'word_for', 'judged', 'clipped', 'facts_of', 'item_entry', 'text_rows',
-           'place', 'shown_of', 'items_section', 'with_items', 'items_body']
+           'place', 'shown_of', 'items_section', 'with_items', 'contents', 'items_body']
 
 # %% ../../nbs/reports/03_items_page.ipynb #9ac21d17
 from collections import Counter
@@ -61,7 +61,8 @@ def facts_of(item: dict) -> str:
     if 'margin' in item:
         words.append(f'margin {item["margin"]:+.3g}')
     if 'reply' in item:
-        words.append(f'{item["tokens"]} tokens' + (', cut off' if item.get('cut') else ''))
+        words += [f'{item["tokens"]} tokens'] if 'tokens' in item else []
+        words += ['cut off'] if item.get('cut') else []
     return ' · '.join([*words, f'item {item["item"]}'])
 
 
@@ -140,12 +141,19 @@ def with_items(evidence: Evidence) -> list[dict]:
     return [*lines.values()]
 
 
+def contents(lines: list[dict]) -> Html:
+    "A line for each measure and side, with a link for each checkpoint."
+    found = {}
+    for m in lines:
+        title = f'{about(m["measure"]).label}, {m["side"]} side: '
+        found.setdefault(title, []).append(el('a', m['checkpoint'], href='#' + place(m)))
+    spaced = lambda links: Html(' · '.join(links))
+    return el('ul', *(el('li', t, spaced(links)) for t, links in found.items()), class_='contents')
+
+
 def items_body(evidence: Evidence, most: int = 100) -> list[Html]:
     "The sections of the items page, in the order of the lines; at most `most` items for each score."
     lines = with_items(evidence)
-    entry = lambda m: f'{m["checkpoint"]}: {about(m["measure"]).label} ({m["side"]})'
-    contents = [el('li', el('a', entry(m), href='#' + place(m))) for m in lines]
-    return [
-        el('ul', *contents, class_='contents'),
-        *(items_section(evidence, m, most) for m in lines),
-    ]
+    if not lines:
+        return [note('No run kept items.')]
+    return [contents(lines), *(items_section(evidence, m, most) for m in lines)]

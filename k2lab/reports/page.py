@@ -65,10 +65,10 @@ def goal_row(goal: Goal) -> list:
 
 def goal_table(goals: list[Goal]) -> Html:
     "Goal, what was reached, and the verdict."
+    if not goals:
+        return note('No goal applies here.')
     heads = ['of', 'goal', 'reached, with its 95 % interval', 'verdict']
-    return (
-        html_table(heads, [goal_row(g) for g in goals]) if goals else note('No goal applies here.')
-    )
+    return el('div', html_table(heads, [goal_row(g) for g in goals]), class_='goals')
 
 # %% ../../nbs/reports/06_page.ipynb #73998b17
 def missing_stages(evidence: Evidence) -> list[str]:
@@ -119,7 +119,7 @@ def make_report(evidences: list[Evidence], goals: list[Goal], samples: int = 3) 
 
 
 SECTIONS = {
-    'Scores': 'Held-out items that occur in no training file. Each score leads to its items.',
+    'Scores': 'Held-out items that occur in no training file. Underlined scores lead to their items.',
     'Goals': 'Set before the runs. A goal is judged by its whole interval; missed ones stay here.',
     'Over the stages': 'Each measure on its own axis. Dashed: trivial baselines. Diamond: the student.',
     'Student and teacher': 'On the same items and the same machine.',
@@ -151,7 +151,7 @@ def bodies(report: Report) -> list[Html]:
         samples(first, report.samples),
         families(first),
         flights(first),
-        other_table(first),
+        other_table(first, report.items_page),
         curves(records),
         Html(cards(records) + sampling_table(records)),
         lineage(records),
@@ -194,7 +194,8 @@ def top(report: Report) -> list[Html]:
         names = ', '.join(e.campaign for e in report.evidences)
         texts.append(
             f'Scores and goals: means over {len(report.evidences)} campaigns ({names}). '
-            f'Replies, families, training and data: {first.campaign}.'
+            f'Replies, families, training and data: {first.campaign}. '
+            'The items are in the items.html of each campaign.'
         )
     warned = [
         el('p', (f'{e.campaign}: ' if several else '') + text, class_='warning')

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ORIGINS', 'LEDGER', 'FLIGHT', 'OWN_COSTS', 'VERDICT', 'COUNTED', 'KEPT', 'name_of', 'distinct_values', 'code_version',
            'machine_text', 'total_cost', 'facts', 'facts_list', 'parameters', 'origin', 'sizes', 'starts', 'models',
-           'model_sentence', 'run_name', 'gate_fault', 'gate_words', 'run_state', 'checks_passed', 'run_row',
-           'run_list', 'is_newer', 'held_back', 'gate_rows', 'gates', 'phases', 'phase_name', 'curves', 'kinds',
-           'whole', 'ledger_row', 'ledger', 'reasons', 'settings_of', 'beside_control', 'flight', 'preference_runs',
-           'flights', 'cost_row', 'student_row', 'student_table', 'evenly', 'replies_of', 'marked_reply', 'sample',
-           'samples', 'other_lines', 'other_table', 'low_high', 'card_of', 'corpus_row', 'card_part', 'cards',
-           'sampling_row', 'sampling_table', 'ancestors', 'is_model', 'products', 'lineage']
+           'model_sentence', 'run_name', 'run_state', 'checks_passed', 'run_row', 'run_list', 'is_newer', 'held_back',
+           'gate_rows', 'gates', 'phases', 'phase_name', 'curves', 'kinds', 'whole', 'ledger_row', 'ledger', 'reasons',
+           'settings_of', 'beside_control', 'flight', 'preference_runs', 'flights', 'cost_row', 'student_row',
+           'student_table', 'evenly', 'replies_of', 'marked_reply', 'sample', 'samples', 'other_lines', 'asked_how',
+           'other_row', 'other_table', 'low_high', 'card_of', 'corpus_row', 'card_part', 'cards', 'sampling_row',
+           'sampling_table', 'ancestors', 'is_model', 'products', 'lineage']
 
 # %% ../../nbs/reports/05_sections.ipynb #0d199c55
 import json
@@ -21,8 +21,9 @@ from pathlib import Path
 from ..corpus.card import card_report
 from ..lab.display import Html, short
 from ..lab.files import read_lines
-from ..lab.records import read_or_mark, run_order
+from ..lab.records import gate_failures, promoted, read_or_mark, run_order, standing
 from .charts import anchor, el, html_table, lineage_chart, note, training_chart
+from .items_page import place
 from k2lab.reports.results import (
     MEASURES,
     Evidence,
@@ -31,7 +32,6 @@ from k2lab.reports.results import (
     chain,
     compare,
     costs,
-    is_promoted,
     is_share,
     items_of,
     line_of,
@@ -177,35 +177,13 @@ def run_name(record: dict) -> str:
     return Path(record['folder']).name
 
 
-def gate_fault(record: dict) -> str:
-    "Which lines of a run's gate did not pass, in words; empty if all did."
-    lines = [line for line in record.get('gate', {}).get('lines', []) if not line['passed']]
-    return '; '.join(gate_words(line) for line in lines)
-
-
-def gate_words(line: dict) -> str:
-    "A line of a gate: measure, rule, and the interval of the change."
-    name, value = about(line['measure']).label, line.get('value')
-    if value is None:
-        return f'{name}: not measured ({line["rule"]})'
-    found = f'{percent(value, sign="+")}{bracket(line.get("low"), line.get("high"), sign="+")}'
-    return f'{name} {found}, {line["rule"]} {short(line["limit"])}'
-
-
 def run_state(record: dict, used: bool) -> str:
     "Whether a run is used, was replaced, or why it does not count."
-    if 'promoted' in record:
-        because = (
-            f"promoted: {record['promoted']['because']} ({gate_fault(record) or 'gate passed'})"
-        )
-        return because if used else f'replaced by a newer run; {because}'
-    if record['status'] == 'complete' and not is_promoted(record):
-        return f'complete, not promoted: {gate_fault(record)}'
-    if used:
-        return 'used'
-    if record['status'] == 'complete':
-        return 'replaced by a newer run'
-    return ': '.join(x for x in (record['status'], record['reason']) if x)
+    said, failures = standing(record), gate_failures(record)
+    if 'promoted' in record or not promoted(record):
+        said += f' ({failures})' if failures else ''
+        return said if used or not promoted(record) else f'replaced by a newer run; {said}'
+    return 'used' if used else 'replaced by a newer run'
 
 
 def checks_passed(checks: list) -> str:
@@ -485,26 +463,43 @@ def samples(evidence: Evidence, n: int) -> Html:
 
 # %% ../../nbs/reports/05_sections.ipynb #e4a87654
 def other_lines(evidence: Evidence) -> list[dict]:
-    "The lines of evaluations that are no measure of the lab: those of lm-eval."
-    found = [m for m in evidence.lines if m['stage'] == 'evaluate' and m['measure'] not in MEASURES]
-    return [m for m in found if not m.get('key')]
+    "The lines of lm-eval's tasks, whose names are `task: metric`."
+    return [m for m in evidence.lines if m['stage'] == 'evaluate' and ':' in m['measure']]
 
 
-def other_table(evidence: Evidence) -> Html:
-    "The scores of lm-eval's tasks."
-    rows = [
-        [
-            m['checkpoint'],
-            about(m['measure']).label,
-            short(m['after']),
-            low_high(m),
-            whole(m['n']),
-            m.get('note', ''),
-        ]
-        for m in other_lines(evidence)
+def asked_how(line: dict) -> str:
+    "Shots, chat format and notes of a task, in words."
+    shots = line.get('shots')
+    words = [] if shots is None else [f'{shots} shots']
+    if line.get('chat_format') is not None:
+        words.append('chat format' if line['chat_format'] else 'no chat format')
+    words += [f'{line["cut"]:,} cut off'] if line.get('cut') else []
+    return ', '.join([*words, *filter(None, [line.get('note')])])
+
+
+def other_row(line: dict, page: str) -> list:
+    "The cells of a task's score; the value leads to its items on `page`."
+    value = short(line['after'])
+    if page and items_of(line):
+        value = el('a', value, href=f'{page}#{place(line)}')
+    better = {True: '↑ higher', False: '↓ lower'}.get(line.get('higher_is_better'), '')
+    name = about(line['measure']).label
+    return [
+        line['checkpoint'],
+        name,
+        better,
+        value,
+        low_high(line),
+        whole(line['n']),
+        asked_how(line),
     ]
-    heads = ['checkpoint', 'task: metric', 'value', '95 % interval', 'n', '']
-    return html_table(heads, rows, (2, 3, 4)) if rows else note('No task of lm-eval was run.')
+
+
+def other_table(evidence: Evidence, page: str = '') -> Html:
+    "The scores of lm-eval's tasks."
+    rows = [other_row(m, page) for m in other_lines(evidence)]
+    heads = ['checkpoint', 'task: metric', 'better', 'value', '95 % interval', 'n', 'asked']
+    return html_table(heads, rows, (3, 4, 5)) if rows else note('No task of lm-eval was run.')
 
 
 def low_high(line: dict) -> str:
