@@ -276,8 +276,8 @@ def test_a_row_of_each_kind_is_right_by_its_own_answer_or_refused(
         tmp_path / 'good.jsonl', [question(f'What is f({i})?', right) | more for i in 'ab']
     )
     rows = read(good, mode)
-    assert score(rows, [row['final'] for row in rows])['all']['k'] == 2
-    assert score(rows, [wrong] * 2)['all']['k'] == 0
+    assert sum(verify(row, row['final']) for row in rows) == 2
+    assert not any(verify(row, wrong) for row in rows)
     bad = write(
         tmp_path / 'bad.jsonl', [question('a?', right) | more, question('b?', wrong) | more]
     )
@@ -299,7 +299,7 @@ def test_rows_with_tests_are_graded_by_them(tmp_path, mode):
     adds = dict(tests=['assert add(2, 3) == 5'])
     good, bad = 'def add(a, b): return a + b', 'def add(a, b): return a - b'
     [row] = read(write(tmp_path / 'a.jsonl', [question('Add.', good, **adds)]), mode)
-    assert score([row], ['def add(x, y): return y + x'])['all']['k'] == 1
+    assert verify(row, 'def add(x, y): return y + x')
     with pytest.raises(LabError, match='tests fail'):
         read(write(tmp_path / 'a.jsonl', [question('Add.', bad, **adds)]), mode)
 

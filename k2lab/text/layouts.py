@@ -58,7 +58,10 @@ LAYOUTS = {
     'messages': Layout('messages'),
     'sharegpt': Layout('conversations'),
     'alpaca': Layout(
-        'instruction', ('output',), takes=('input', 'reasoning', *_TURNS), rides=('fact',)
+        'instruction',
+        ('output',),
+        takes=('input', 'reasoning', *_TURNS),
+        rides=('fact', 'group', 'package'),
     ),
     'prompt_completion': Layout('prompt', ('completion',), takes=('reasoning', *_TURNS)),
     'prompt_response': Layout('prompt', ('response',), takes=('reasoning', *_TURNS)),
