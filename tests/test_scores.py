@@ -261,7 +261,7 @@ def test_the_answer_budget_reaches_generation(stage, tmp_path, monkeypatch):
     monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path))
     measures, more = ['reasoning_verified'], {}
     if stage == 'evaluate':
-        measures, more = {'k2_think_dpo': measures}, {'checkpoints': {'k2_think_dpo': ''}}
+        measures, more = {'k2_think_dpo': measures}, {'checkpoints': {'k2_think_dpo': []}}
     job = done(stage, 't', answer_tokens=200, measures=measures, **more)
     line = next(m for m in job.record['metrics'] if m['measure'] == 'reasoning_tokens')
     assert line['after'] > 190
