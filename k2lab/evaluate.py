@@ -29,7 +29,7 @@ from .training.trainer import open_for
 class Config:
     "Which checkpoints are measured, on what, and what they are compared with."
 
-    # each with what it is compared with: {k2_think_dpo: [Kimi-K2-Base, k2_reason_sft]}
+    # each with what it is compared with: {k2_think_dpo: [Kimi-K2-Base, k2_reason_sft]}; [] for nothing
     checkpoints: dict[str, str | list[str]] = field(default_factory=dict)
     # what is measured of each: {k2_think_dpo: [domain_questions, reasoning_verified]}
     measures: dict[str, list[str]] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Config:
 def others_of(cfg: Config, name: str) -> list[str]:
     "The checkpoints that a checkpoint is compared with."
     named = cfg.checkpoints[name]
-    return [other for other in ([named] if isinstance(named, str) else named) if other]
+    return [named] if isinstance(named, str) else named
 
 
 def measures_of(cfg: Config) -> dict[str, list[str]]:

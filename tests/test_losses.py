@@ -347,7 +347,7 @@ def test_rows_that_are_too_long_are_said_or_refused(own):
 
 def test_missing_data_of_a_measure_are_said_at_once(own):
     with pytest.raises(LabError, match='or leave domain_questions out of measures'):
-        own('train_sft_domain', dict(domain_questions=None))
+        own('train_sft_domain', dict(domain_questions_dev=None))
 
 
 def preferences(n: int) -> list:

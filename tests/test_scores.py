@@ -66,7 +66,9 @@ def test_each_score_of_each_record_is_computed_again_to_the_last_digit(campaign)
             if 'control_key' in line:
                 assert line['control'] == score_of(items[line['control_key']]).value
             again += 1
-    assert again > 35
+    assert again >= 35
+    whole = [m for record in campaign.values() for m in record['metrics'] if 'key' not in m]
+    assert {m['measure'] for m in whole} == {'parameters', 'generate_tokens_s'}
 
 
 def test_an_accuracy_is_a_plain_mean_of_the_items_of_the_file(campaign):
@@ -257,14 +259,9 @@ def test_compared_with_names_what_before_was_measured_of(campaign, monkeypatch):
 def test_the_answer_budget_reaches_generation(stage, tmp_path, monkeypatch):
     "Section 2.3: a random model never stops, so its replies are as long as the budget."
     monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path))
-    measures = (
-        ['reasoning_verified'] if stage != 'evaluate' else {'k2_think_dpo': ['reasoning_verified']}
-    )
-    more = (
-        {'checkpoints': {'k2_think_dpo': '', 'k2_student_7b': None}} if stage == 'evaluate' else {}
-    )
-    if more:
-        more['measures.k2_student_7b'] = None
+    measures, more = ['reasoning_verified'], {}
+    if stage == 'evaluate':
+        measures, more = {'k2_think_dpo': measures}, {'checkpoints': {'k2_think_dpo': []}}
     job = done(stage, 't', answer_tokens=200, measures=measures, **more)
     line = next(m for m in job.record['metrics'] if m['measure'] == 'reasoning_tokens')
     assert line['after'] > 190
@@ -288,7 +285,7 @@ BAD_ROWS = {
     "'answer' is empty": [dict(prompt='2+2?', answer='')],
     "no column 'answer'": [dict(prompt='2+2?', key='4')],
     'must be text or a number': [dict(prompt='2+2?', answer=None)],
-    'is graded wrong': [dict(prompt='Solve.', answer='several')],
+    'cannot be read as a number': [dict(prompt='Solve.', answer='several')],
 }
 
 
