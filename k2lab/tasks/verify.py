@@ -6,13 +6,13 @@
 __all__ = ['END', 'SIGNS', 'LATEX', 'MONTHS', 'MONTH', 'DATES', 'ONES', 'TENS', 'SMALL', 'SCALES', 'PARTS', 'HAN', 'HAN_UNITS',
            'HAN_SCALES', 'HAN_CHARS', 'DECIMAL', 'POWER', 'OVER', 'FORMS', 'SIGN', 'SI', 'PREFIXES', 'OTHER', 'WORDS',
            'BLOCKED', 'MULTIPLES', 'CURRENCY', 'ASKED', 'MENTIONED', 'PERCENT', 'FUNCTIONS', 'WORD', 'SECONDS',
-           'NEGATION', 'REVISED', 'OPEN', 'MAYBE', 'DOUBT', 'HEDGE', 'IS', 'SOLVED', 'EXPLICIT', 'SOFT', 'REASON',
-           'LEAD', 'DIGITS', 'RATIO', 'VARIABLE', 'PAIRS', 'ORDERED', 'COMPARED', 'BRACKETS', 'CHAIN', 'FLIP', 'ENDS',
-           'INTERVAL', 'OPTION', 'YES_NO', 'IDIOM', 'SAID', 'POLITE', 'EXPRESSION', 'SOLVERS', 'FINALS', 'JUDGES',
-           'LISTED', 'BOUNDS', 'CODE', 'GRADER', 'extract', 'normalise_answer', 'ascii_signs', 'plain', 'iso_dates',
-           'wording', 'count_in_words', 'number_in_words', 'han_count', 'number_in_chinese', 'exact', 'form_value',
-           'unsigned', 'leading_number', 'number', 'Unit', 'base_units', 'units', 'named_unit', 'unit_of', 'Quantity',
-           'is_noun', 'measured', 'compound', 'quantity', 'spelt', 'units_in', 'same_noun', 'same_in_units',
+           'NEGATION', 'REVISED', 'OPEN', 'GIVEN_UP', 'MAYBE', 'DOUBT', 'HEDGE', 'IS', 'SOLVED', 'EXPLICIT', 'SOFT',
+           'REASON', 'LEAD', 'DIGITS', 'RATIO', 'VARIABLE', 'PAIRS', 'ORDERED', 'COMPARED', 'BRACKETS', 'CHAIN', 'FLIP',
+           'ENDS', 'INTERVAL', 'OPTION', 'YES_NO', 'IDIOM', 'SAID', 'POLITE', 'EXPRESSION', 'SOLVERS', 'FINALS',
+           'JUDGES', 'LISTED', 'BOUNDS', 'CODE', 'GRADER', 'extract', 'normalise_answer', 'ascii_signs', 'plain',
+           'iso_dates', 'wording', 'count_in_words', 'number_in_words', 'han_count', 'number_in_chinese', 'exact',
+           'form_value', 'unsigned', 'leading_number', 'number', 'Unit', 'base_units', 'units', 'named_unit', 'unit_of',
+           'Quantity', 'is_noun', 'measured', 'compound', 'quantity', 'spelt', 'units_in', 'same_noun', 'same_in_units',
            'same_quantity', 'Formula', 'formula', 'latex', 'math_verify', 'same_formula', 'same_value', 'installed',
            'braced', 'boxed', 'trimmed', 'table_row', 'sentences', 'Claim', 'Items', 'Reader', 'open_head', 'explicit',
            'implied', 'only_one', 'assigned_twice', 'claim_of', 'claims', 'shortened', 'final_answer', 'key',
@@ -424,11 +424,11 @@ def unit_of(text: str) -> Unit | None:
             unit = unit.times(found, int(m[2] or 1) * (-1 if place else 1))
     return unit
 
-# %% ../../nbs/tasks/02_verify.ipynb #67180af7
+# %% ../../nbs/tasks/02_verify.ipynb #4b7e79cc
 BLOCKED = set(
     'or and not no nor to than more less fewer least most but if else unless except either neither between '
     'maybe perhaps possibly might may could would cannot too wrong incorrect false almost nearly over '
-    'under above below instead versus vs through until plus minus times-table squared cubed factorial '
+    'under above below per instead versus vs through until plus minus times-table squared cubed factorial '
     'pi sqrt log sin cos tan 或 和 到 至 不 与'.split()
 ) | {*SMALL, *SCALES, *PARTS}
 MULTIPLES = SCALES | dict(hundred=100, dozen=12, percent=Fraction(1, 100)) | HAN_SCALES
@@ -643,7 +643,7 @@ def installed(package: str) -> str:
     except PackageNotFoundError:
         return ''
 
-# %% ../../nbs/tasks/02_verify.ipynb #5753a352
+# %% ../../nbs/tasks/02_verify.ipynb #83fc45c9
 def braced(text: str, start: int) -> int:
     "Where the brace that opens at `start` closes; -1 if it does not."
     depth = 0
@@ -655,9 +655,10 @@ def braced(text: str, start: int) -> int:
 
 
 def boxed(text: str) -> str | None:
-    "What is in the last box, with those joined to it by a comma or a word; None without a box."
-    found, after = None, 0
+    "What is in the last box, with those joined to it by a comma or a word, or in the last `<answer>`; None without."
     text = text[-20_000:]
+    tags = re.findall(r'<answer>(.*?)</answer>', text, re.S)
+    found, after = tags[-1].strip() if tags else None, len(text)
     for m in re.finditer(r'\\(?:boxed|fbox)\s*\{', text):
         end = braced(text, m.end() - 1)
         inside = text[m.end() : end].strip() if end >= 0 else ''
@@ -667,7 +668,7 @@ def boxed(text: str) -> str | None:
         after = end + 1
     return found
 
-# %% ../../nbs/tasks/02_verify.ipynb #6882fb46
+# %% ../../nbs/tasks/02_verify.ipynb #cdbcb576
 NEGATION = r"\b(?:not|never|neither|rather than|instead of|cannot)\b|n't\b|不是|而不"
 REVISED = re.compile(
     r'\b(?:wait|actually|scratch that|correction|on second thought|my mistake|i was wrong|sorry)\b,?|\bno,|'
@@ -676,7 +677,13 @@ REVISED = re.compile(
     re.I,
 )
 OPEN = re.compile(
-    rf'{NEGATION}|\b(?:if|whether|suppose|assume|doubt|unless|might|may|could|let|than|least|most)\b',
+    rf'{NEGATION}|\b(?:if|whether|suppose|assume|doubt|unless|might|may|could|let|than|least|most|'
+    r'rules? out|ruled out|eliminat\w+|exclud\w+|anything but|everything but|except|avoid|far from)\b',
+    re.I,
+)
+GIVEN_UP = re.compile(
+    r"\bno answer\b|\b(?:do not|don't) know\b|\b(?:cannot|can't|unable to|not possible to) "
+    r'(?:answer|tell|say|be determined|determine)\b',
     re.I,
 )
 MAYBE = 'maybe|perhaps|possibly|might|may|could|alternatively|unsure|not sure|uncertain'
@@ -684,7 +691,7 @@ DOUBT = re.compile(rf'\b(?:{MAYBE})\b|可能|也许', re.I)
 HEDGE = re.compile(rf'\b(?:or|either|{MAYBE})\b|或|可能|也许', re.I)
 IS = (
     r"(?:\s+(?:is|are|was|were|equals?|(?:must|should|will|would|has to|have to|turns out to) be|"
-    r'comes (?:out )?to|becomes|ist|est|es|è|é)\b|\s*(?:\'s\b|:|=|->|→|⇒))'
+    r'comes (?:out )?to|becomes|ist|est|es|è|é)\b|\s*(?:\'s\b|(?<!\d):|:(?!\d)|=|->|→|⇒))'
 )
 SOLVED = (
     r'(?:answer|result|solution|total|choice|option|conclusion|antwort|réponse|respuesta|risposta|'
@@ -736,7 +743,7 @@ def sentences(text: str) -> list[str]:
     lines = [marks.sub('', table_row(line)) for line in text.split('\n')]
     return [s.strip() for line in lines for s in re.split(r'(?<=[.!?])\s+', line) if s.strip()]
 
-# %% ../../nbs/tasks/02_verify.ipynb #124d5d5b
+# %% ../../nbs/tasks/02_verify.ipynb #8d2df777
 @dataclass(frozen=True)
 class Claim:
     "A value that a sentence gives (None: one that cannot be read), how plainly, and of what."
@@ -845,6 +852,8 @@ def claims(text: str, reader: Reader) -> list[Claim]:
         if turns := list(REVISED.finditer(sentence)):
             found.clear()
             sentence = sentence[turns[-1].end() :]
+        if GIVEN_UP.search(sentence):
+            found.append(Claim(None, 1))
         if not reader.mentions.search(sentence):
             continue
         claim = claim_of(sentence, reader)
@@ -1093,7 +1102,7 @@ def read_interval(text: str) -> tuple | None:
 ENDS = re.compile(r'[\[(\]].*[,;]|[<>]|\b(?:at least|at most|than|real)\b|inf')
 INTERVAL = Reader(read_interval, ENDS, several=True)
 
-# %% ../../nbs/tasks/02_verify.ipynb #72220959
+# %% ../../nbs/tasks/02_verify.ipynb #a320fa54
 OPTION = re.compile(
     r'(?:^|[\s(\[])([A-J])[).:\]]\s*(.+?)(?=[\s,;]+[(\[]?[A-J][).:\]]\s|[\s,;]*\n|\s*$)'
 )
@@ -1137,7 +1146,7 @@ YES_NO = {'yes': True, 'no': False, 'true': True, 'false': False} | {
 }
 IDIOM = r'\bno (?:doubt|problem|question|matter|wonder|need|worries)\b'
 SAID = re.compile(
-    r'(?:^|[.!?,;:/]|\b(?:is|and|or|but|so)\b)[\s"\'`*(]*(yes|no)\b(?=[\s"\'`*)]*(?:[.!?,;:/]|$|\b(?:and|or|it|they|he|she|there|this|that|i|we|since|because|as)\b|\d))|'
+    r'(?:^|[.!?,;:/]|\b(?:is|and|or|but|so|also)\b)[\s"\'`*(]*(yes|no)\b(?=[\s"\'`*)]*(?:[.!?,;:/]|$|\b(?:and|or|it|they|he|she|there|this|that|the|i|we|since|because|as)\b|\d))|'
     r'(?:^|[.,;:]\s*)(不是|不对|是|否|对|错误|错|正确)',
     re.I,
 )
@@ -1147,7 +1156,7 @@ def said(text: str) -> set[bool]:
     "What a reply says to a yes/no question: {True}, {False}, both, or nothing."
     text = re.sub(IDIOM, '', (boxed(text) or text), flags=re.I)
     text = plain(text).strip()
-    opening = re.match(r'["\'`*(\s]*(yes|no)\b', text, re.I)
+    opening = re.match(r'["\'`*(\s]*(yes)\b', text, re.I)
     words = [w for pair in SAID.findall(text) for w in pair if w] + (
         [opening[1]] if opening else []
     )
@@ -1358,7 +1367,7 @@ def fact(row: dict) -> str:
     "The bare answer (`None` where the full answer quotes `weight=None`): the row's `fact`, else its truth."
     return row.get('fact') or truth(row)
 
-# %% ../../nbs/tasks/02_verify.ipynb #7fe37d43
+# %% ../../nbs/tasks/02_verify.ipynb #9475a977
 JUDGES = ('number', 'set', 'interval', 'choice', 'yesno', 'text', 'code', 'exact')
 LISTED = re.compile(
     r'\b(?:both|all|list|each|roots|solutions|zeros|numbers|values|factors|divisors|pair)\b|'
@@ -1400,10 +1409,12 @@ def is_interval(answer: str, question: str) -> bool:
 def is_number(answer: str, question: str) -> bool:
     "Whether an answer is a number, a quantity or a formula."
     text = plain(answer)
+    if quantity(VARIABLE.sub('', text)) is not None:
+        return True
     mathematics = re.search(r'\\|\^|√|π|\bsqrt\b|[a-z]\s*[+*/-]\s*\d|\d[a-z]\b', text)
     if RATIO.search(question) and number_reader(question).whole(text) is not None:
         return True
-    return quantity(text) is not None or bool(mathematics and formula(text))
+    return bool(mathematics and formula(text))
 
 
 @functools.lru_cache(4096)
