@@ -8,15 +8,15 @@ __all__ = ['END', 'SIGNS', 'LATEX', 'MONTHS', 'MONTH', 'DATES', 'ONES', 'TENS', 
            'BLOCKED', 'MULTIPLES', 'CURRENCY', 'ASKED', 'MENTIONED', 'PERCENT', 'FUNCTIONS', 'WORD', 'SECONDS',
            'NEGATION', 'REVISED', 'OPEN', 'GIVEN_UP', 'MAYBE', 'DOUBT', 'HEDGE', 'IS', 'SOLVED', 'EXPLICIT', 'SOFT',
            'REASON', 'LEAD', 'DIGITS', 'RATIO', 'VARIABLE', 'PAIRS', 'ORDERED', 'COMPARED', 'BRACKETS', 'CHAIN', 'FLIP',
-           'ENDS', 'INTERVAL', 'OPTION', 'YES_NO', 'IDIOM', 'SAID', 'POLITE', 'EXPRESSION', 'SOLVERS', 'FINALS',
-           'JUDGES', 'LISTED', 'BOUNDS', 'CODE', 'GRADER', 'extract', 'normalise_answer', 'ascii_signs', 'plain',
-           'iso_dates', 'wording', 'count_in_words', 'number_in_words', 'han_count', 'number_in_chinese', 'exact',
-           'form_value', 'unsigned', 'leading_number', 'number', 'Unit', 'base_units', 'units', 'named_unit', 'unit_of',
-           'Quantity', 'is_noun', 'measured', 'compound', 'quantity', 'spelt', 'units_in', 'same_noun', 'same_in_units',
-           'same_quantity', 'Formula', 'formula', 'latex', 'math_verify', 'same_formula', 'same_value', 'installed',
-           'braced', 'boxed', 'trimmed', 'table_row', 'sentences', 'Claim', 'Items', 'Reader', 'open_head', 'explicit',
-           'implied', 'only_one', 'assigned_twice', 'claim_of', 'claims', 'shortened', 'final_answer', 'key',
-           'read_number', 'number_reader', 'split_top', 'unwrapped', 'item_values', 'read_items', 'same_items',
+           'ENDS', 'INTERVAL', 'OPTION', 'YES_NO', 'IDIOM', 'SAID', 'POLITE', 'PYTHON', 'EXPRESSION', 'SOLVERS',
+           'FINALS', 'JUDGES', 'LISTED', 'BOUNDS', 'CODE', 'GRADER', 'extract', 'normalise_answer', 'ascii_signs',
+           'plain', 'iso_dates', 'wording', 'count_in_words', 'number_in_words', 'han_count', 'number_in_chinese',
+           'exact', 'form_value', 'unsigned', 'leading_number', 'number', 'Unit', 'base_units', 'units', 'named_unit',
+           'unit_of', 'Quantity', 'is_noun', 'measured', 'compound', 'quantity', 'spelt', 'units_in', 'same_noun',
+           'same_in_units', 'same_quantity', 'Formula', 'formula', 'latex', 'math_verify', 'same_formula', 'same_value',
+           'installed', 'braced', 'boxed', 'trimmed', 'table_row', 'sentences', 'Claim', 'Items', 'Reader', 'open_head',
+           'explicit', 'implied', 'only_one', 'assigned_twice', 'claim_of', 'claims', 'shortened', 'final_answer',
+           'key', 'read_number', 'number_reader', 'split_top', 'unwrapped', 'item_values', 'read_items', 'same_items',
            'same_item', 'end_of', 'span', 'bracketed', 'one_side', 'inequality', 'both_sides', 'read_interval',
            'options', 'read_choice', 'choice_reader', 'said', 'right_yes_no', 'subject_and_rest', 'marked', 'given_in',
            'right_text', 'program_of', 'why_tests_fail', 'Shape', 'same_program', 'term_value', 'value', 'solve_chain',
@@ -202,7 +202,7 @@ def number_in_words(text: str) -> Fraction | None:
         top = 1
     return None if top is None else Fraction(top, part or 1)
 
-# %% ../../nbs/tasks/02_verify.ipynb #7bce99be
+# %% ../../nbs/tasks/02_verify.ipynb #9687a630
 HAN = {c: i for i, c in enumerate('零一二三四五六七八九')} | {'〇': 0, '两': 2, '兩': 2}
 HAN_UNITS = {'十': 10, '百': 100, '千': 1000}
 HAN_SCALES = {'万': 10**4, '萬': 10**4, '亿': 10**8, '億': 10**8}
@@ -230,6 +230,8 @@ def han_count(text: str) -> int | None:
 
 def number_in_chinese(text: str) -> Fraction | None:
     "The number of Chinese numerals, with 负, 点, 分之 and 百分之; None for other text."
+    if text.count('分之') > 1:
+        return None
     if '分之' in text:
         below, above = (number(part) for part in text.split('分之', 1))
         return above / below if above is not None and below else None
@@ -643,7 +645,7 @@ def installed(package: str) -> str:
     except PackageNotFoundError:
         return ''
 
-# %% ../../nbs/tasks/02_verify.ipynb #83fc45c9
+# %% ../../nbs/tasks/02_verify.ipynb #30e381fc
 def braced(text: str, start: int) -> int:
     "Where the brace that opens at `start` closes; -1 if it does not."
     depth = 0
@@ -659,7 +661,7 @@ def boxed(text: str) -> str | None:
     text = text[-20_000:]
     tags = re.findall(r'<answer>(.*?)</answer>', text, re.S)
     found, after = tags[-1].strip() if tags else None, len(text)
-    for m in re.finditer(r'\\(?:boxed|fbox)\s*\{', text):
+    for m in list(re.finditer(r'\\(?:boxed|fbox)\s*\{', text))[-20:]:
         end = braced(text, m.end() - 1)
         inside = text[m.end() : end].strip() if end >= 0 else ''
         between = text[after : m.start()].strip(' $\n')
@@ -1235,14 +1237,16 @@ def right_text(right: str, answer: str) -> bool:
     other = [c for c in found if not c.value and (c.level or c.subject in subjects)]
     return bool(given) and not other
 
-# %% ../../nbs/tasks/02_verify.ipynb #86d88774
+# %% ../../nbs/tasks/02_verify.ipynb #654e5074
+PYTHON = ('python', 'py', 'python3', '')
+
+
 def program_of(text: str) -> str:
     "The code of a reply: its last fenced block of Python, else its last block, else all of it."
-    blocks = re.findall(r'```[ \t]*(\w*)[^\n]*\n(.*?)```', text, re.S)
-    python = [
-        code for language, code in blocks if language.lower() in ('python', 'py', 'python3', '')
-    ]
-    return (python or [code for _, code in blocks] or [text])[-1]
+    parts = text.split('```')
+    blocks = [block.partition('\n') for block in parts[1:-1:2]]
+    python = [code for first, _, code in blocks if first.strip().lower() in PYTHON]
+    return (python or [code for _, _, code in blocks] or [text])[-1]
 
 
 def why_tests_fail(program: str, tests) -> str:
