@@ -4,26 +4,27 @@
 
 # %% auto #0
 __all__ = ['END', 'SIGNS', 'LATEX', 'MONTHS', 'MONTH', 'DATES', 'ONES', 'TENS', 'SMALL', 'SCALES', 'PARTS', 'HAN', 'HAN_UNITS',
-           'HAN_SCALES', 'HAN_CHARS', 'DECIMAL', 'POWER', 'OVER', 'FORMS', 'SIGN', 'SI', 'PREFIXES', 'OTHER', 'WORDS',
-           'BLOCKED', 'MULTIPLES', 'CURRENCY', 'ASKED', 'MENTIONED', 'PERCENT', 'FUNCTIONS', 'WORD', 'SECONDS',
-           'NEGATION', 'REVISED', 'OPEN', 'GIVEN_UP', 'MAYBE', 'DOUBT', 'HEDGE', 'IS', 'SOLVED', 'EXPLICIT', 'SOFT',
-           'REASON', 'LEAD', 'DIGITS', 'RATIO', 'VARIABLE', 'PAIRS', 'ORDERED', 'COMPARED', 'BRACKETS', 'CHAIN', 'FLIP',
-           'ENDS', 'INTERVAL', 'OPTION', 'YES_NO', 'IDIOM', 'SAID', 'POLITE', 'PYTHON', 'EXPRESSION', 'SOLVERS',
-           'FINALS', 'JUDGES', 'LISTED', 'BOUNDS', 'CODE', 'GRADER', 'extract', 'normalise_answer', 'ascii_signs',
-           'plain', 'iso_dates', 'wording', 'count_in_words', 'number_in_words', 'han_count', 'number_in_chinese',
-           'exact', 'form_value', 'unsigned', 'leading_number', 'number', 'Unit', 'base_units', 'units', 'named_unit',
-           'unit_of', 'Quantity', 'is_noun', 'measured', 'compound', 'quantity', 'spelt', 'units_in', 'same_noun',
-           'same_in_units', 'same_quantity', 'Formula', 'formula', 'latex', 'math_verify', 'same_formula', 'same_value',
-           'installed', 'braced', 'boxed', 'trimmed', 'table_row', 'sentences', 'Claim', 'Items', 'Reader', 'open_head',
-           'explicit', 'implied', 'only_one', 'assigned_twice', 'claim_of', 'claims', 'shortened', 'final_answer',
-           'key', 'read_number', 'number_reader', 'split_top', 'unwrapped', 'item_values', 'read_items', 'same_items',
-           'same_item', 'end_of', 'span', 'bracketed', 'one_side', 'inequality', 'both_sides', 'read_interval',
-           'options', 'read_choice', 'choice_reader', 'said', 'right_yes_no', 'subject_and_rest', 'marked', 'given_in',
-           'right_text', 'program_of', 'why_tests_fail', 'Shape', 'same_program', 'term_value', 'value', 'solve_chain',
-           'solve_compare', 'solve_sort', 'solve_count', 'answer_of', 'prompt_of', 'truth', 'fact', 'several_values',
-           'is_interval', 'is_number', 'kind_of', 'judge_of', 'right_answer', 'by_gym', 'Unreadable', 'reference',
-           'right_value', 'same_spans', 'right_by_kind', 'why_wrong', 'verify', 'without_format', 'own_reply',
-           'check_readable', 'check_row', 'remedy', 'grader_version']
+           'HAN_SCALES', 'HAN_CHARS', 'DECIMAL', 'POWER', 'OVER', 'SPELLINGS', 'FORMS', 'SIGN', 'SI', 'PREFIXES',
+           'OTHER', 'WORDS', 'BLOCKED', 'MULTIPLES', 'CURRENCY', 'PART', 'ASKED', 'MENTIONED', 'PERCENT', 'FUNCTIONS',
+           'WORD', 'SECONDS', 'NEGATION', 'REVISED', 'OPEN', 'GIVEN_UP', 'MAYBE', 'DOUBT', 'HEDGE', 'IS', 'SOLVED',
+           'EXPLICIT', 'SOFT', 'REASON', 'LEAD', 'DIGITS', 'RATIO', 'VARIABLE', 'PAIRS', 'ORDERED', 'COMPARED',
+           'BRACKETS', 'CHAIN', 'FLIP', 'ENDS', 'INTERVAL', 'OPTION', 'YES_NO', 'IDIOM', 'SAID', 'POLITE', 'PYTHON',
+           'EXPRESSION', 'SOLVERS', 'FINALS', 'JUDGES', 'LISTED', 'BOUNDS', 'CODE', 'GRADER', 'extract',
+           'normalise_answer', 'ascii_signs', 'plain', 'iso_dates', 'wording', 'count_in_words', 'number_in_words',
+           'han_count', 'number_in_chinese', 'exact', 'form_value', 'unsigned', 'leading_number', 'number', 'Unit',
+           'base_units', 'units', 'named_unit', 'unit_of', 'Quantity', 'is_noun', 'measured', 'compound', 'quantity',
+           'spelt', 'units_in', 'same_noun', 'same_in_units', 'same_quantity', 'Formula', 'formula', 'latex',
+           'math_verify', 'same_formula', 'same_value', 'installed', 'braced', 'boxed', 'trimmed', 'table_row',
+           'sentences', 'Claim', 'Items', 'Reader', 'open_head', 'explicit', 'implied', 'only_one', 'assigned_twice',
+           'claim_of', 'claims', 'shortened', 'final_answer', 'key', 'read_number', 'number_reader', 'split_top',
+           'unwrapped', 'item_values', 'read_items', 'same_items', 'same_item', 'end_of', 'span', 'bracketed',
+           'one_side', 'inequality', 'both_sides', 'read_interval', 'options', 'read_choice', 'choice_reader', 'said',
+           'right_yes_no', 'subject_and_rest', 'marked', 'given_in', 'right_text', 'program_of', 'why_tests_fail',
+           'Shape', 'same_program', 'term_value', 'value', 'solve_chain', 'solve_compare', 'solve_sort', 'solve_count',
+           'answer_of', 'prompt_of', 'truth', 'fact', 'several_values', 'is_interval', 'is_number', 'kind_of',
+           'judge_of', 'right_answer', 'by_gym', 'Unreadable', 'reference', 'right_value', 'same_spans',
+           'right_by_kind', 'why_wrong', 'verify', 'without_format', 'own_reply', 'check_readable', 'check_row',
+           'remedy', 'grader_version']
 
 # %% ../../nbs/tasks/02_verify.ipynb #7a675d0a
 import ast
@@ -241,11 +242,11 @@ def number_in_chinese(text: str) -> Fraction | None:
         return None
     return Fraction(f'{count}.{"".join(str(HAN[c]) for c in decimals)}')
 
-# %% ../../nbs/tasks/02_verify.ipynb #28d9fad6
+# %% ../../nbs/tasks/02_verify.ipynb #0f7f0ca4
 DECIMAL = r'(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)'
 POWER = r'(?:[eE]|\s*[*x]\s*10\s*\^)\s*[{(]?\s*([+-]?\d{1,3})\s*[)}]?'
 OVER = r'\\frac\s*(?:\{\s*(-?\d+(?:\.\d+)?)\s*\}|(\d))\s*(?:\{\s*(-?\d+(?:\.\d+)?)\s*\}|(\d))'
-FORMS = [  # the first that fits is taken
+SPELLINGS = [  # the first that fits is taken
     ('mixed', r'(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])'),
     ('mixed', rf'(\d+)\s*{OVER}'),
     ('over', OVER),
@@ -254,7 +255,7 @@ FORMS = [  # the first that fits is taken
     ('ten', r'10\s*\^\s*[{(]?\s*([+-]?\d{1,3})\s*[)}]?'),
     ('decimal', rf'({DECIMAL})'),
 ]
-FORMS = [(name, re.compile(pattern)) for name, pattern in FORMS]
+FORMS = [(name, re.compile(pattern)) for name, pattern in SPELLINGS]
 
 
 def exact(digits: str) -> Fraction:
@@ -426,7 +427,7 @@ def unit_of(text: str) -> Unit | None:
             unit = unit.times(found, int(m[2] or 1) * (-1 if place else 1))
     return unit
 
-# %% ../../nbs/tasks/02_verify.ipynb #4b7e79cc
+# %% ../../nbs/tasks/02_verify.ipynb #3dab5cb6
 BLOCKED = set(
     'or and not no nor to than more less fewer least most but if else unless except either neither between '
     'maybe perhaps possibly might may could would cannot too wrong incorrect false almost nearly over '
@@ -477,17 +478,19 @@ def measured(amount: Fraction, rest: str) -> Quantity | None:
     return Quantity(amount, noun=rest.strip().lower()) if is_noun(rest) else None
 
 
+PART = re.compile(r'(\d+(?:\.\d+)?)\s*([a-zA-Z\u4e00-\u9fff]+)[\s,]*(?:and\s+)?')
+
+
 def compound(text: str) -> Quantity | None:
     "A sum such as `1 h 30 min`, all of one kind; None for other text."
-    parts = re.findall(r'(\d+(?:\.\d+)?)\s*([a-zA-Z\u4e00-\u9fff]+)[\s,]*(?:and\s+)?', text)
-    found = [(exact(n), unit_of(name)) for n, name in parts]
-    left = re.sub(r'(\d+(?:\.\d+)?)\s*([a-zA-Z\u4e00-\u9fff]+)[\s,]*(?:and\s+)?', '', text)
-    if len(found) < 2 or left.strip(' .') or any(u is None or not u.powers for _, u in found):
+    parts = [(exact(n), unit_of(name)) for n, name in PART.findall(text)]
+    known = [(n, unit) for n, unit in parts if unit is not None and unit.powers]
+    if len(parts) < 2 or len(known) < len(parts) or PART.sub('', text).strip(' .'):
         return None
-    if len({u.powers for _, u in found}) > 1:
+    if len({unit.powers for _, unit in known}) > 1:
         return None
-    total = sum(n * u.factor for n, u in found)
-    return Quantity(total, Unit(powers=found[0][1].powers))
+    total = sum((n * unit.factor for n, unit in known), Fraction(0))
+    return Quantity(total, Unit(powers=known[0][1].powers))
 
 
 def quantity(text: str) -> Quantity | None:
@@ -1237,7 +1240,7 @@ def right_text(right: str, answer: str) -> bool:
     other = [c for c in found if not c.value and (c.level or c.subject in subjects)]
     return bool(given) and not other
 
-# %% ../../nbs/tasks/02_verify.ipynb #654e5074
+# %% ../../nbs/tasks/02_verify.ipynb #97478f57
 PYTHON = ('python', 'py', 'python3', '')
 
 
@@ -1273,7 +1276,7 @@ class Shape(ast.NodeTransformer):
             and isinstance(name, ast.Name)
         ):
             return node
-        body = [ast.Return(node.value.body)]
+        body: list[ast.stmt] = [ast.Return(node.value.body)]
         new = ast.FunctionDef(name.id, node.value.args, body, [], None, None)
         return ast.copy_location(new, node)
 
