@@ -1,18 +1,24 @@
-"The grader: one final answer in a reply, compared by kind. Each kind with right replies, and wrong ones that must not be taken."
+"The grader: one final answer in a reply, compared by kind; right replies, and wrong ones that must not be taken."
 
 import json
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from k2lab.lab.config import LabError
 from k2lab.lab.sandbox import why_not
-from k2lab.tasks.verify import GRADER, check_row, grader_version, judge_of, truth, verify, why_wrong
+from k2lab.tasks import verify as module
+from k2lab.tasks.verify import check_row, grader_version, judge_of, verify, why_wrong
 
-CASES = [
-    json.loads(line) for line in Path(__file__).with_name('data').joinpath('grader_52.jsonl').open()
-]
+DATA = Path(__file__).with_name('data')
+
+
+def cases(name):
+    return [json.loads(line) for line in (DATA / name).read_text(encoding='utf-8').splitlines()]
+
+
 Q, SHARE, FIND = 'What is the result?', 'Which share?', 'Find all.'
 PICK = 'Which planet is the largest?\n(A) Mars\n(B) Jupiter\n(C) Venus\n(D) none of these'
 LINES = 'Pick one.\nA. 3\nB. 4\nC. 5'
@@ -319,8 +325,11 @@ def row(prompt, answer, **more):
     return dict(prompt=prompt, answer=answer, family='own', **more)
 
 
+CASES = cases('grader_52.jsonl') + cases('grader_more.jsonl')
+
+
 @pytest.mark.parametrize('case', CASES, ids=lambda case: case['id'])
-def test_the_52_answers(case):
+def test_recorded_answers(case):
     reply = case['reply'].replace('{LONG}', 'blah ' * 20_000)
     assert verify(row(case['prompt'], case['answer']), reply) is case['right']
 
@@ -340,3 +349,79 @@ def test_each_answer_is_right_for_itself_and_no_reply_is_not(kind, prompt, answe
     asked = row(prompt, answer)
     assert verify(asked, answer)
     assert not verify(asked, '') and not verify(asked, '<think>' + answer)
+
+
+@pytest.mark.parametrize(
+    'answer,question,kind',
+    [
+        ('1,234', Q, 'number'),
+        ('1,234', 'Give both numbers.', 'set'),
+        ('2, 5', Q, 'set'),
+        ('(1, 2)', 'Which point?', 'set'),
+        ('(1, 2)', 'On which interval?', 'interval'),
+        ('B', LINES, 'choice'),
+        ('B', 'Which vitamin?', 'text'),
+        ('12:30', 'When?', 'text'),
+        ('3-4', 'How many?', 'text'),
+        ('Paris, France', 'Where is it?', 'text'),
+        ('weight=None', 'Which default?', 'text'),
+        ('import os', 'How?', 'code'),
+    ],
+)
+def test_the_kind_is_found_from_answer_and_question(answer, question, kind):
+    assert judge_of(row(question, answer)) == kind
+
+
+def test_a_row_may_name_its_kind():
+    assert verify(row('Which?', '3, 4', judge='set'), '4 and 3')
+    assert not verify(row('Which?', '3, 4', judge='exact'), '4, 3')
+    assert verify(row('Which?', 'B', judge='choice'), 'The answer is (B).')
+    assert not verify(row('Which?', '7', judge='text'), 'seven')
+    with pytest.raises(LabError, match="did you mean 'interval'"):
+        verify(row('Which?', '7', judge='intervall'), '7')
+    with pytest.raises(LabError, match="'Paris' cannot be read as a number"):
+        verify(row('Which?', 'Paris', judge='number'), '7')
+
+
+@pytest.mark.skipif(bool(why_not()), reason=f'no sandbox: {why_not()}')
+def test_code_with_tests_is_run():
+    asked = row(PYTHON, None, tests=['assert f(1) == 2', 'assert f(-1) == 0'])
+    asked.pop('answer')
+    asked['final'] = ADD
+    assert verify(asked, '```python\ndef f(n):\n    n += 1\n    return n\n```')
+    assert why_wrong(asked, 'def f(x): return 2') == 'tests fail'
+    assert why_wrong(asked, '<think>def f(x): return x + 1') == 'no final answer'
+    check_row(asked, 'a row')
+
+
+def test_without_math_verify_a_formula_is_refused_and_numbers_are_graded(monkeypatch):
+    missing = lambda name: (_ for _ in ()).throw(metadata.PackageNotFoundError(name))
+    monkeypatch.setattr(module, 'version', missing)
+    monkeypatch.setitem(__import__('sys').modules, 'math_verify', None)
+    assert verify(row(Q, '4'), 'The answer is 4.') and not verify(row(Q, '4'), '$\\sqrt{15}$')
+    with pytest.raises(
+        LabError, match=r"row 1: a formula is compared by math-verify.*k2lab\[eval\]"
+    ):
+        check_row(row(Q, '\\sqrt{8}'), 'a.jsonl: row 1')
+
+
+HOSTILE = [
+    '9^{9^{9^{9}}}', '99999999!', '2^{99999999}', '1e999999999', '(' * 5000, '\\boxed{' * 5000, '{' * 9000,
+    '1,' * 9000, 'a = ' * 5000, '**' * 9000, '```' * 9000, 'is ' * 9000, '\\frac' * 3000, '9' * 20_000,
+    'not ' * 9000, '| 1 ' * 5000, '1/' * 5000, '分之' * 5000, '\n' * 20_000, '"' * 20_000, 'or 1 ' * 5000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('answer', ['42', '\\sqrt{2}', '2, 5', '[0, 1)', 'yes', 'Paris', ADD])
+def test_hostile_replies_are_wrong_and_soon(answer):
+    for reply in HOSTILE:
+        began = time.monotonic()
+        assert not verify(row(Q, answer), reply), reply[:20]
+        assert time.monotonic() - began < 12, reply[:20]
+
+
+def test_the_version_of_the_grader_changes_with_its_libraries(monkeypatch):
+    before = grader_version()
+    assert before == module.GRADER and len(before) == 16
+    monkeypatch.setattr(module, 'version', lambda name: '0.0')
+    assert grader_version() != before

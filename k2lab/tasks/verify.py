@@ -4,26 +4,27 @@
 
 # %% auto #0
 __all__ = ['END', 'SIGNS', 'LATEX', 'MONTHS', 'MONTH', 'DATES', 'ONES', 'TENS', 'SMALL', 'SCALES', 'PARTS', 'HAN', 'HAN_UNITS',
-           'HAN_SCALES', 'HAN_CHARS', 'DECIMAL', 'POWER', 'OVER', 'FORMS', 'SIGN', 'SI', 'PREFIXES', 'OTHER', 'WORDS',
-           'BLOCKED', 'MULTIPLES', 'CURRENCY', 'ASKED', 'MENTIONED', 'PERCENT', 'FUNCTIONS', 'WORD', 'SECONDS',
-           'NEGATION', 'REVISED', 'OPEN', 'MAYBE', 'DOUBT', 'HEDGE', 'IS', 'SOLVED', 'EXPLICIT', 'SOFT', 'REASON',
-           'LEAD', 'DIGITS', 'RATIO', 'VARIABLE', 'PAIRS', 'ORDERED', 'COMPARED', 'BRACKETS', 'CHAIN', 'FLIP', 'ENDS',
-           'INTERVAL', 'OPTION', 'YES_NO', 'IDIOM', 'SAID', 'POLITE', 'EXPRESSION', 'SOLVERS', 'FINALS', 'JUDGES',
-           'LISTED', 'BOUNDS', 'CODE', 'GRADER', 'extract', 'normalise_answer', 'ascii_signs', 'plain', 'iso_dates',
-           'wording', 'count_in_words', 'number_in_words', 'han_count', 'number_in_chinese', 'exact', 'form_value',
-           'unsigned', 'leading_number', 'number', 'Unit', 'base_units', 'units', 'named_unit', 'unit_of', 'Quantity',
-           'is_noun', 'measured', 'compound', 'quantity', 'spelt', 'units_in', 'same_noun', 'same_in_units',
-           'same_quantity', 'Formula', 'formula', 'latex', 'math_verify', 'same_formula', 'same_value', 'installed',
-           'braced', 'boxed', 'trimmed', 'table_row', 'sentences', 'Claim', 'Items', 'Reader', 'open_head', 'explicit',
-           'implied', 'only_one', 'assigned_twice', 'claim_of', 'claims', 'shortened', 'final_answer', 'key',
-           'read_number', 'number_reader', 'split_top', 'unwrapped', 'item_values', 'read_items', 'same_items',
-           'same_item', 'end_of', 'span', 'bracketed', 'one_side', 'inequality', 'both_sides', 'read_interval',
-           'options', 'read_choice', 'choice_reader', 'said', 'right_yes_no', 'subject_and_rest', 'marked', 'given_in',
-           'right_text', 'program_of', 'why_tests_fail', 'Shape', 'same_program', 'term_value', 'value', 'solve_chain',
-           'solve_compare', 'solve_sort', 'solve_count', 'answer_of', 'prompt_of', 'truth', 'fact', 'several_values',
-           'is_interval', 'is_number', 'kind_of', 'judge_of', 'right_answer', 'by_gym', 'Unreadable', 'reference',
-           'right_value', 'same_spans', 'right_by_kind', 'why_wrong', 'verify', 'without_format', 'own_reply',
-           'check_readable', 'check_row', 'remedy', 'grader_version']
+           'HAN_SCALES', 'HAN_CHARS', 'DECIMAL', 'POWER', 'OVER', 'SPELLINGS', 'FORMS', 'SIGN', 'SI', 'PREFIXES',
+           'OTHER', 'WORDS', 'BLOCKED', 'MULTIPLES', 'CURRENCY', 'PART', 'ASKED', 'MENTIONED', 'PERCENT', 'FUNCTIONS',
+           'WORD', 'SECONDS', 'NEGATION', 'REVISED', 'OPEN', 'GIVEN_UP', 'MAYBE', 'DOUBT', 'HEDGE', 'IS', 'SOLVED',
+           'EXPLICIT', 'SOFT', 'REASON', 'LEAD', 'DIGITS', 'RATIO', 'VARIABLE', 'PAIRS', 'ORDERED', 'COMPARED',
+           'BRACKETS', 'CHAIN', 'FLIP', 'ENDS', 'INTERVAL', 'OPTION', 'YES_NO', 'IDIOM', 'SAID', 'POLITE', 'PYTHON',
+           'EXPRESSION', 'SOLVERS', 'FINALS', 'JUDGES', 'LISTED', 'BOUNDS', 'CODE', 'GRADER', 'extract',
+           'normalise_answer', 'ascii_signs', 'plain', 'iso_dates', 'wording', 'count_in_words', 'number_in_words',
+           'han_count', 'number_in_chinese', 'exact', 'form_value', 'unsigned', 'leading_number', 'number', 'Unit',
+           'base_units', 'units', 'named_unit', 'unit_of', 'Quantity', 'is_noun', 'measured', 'compound', 'quantity',
+           'spelt', 'units_in', 'same_noun', 'same_in_units', 'same_quantity', 'Formula', 'formula', 'latex',
+           'math_verify', 'same_formula', 'same_value', 'installed', 'braced', 'boxed', 'trimmed', 'table_row',
+           'sentences', 'Claim', 'Items', 'Reader', 'open_head', 'explicit', 'implied', 'only_one', 'assigned_twice',
+           'claim_of', 'claims', 'shortened', 'final_answer', 'key', 'read_number', 'number_reader', 'split_top',
+           'unwrapped', 'item_values', 'read_items', 'same_items', 'same_item', 'end_of', 'span', 'bracketed',
+           'one_side', 'inequality', 'both_sides', 'read_interval', 'options', 'read_choice', 'choice_reader', 'said',
+           'right_yes_no', 'subject_and_rest', 'marked', 'given_in', 'right_text', 'program_of', 'why_tests_fail',
+           'Shape', 'same_program', 'term_value', 'value', 'solve_chain', 'solve_compare', 'solve_sort', 'solve_count',
+           'answer_of', 'prompt_of', 'truth', 'fact', 'several_values', 'is_interval', 'is_number', 'kind_of',
+           'judge_of', 'right_answer', 'by_gym', 'Unreadable', 'reference', 'right_value', 'same_spans',
+           'right_by_kind', 'why_wrong', 'verify', 'without_format', 'own_reply', 'check_readable', 'check_row',
+           'remedy', 'grader_version']
 
 # %% ../../nbs/tasks/02_verify.ipynb #7a675d0a
 import ast
@@ -202,7 +203,7 @@ def number_in_words(text: str) -> Fraction | None:
         top = 1
     return None if top is None else Fraction(top, part or 1)
 
-# %% ../../nbs/tasks/02_verify.ipynb #7bce99be
+# %% ../../nbs/tasks/02_verify.ipynb #9687a630
 HAN = {c: i for i, c in enumerate('零一二三四五六七八九')} | {'〇': 0, '两': 2, '兩': 2}
 HAN_UNITS = {'十': 10, '百': 100, '千': 1000}
 HAN_SCALES = {'万': 10**4, '萬': 10**4, '亿': 10**8, '億': 10**8}
@@ -230,6 +231,8 @@ def han_count(text: str) -> int | None:
 
 def number_in_chinese(text: str) -> Fraction | None:
     "The number of Chinese numerals, with 负, 点, 分之 and 百分之; None for other text."
+    if text.count('分之') > 1:
+        return None
     if '分之' in text:
         below, above = (number(part) for part in text.split('分之', 1))
         return above / below if above is not None and below else None
@@ -239,11 +242,11 @@ def number_in_chinese(text: str) -> Fraction | None:
         return None
     return Fraction(f'{count}.{"".join(str(HAN[c]) for c in decimals)}')
 
-# %% ../../nbs/tasks/02_verify.ipynb #28d9fad6
+# %% ../../nbs/tasks/02_verify.ipynb #0f7f0ca4
 DECIMAL = r'(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)'
 POWER = r'(?:[eE]|\s*[*x]\s*10\s*\^)\s*[{(]?\s*([+-]?\d{1,3})\s*[)}]?'
 OVER = r'\\frac\s*(?:\{\s*(-?\d+(?:\.\d+)?)\s*\}|(\d))\s*(?:\{\s*(-?\d+(?:\.\d+)?)\s*\}|(\d))'
-FORMS = [  # the first that fits is taken
+SPELLINGS = [  # the first that fits is taken
     ('mixed', r'(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])'),
     ('mixed', rf'(\d+)\s*{OVER}'),
     ('over', OVER),
@@ -252,7 +255,7 @@ FORMS = [  # the first that fits is taken
     ('ten', r'10\s*\^\s*[{(]?\s*([+-]?\d{1,3})\s*[)}]?'),
     ('decimal', rf'({DECIMAL})'),
 ]
-FORMS = [(name, re.compile(pattern)) for name, pattern in FORMS]
+FORMS = [(name, re.compile(pattern)) for name, pattern in SPELLINGS]
 
 
 def exact(digits: str) -> Fraction:
@@ -424,11 +427,11 @@ def unit_of(text: str) -> Unit | None:
             unit = unit.times(found, int(m[2] or 1) * (-1 if place else 1))
     return unit
 
-# %% ../../nbs/tasks/02_verify.ipynb #67180af7
+# %% ../../nbs/tasks/02_verify.ipynb #3dab5cb6
 BLOCKED = set(
     'or and not no nor to than more less fewer least most but if else unless except either neither between '
     'maybe perhaps possibly might may could would cannot too wrong incorrect false almost nearly over '
-    'under above below instead versus vs through until plus minus times-table squared cubed factorial '
+    'under above below per instead versus vs through until plus minus times-table squared cubed factorial '
     'pi sqrt log sin cos tan 或 和 到 至 不 与'.split()
 ) | {*SMALL, *SCALES, *PARTS}
 MULTIPLES = SCALES | dict(hundred=100, dozen=12, percent=Fraction(1, 100)) | HAN_SCALES
@@ -475,17 +478,19 @@ def measured(amount: Fraction, rest: str) -> Quantity | None:
     return Quantity(amount, noun=rest.strip().lower()) if is_noun(rest) else None
 
 
+PART = re.compile(r'(\d+(?:\.\d+)?)\s*([a-zA-Z\u4e00-\u9fff]+)[\s,]*(?:and\s+)?')
+
+
 def compound(text: str) -> Quantity | None:
     "A sum such as `1 h 30 min`, all of one kind; None for other text."
-    parts = re.findall(r'(\d+(?:\.\d+)?)\s*([a-zA-Z\u4e00-\u9fff]+)[\s,]*(?:and\s+)?', text)
-    found = [(exact(n), unit_of(name)) for n, name in parts]
-    left = re.sub(r'(\d+(?:\.\d+)?)\s*([a-zA-Z\u4e00-\u9fff]+)[\s,]*(?:and\s+)?', '', text)
-    if len(found) < 2 or left.strip(' .') or any(u is None or not u.powers for _, u in found):
+    parts = [(exact(n), unit_of(name)) for n, name in PART.findall(text)]
+    known = [(n, unit) for n, unit in parts if unit is not None and unit.powers]
+    if len(parts) < 2 or len(known) < len(parts) or PART.sub('', text).strip(' .'):
         return None
-    if len({u.powers for _, u in found}) > 1:
+    if len({unit.powers for _, unit in known}) > 1:
         return None
-    total = sum(n * u.factor for n, u in found)
-    return Quantity(total, Unit(powers=found[0][1].powers))
+    total = sum((n * unit.factor for n, unit in known), Fraction(0))
+    return Quantity(total, Unit(powers=known[0][1].powers))
 
 
 def quantity(text: str) -> Quantity | None:
@@ -643,7 +648,7 @@ def installed(package: str) -> str:
     except PackageNotFoundError:
         return ''
 
-# %% ../../nbs/tasks/02_verify.ipynb #5753a352
+# %% ../../nbs/tasks/02_verify.ipynb #30e381fc
 def braced(text: str, start: int) -> int:
     "Where the brace that opens at `start` closes; -1 if it does not."
     depth = 0
@@ -655,10 +660,11 @@ def braced(text: str, start: int) -> int:
 
 
 def boxed(text: str) -> str | None:
-    "What is in the last box, with those joined to it by a comma or a word; None without a box."
-    found, after = None, 0
+    "What is in the last box, with those joined to it by a comma or a word, or in the last `<answer>`; None without."
     text = text[-20_000:]
-    for m in re.finditer(r'\\(?:boxed|fbox)\s*\{', text):
+    tags = re.findall(r'<answer>(.*?)</answer>', text, re.S)
+    found, after = tags[-1].strip() if tags else None, len(text)
+    for m in list(re.finditer(r'\\(?:boxed|fbox)\s*\{', text))[-20:]:
         end = braced(text, m.end() - 1)
         inside = text[m.end() : end].strip() if end >= 0 else ''
         between = text[after : m.start()].strip(' $\n')
@@ -667,7 +673,7 @@ def boxed(text: str) -> str | None:
         after = end + 1
     return found
 
-# %% ../../nbs/tasks/02_verify.ipynb #6882fb46
+# %% ../../nbs/tasks/02_verify.ipynb #cdbcb576
 NEGATION = r"\b(?:not|never|neither|rather than|instead of|cannot)\b|n't\b|不是|而不"
 REVISED = re.compile(
     r'\b(?:wait|actually|scratch that|correction|on second thought|my mistake|i was wrong|sorry)\b,?|\bno,|'
@@ -676,7 +682,13 @@ REVISED = re.compile(
     re.I,
 )
 OPEN = re.compile(
-    rf'{NEGATION}|\b(?:if|whether|suppose|assume|doubt|unless|might|may|could|let|than|least|most)\b',
+    rf'{NEGATION}|\b(?:if|whether|suppose|assume|doubt|unless|might|may|could|let|than|least|most|'
+    r'rules? out|ruled out|eliminat\w+|exclud\w+|anything but|everything but|except|avoid|far from)\b',
+    re.I,
+)
+GIVEN_UP = re.compile(
+    r"\bno answer\b|\b(?:do not|don't) know\b|\b(?:cannot|can't|unable to|not possible to) "
+    r'(?:answer|tell|say|be determined|determine)\b',
     re.I,
 )
 MAYBE = 'maybe|perhaps|possibly|might|may|could|alternatively|unsure|not sure|uncertain'
@@ -684,7 +696,7 @@ DOUBT = re.compile(rf'\b(?:{MAYBE})\b|可能|也许', re.I)
 HEDGE = re.compile(rf'\b(?:or|either|{MAYBE})\b|或|可能|也许', re.I)
 IS = (
     r"(?:\s+(?:is|are|was|were|equals?|(?:must|should|will|would|has to|have to|turns out to) be|"
-    r'comes (?:out )?to|becomes|ist|est|es|è|é)\b|\s*(?:\'s\b|:|=|->|→|⇒))'
+    r'comes (?:out )?to|becomes|ist|est|es|è|é)\b|\s*(?:\'s\b|(?<!\d):|:(?!\d)|=|->|→|⇒))'
 )
 SOLVED = (
     r'(?:answer|result|solution|total|choice|option|conclusion|antwort|réponse|respuesta|risposta|'
@@ -736,7 +748,7 @@ def sentences(text: str) -> list[str]:
     lines = [marks.sub('', table_row(line)) for line in text.split('\n')]
     return [s.strip() for line in lines for s in re.split(r'(?<=[.!?])\s+', line) if s.strip()]
 
-# %% ../../nbs/tasks/02_verify.ipynb #124d5d5b
+# %% ../../nbs/tasks/02_verify.ipynb #8d2df777
 @dataclass(frozen=True)
 class Claim:
     "A value that a sentence gives (None: one that cannot be read), how plainly, and of what."
@@ -845,6 +857,8 @@ def claims(text: str, reader: Reader) -> list[Claim]:
         if turns := list(REVISED.finditer(sentence)):
             found.clear()
             sentence = sentence[turns[-1].end() :]
+        if GIVEN_UP.search(sentence):
+            found.append(Claim(None, 1))
         if not reader.mentions.search(sentence):
             continue
         claim = claim_of(sentence, reader)
@@ -1093,7 +1107,7 @@ def read_interval(text: str) -> tuple | None:
 ENDS = re.compile(r'[\[(\]].*[,;]|[<>]|\b(?:at least|at most|than|real)\b|inf')
 INTERVAL = Reader(read_interval, ENDS, several=True)
 
-# %% ../../nbs/tasks/02_verify.ipynb #72220959
+# %% ../../nbs/tasks/02_verify.ipynb #a320fa54
 OPTION = re.compile(
     r'(?:^|[\s(\[])([A-J])[).:\]]\s*(.+?)(?=[\s,;]+[(\[]?[A-J][).:\]]\s|[\s,;]*\n|\s*$)'
 )
@@ -1137,7 +1151,7 @@ YES_NO = {'yes': True, 'no': False, 'true': True, 'false': False} | {
 }
 IDIOM = r'\bno (?:doubt|problem|question|matter|wonder|need|worries)\b'
 SAID = re.compile(
-    r'(?:^|[.!?,;:/]|\b(?:is|and|or|but|so)\b)[\s"\'`*(]*(yes|no)\b(?=[\s"\'`*)]*(?:[.!?,;:/]|$|\b(?:and|or|it|they|he|she|there|this|that|i|we|since|because|as)\b|\d))|'
+    r'(?:^|[.!?,;:/]|\b(?:is|and|or|but|so|also)\b)[\s"\'`*(]*(yes|no)\b(?=[\s"\'`*)]*(?:[.!?,;:/]|$|\b(?:and|or|it|they|he|she|there|this|that|the|i|we|since|because|as)\b|\d))|'
     r'(?:^|[.,;:]\s*)(不是|不对|是|否|对|错误|错|正确)',
     re.I,
 )
@@ -1147,7 +1161,7 @@ def said(text: str) -> set[bool]:
     "What a reply says to a yes/no question: {True}, {False}, both, or nothing."
     text = re.sub(IDIOM, '', (boxed(text) or text), flags=re.I)
     text = plain(text).strip()
-    opening = re.match(r'["\'`*(\s]*(yes|no)\b', text, re.I)
+    opening = re.match(r'["\'`*(\s]*(yes)\b', text, re.I)
     words = [w for pair in SAID.findall(text) for w in pair if w] + (
         [opening[1]] if opening else []
     )
@@ -1226,14 +1240,16 @@ def right_text(right: str, answer: str) -> bool:
     other = [c for c in found if not c.value and (c.level or c.subject in subjects)]
     return bool(given) and not other
 
-# %% ../../nbs/tasks/02_verify.ipynb #86d88774
+# %% ../../nbs/tasks/02_verify.ipynb #97478f57
+PYTHON = ('python', 'py', 'python3', '')
+
+
 def program_of(text: str) -> str:
     "The code of a reply: its last fenced block of Python, else its last block, else all of it."
-    blocks = re.findall(r'```[ \t]*(\w*)[^\n]*\n(.*?)```', text, re.S)
-    python = [
-        code for language, code in blocks if language.lower() in ('python', 'py', 'python3', '')
-    ]
-    return (python or [code for _, code in blocks] or [text])[-1]
+    parts = text.split('```')
+    blocks = [block.partition('\n') for block in parts[1:-1:2]]
+    python = [code for first, _, code in blocks if first.strip().lower() in PYTHON]
+    return (python or [code for _, _, code in blocks] or [text])[-1]
 
 
 def why_tests_fail(program: str, tests) -> str:
@@ -1260,7 +1276,7 @@ class Shape(ast.NodeTransformer):
             and isinstance(name, ast.Name)
         ):
             return node
-        body = [ast.Return(node.value.body)]
+        body: list[ast.stmt] = [ast.Return(node.value.body)]
         new = ast.FunctionDef(name.id, node.value.args, body, [], None, None)
         return ast.copy_location(new, node)
 
@@ -1358,7 +1374,7 @@ def fact(row: dict) -> str:
     "The bare answer (`None` where the full answer quotes `weight=None`): the row's `fact`, else its truth."
     return row.get('fact') or truth(row)
 
-# %% ../../nbs/tasks/02_verify.ipynb #7fe37d43
+# %% ../../nbs/tasks/02_verify.ipynb #9475a977
 JUDGES = ('number', 'set', 'interval', 'choice', 'yesno', 'text', 'code', 'exact')
 LISTED = re.compile(
     r'\b(?:both|all|list|each|roots|solutions|zeros|numbers|values|factors|divisors|pair)\b|'
@@ -1400,10 +1416,12 @@ def is_interval(answer: str, question: str) -> bool:
 def is_number(answer: str, question: str) -> bool:
     "Whether an answer is a number, a quantity or a formula."
     text = plain(answer)
+    if quantity(VARIABLE.sub('', text)) is not None:
+        return True
     mathematics = re.search(r'\\|\^|√|π|\bsqrt\b|[a-z]\s*[+*/-]\s*\d|\d[a-z]\b', text)
     if RATIO.search(question) and number_reader(question).whole(text) is not None:
         return True
-    return quantity(text) is not None or bool(mathematics and formula(text))
+    return bool(mathematics and formula(text))
 
 
 @functools.lru_cache(4096)
