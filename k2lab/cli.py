@@ -595,8 +595,8 @@ def run_text(record: dict) -> str:
         lines += [
             '',
             text_table(
-                ['measure', 'before', 'after', 'n'],
-                [[m['measure'], m['before'], m['after'], m['n']] for m in record['metrics']],
+                ['measure', 'before', 'after', 'n', 'cut'],
+                [[m.get(k) for k in ('measure', 'before', 'after', 'n', 'cut')] for m in record['metrics']],
             ),
         ]
     failed = [f"  check failed: {c['name']} {c['detail']}" for c in record['checks'] if not c['ok']]

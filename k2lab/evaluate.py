@@ -112,7 +112,8 @@ def evaluate(job):
             one: with_parts(job, [taken[one][m] for m in own])
             for one in (name, *others_of(cfg, name))
         }
-        report_on(job, name, asked, shown.pop(name), shown)
+        others = {other: shown[other] for other in others_of(cfg, name)}
+        report_on(job, name, asked, shown[name], others)
 
 
 work = evaluate

@@ -36,7 +36,7 @@ from k2lab.corpus.pipeline import (
     texts_of,
 )
 from .corpus.readers import find_files, kind_of, stamp
-from .corpus.sources import documents, licence_of, package_folder
+from .corpus.sources import distributions, documents, licence_of, package_folder
 from .corpus.units import added
 from .lab.config import LabError
 from .lab.files import as_json, write_text
@@ -185,7 +185,7 @@ def source_name(spec: dict) -> str:
     "A source in a word or two, with its version if it has one: 'networkx 3.6'."
     if 'package' not in spec:
         return 'Python standard library' if 'stdlib' in spec else str(spec.get('files', spec))
-    names = importlib.metadata.packages_distributions().get(spec['package'], [])
+    names = distributions().get(spec['package'], [])
     return f'{spec["package"]} {importlib.metadata.version(names[0])}' if names else spec['package']
 
 
@@ -299,26 +299,21 @@ def set_rows(cfg) -> list[dict]:
 
 def side_questions(cfg, split: FunctionSides, side: str) -> list:
     "Rows about the functions of a side, none if it has no function; `LabError` if they do not suffice."
-    name, functions = (
-        dict(evaluation='eval_items', development='dev_items')[side],
-        getattr(split, side),
-    )
-    n = getattr(cfg, name)
+    name = dict(evaluation='eval_items', development='dev_items')[side]
+    functions, n = getattr(split, side), getattr(cfg, name)
     if not functions:
         return []
-    try:
-        rows = make_questions(functions, n, cfg.seed + SIDE_SEED[side], seen=split.seen(side))
-    except LabError as error:
-        raise LabError(f'{name}: {error} in evaluation_sources') from None
-    check_balance(name, rows)
+    weights, seed = dict.fromkeys(QUESTION_FAMILIES, 1), cfg.seed + SIDE_SEED[side]
+    rows = draw_questions(functions, n, seed, weights, seen=split.seen(side))
+    check_balance(name, n, rows)
     return with_licence(rows)
 
 
-def check_balance(name: str, rows: list):
-    "`LabError` if a family of questions has less than half of its share because its facts run out."
+def check_balance(name: str, n: int, rows: list):
+    "`LabError` if rows are missing, or a family has less than half of its share: its facts run out."
     families = Counter(row['family'] for row in rows)
-    least, n = min(families, key=lambda f: families[f], default=''), len(rows)
-    most = 2 * len(families) * families[least]
+    least = min(families, key=lambda f: families[f], default='any family')
+    most = min(2 * len(families) * families[least], len(rows))
     if n > most:
         raise LabError(
             f'{name}: {n} questions, but the functions give only {families[least]} of {least}; '
@@ -473,7 +468,7 @@ class TextFile:
     name: str
     format: str
     texts: Refined
-    index: object
+    index: Any
     about: tuple = ()  # steps, settings and mixture for the card
 
 

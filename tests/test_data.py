@@ -9,13 +9,14 @@ import re
 from collections import Counter
 from functools import partial
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 
 from k2lab.corpus import operators
 from k2lab.lab.config import LabError
 from k2lab.prepare_corpus import Config as PrepareConfig
-from k2lab.tasks import puzzles, questions, stats, verify
+from k2lab.tasks import puzzles, questions, splits, stats, verify
 from k2lab.text import rows
 
 TEXT = dict(text='Graphs have nodes and edges.', source='notes')
@@ -480,6 +481,103 @@ def test_twins_of_held_out_functions_are_not_trained_on():
     ] == ['walk']
 
 
+def test_a_list_or_a_line_under_another_name_is_found():
+    signature = dict(family='default', group='a.f', instruction='?', input='f(G, k=2)', fact='2')
+    line = dict(family='describe', group='a.g', instruction='?', fact='Draw it')
+    line['input'] = 'g: Draw it\nh: Save it'
+    leaks = [
+        signature | dict(group='b.other', input='other(G, k=2)'),
+        signature | dict(input='f(x, k=2)'),  # the same function
+        line | dict(group='b.x', input='x: SAVE IT\ny: Show it', fact='Show it'),
+    ]
+    clean = [
+        signature | dict(group='b.other', input='other(G, k=2)', family='arity'),
+        signature | dict(group='b.other', input='other(G, k=3)', fact='3'),
+        dict(family='own', instruction='?', input='f(G, k=2)', fact='2'),
+    ]
+    found = []
+    job = SimpleNamespace(check=lambda name, ok, detail: found.append(ok))
+    for trained in [*([row] for row in leaks), clean]:
+        splits.check_facts(job, [signature, line], dict(train=trained))
+    assert found == [False, False, False, True]
+
+
+@pytest.mark.parametrize('percent,development', [(15, 5), (15, 10), (30, 5)])
+def test_seeds_are_evaluated_on_other_keys_and_developed_on_the_same(percent, development):
+    keys = [f'k{i}' for i in range(3000)]
+    of = lambda seed, side: {*splits.Sides(percent, development, seed).part(keys, side, str)}
+    apart = int((100 - development) // percent)
+    windows = [of(seed, 'evaluation') for seed in range(apart)]
+    assert sum(map(len, windows)) == len(set.union(*windows))
+    assert all(abs(len(w) / 30 - percent) < 3 for w in windows)
+    assert of(0, 'development') == of(7, 'development') and len(of(0, 'development')) > 100
+    assert not of(0, 'development') & set.union(*windows)
+    parts = [of(3, side) for side in ('training', 'development', 'evaluation')]
+    assert sum(map(len, parts)) == 3000 == len(set.union(*parts))
+
+
+@pytest.mark.parametrize(
+    'family,a,b',
+    [
+        ('chain', 'What is 12+3-4?', 'Compute 12-4+3.'),
+        ('count', 'How many a in: a, b, a, c?', 'Count a in: c, a, a, b.'),
+        ('sort', 'Sort ascending: 30,10,20.', 'Sort ascending: 10,20,30.'),
+        ('compare', 'Give the larger value: 3*4 or 2*9.', 'Give the larger value: 9*2 or 4*3.'),
+    ],
+)
+def test_no_evaluated_puzzle_is_trained_on_in_another_order(family, a, b):
+    # a rule of its own: the numbers and words of a prompt, sorted; the first of a chain or count stays
+    def mark(prompt):
+        if sides := re.findall(r'(\d+)([*+])(\d+)', prompt) * (family == 'compare'):
+            return sorted([op, *sorted((x, y))] for x, op, y in sides)
+        pieces = re.findall(r'[-+]?\w+', prompt.split(': ')[-1])
+        pieces = [p.lstrip('+') for p in pieces if p not in ('What', 'is', 'Compute', 'or')]
+        first = pieces[:1] if family == 'chain' else re.findall(r'(\S+) in:', prompt)
+        return tuple(first), tuple(sorted(pieces))
+
+    assert mark(a) == mark(b)
+    evaluated = puzzles.make_puzzles(300, 10_000_000, (family,), share=0.2)
+    train = puzzles.make_puzzles(8000, 0, (family,), avoid={r['id'] for r in evaluated})
+    marks = lambda made: {str(mark(r['prompt'])) for r in made}
+    assert not marks(evaluated) & marks(train)
+
+
+def test_a_question_that_nothing_answers_and_a_rule_that_reads_signatures():
+    f = F('walk', (('G', None), ('n', '3'), ('sep', "','"), ('box', '(1, 2)')), 'Walk on a path.')
+    asked = {family: list(questions.ASK[family]([f], None)) for family in questions.RECALL_FAMILIES}
+    assert [answer for *_, answer, _ in asked['recall_default']] == ['n=3', "sep=','", 'box=(1, 2)']
+    assert [answer for *_, answer, _ in asked['recall_after']] == ['n', 'sep', 'box']
+    assert [answer for *_, answer, _ in asked['recall_parameters']] == ['G, n, sep, box']
+    assert [answer for *_, answer, _ in asked['recall_describe']] == ['Walk on a path']
+    assert all(page == '' for rows in asked.values() for _, _, page, *_ in rows)
+    rows = [
+        dict(family='default', instruction='What is the default of sep?', output="sep=','"),
+        dict(
+            family='after', instruction='What follows sep in the signature?', output="sep=',', box"
+        ),
+        dict(
+            family='after', instruction='What follows box in the signature?', output='box=(1, 2), x'
+        ),
+        dict(
+            family='arity', instruction='Count the parameters of walk.', output='G, n, sep, box: 4'
+        ),
+    ]
+    rows = [row | dict(input=f.signature) for row in rows] + [
+        dict(family='recall_after', output='')
+    ]
+    read = questions.prompt_only_baseline(rows[:4])
+    assert read == dict(all=0.75, default=1, after=0.5, arity=1)
+    assert questions.prompt_only_baseline([]) == {}
+
+
+def test_weights_and_packages_share_the_rows():
+    weights = dict(arity=1, describe=3)
+    made = questions.make_questions(LIB, 200, 0, weights)
+    assert Counter(r['family'] for r in made) == dict(arity=50, describe=150)
+    kinds = questions.in_turn('aaaabbc', lambda letter: letter)
+    assert ''.join(kinds) == 'abcabaa'
+
+
 # the stage ------------------------------------------------------------------------------------------------------------
 
 
@@ -588,6 +686,16 @@ def test_reasoning_mode_leaves_five_files_that_do_not_meet(reasoning_job):
     sets = [prompts(reasoning_job, name) for name in names]
     assert [len(s) for s in sets] == [80, 24, 40, 20] and len(set.union(*sets)) == 164
     assert rows_of(reasoning_job, 'reasoning')[0]['source'] == 'puzzles/chain'
+
+
+def test_without_training_questions_a_package_is_still_asked_about(prepared):
+    job = prepared(questions=0)
+    assert 'domain_sft' not in job.record['saves']
+    assert len(rows_of(job, 'domain_questions')) == 40
+    assert len(rows_of(job, 'domain_questions_dev')) == 20
+    other = prepared(questions=0, seed=1)
+    of = lambda job: {r['group'] for r in rows_of(job, 'domain_questions')}
+    assert not of(job) & of(other)
 
 
 def test_the_same_seed_gives_the_same_bytes(prepared, reasoning_job):

@@ -272,7 +272,7 @@ def shown(job) -> dict:
 
 
 def test_own_rows_without_a_family_complete(own):
-    files = dict(domain_sft=sums(40), domain_questions=sums(12))
+    files = dict(domain_sft=sums(40), domain_questions_dev=sums(12))
     measures = ['domain_questions']
     job = own(
         'train_sft_domain',
@@ -284,15 +284,15 @@ def test_own_rows_without_a_family_complete(own):
     data = job.record['data']['domain_sft']
     assert (data['read'], data['epochs'], data['examples'], data['asked']) == (40, 1.0, 40, 'all')
     line = next(m for m in job.record['metrics'] if m['measure'] == 'domain_questions')
-    assert (line['n'], line['baseline']['few_shot_n']) == (12, 12)
+    assert (line['n'], line['baselines']['few_shot']['n']) == (12, 12)
 
 
 def test_a_baseline_without_examples_is_left_out_and_said(own):
     questions = [dict(row, family='sums') for row in sums(12)]
-    files = dict(domain_sft=sums(40), domain_questions=questions)
+    files = dict(domain_sft=sums(40), domain_questions_dev=questions)
     job = own('train_sft_domain', files, measures=['domain_questions'])
     assert shown(job)['few-shot baseline left out'].startswith('0 solved examples of family sums')
-    assert 'few_shot' not in job.record['metrics'][0]['baseline']
+    assert 'few_shot' not in job.record['metrics'][0]['baselines']
 
 
 def test_a_small_file_is_not_repeated_unasked(own):

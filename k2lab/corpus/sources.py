@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Function', 'signature_parameters', 'summary_of', 'package_folder', 'python_files', 'python_nodes', 'functions',
-           'manual_page', 'licence_of', 'python_documents', 'file_documents', 'documents']
+           'manual_page', 'distributions', 'licence_of', 'python_documents', 'file_documents', 'documents']
 
 # %% ../../nbs/corpus/03_sources.ipynb #cb47fce5
 import ast
@@ -12,8 +12,10 @@ import importlib.metadata
 import importlib.util
 import re
 import sysconfig
+from collections.abc import Mapping
 from dataclasses import dataclass
 from email.message import Message
+from functools import cache
 from pathlib import Path
 from typing import cast
 
@@ -172,10 +174,16 @@ def manual_page(name: str, node, doc: str) -> str:
     return f'def {short}({args}):\n\n{doc.strip()}\n'
 
 
+@cache
+def distributions() -> Mapping[str, list[str]]:
+    "{package: names of the distributions that it comes with}; read once, which takes a second."
+    return importlib.metadata.packages_distributions()
+
+
 def licence_of(package: str) -> str:
     "The licence a distribution declares about itself."
     # sklearn comes with scikit-learn
-    distribution = importlib.metadata.packages_distributions()[package][0]
+    distribution = distributions()[package][0]
     # a `Message`: typeshed's `PackageMetadata` lacks its `get` in Python 3.11
     meta = cast(Message, importlib.metadata.metadata(distribution))
     text = meta.get('License-Expression') or next(

@@ -9,6 +9,7 @@ __all__ = ['RECALL', 'LABELS', 'TEXT_FAMILIES', 'ENOUGH', 'Sides', 'sorted_by_si
            'check_guessing', 'check_held']
 
 # %% ../../nbs/tasks/04_splits.ipynb #91957d01
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -63,7 +64,7 @@ class Sides:
         return [item for item in items if self.holds(side, key(item))]
 
 # %% ../../nbs/tasks/04_splits.ipynb #ebe4c51d
-def sorted_by_side(corpus: Refined, settings: Refining, sides: Sides, asked: set) -> tuple:
+def sorted_by_side(corpus: Refined, settings: Refining, sides: Sides, asked: Set) -> tuple:
     "(index of the training side, of the held-out side, of the keys in `asked`; counts)."
     index, steps = unique(corpus, settings)
     of = lambda key: 0 if sides.of(key) == 'evaluation' else 1 if key in asked else -1
@@ -74,7 +75,7 @@ def sorted_by_side(corpus: Refined, settings: Refining, sides: Sides, asked: set
 
 # %% ../../nbs/tasks/04_splits.ipynb #53c33ff2
 def split_texts(
-    corpus: Refined, settings: Refining, sides: Sides, eval_sets: dict, asked=frozenset()
+    corpus: Refined, settings: Refining, sides: Sides, eval_sets: dict, asked: Set = frozenset()
 ) -> tuple:
     "(training index, held-out index, counts); training quotes no held-out or asked page, no eval text."
     train, heldout, known, steps = sorted_by_side(corpus, settings, sides, asked)
@@ -154,10 +155,9 @@ def split_functions(
     window = sets['development'] + developed
     sets['development'] = sets['development'] + unlike(developed, chain(*sets.values()))
     sets['evaluation'] = sets['evaluation'] + unlike(evaluated, chain(*sets.values(), window))
-    read = len(domain + trained + developed + evaluated)
-    kept = sum(map(len, sets.values()))
-    removed = {'name or summary of another side, or held out with general text': read - kept}
-    counts = counted('functions', range(read), range(kept), removed)
+    read, kept = domain + trained + developed + evaluated, list(chain(*sets.values()))
+    why = 'name or summary of another side, or held out with general text'
+    counts = counted('functions', read, kept, {why: len(read) - len(kept)})
     return FunctionSides(**sets, window=window, counts=counts)
 
 

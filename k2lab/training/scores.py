@@ -7,10 +7,10 @@ __all__ = ['SIDES', 'TEXTS', 'QUESTIONS', 'MEASURES', 'COMMIT', 'SMALL', 'WINDOW
            'own_set', 'check_names', 'asked_for', 'own_row', 'check_apart', 'own_rows', 'Asked', 'read_asked',
            'read_all', 'saved_weights', 'weights_of', 'grader', 'Opened', 'device_of', 'opened', 'limits_of', 'key_of',
            'take', 'Scored', 'keep', 'holds', 'asks_the_same', 'candidates', 'known', 'score', 'part_of', 'keep_part',
-           'with_parts', 'parts_of', 'scores', 'baselines', 'family_baselines', 'with_baselines', 'score_line',
-           'control_line', 'report']
+           'with_parts', 'parts_of', 'scores', 'rule_shares', 'baselines', 'family_baselines', 'with_baselines',
+           'score_line', 'control_line', 'report']
 
-# %% ../../nbs/training/04_scores.ipynb #5e08df1a
+# %% ../../nbs/training/04_scores.ipynb #d24e8a49
 import inspect
 import json
 import re
@@ -36,6 +36,7 @@ from k2lab.tasks.items import (
     score_of,
     write_items,
 )
+from ..tasks.questions import prompt_only_baseline
 from ..tasks.stats import copy_baseline, majority_baseline
 from ..tasks.verify import GRADER, JUDGES, check_row
 from ..text.rows import read_rows
@@ -306,7 +307,7 @@ def keep(job, key: dict, items: list) -> Scored:
             write_items(job.folder, name, items)
     return Scored(key['measure'], name, items)
 
-# %% ../../nbs/training/04_scores.ipynb #3efbfbd0
+# %% ../../nbs/training/04_scores.ipynb #239963c0
 def holds(items: list, kept: dict) -> bool:
     "Whether items are the ones that were kept, and still give the value that was recorded."
     bare = [{k: v for k, v in i.items() if k != 'key'} for i in items]
@@ -342,7 +343,8 @@ def known(job, model: Opened, asked: Asked) -> Scored | None:
             and holds(items, record['scores'][name])
             and asks_the_same(job, model, asked, items)
         ):
-            job.record.setdefault('reused', {})[name] = str(Path(record['folder']).name)
+            if record['folder'] != job.folder:
+                job.record.setdefault('reused', {})[name] = Path(record['folder']).name
             return keep(job, key, [{k: v for k, v in i.items() if k != 'key'} for i in items])
     return None
 
@@ -387,13 +389,19 @@ def scores(job, model: Opened, asked: list[Asked]) -> dict[str, Scored]:
     "`{measure: score}` of a model, each the known one of an equal key or measured now."
     return with_parts(job, [score(job, model, one) for one in asked])
 
-# %% ../../nbs/training/04_scores.ipynb #59ba25df
-RULES = {'majority': majority_baseline, 'copy': copy_baseline}
+# %% ../../nbs/training/04_scores.ipynb #0ca9996a
+RULES = {'majority': majority_baseline, 'copy': copy_baseline, 'prompt_only': prompt_only_baseline}
+
+
+def rule_shares(rows: list) -> dict[str, dict]:
+    "`{rule: {family: share}}`; what a rule reads from the prompt alone is known for the lab's own questions."
+    known = [name for name in RULES if name != 'prompt_only' or 'output' in rows[0]]
+    return {name: RULES[name](rows) for name in known}
 
 
 def baselines(asked: Asked, helped: Scored | None = None) -> dict:
     "`{'majority', 'copy', 'few_shot': {'value', 'n'}}`: what an accuracy is worth without knowing more."
-    shares = {name: rule(asked.rows)['all'] for name, rule in RULES.items()}
+    shares = {name: by['all'] for name, by in rule_shares(asked.rows).items()}
     if helped is None:
         return shares
     e = score_of(helped.items)
@@ -402,7 +410,7 @@ def baselines(asked: Asked, helped: Scored | None = None) -> dict:
 
 def family_baselines(asked: Asked, families: dict) -> dict:
     "The families of a line, each with the baselines of its own rows."
-    tables = {name: rule(asked.rows) for name, rule in RULES.items()}
+    tables = rule_shares(asked.rows)
     return {
         family: line | {name: shares[family] for name, shares in tables.items()}
         for family, line in families.items()
