@@ -233,8 +233,8 @@ def test_either_way_reaches_a_goal_and_a_gap_is_not_a_miss():
     assert verdict(poor, short) == 'not measured' and verdict() == 'not measured'
 
 
-def test_baselines_the_control_and_cut_replies_are_judged_too():
-    own = dict(baselines=dict(few_shot=dict(value=0.05, n=150), copy=dict(value=0.3, n=450)), cut=9)
+def test_baselines_and_the_control_are_judged_too():
+    own = dict(baselines=dict(few_shot=dict(value=0.05, n=150), copy=dict(value=0.3, n=450)))
     found = line('domain_questions', 0.32, 0.28, 0.36, **own)
     found['over_control'] = dict(value=-0.03, low=-0.05, high=-0.01)
     seen = [Evidence('c', 'nano', lines=[found])]
@@ -245,8 +245,6 @@ def test_baselines_the_control_and_cut_replies_are_judged_too():
     assert judged(over_baseline='copy').verdict == 'cannot be said'
     assert judged(over_baseline='prompt_only').verdict == 'not measured'
     assert judged(over_control=0).verdict == 'not reached'
-    assert judged(cut_at_most=0.02).verdict == 'reached'
-    assert judged(cut_at_most=0.01).verdict == 'not reached'
     assert judged(at_least=0.2, items=451).verdict == 'not reached'
 
 
@@ -328,7 +326,7 @@ def test_every_goal_of_the_demo_is_judged(report):
 def test_every_score_of_report_json_is_computed_again_from_items_alone(report, seeds):
     lines = report_json(report)['campaigns'][0]['lines']
     keyed = [m for m in lines if m.get('key')]
-    assert len(keyed) == 51
+    assert len(keyed) == 61
     for m in keyed:
         items = read_items(seeds[0] / m['run'])
         assert score_of(items[m['key']]).value == m['after'], m

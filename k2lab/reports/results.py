@@ -63,7 +63,7 @@ class Measure:
 
 MEASURES = {
     'domain_questions': Measure('domain questions', 'share', 'higher'),
-    'domain_recall': Measure('domain questions without help in the prompt', 'share', 'higher'),
+    'domain_recall': Measure('domain recall', 'share', 'higher'),
     'reasoning_verified': Measure('verified reasoning', 'share', 'higher'),
     'reasoning_tokens': Measure('tokens of a reply', 'count', 'lower'),
     'cut': Measure('replies cut off', 'share', 'lower'),
@@ -247,7 +247,7 @@ def chain(evidence: Evidence) -> dict[str, str]:
     return ({base: ''} if base else {}) | teachers | students(evidence)
 
 
-SKIPPED = ('parameters', 'generate_tokens_s', 'cut', 'wall_s', 'peak_gib')  # shown elsewhere
+SKIPPED = ('parameters', 'generate_tokens_s', 'wall_s', 'peak_gib')  # shown elsewhere
 
 
 def measures_of(evidence: Evidence) -> list[str]:
