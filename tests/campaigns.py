@@ -164,7 +164,7 @@ def train(home: Path, at: int, name: str, runs: dict[str, str], n: int, seed: in
     folder = home / f'2026-11-23.{at}-{stage}'
     folder.mkdir(parents=True)
     lines = scores(folder, stage, name, start, n, seed + 100, 'development')
-    config = dict(init_from=start, seed=seed)
+    config: dict = dict(init_from=start, seed=seed)
     if stage == 'distill_to_student':
         config |= dict(teacher='k2_think_dpo')
         own = dict(checkpoint=name, side='development')

@@ -482,7 +482,8 @@ def other_row(line: dict, page: str) -> list:
     value = short(line['after'])
     if page and items_of(line):
         value = el('a', value, href=f'{page}#{place(line)}')
-    better = {True: '↑ higher', False: '↓ lower'}.get(line.get('higher_is_better'), '')
+    side = line.get('higher_is_better')
+    better = '' if side is None else '↑ higher' if side else '↓ lower'
     name = about(line['measure']).label
     return [
         line['checkpoint'],
