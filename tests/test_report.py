@@ -459,6 +459,25 @@ def test_an_empty_campaign_is_said_not_crashed_on(tmp_path):
     assert 'failed: it broke' in report_html(make_report([gather(tmp_path, 'nano')], []))
 
 
+@pytest.mark.parametrize('damage', ['cut', 'broken line', 'gone'])
+def test_scores_whose_items_are_not_whole_are_counted_at_the_top(tmp_path, damage):
+    home = campaign(tmp_path / 'c', n=40)
+    path = home / '2026-11-23.6-evaluate' / 'items.jsonl'
+    lines = path.read_text().splitlines(keepends=True)
+    if damage == 'gone':
+        path.unlink()
+    else:
+        lines[7] = lines[7][:20] + '\n' if damage == 'broken line' else lines[7]
+        path.write_text(''.join(lines[:-60] if damage == 'cut' else lines))
+    evidence = gather(home, 'nano')
+    report = make_report([evidence], [])
+    n = 3 if damage == 'cut' else 30
+    scores = f'2026-11-23.6-evaluate: items of {n} scores are missing or damaged'
+    assert any(w.startswith(scores) for w in warnings(evidence)), warnings(evidence)
+    assert report.scores['general_bits_per_byte', 'k2_student_7b'].place == ''
+    assert Page(report_html(report)) and Page(items_html(evidence, 5))
+
+
 def test_lineage_holds_replaced_ancestors(tmp_path):
     first = add(tmp_path, 1, record('train_continual_pretrain', saves='k2_p')).name
     add(tmp_path, 2, record('train_continual_pretrain', saves='k2_p'))

@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..corpus.card import card_report
+from ..lab.config import LabError
 from ..lab.display import Html, short
 from ..lab.files import read_lines
 from ..lab.records import gate_failures, promoted, read_or_mark, run_order, standing
@@ -511,7 +512,12 @@ def low_high(line: dict) -> str:
 def card_of(record: dict) -> dict:
     "The data card of a run; empty if it left none."
     path = Path(record['folder']) / 'card.json'
-    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    try:
+        return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    except ValueError as e:
+        raise LabError(
+            f'{path}: damaged ({e}); run {record["stage"]} again, or remove it'
+        ) from None
 
 
 def corpus_row(corpus: dict) -> list:
