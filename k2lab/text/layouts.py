@@ -107,7 +107,19 @@ _MESSAGE_NAMES = {
 HARMLESS = (
     *('id', 'idx', 'index', 'uuid', 'uid', 'prompt_id', 'conversation_id', 'hash'),
     *('source', 'dataset', 'origin', 'url', 'split', 'licence', 'license', 'author', 'model'),
-    *('lang', 'language', 'family', 'style', 'why', 'date', 'timestamp', 'created', 'created_at'),
+    *(
+        'lang',
+        'language',
+        'family',
+        'group',
+        'package',
+        'style',
+        'why',
+        'date',
+        'timestamp',
+        'created',
+        'created_at',
+    ),
 )
 MEANINGS = {
     'answer': 'the right answer',
