@@ -36,6 +36,11 @@ class Config:
     def __post_init__(self):
         for goal in self.goals:
             check_goal(goal)
+        for name in ('samples', 'items'):
+            if getattr(self, name) < 0:
+                raise LabError(f'{name} is {getattr(self, name)}: it is a number of at least 0')
+        if len(set(self.campaigns)) < len(self.campaigns):
+            raise LabError(f'campaigns: one is named twice: {", ".join(self.campaigns)}')
         for name in self.campaigns:
             if not (lab_path('runs') / check_campaign(name)).is_dir():
                 raise LabError(f"campaigns: no campaign '{name}' in {lab_path('runs').name}/")

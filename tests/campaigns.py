@@ -56,9 +56,9 @@ def texts(measure: str, n: int, bits: float, seed: int, name: str) -> list[dict]
     return out
 
 
-def lengths(items: list[dict]) -> list[dict]:
-    "The items of the length of replies, from those of an accuracy."
-    return [{k: v for k, v in i.items() if k not in ('right', 'reply', 'cut')} for i in items]
+def counts(items: list[dict], what: str) -> list[dict]:
+    "The items of the length of replies (`tokens`) or of what was cut off (`cut`), from an accuracy's."
+    return [{k: i[k] for k in ('item', 'group', 'family', what)} for i in items]
 
 
 def measured(name: str, n: int, seed: int) -> dict[str, list]:
@@ -68,7 +68,8 @@ def measured(name: str, n: int, seed: int) -> dict[str, list]:
     return {
         'domain_questions': answered('domain_questions', n, domain, seed, name),
         'reasoning_verified': reasoned,
-        'reasoning_tokens': lengths(reasoned),
+        'reasoning_tokens': counts(reasoned, 'tokens'),
+        'cut': counts(reasoned, 'cut'),
         'domain_bits_per_byte': texts('domain_bits_per_byte', n // 4, own_bits, seed, name),
         'general_bits_per_byte': texts('general_bits_per_byte', n // 4, general_bits, seed, name),
     }
@@ -163,7 +164,7 @@ def train(home: Path, at: int, name: str, runs: dict[str, str], n: int, seed: in
     folder = home / f'2026-11-23.{at}-{stage}'
     folder.mkdir(parents=True)
     lines = scores(folder, stage, name, start, n, seed + 100, 'development')
-    config = dict(init_from=start, seed=seed)
+    config: dict = dict(init_from=start, seed=seed)
     if stage == 'distill_to_student':
         config |= dict(teacher='k2_think_dpo')
         own = dict(checkpoint=name, side='development')
@@ -173,6 +174,8 @@ def train(home: Path, at: int, name: str, runs: dict[str, str], n: int, seed: in
         over = dict(value=0.02, low=0.005, high=0.035)
         lines[1] |= dict(control=lines[1]['after'] - 0.02, over_control=over)
         pairs = [answered('preference_accuracy', n, share, seed, name) for share in (0.8, 0.9)]
+        plain = ('item', 'group', 'family', 'question', 'right')
+        pairs = [[{k: i[k] for k in plain} for i in items] for items in pairs]
         for key, items in zip(('before', 'now'), pairs):
             write_items(folder, key, items)
         line = metric(stage, 'preference_accuracy', 0, 0, checkpoint=name, side='development')

@@ -233,8 +233,8 @@ def test_either_way_reaches_a_goal_and_a_gap_is_not_a_miss():
     assert verdict(poor, short) == 'not measured' and verdict() == 'not measured'
 
 
-def test_baselines_the_control_and_cut_replies_are_judged_too():
-    own = dict(baselines=dict(few_shot=dict(value=0.05, n=150), copy=dict(value=0.3, n=450)), cut=9)
+def test_baselines_and_the_control_are_judged_too():
+    own = dict(baselines=dict(few_shot=dict(value=0.05, n=150), copy=dict(value=0.3, n=450)))
     found = line('domain_questions', 0.32, 0.28, 0.36, **own)
     found['over_control'] = dict(value=-0.03, low=-0.05, high=-0.01)
     seen = [Evidence('c', 'nano', lines=[found])]
@@ -245,8 +245,6 @@ def test_baselines_the_control_and_cut_replies_are_judged_too():
     assert judged(over_baseline='copy').verdict == 'cannot be said'
     assert judged(over_baseline='prompt_only').verdict == 'not measured'
     assert judged(over_control=0).verdict == 'not reached'
-    assert judged(cut_at_most=0.02).verdict == 'reached'
-    assert judged(cut_at_most=0.01).verdict == 'not reached'
     assert judged(at_least=0.2, items=451).verdict == 'not reached'
 
 
@@ -328,7 +326,7 @@ def test_every_goal_of_the_demo_is_judged(report):
 def test_every_score_of_report_json_is_computed_again_from_items_alone(report, seeds):
     lines = report_json(report)['campaigns'][0]['lines']
     keyed = [m for m in lines if m.get('key')]
-    assert len(keyed) == 51
+    assert len(keyed) == 61
     for m in keyed:
         items = read_items(seeds[0] / m['run'])
         assert score_of(items[m['key']]).value == m['after'], m
@@ -459,6 +457,25 @@ def test_an_empty_campaign_is_said_not_crashed_on(tmp_path):
     assert 'no complete runs' in report_html(report) and report_json(report)['scores'] == []
     add(tmp_path, 1, record('train_sft_domain', saves='k2_d', status='failed'))
     assert 'failed: it broke' in report_html(make_report([gather(tmp_path, 'nano')], []))
+
+
+@pytest.mark.parametrize('damage', ['cut', 'broken line', 'gone'])
+def test_scores_whose_items_are_not_whole_are_counted_at_the_top(tmp_path, damage):
+    home = campaign(tmp_path / 'c', n=40)
+    path = home / '2026-11-23.6-evaluate' / 'items.jsonl'
+    lines = path.read_text().splitlines(keepends=True)
+    if damage == 'gone':
+        path.unlink()
+    else:
+        lines[7] = lines[7][:20] + '\n' if damage == 'broken line' else lines[7]
+        path.write_text(''.join(lines[:-60] if damage == 'cut' else lines))
+    evidence = gather(home, 'nano')
+    report = make_report([evidence], [])
+    n = 3 if damage == 'cut' else 30
+    scores = f'2026-11-23.6-evaluate: items of {n} scores are missing or damaged'
+    assert any(w.startswith(scores) for w in warnings(evidence)), warnings(evidence)
+    assert report.scores['general_bits_per_byte', 'k2_student_7b'].place == ''
+    assert Page(report_html(report)) and Page(items_html(evidence, 5))
 
 
 def test_lineage_holds_replaced_ancestors(tmp_path):

@@ -134,27 +134,23 @@ def cell_html(cell: Cell | None, page: str) -> Html:
     return el('td', *parts, class_='num')
 
 
-def baselines_of(evidences: list[Evidence], measure: str) -> dict[str, float]:
-    "The trivial baselines of a measure, as the first line that has them says."
+def baselines_of(evidences: list[Evidence], measure: str) -> dict[str, dict]:
+    "`{baseline: {'value', 'n'}}` of a measure: those of the evaluation side, else those of a training stage."
     lines = [m for e in evidences for m in e.lines if m['measure'] == measure]
-    known = next((m['baselines'] for m in lines if m.get('baselines')), {})
-    value = lambda v: v['value'] if isinstance(v, dict) else v
-    return {k: value(v) for k, v in known.items() if value(v) is not None}
+    lines.sort(key=lambda m: m['side'] != 'evaluation')
+    found = {}
+    for name, value in (one for m in lines for one in (m.get('baselines') or {}).items()):
+        found.setdefault(name, value if isinstance(value, dict) else dict(value=value))
+    return {k: v for k, v in found.items() if v['value'] is not None}
 
 
 def beside(evidences: list[Evidence], measure: str) -> str:
-    "Baselines and the control of a measure, in words."
+    "Baselines and the control of a measure, in words; of few-shot answers also how many were asked."
+    words = []
+    for name, found in baselines_of(evidences, measure).items():
+        asked = f' (n {found["n"]:,})' if found.get('n') else ''
+        words.append(f'{name.replace("_", "-")} {with_unit(measure, found["value"])}{asked}')
     lines = [m for e in evidences for m in e.lines if m['measure'] == measure]
-    words = [
-        f'{k.replace("_", "-")} {with_unit(measure, v)}'
-        for k, v in baselines_of(evidences, measure).items()
-    ]
-    few = next(
-        (m['baselines']['few_shot'] for m in lines if (m.get('baselines') or {}).get('few_shot')),
-        None,
-    )
-    if isinstance(few, dict) and few.get('n'):
-        words = [w + f' (n {few["n"]:,})' if w.startswith('few-shot') else w for w in words]
     control = next((m for m in lines if m.get('control') is not None), None)
     if control:
         words.append(f'control {with_unit(measure, control["control"])}')
@@ -220,7 +216,7 @@ def stage_charts(evidences: list[Evidence], found: dict) -> Html:
         if len(row) > 1:
             late_ones = [drawn(c) for c in row if c.checkpoint in late]
             teachers = [drawn(c) for c in row if c.checkpoint not in late]
-            lines = baselines_of(evidences, measure).values()
+            lines = [v['value'] for v in baselines_of(evidences, measure).values()]
             chart = stage_chart(measure, teachers, late_ones, lines)
             figures.append(el('figure', el('figcaption', about(measure).label), chart))
     return el('div', *figures, class_='grid') if figures else note('Nothing was measured twice.')
@@ -323,7 +319,7 @@ def student_sentence(evidences: list[Evidence]) -> str:
     kept = [f'{rounded(e)} of its {about(m).label}' for m, e in ratios.items() if e]
     size = size_ratio(evidences[0], name)
     who = 'The student' + (f", {part_of(size)} the teacher's size," if size else '')
-    return f'{who} keeps {listed(kept)}' if kept else f'{who} was not compared with its teacher'
+    return f'{who} keeps {listed(kept)}' if kept else f'{who} has no share of its teacher to show'
 
 
 def teacher_sentence(evidences: list[Evidence], found: dict) -> str:

@@ -19,7 +19,7 @@ from .charts import anchor, el, html_table, note
 from .goals import Goal, goal_sentence
 from .items_page import items_body
 from .matrix import Cell, families, matrix, matrix_table, stage_charts, story
-from .results import Evidence, chain, steps
+from .results import Evidence, chain, steps, without_items
 from k2lab.reports.sections import (
     card_of,
     cards,
@@ -95,6 +95,10 @@ def warnings(evidence: Evidence) -> list[str]:
         lines.append(
             f'Made from runs that have been replaced since: {", ".join(old)}. See Lineage.'
         )
+    lines += [
+        f'{run}: items of {n} scores are missing or damaged; shown is what the run recorded.'
+        for run, n in without_items(evidence).items()
+    ]
     if evidence.older:
         names = ', '.join(dict.fromkeys(m['checkpoint'] for m in evidence.older))
         runs = ', '.join(dict.fromkeys(m['run'] for m in evidence.older))

@@ -6,11 +6,12 @@
 __all__ = ['MEASURES', 'SHOW', 'ROUNDS', 'KEYS', 'TRAINING', 'SKIPPED', 'role', 'in_folder', 'steps', 'newest_runs', 'Measure',
            'about', 'with_unit', 'is_share', 'percent', 'bracket', 'with_interval', 'trains', 'made', 'lines_of',
            'is_of_older', 'merged', 'cost_line', 'costs', 'Evidence', 'gather', 'line_of', 'students', 'chain',
-           'measures_of', 'final_teacher', 'kept_items', 'items_of', 'as_before', 'score_line', 'other_side', 'compare',
-           'as_estimate', 'recorded']
+           'measures_of', 'final_teacher', 'kept_items', 'items_of', 'without_items', 'as_before', 'score_line',
+           'other_side', 'compare', 'as_estimate', 'recorded']
 
 # %% ../../nbs/reports/00_results.ipynb #3e7a755f
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -63,7 +64,7 @@ class Measure:
 
 MEASURES = {
     'domain_questions': Measure('domain questions', 'share', 'higher'),
-    'domain_recall': Measure('domain questions without help in the prompt', 'share', 'higher'),
+    'domain_recall': Measure('domain recall', 'share', 'higher'),
     'reasoning_verified': Measure('verified reasoning', 'share', 'higher'),
     'reasoning_tokens': Measure('tokens of a reply', 'count', 'lower'),
     'cut': Measure('replies cut off', 'share', 'lower'),
@@ -247,7 +248,7 @@ def chain(evidence: Evidence) -> dict[str, str]:
     return ({base: ''} if base else {}) | teachers | students(evidence)
 
 
-SKIPPED = ('parameters', 'generate_tokens_s', 'cut', 'wall_s', 'peak_gib')  # shown elsewhere
+SKIPPED = ('parameters', 'generate_tokens_s', 'wall_s', 'peak_gib')  # shown elsewhere
 
 
 def measures_of(evidence: Evidence) -> list[str]:
@@ -266,13 +267,22 @@ def final_teacher(evidence: Evidence) -> str:
 # %% ../../nbs/reports/00_results.ipynb #8f0f4be6
 @lru_cache(maxsize=64)
 def kept_items(folder: str) -> dict[str, list]:
-    "The items of a run by score key; empty if the run kept none."
-    return read_items(folder)
+    "The items of a run by score key; empty if the run kept none, or if the file is damaged."
+    try:
+        return read_items(folder)
+    except ValueError:
+        return {}
 
 
 def items_of(line: dict) -> list[dict]:
-    "The items that a line was computed of; empty if they were not kept."
-    return kept_items(line['folder']).get(line.get('key', ''), []) if line.get('folder') else []
+    "The items that a line was computed of; empty if not all of them were kept."
+    items = kept_items(line['folder']).get(line.get('key', ''), []) if line.get('folder') else []
+    return items if line.get('n') in (None, len(items)) else []
+
+
+def without_items(evidence: Evidence) -> dict[str, int]:
+    "`{run: number of scores}` that name items which are not all there."
+    return Counter(m['run'] for m in evidence.lines if m.get('key') and not items_of(m))
 
 
 def as_before(evidence: Evidence, checkpoint: str, measure: str, side: str) -> dict:
@@ -283,9 +293,11 @@ def as_before(evidence: Evidence, checkpoint: str, measure: str, side: str) -> d
     found = next((m for m in evidence.lines if same(m) and m.get('before') is not None), None)
     if found is None:
         return {}
-    keep = ('stage', 'measure', 'n', 'seed', 'side', 'run', 'folder')
+    keep = ('stage', 'measure', 'seed', 'side', 'run', 'folder')
     line = {k: found.get(k) for k in keep}
-    line |= dict(checkpoint=checkpoint, after=found['before'], key=found.get('before_key', ''))
+    line |= dict(
+        checkpoint=checkpoint, n=None, after=found['before'], key=found.get('before_key', '')
+    )
     items = items_of(line)
     return line | (own_line(items) if items else {})
 
@@ -304,7 +316,8 @@ def other_side(evidence: Evidence, line: dict, other: str) -> dict:
     "The line of another checkpoint by the same measure and side, or what a run kept of it as `before`."
     measure, side = line['measure'], line['side']
     own = line.get('compared_with') == other and line.get('before') is not None
-    mine = dict(line, after=line.get('before'), key=line.get('before_key', '')) if own else {}
+    kept = dict(n=None, after=line.get('before'), key=line.get('before_key', ''))
+    mine = line | kept if own else {}
     return (
         line_of(evidence, other, measure, side) or mine or as_before(evidence, other, measure, side)
     )

@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..corpus.card import card_report
+from ..lab.config import LabError
 from ..lab.display import Html, short
 from ..lab.files import read_lines
 from ..lab.records import gate_failures, promoted, read_or_mark, run_order, standing
@@ -482,7 +483,8 @@ def other_row(line: dict, page: str) -> list:
     value = short(line['after'])
     if page and items_of(line):
         value = el('a', value, href=f'{page}#{place(line)}')
-    better = {True: '↑ higher', False: '↓ lower'}.get(line.get('higher_is_better'), '')
+    side = line.get('higher_is_better')
+    better = '' if side is None else '↑ higher' if side else '↓ lower'
     name = about(line['measure']).label
     return [
         line['checkpoint'],
@@ -510,7 +512,12 @@ def low_high(line: dict) -> str:
 def card_of(record: dict) -> dict:
     "The data card of a run; empty if it left none."
     path = Path(record['folder']) / 'card.json'
-    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    try:
+        return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    except ValueError as e:
+        raise LabError(
+            f'{path}: damaged ({e}); run {record["stage"]} again, or remove it'
+        ) from None
 
 
 def corpus_row(corpus: dict) -> list:
