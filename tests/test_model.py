@@ -6,7 +6,7 @@ torch = pytest.importorskip('torch')
 from k2lab.models.adapters import lora
 from k2lab.models.load import Loading, small_model
 from k2lab.models.mla import NAME, from_latents
-from k2lab.training.muon import STACK, orthogonalise, orthogonalise_all, stacks
+from k2lab.training.muon import STACK, Muon, orthogonalise, orthogonalise_all, stacks
 
 
 class Vocabulary:
@@ -94,3 +94,16 @@ def test_muon_takes_matrices_of_one_shape_together():
 def test_a_stack_holds_no_more_than_it_may():
     side = int(STACK**0.5)
     assert stacks([torch.empty(side, side, device='meta')] * 2) == [[0], [1]]
+
+
+def test_muon_moves_the_head_at_its_share_of_the_rate():
+    model = torch.nn.Module()
+    model.body, model.lm_head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 6, bias=False)
+    before = model.lm_head.weight.detach().clone()
+    optimizer = Muon(model, lr=0.01, weight_decay=0.0, head_rate=0.05)
+    model.lm_head(model.body(torch.ones(2, 4))).pow(2).sum().backward()
+    optimizer.step()
+    # Adam's first step is the rate itself, whatever the gradient
+    moved = (model.lm_head.weight - before).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.0005), rtol=1e-2, atol=0)
+    assert [len(group['params']) for group in optimizer.param_groups] == [1, 1, 1]

@@ -6,7 +6,7 @@
 __all__ = ['OFTEN', 'identifiers', 'sentences', 'compound', 'literal', 'made_up', 'syllable', 'jumbled', 'look_up', 'next_name',
            'call_defaults', 'operation', 'sums', 'counting_on', 'next_term', 'running_total', 'ordering', 'taking_out',
            'few', 'printing', 'removing', 'simplifying', 'counting', 'running_count', 'comparing', 'call', 'ask_calls',
-           'signature', 'shown_page', 'listing', 'page_lines', 'text_above', 'naming', 'practice_words', 'sessions']
+           'signature', 'listing', 'sessions']
 
 # %% ../../nbs/tasks/05_sessions.ipynb #fcd2eacc
 import random
@@ -230,45 +230,13 @@ def signature(rng, names, lines) -> tuple[str, str]:
     return ask_calls(rng, f'>>> help({f})\n{f}({", ".join(shown)})\n', asked)
 
 
-def shown_page(page: dict) -> str:
-    "A page as it is printed."
-    return '>>> print(page)\n' + ''.join(f'{name}: {text}\n' for name, text in page.items())
-
-
 def listing(rng, names, lines) -> tuple[str, str]:
     "A few lines `name: text`; one is looked up by its name, one by its text."
     page = {compound(rng, names): rng.choice(lines) for _ in range(rng.randint(2, 5))}
     a, b = rng.choice(list(page)), rng.choice(list(page))
+    shown = '>>> print(page)\n' + ''.join(f'{k}: {v}\n' for k, v in page.items())
     asked = {call(rng, 'line', a): f'{a}: {page[a]}', call(rng, 'line', page[b]): f'{b}: {page[b]}'}
-    return ask_calls(rng, shown_page(page), asked)
-
-# %% ../../nbs/tasks/05_sessions.ipynb #4b9124f3
-def page_lines(rng, names, lines, n: int, words: int | None = None) -> dict:
-    "{name: text} of n lines, no two alike; a sentence, or `words` names."
-    page = {}
-    while len(page) < n:
-        text = ' '.join(rng.sample(names, words)) if words else rng.choice(lines)
-        if text not in page.values():
-            page[compound(rng, names)] = text
-    return page
-
-
-def text_above(rng, page: dict) -> tuple[str, str]:
-    "A line asked for by its text above the page, and the line below it."
-    name = rng.choice(list(page))
-    asked = call(rng, 'line', page[name])
-    return f'>>> later({asked})\n{shown_page(page)}', f'>>> now()\n{name}: {page[name]}\n'
-
-
-def naming(rng, names, lines) -> tuple[str, str]:
-    "A page, and its lines found by their texts: all of them below the page, or one above it."
-    words = rng.choice([1, 2, 3, None, None, None])
-    page = page_lines(rng, names, lines, rng.randint(2, 5), words)
-    if rng.random() < 0.6:
-        return text_above(rng, page)
-    calls = {name: call(rng, 'line', page[name]) for name in rng.sample(list(page), len(page))}
-    asked = ''.join(f'>>> {one}\n{name}: {page[name]}\n' for name, one in calls.items())
-    return shown_page(page), asked
+    return ask_calls(rng, shown, asked)
 
 # %% ../../nbs/tasks/05_sessions.ipynb #1f2b3fc4
 OFTEN = {
@@ -288,20 +256,14 @@ OFTEN = {
     comparing: 2,
     signature: 6,
     listing: 8,
-    naming: 16,
 }
-
-
-def practice_words(rng, names: list, lines: list) -> tuple[list, list]:
-    "(names, sentences) of real pages with half as many made-up ones."
-    names = names + [made_up(rng) for _ in names[::2]]
-    words = names + [w for line in lines for w in line.split()]
-    return names, lines + [jumbled(rng, words) for _ in lines[::2]]
 
 
 def sessions(n: int, names: list, lines: list, seed: int) -> list[tuple[str, str]]:
     "`n` pairs `(given, follows)` with names and sentences of real pages, and half as many made-up ones."
     rng = random.Random(seed)
-    names, lines = practice_words(rng, names, lines)
+    names = names + [made_up(rng) for _ in names[::2]]
+    words = names + [w for line in lines for w in line.split()]
+    lines = lines + [jumbled(rng, words) for _ in lines[::2]]
     kinds = rng.choices(list(OFTEN), list(OFTEN.values()), k=n)
     return [make(rng, names, lines) for make in kinds]

@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
 
     torch.optim.Muon takes two-dimensional parameters only; here a stack of expert matrices (E, m, n)
     is orthogonalised expert by expert.
-    Embeddings, head, router, norms and biases get AdamW."""
+    Embeddings, head, router, norms and biases get AdamW, embeddings and head at `head_rate` of the rate."""
 
     def __init__(
         self,
@@ -63,11 +63,17 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         betas=(0.9, 0.95),
         eps: float = 1e-8,
+        head_rate: float = 1.0,
     ):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        kinds = {name: kind_of(name, p) for name, p in named}
+        params = {
+            kind: [p for n, p in named if kinds[n] == kind] for kind in ('matrix', 'rest', 'head')
+        }
         groups = [
-            dict(params=[p for n, p in named if is_matrix(n, p)], adam=False),
-            dict(params=[p for n, p in named if not is_matrix(n, p)], adam=True),
+            dict(params=params['matrix'], adam=False),
+            dict(params=params['rest'], adam=True),
+            dict(params=params['head'], adam=True, lr=lr * head_rate),
         ]
         super().__init__(
             [g for g in groups if g['params']],
@@ -109,8 +115,8 @@ class Muon(torch.optim.Optimizer):
         p.addcdiv_(m / (1 - b1**t), (v / (1 - b2**t)).sqrt() + group['eps'], value=-group['lr'])
 
 
-def is_matrix(name: str, p) -> bool:
-    "Whether Muon takes this parameter: a weight matrix that is neither an embedding, a head nor a router."
-    return p.ndim > 1 and not any(
-        part in name for part in ('embed_tokens', 'lm_head', 'mlp.gate.weight')
-    )
+def kind_of(name: str, p) -> str:
+    "matrix: Muon takes it; head: an embedding or the head; rest: a router, norm or bias."
+    if any(part in name for part in ('embed_tokens', 'lm_head')):
+        return 'head'
+    return 'matrix' if p.ndim > 1 and 'mlp.gate.weight' not in name else 'rest'

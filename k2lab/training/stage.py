@@ -99,7 +99,7 @@ class Training:
     init_from: str = ''  # checkpoint to start from, by name
     saves: str = ''  # checkpoint it leaves
     length: int = 256  # longest row in tokens
-    optimizer: str = 'adamw'  # adamw | muon
+    optimizer: str = 'adamw'  # adamw | muon | muon_slow_head
     # how the model is opened, and its adapter: the fields of k2lab.models.load.Loading
     load: Annotated[dict, Loading] = field(default_factory=dict)
     measures: list = field(default_factory=list)  # what to measure before and after
