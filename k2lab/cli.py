@@ -596,7 +596,10 @@ def run_text(record: dict) -> str:
             '',
             text_table(
                 ['measure', 'before', 'after', 'n', 'cut'],
-                [[m.get(k) for k in ('measure', 'before', 'after', 'n', 'cut')] for m in record['metrics']],
+                [
+                    [m.get(k) for k in ('measure', 'before', 'after', 'n', 'cut')]
+                    for m in record['metrics']
+                ],
             ),
         ]
     failed = [f"  check failed: {c['name']} {c['detail']}" for c in record['checks'] if not c['ok']]

@@ -263,7 +263,7 @@ KINDS = [  # a right row and its answer, and a text that is wrong by it
 ]
 
 
-def own_of(path, mode):
+def graded_own(path, mode):
     return read_own([path], dict(domain='domain_sft', reasoning='reasoning_sft')[mode])
 
 
@@ -275,14 +275,14 @@ def test_a_row_of_each_kind_is_right_by_its_own_answer_or_refused(
     good = write(
         tmp_path / 'good.jsonl', [question(f'What is f({i})?', right) | more for i in 'ab']
     )
-    rows = own_of(good, mode)
+    rows = graded_own(good, mode)
     assert sum(verify(row, row['final']) for row in rows) == 2
     assert not any(verify(row, wrong) for row in rows)
     bad = write(
         tmp_path / 'bad.jsonl', [question('a?', right) | more, question('b?', wrong) | more]
     )
     with pytest.raises(LabError, match=r'bad\.jsonl: row 2: .*(graded by|graded as)'):
-        own_of(bad, mode)
+        graded_own(bad, mode)
 
 
 @MODES
@@ -290,7 +290,7 @@ def test_what_is_trained_is_what_is_graded(tmp_path, mode):
     one = question('a?', 'Lima')
     field = dict(domain='output', reasoning='final')[mode]
     with pytest.raises(LabError, match=f'row 1: {field!r} is .Cusco., but replies would be graded'):
-        own_of(write(tmp_path / 'a.jsonl', [one | {field: 'Cusco', 'answer': 'Lima'}]), mode)
+        graded_own(write(tmp_path / 'a.jsonl', [one | {field: 'Cusco', 'answer': 'Lima'}]), mode)
 
 
 @pytest.mark.skipif(bool(why_not()), reason=f'no sandbox: {why_not()}')
@@ -298,10 +298,10 @@ def test_what_is_trained_is_what_is_graded(tmp_path, mode):
 def test_rows_with_tests_are_graded_by_them(tmp_path, mode):
     adds = dict(tests=['assert add(2, 3) == 5'])
     good, bad = 'def add(a, b): return a + b', 'def add(a, b): return a - b'
-    [row] = own_of(write(tmp_path / 'a.jsonl', [question('Add.', good, **adds)]), mode)
+    [row] = graded_own(write(tmp_path / 'a.jsonl', [question('Add.', good, **adds)]), mode)
     assert verify(row, 'def add(x, y): return y + x')
     with pytest.raises(LabError, match='tests fail'):
-        own_of(write(tmp_path / 'a.jsonl', [question('Add.', bad, **adds)]), mode)
+        graded_own(write(tmp_path / 'a.jsonl', [question('Add.', bad, **adds)]), mode)
 
 
 @MODES
