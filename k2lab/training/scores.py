@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from ..lab.config import LabError, one_of
 from ..lab.files import check_published
@@ -224,8 +225,8 @@ WINDOW = 256  # tokens in which a text is read
 class Opened:
     "A model that is measured, and what names it in the keys of its scores."
 
-    model: object
-    tok: object
+    model: Any  # transformers declares too little for type checkers
+    tok: Any
     weights: str
     device: str
 

@@ -19,7 +19,7 @@ import random
 import shutil
 from dataclasses import dataclass, field, fields
 from itertools import takewhile
-from typing import Annotated
+from typing import Annotated, Any
 
 from ..lab.config import LabError, lab_path, one_of, read_yaml
 from ..lab.display import Table
@@ -689,8 +689,8 @@ def run_control(job, mixture: Mixture, asked: list[Asked]) -> dict[str, Scored]:
 class Trained:
     "What a supervised stage made: the model that was measured, what it was asked, and its scores."
 
-    model: object
-    tok: object
+    model: Any
+    tok: Any
     asked: list[Asked]
     scores: dict[str, Scored]
 
