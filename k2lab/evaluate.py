@@ -30,7 +30,7 @@ class Config:
     "Which checkpoints are measured, on what, and what they are compared with."
 
     # each with what it is compared with: {k2_think_dpo: [Kimi-K2-Base, k2_reason_sft]}; [] for nothing
-    checkpoints: dict[str, str | list[str]] = field(default_factory=dict)
+    checkpoints: dict[str, list[str] | str] = field(default_factory=dict)
     # what is measured of each: {k2_think_dpo: [domain_questions, reasoning_verified]}
     measures: dict[str, list[str]] = field(default_factory=dict)
     side: str = 'evaluation'  # of the questions that are asked: evaluation | development
@@ -50,7 +50,7 @@ class Config:
                 raise LabError(f"measures: nothing for '{name}'; write measures.{name}=[MEASURE]")
         for name, measures in self.measures.items():
             one_of('checkpoint', name, self.checkpoints, 'measures')
-            check_names(measures, self.test_sets, self.side)
+            check_names(measures, self.test_sets, self.side, f'measures.{name}')
         check_names([], self.test_sets, self.side)
         if self.answer_tokens < 1:
             raise LabError(f'answer_tokens {self.answer_tokens}: an answer takes at least 1 token')

@@ -52,6 +52,8 @@ def another(key: str, value):
         return not value
     if isinstance(value, (int, float)):
         return value * 2 + 1
+    if value == []:
+        return ['k2_domain_pretrain']  # the only empty lists are of checkpoints to compare with
     if isinstance(value, list) and isinstance(value[0], float):
         return [v + 1 for v in value]
     return value[::-1] if isinstance(value, list) else f'{value}2'
@@ -140,7 +142,7 @@ TRIAL = [
         'train_sft_domain',
         'nano',
         'mix.domain_sft=10',
-        {'domain_sft': 10, 'domain': 300, 'general': 100},
+        {'domain_sft': 10, 'domain': 300, 'general': 200},
     ),
     ('sample_teacher', 'nano', 'samples.preferences=2', {'preferences': 2, 'distill': 1}),
     (
@@ -591,8 +593,16 @@ BLOCKS = [
         "unknown key 'at_leats'",
     ),
     ('report', {'goals': '[{stage: a, says: b, any: [[{measure: c, gian: 1}]]}]'}, "key 'gian'"),
-    ('report', {'goals': '[{stage: a, says: b, measure: c}]'}, 'a goal has a measure and one of'),
-    ('report', {'goals': '[{says: b, measure: c, gain: 1}]'}, "no 'stage'"),
+    (
+        'report',
+        {'goals': '[{stage: a, says: b, measure: c}]'},
+        'a condition has a measure and one of',
+    ),
+    (
+        'report',
+        {'goals': '[{says: b, measure: c, gain: 1}]'},
+        "name a 'checkpoint', or the 'stage'",
+    ),
 ]
 
 

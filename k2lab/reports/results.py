@@ -324,11 +324,15 @@ def other_side(evidence: Evidence, line: dict, other: str) -> dict:
 
 
 def compare(evidence: Evidence, line: dict, other: str) -> dict:
-    "`{'other', 'before', 'change', 'ratio'}` of a line against another checkpoint; empty if that was not measured."
+    """`{'other', 'before', 'change', 'ratio'}` of a line against another checkpoint.
+
+    Empty if that was not measured, or on other items alone, as a count of cut replies to other questions."""
     against = other_side(evidence, line, other)
     if not against:
         return {}
     before, after = items_of(against), items_of(line)
+    if before and after and {i['item'] for i in before}.isdisjoint(i['item'] for i in after):
+        return {}
     if before and after:
         return {'other': other} | compared_line(before, after)
     found = {'other': other, 'before': against['after']}

@@ -92,7 +92,7 @@ def own_set(name: str, spec) -> OwnSet:
     return OwnSet(**spec)
 
 
-def check_names(measures: list, test_sets: dict, side: str):
+def check_names(measures: list, test_sets: dict, side: str, where: str = 'measures'):
     "`LabError` for an unknown measure or side, and for a test set that cannot be read or hides a measure."
     one_of('side', side, SIDES, 'side')
     for name, spec in test_sets.items():
@@ -100,7 +100,7 @@ def check_names(measures: list, test_sets: dict, side: str):
         if name in MEASURES:
             raise LabError(f'test_sets: {name} is a measure of the lab; give the set another name')
     for measure in measures:
-        one_of('measure', measure, [*MEASURES, *test_sets], 'measures')
+        one_of('measure', measure, [*MEASURES, *test_sets], where)
 
 
 def asked_for(measures: list, test_sets: dict) -> list[str]:
