@@ -281,7 +281,8 @@ def pipeline(words: list) -> int:
         as_done = {'reason': already, 'gate': None, 'promoted': None}
         progress.end(records[-1] | (as_done if done and promoted(done) else {}))
     print(summary(records))
-    print(''.join(f'\n{gate_text(r)}' for r in records if r['status'] == 'complete'), end='')
+    gates = [gate_text(r) for r in records if r['status'] == 'complete']
+    print(''.join(f'\n{text}' for text in gates if text), end='')
     report = lab_path('runs') / campaign / 'report.html'
     if report.exists():
         print(f'\nreport: {report}')
