@@ -283,7 +283,9 @@ def test_a_test_set_is_one_line_of_config(tmp_path, monkeypatch):
 BAD_ROWS = {
     'rows 1 and 2 ask the same': [dict(prompt='2+2?', answer='4')] * 2,
     "'answer' is empty": [dict(prompt='2+2?', answer='')],
-    "no column 'answer'": [dict(prompt='2+2?', key='4')],
+    "no column 'answer'": [dict(prompt='2+2?')],
+    "column 'choices' is not used": [dict(prompt='Pick one.', answer='4', choices=['3', '4'])],
+    "unknown judge 'gut'": [dict(prompt='2+2?', answer='4', judge='gut')],
     'must be text or a number': [dict(prompt='2+2?', answer=None)],
     'cannot be read as a number': [dict(prompt='Solve.', answer='several')],
 }
