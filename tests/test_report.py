@@ -260,6 +260,16 @@ def test_scores_of_other_items_are_not_compared(tmp_path):
     assert compare(Evidence('c', 'nano', lines=[old, new | dict(key='1' * 16, n=2)]), old, 'k2_y')
 
 
+def test_a_score_of_one_item_says_nothing():
+    found = line('domain_questions', 1.0, None, None, key='a' * 16) | dict(n=1)
+    found['over_control'] = dict(value=1.0, low=None, high=None)
+    seen = [Evidence('c', 'nano', lines=[found])]
+    goal = dict(says='x', checkpoint='k2_x', measure='domain_questions')
+    assert judge_goal(goal | dict(at_least=0.6), seen).verdict == 'cannot be said'
+    assert judge_goal(goal | dict(over_control=0), seen).verdict == 'cannot be said'
+    assert '[-∞, ∞]' in judge_goal(goal | dict(at_least=0.6), seen).reached
+
+
 def test_seeds_are_joined_by_students_t():
     "t(.975, 2) = 4.302653; the standard deviation of .60, .62, .64 is .02."
     e = over_seeds([point(0.60, 2000), point(0.62, 2000), point(0.64, 2000)])

@@ -54,8 +54,9 @@ def point(value: float, n: int | None = None) -> Estimate:
 
 
 def own_interval(line: dict) -> Estimate:
-    "The value of a line with its interval."
-    if line.get('low') is None or line['measure'] in ROUNDS:
+    "The value of a line with its interval; a point for costs, which have no items."
+    counted = line.get('low') is None and not line.get('key')
+    if counted or line['measure'] in ROUNDS:
         return point(line['after'], line['n'])
     return recorded({**line, 'value': line['after']})
 

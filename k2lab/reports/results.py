@@ -116,8 +116,9 @@ def bracket(low, high, digits: int = 1, sign: str = '') -> str:
     "An interval of shares as ` [low, high]` in per cent or points; empty without one."
     if low is None or low == high:
         return ''
-    end = '∞' if math.isinf(high) else percent(high, digits, sign)
-    return f' [{percent(low, digits, sign)}, {end}]'
+    low_end = '-∞' if math.isinf(low) else percent(low, digits, sign)
+    high_end = '∞' if math.isinf(high) else percent(high, digits, sign)
+    return f' [{low_end}, {high_end}]'
 
 
 ROUNDS = ('generate_tokens_s',)  # measured in rounds: low and high are the slowest and the fastest
@@ -346,7 +347,9 @@ def as_estimate(values: dict | None, n: int | None = None) -> Estimate | None:
 
 
 def recorded(values: dict, n: int | None = None) -> Estimate:
-    "A recorded `{'value', 'low', 'high'}` as an `Estimate`."
+    "A recorded `{'value', 'low', 'high'}` as an `Estimate`; infinite bounds where none could be said, as of one item."
     count = values.get('n') or n or 0
-    se, groups = (values['high'] - values['low']) / 3.92, values.get('groups') or count
-    return Estimate(values['value'], values['low'], values['high'], se, count, groups)
+    low = -math.inf if values.get('low') is None else values['low']
+    high = math.inf if values.get('high') is None else values['high']
+    groups = values.get('groups') or count
+    return Estimate(values['value'], low, high, (high - low) / 3.92, count, groups)
