@@ -9,7 +9,7 @@ __all__ = ['SIDES', 'SHARE', 'work', 'Config', 'share_line', 'compare', 'train']
 from dataclasses import dataclass, field
 
 from .models.load import open_model, open_tokenizer
-from .tasks.items import own_line, ratio_line
+from .tasks.items import ratio_line
 from .training.metrics import generation_speed
 from .training.scores import Scored, opened, scores
 from .training.stage import Supervised, Trained, supervised
@@ -29,7 +29,7 @@ class Config(Supervised):
 
 # %% ../nbs/61_distill_to_student.ipynb #8821a6cd
 SIDES = 'teacher before, student after'
-SHARE = "teacher's accuracy before, student's share of it after"
+SHARE = "the student's share of the teacher's accuracy, on equal items"
 
 
 def share_line(student: Scored, teacher: Scored) -> dict | None:
@@ -38,9 +38,8 @@ def share_line(student: Scored, teacher: Scored) -> dict | None:
     if share is None:
         return None
     ends, n = dict(low=share['low'], high=share['high']), len(student.items)
-    theirs = own_line(teacher.items)['after']
     keys = dict(key=student.key, before_key=teacher.key)
-    return dict(before=theirs, after=share['value'], **ends, n=n, ratio=share, **keys, note=SHARE)
+    return dict(after=share['value'], **ends, n=n, ratio=share, **keys, note=SHARE)
 
 
 def compare(job, student: Trained):

@@ -55,12 +55,20 @@ def picture(folder: Path, where: str) -> list[str]:
     return [f'![{says}]({where}/report.png)'] if (folder / 'report.png').exists() else []
 
 
+def missed(goals: list[dict]) -> str:
+    "The goals that were not reached and those of which it cannot be said, with their values."
+    said = lambda verdict: [
+        f'{g["says"]} ({g["reached"]})' for g in goals if g['verdict'] == verdict
+    ]
+    kinds = {v: said(v) for v in ('not reached', 'cannot be said', 'not measured')}
+    return '\n'.join(f'- {v.capitalize()}: {"; ".join(some)}.' for v, some in kinds.items() if some)
+
+
 def measured(folder: Path) -> str:
     "What the reports that are kept in a folder say: lead, scores with intervals, goals."
     parts = []
     for path in sorted(folder.glob('*/report.json')):
         report = json.loads(path.read_text(encoding='utf-8'))
-        goals = [[g['says'], g['reached'], g['verdict']] for g in report['goals']]
         where = posixpath.join('runs/evidence', path.parent.name)
         campaigns = ', '.join(c['campaign'] for c in report['campaigns'])
         facts = report['facts']
@@ -69,7 +77,7 @@ def measured(folder: Path) -> str:
             f'{facts["wall time of all runs"]}). {report["lead"]} {report["goals_reached"]}',
             *picture(path.parent, where),
             score_table(report),
-            table(['goal', 'reached', 'verdict'], goals),
+            missed(report['goals']),
             f'[Its pages, notebooks and numbers]({where}/README.md).',
         ]
     return '\n\n'.join(parts) or 'No report is kept in runs/evidence yet.'

@@ -28,7 +28,15 @@ from k2lab.reports.goals import (
 from k2lab.reports.matrix import matrix
 from k2lab.reports.model_card import card, write_cards
 from k2lab.reports.page import items_html, lead, make_report, report_html, report_json, warnings
-from k2lab.reports.results import MEASURES, Evidence, compare, gather, line_of, newest_runs
+from k2lab.reports.results import (
+    MEASURES,
+    Evidence,
+    compare,
+    gather,
+    line_of,
+    measures_of,
+    newest_runs,
+)
 from k2lab.reports.sections import ancestors, run_name
 from k2lab.tasks.items import read_items, score_of, write_items
 from k2lab.tasks.stats import Estimate
@@ -258,6 +266,13 @@ def test_scores_of_other_items_are_not_compared(tmp_path):
     new = line('cut', 0, 0, 0, 'k2_y', key='2' * 16, **place) | dict(n=3)
     assert compare(Evidence('c', 'nano', lines=[old, new]), new, 'k2_x') == {}
     assert compare(Evidence('c', 'nano', lines=[old, new | dict(key='1' * 16, n=2)]), old, 'k2_y')
+
+
+def test_a_share_of_the_teacher_is_no_row_of_the_matrix():
+    "The teacher's own accuracy stood under that label, as what the student was compared with."
+    found = line('share_of_teacher_domain_questions', 0.6, 0.5, 0.7, key='a' * 16)
+    lines = [found, line('mine', 0.6, 0.5, 0.7, key='b' * 16)]
+    assert measures_of(Evidence('c', 'nano', lines=lines)) == ['mine']
 
 
 def test_a_score_of_one_item_says_nothing():

@@ -253,10 +253,13 @@ SKIPPED = ('parameters', 'generate_tokens_s', 'wall_s', 'peak_gib')  # shown els
 
 
 def measures_of(evidence: Evidence) -> list[str]:
-    "The measures of checkpoints, known ones first; what lm-eval measured has a table of its own."
+    """The measures of checkpoints, known ones first.
+
+    What lm-eval measured has a table of its own; a share of the teacher is the `ratio` of its measure."""
     known = [m for m in MEASURES if m not in SKIPPED]
     lines = [m for m in evidence.lines if m.get('checkpoint')]
     have = {m['measure'] for m in lines if ':' not in m['measure']}
+    have = {m for m in have if not m.startswith('share_of_teacher_')}
     own = [m['measure'] for m in lines if m.get('key') and m['measure'] in have - {*MEASURES}]
     return [m for m in dict.fromkeys([*known, *own]) if m in have]
 
