@@ -45,6 +45,8 @@ def score_table(report: dict) -> str:
 
     found = {(s['measure'], s['checkpoint']): s for s in report['scores']}
     measures, names = (list(dict.fromkeys(at[i] for at in found)) for i in (0, 1))
+    order = [m['name'] for m in report['campaigns'][0]['models']]
+    names.sort(key=lambda n: order.index(n) if n in order else len(order))  # bases first
     rows = [[about(m).label, *(value(found.get((m, n))) for n in names)] for m in measures]
     return table(['', *names], rows)
 

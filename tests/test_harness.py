@@ -1,18 +1,17 @@
 "Tasks of lm-eval: what is sent, what is scored, what is kept, and what becomes of them when something breaks."
 
-import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from test_server import listening
 
 from k2lab.lab.config import LabError
 from k2lab.lab.files import read_lines
@@ -450,23 +449,6 @@ class Failing:
         await self.app(scope, receive, send)
 
 
-@contextlib.contextmanager
-def listening(app):
-    "A real server on a real port, in a thread."
-    import uvicorn
-
-    run = uvicorn.Server(uvicorn.Config(app, port=0, log_level='error'))
-    thread = threading.Thread(target=run.run)
-    thread.start()
-    while not run.started:
-        time.sleep(0.01)
-    try:
-        yield 'http://127.0.0.1:%d/v1' % run.servers[0].sockets[0].getsockname()[1]
-    finally:
-        run.should_exit = True
-        thread.join()
-
-
 def served(folder: Path, names: list, url: str, **options):
     options |= dict(backend='endpoint')
     told = asked(folder, names, checkpoints={}, measures={}, harness_options=options)
@@ -490,7 +472,8 @@ def test_an_endpoint_scores_what_its_checkpoint_scores(tmp_path, app):
     write_task(tmp_path, 'own_choice', **CHOICE)
     write_task(tmp_path, 'own_gen', **WRITES)
     near = evaluated(tmp_path, ['own_choice', 'own_gen'])
-    with listening(one := app(times=1)) as url:
+    with listening(one := app(times=1)) as host:
+        url = f'{host}/v1'
         far = served(tmp_path, ['own_choice', 'own_gen'], url)
     replies = [
         {(i['question'], i['answer']): i['reply'] for i in read_lines(job.folder / 'items.jsonl')}
@@ -508,7 +491,8 @@ def test_an_endpoint_scores_what_its_checkpoint_scores(tmp_path, app):
 
 def test_an_endpoint_that_never_answers_is_told_and_nothing_is_lost(tmp_path, app):
     write_task(tmp_path, 'own_gen', **WRITES)
-    with listening(app(times=10**6)) as url:
+    with listening(app(times=10**6)) as host:
+        url = f'{host}/v1'
         with pytest.raises(LabError, match=f'{url}: no answer after 4 attempts .*500.*resume'):
             served(tmp_path, ['own_gen'], url)
 
@@ -516,7 +500,8 @@ def test_an_endpoint_that_never_answers_is_told_and_nothing_is_lost(tmp_path, ap
 def test_an_endpoint_has_to_say_how_much_its_model_reads(tmp_path, app):
     "lm-eval would cut prompts to 2,048 tokens otherwise."
     env = dict(key_env='OWN_KEY', model='k2_think_dpo')
-    with listening(app()) as url:
+    with listening(app()) as host:
+        url = f'{host}/v1'
         window = harness.window_of(dict(env, base_url=url))
         assert window == open_model('smoke:k2').config.max_position_embeddings
         with pytest.raises(LabError, match=f'gpt has no max_model_len .*k2_think_dpo .{window}'):

@@ -97,7 +97,7 @@ def own_set(name: str, spec) -> OwnSet:
     ignore = spec.get('ignore', [])
     if not isinstance(ignore, (list, tuple)):
         raise LabError(f'{place}: ignore is {ignore!r}; write ignore: [COLUMN, ...]')
-    return OwnSet(**spec | dict(ignore=tuple(ignore)))
+    return OwnSet(**{k: v for k, v in spec.items() if k != 'ignore'}, ignore=tuple(ignore))
 
 
 def check_names(measures: list, test_sets: dict, side: str, where: str = 'measures'):
