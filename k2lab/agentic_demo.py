@@ -16,7 +16,7 @@ from typing import Literal
 
 from .lab.config import LabError
 from .lab.display import Html
-from .lab.sandbox import why_not
+from .tasks.sandbox import why_not
 from .launch_teacher_vllm import Config as Serving, serving
 from .serving.agent import K2_ID, PYTHON, Limits, call_reply, chat_loop, clip, python_tool
 from .serving.client import Teacher, scripted

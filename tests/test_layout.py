@@ -31,7 +31,7 @@ PLAIN = {
     'cli',
     'corpus.kernels',
     'corpus.signals',
-    'lab.sandbox',
+    'tasks.sandbox',
     'lab.slurm',
     'models.mla',
     'serving.server',

@@ -8,7 +8,7 @@ import pytest
 from k2lab import prepare_corpus
 from k2lab.lab.config import LabError
 from k2lab.lab.job import start
-from k2lab.lab.sandbox import why_not
+from k2lab.tasks.sandbox import why_not
 from k2lab.tasks.splits import check_unread, read_own
 from k2lab.tasks.verify import verify
 from k2lab.text.rows import read_rows

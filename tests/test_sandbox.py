@@ -10,7 +10,7 @@ import pytest
 
 from k2lab.lab import sandbox
 from k2lab.lab.config import LabError
-from k2lab.lab.sandbox import run_python
+from k2lab.tasks.sandbox import run_python
 
 WHY = sandbox.why_not()
 jailed = pytest.mark.skipif(bool(WHY), reason=WHY)

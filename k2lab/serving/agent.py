@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..lab.config import LabError
-from ..lab.sandbox import run_python
+from ..tasks.sandbox import run_python
 from .client import Teacher
 from ..text.chat import K2_ID
 

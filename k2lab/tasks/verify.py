@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 from ..lab.config import LabError, one_of
-from ..lab.sandbox import run_python
+from .sandbox import run_python
 from .questions import QUESTION_FAMILIES
 
 # %% ../../nbs/tasks/02_verify.ipynb #4d194eac
