@@ -16,10 +16,10 @@ from typing import Literal
 
 from .lab.config import LabError
 from .lab.display import Html
-from .tasks.sandbox import why_not
 from .launch_teacher_vllm import Config as Serving, serving
 from .serving.agent import K2_ID, PYTHON, Limits, call_reply, chat_loop, clip, python_tool
 from .serving.client import Teacher, scripted
+from .tasks.sandbox import why_not
 
 # %% ../nbs/70_agentic_demo.ipynb #96fe45b5
 @dataclass(frozen=True)

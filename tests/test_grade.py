@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from k2lab.lab.config import LabError
-from k2lab.tasks.sandbox import why_not
 from k2lab.tasks import verify as module
+from k2lab.tasks.sandbox import why_not
 from k2lab.tasks.verify import check_row, grader_version, judge_of, verify, why_wrong
 
 DATA = Path(__file__).with_name('data')

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from k2lab.lab import sandbox
 from k2lab.lab.config import LabError
+from k2lab.tasks import sandbox
 from k2lab.tasks.sandbox import run_python
 
 WHY = sandbox.why_not()

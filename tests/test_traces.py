@@ -6,8 +6,8 @@ import pytest
 
 from k2lab.corpus.operators import conserved
 from k2lab.lab.config import LabError
-from k2lab.tasks.sandbox import run_python, why_not
 from k2lab.tasks import verify
+from k2lab.tasks.sandbox import run_python, why_not
 from k2lab.tasks.traces import (
     Trace,
     fault_of,

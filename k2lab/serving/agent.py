@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..lab.config import LabError
-from ..tasks.sandbox import run_python
 from .client import Teacher
+from ..tasks.sandbox import run_python
 from ..text.chat import K2_ID
 
 # %% ../../nbs/serving/01_agent.ipynb #175d36ea

@@ -44,8 +44,8 @@ from pathlib import Path
 from typing import Any
 
 from ..lab.config import LabError, one_of
-from .sandbox import run_python
 from .questions import QUESTION_FAMILIES
+from .sandbox import run_python
 
 # %% ../../nbs/tasks/02_verify.ipynb #4d194eac
 END = re.compile(r'<\|im_end\|>|\[EOS\]|\[EOT\]|<\|endoftext\|>')
