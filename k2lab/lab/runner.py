@@ -84,7 +84,7 @@ def kernel_environment():
         'TOKENIZERS_PARALLELISM': 'false',
         'PYDEVD_DISABLE_FILE_VALIDATION': '1',
     }
-    if setting('hub', 'offline') == 'true':
+    if setting('hub', 'offline'):
         variables['HF_HUB_OFFLINE'] = '1'
     saved = {key: os.environ.get(key) for key in variables}
     os.environ.update(variables)
@@ -146,8 +146,8 @@ def run_notebook(nb, folder: Path, parameters: dict):
             stderr_file=out,
             config=Config(transport(sockets)),
             kernel_manager_class=logging_kernels(out),
-            autosave_cell_every=int(setting('run', 'autosave_every')),
-            execution_timeout=int(setting('run', 'cell_timeout')) or None,
+            autosave_cell_every=setting('run', 'autosave_every'),
+            execution_timeout=setting('run', 'cell_timeout') or None,
         )
 
 # %% ../../nbs/lab/12_runner.ipynb #18ee85c6
