@@ -188,11 +188,13 @@ def paired_change(before, after, groups=None, strata=None) -> Estimate:
     import numpy as np
 
     s = mean_spread(numbers(after, before, groups) - np.asarray(before, float), groups, strata)
-    middle, half = s.value, s.t * s.se
+    half = s.t * s.se
+    low, high = s.value - half, s.value + half
     if binary(before) and binary(after):
         middle = s.value * s.n / (s.n + 2)
         half = s.t * math.sqrt((s.n * s.se) ** 2 + 2) / (s.n + 2)
-    return Estimate(s.value, middle - half, middle + half, s.se, s.n, s.groups)
+        low, high = max(-1.0, middle - half), min(1.0, middle + half)
+    return Estimate(s.value, low, high, s.se, s.n, s.groups)
 
 # %% ../../nbs/tasks/03_stats.ipynb #2ea260ff
 def paired_ratio(before, after, groups=None, before_bottoms=None, after_bottoms=None) -> Estimate:
