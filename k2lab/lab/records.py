@@ -99,7 +99,7 @@ def started_at(record: dict) -> datetime:
     match = RUN_NAME.fullmatch(Path(record['folder']).name)
     for text in (record.get('started'), match and match[1]):
         with contextlib.suppress(TypeError, ValueError):
-            at = datetime.fromisoformat(text)
+            at = datetime.fromisoformat(str(text))
             return at.astimezone(timezone.utc) if at.tzinfo else at.replace(tzinfo=timezone.utc)
     return datetime.min.replace(tzinfo=timezone.utc)
 
