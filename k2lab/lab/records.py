@@ -6,7 +6,7 @@
 __all__ = ['RUN_NAME', 'OLD_LINES', 'new_folder', 'check_campaign', 'read_record', 'abandoned', 'read_run', 'iso_time',
            'started_at', 'run_order', 'start_time', 'siblings', 'campaign_of', 'unreadable_record', 'changed_at',
            'read_or_mark', 'runs', 'find_run', 'promoted', 'standing', 'gate_line_text', 'gate_failures', 'savers',
-           'saved_by', 'passed_over', 'check_promotable', 'promote', 'lacks', 'drop_resume_files']
+           'saved_by', 'passed_over', 'parent_folder', 'check_promotable', 'promote', 'lacks', 'drop_resume_files']
 
 # %% ../../nbs/lab/07_records.ipynb #48a0e45c
 import contextlib
@@ -248,6 +248,18 @@ def saved_by(home: Path, name: str, scale: str) -> Path | None:
 def passed_over(home: Path, name: str, scale: str) -> list[dict]:
     "The runs that saved `name` after the newest promoted one and were not promoted themselves, newest first."
     return list(takewhile(lambda r: not promoted(r), savers(home, name, scale)))
+
+# %% ../../nbs/lab/07_records.ipynb #4c329754
+def parent_folder(parent: dict, home: Path) -> Path:
+    "The folder of the run that a parent of a run in the campaign folder `home` stands for, also after it was renamed."
+    name = parent['name'].partition('@')[0]
+    recorded = lab_path('runs') / parent['campaign'] / parent['run']
+    there = lambda f: read_or_mark(f)['saves'] if (f / 'run.json').exists() else {}
+    others = sorted(p.parent for p in home.glob('*/run.json'))
+    for folder in (recorded, home / parent['run'], *others):
+        if there(folder).get(name, {}).get('sha256') == parent['sha256']:
+            return folder
+    return recorded
 
 # %% ../../nbs/lab/07_records.ipynb #2b4b73eb
 def check_promotable(name: str, record: dict):
