@@ -47,7 +47,9 @@ from k2lab.lab.records import (
     new_folder,
     read_run,
     refuse_edited,
+    siblings,
     standing,
+    start_time,
     write_record,
 )
 from .show import Evidence
@@ -340,6 +342,8 @@ def start(
         raise LabError(
             f"{run}: already used by {job.stage} ({job.record['status']}); a run folder is never used twice"
         )
+    if not job.record.get('attempts'):
+        job.record |= start_time(siblings(job.folder))
     job.record |= {'status': 'running', 'owner': owner()}
     job.write()
     return job
