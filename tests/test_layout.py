@@ -208,7 +208,8 @@ def test_stage_files_resolve_at_every_scale():
 
 
 def test_the_pipeline_names_stages_that_exist():
-    from k2lab.cli.running import resolved_config, steps_of
+    from k2lab.cli.running import resolved_config
+    from k2lab.cli.steps import steps_of
 
     if {
         s['stage']

@@ -7,7 +7,6 @@ from k2lab.cli.help import stage_help, usage
 from k2lab.cli.looking import diff, show_run, show_runs
 from k2lab.cli.running import (
     convert,
-    pipeline,
     promote_run,
     reproduce_run,
     resume_run,
@@ -15,6 +14,7 @@ from k2lab.cli.running import (
     watch_run,
     work,
 )
+from k2lab.cli.steps import pipeline
 from k2lab.lab.config import LabError, did_you_mean, stage_names
 
 COMMANDS = {

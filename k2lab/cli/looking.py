@@ -10,7 +10,7 @@ from k2lab.lab.display import clock, short
 
 def show_runs(words: list) -> int:
     "List the runs."
-    from k2lab.lab.records import runs
+    from k2lab.lab.records import campaign_of, runs
 
     options, rest = parse(words, 'campaign')
     extra = rest[1:] if rest and not rest[0].startswith('-') and not options['campaign'] else rest
@@ -19,7 +19,7 @@ def show_runs(words: list) -> int:
     found = runs(options['campaign'] or (rest[0] if rest else None))
     rows = [
         [
-            r['campaign'],
+            campaign_of(r),
             Path(r['folder']).name,
             r['scale'],
             r['seed'],
@@ -134,9 +134,12 @@ def text_table(header: list, rows: list) -> str:
 
 def run_text(record: dict) -> str:
     "A run's outcome, its measures, failed checks and what it saved, as text."
+    from k2lab.lab.records import campaign_of
+
     lines = [
-        f"{record['campaign']}/{Path(record['folder']).name}: {outcome(record)}",
+        f"{campaign_of(record)}/{Path(record['folder']).name}: {outcome(record)}",
         f"  in {record['folder']}",
+        *([f"  clock: {record['clock']}"] if 'clock' in record else []),
     ]
     lines += [
         f"  {name}: {save['bytes'] / 2**20:.2f} MiB in {save['files']} files"

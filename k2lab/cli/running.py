@@ -1,22 +1,17 @@
 """Commands that run stages: one, the pipeline, again, elsewhere."""
 
-import dataclasses
 import sys
 import time
 from pathlib import Path
 
-from k2lab.cli.looking import attempts, difference_text, gate_text, run_text, text_table, the_run
+from k2lab.cli.looking import attempts, difference_text, run_text, the_run
 from k2lab.cli.progress import Progress, outcome
 from k2lab.cli.words import changes_of, parse
 from k2lab.lab.config import (
-    SCALES,
     LabError,
-    lab_path,
     load_env,
     one_of,
-    read_yaml,
     resolve,
-    setting,
     stage_names,
 )
 
@@ -66,146 +61,11 @@ def agent_command(options: dict, changes: dict) -> int:
     return 0
 
 
-def steps_of(first: str | None, last: str | None) -> list:
-    "The steps of configs/pipeline.yaml between two stages: dictionaries of stage, changes and always."
-    path = lab_path('configs') / 'pipeline.yaml'
-    steps = [{'changes': {}, 'always': False} | step for step in read_yaml(path).get('steps') or []]
-    for step in steps:
-        for key in step:
-            one_of('key', key, ('stage', 'changes', 'always', 'saves'), str(path))
-    names = [one_of('stage', step.get('stage'), stage_names(), str(path)) for step in steps]
-    lo = names.index(one_of('stage', first, dict.fromkeys(names), 'pipeline')) if first else 0
-    hi = (
-        len(names) - names[::-1].index(one_of('stage', last, dict.fromkeys(names), 'pipeline'))
-        if last
-        else len(names)
-    )
-    if steps and lo >= hi:
-        raise LabError(f"pipeline: no step from '{first}' to '{last}': {last} comes before {first}")
-    return steps[lo:hi]
-
-
-def pipeline(words: list) -> int:
-    """Run or resume the steps of configs/pipeline.yaml that are not complete.
-
-    After one that failed, or failed its gate, only the `always` ones."""
-    from k2lab.lab.records import promoted, read_run
-    from k2lab.lab.reproduce import resume
-    from k2lab.lab.runner import execute
-
-    options, rest = parse(words, 'scale', 'campaign', 'from', 'to', 'seed')
-    if rest:
-        raise LabError(
-            f"pipeline does not take '{rest[0]}'; it takes --scale, --campaign, --from, --to and --seed"
-        )
-    scale = one_of('scale', options['scale'] or setting('lab', 'scale'), SCALES)
-    campaign = options['campaign'] or (
-        f"{scale}-seed{options['seed']}" if options['seed'] else scale
-    )
-    steps, records = steps_of(options['from'], options['to']), []
-    for step in steps:  # a mistake in the last step is refused before the first one runs
-        step['changes'] = step['changes'] | seed_for(step['stage'], options['seed'])
-        resolved_config(step['stage'], scale, step['changes'])
-    for i, step in enumerate(steps, 1):
-        if not all(map(promoted, records)) and not step['always']:
-            continue
-        ask = step['stage'], scale, campaign, step['changes']
-        done, progress = (
-            None if step['always'] else newest_same_run(*ask),
-            Progress(step['stage'], i, len(steps)),
-        )
-        begun = None if done or step['always'] else newest_same_run(*ask, 'interrupted')
-        records.append(
-            done
-            or read_run(resume(begun['folder'], progress) if begun else execute(*ask, progress))
-        )
-        already = f'already, in {Path(done["folder"]).name}' if done else ''
-        as_done = {'reason': already, 'gate': None, 'promoted': None}
-        progress.end(records[-1] | (as_done if done and promoted(done) else {}))
-    print(summary(records))
-    gates = [gate_text(r) for r in records if r['status'] == 'complete']
-    print(''.join(f'\n{text}' for text in gates if text), end='')
-    report = lab_path('runs') / campaign / 'report.html'
-    if report.exists():
-        print(f'\nreport: {report}')
-    return int(not all(map(promoted, records)))
-
-
-def summary(records: list) -> str:
-    "The pipeline's table: stage, status, first measure before and after, wall seconds, peak GiB."
-    rows = []
-    for r in records:
-        m = next(iter(r['metrics']), {'measure': '-', 'before': None, 'after': None})
-        rows.append(
-            [
-                r['stage'],
-                outcome(r),
-                m['measure'],
-                m['before'],
-                m['after'],
-                r.get('wall_s'),
-                r.get('peak_gib'),
-            ]
-        )
-    rows.append(
-        [
-            'all',
-            '',
-            '',
-            '',
-            '',
-            sum(r.get('wall_s', 0) for r in records),
-            max(r.get('peak_gib', 0) for r in records),
-        ]
-    )
-    return '\n' + text_table(
-        ['stage', 'status', 'measure', 'before', 'after', 'wall s', 'peak GiB'], rows
-    )
-
-
-def seed_for(stage: str, seed: str | None) -> dict:
-    "The change that gives a stage its seed, if one was named and the stage has a field for it."
-    from k2lab.lab.job import stage_module
-
-    return (
-        {'seed': seed}
-        if seed and 'seed' in {f.name for f in dataclasses.fields(stage_module(stage).Config)}
-        else {}
-    )
-
-
 def resolved_config(stage: str, scale: str, changes: dict) -> dict:
     "The config a stage would get, as a record keeps it."
     from k2lab.lab.job import config_of, stage_module
 
     return config_of(resolve(stage_module(stage).Config, stage, scale, changes))
-
-
-def newest_same_run(
-    stage: str, scale: str, campaign: str, changes: dict, status: str = 'complete'
-) -> dict | None:
-    "The newest run of this status with the same changes whose parents are still the newest of their names."
-    from k2lab.lab.files import check_published
-    from k2lab.lab.records import runs, saved_by
-
-    want, home = resolved_config(stage, scale, changes), lab_path('runs') / campaign
-    for record in reversed(runs(campaign)):
-        same = (record['stage'], record['scale'], record['status'], record['config']) == (
-            stage,
-            scale,
-            status,
-            want,
-        )
-        if same and not any(
-            check_published(Path(record['folder']), name) for name in record['saves']
-        ):
-            break
-    else:
-        return None
-    newest = lambda p: (
-        '@' in p['name'] or getattr(saved_by(home, p['name'], scale), 'name', None) == p['run']
-    )
-    return record if all(newest(p) for p in record['parents']) else None
 
 
 def resume_run(words: list) -> int:

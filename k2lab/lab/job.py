@@ -46,7 +46,9 @@ from k2lab.lab.records import (
     lacks,
     new_folder,
     read_run,
+    siblings,
     standing,
+    start_time,
 )
 from .show import Evidence
 
@@ -331,6 +333,8 @@ def start(
         raise LabError(
             f"{run}: already used by {job.stage} ({job.record['status']}); a run folder is never used twice"
         )
+    if not job.record.get('attempts'):
+        job.record |= start_time(siblings(job.folder))
     job.record |= {'status': 'running', 'owner': owner()}
     job.write()
     return job
