@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DISK_FULL', 'SECRET_KEY', 'SECRET_TEXT', 'SECRET_URL', 'SCORE_KEYS', 'SCORE_KEY', 'sync', 'move', 'write_text',
-           'disk_errors', 'sha256', 'inventory', 'check_published', 'held_secrets', 'scrub', 'mask', 'as_json',
-           'read_lines', 'following']
+           'disk_errors', 'sha256', 'inventory', 'check_published', 'held_secrets', 'scrub', 'mask', 'plain',
+           'fault_in', 'as_json', 'from_json', 'read_lines', 'following']
 
 # %% ../../nbs/lab/01_files.ipynb #35cbcc42
 import contextlib
@@ -14,8 +14,10 @@ import hashlib
 import json
 import os
 import re
+import sys
 import threading
-from pathlib import Path
+from datetime import date
+from pathlib import Path, PurePath
 
 from .config import LabError
 
@@ -133,14 +135,55 @@ def mask(value, key: str = ''):
     return '***' if value and SECRET_KEY.search(key) else scrub(value)
 
 # %% ../../nbs/lab/01_files.ipynb #2dce52d3
+def plain(value):
+    """A value that JSON does not know as one that it knows: a path or date as text, a number of NumPy as a number.
+
+    `TypeError` for anything else."""
+    if isinstance(value, (PurePath, date)):
+        return value.isoformat() if isinstance(value, date) else str(value)
+    numpy = sys.modules.get('numpy')
+    number = value.item() if numpy and isinstance(value, numpy.generic) else None
+    if isinstance(number, (bool, int, float)):
+        return number
+    raise TypeError
+
+
+def fault_in(value, at: str = '') -> str:
+    "What a value holds that JSON cannot, and where: `metrics[0].after is nan, which is no number`; '' for nothing."
+    if isinstance(value, dict):
+        if odd := [k for k in value if not isinstance(k, (str, int, float))]:
+            return f'{at or "it"} has the key {odd[0]!r}, which is no text'
+        inner = [(v, f'{at}.{k}' if at else str(k)) for k, v in value.items()]
+    elif isinstance(value, (list, tuple)):
+        inner = [(v, f'{at}[{i}]') for i, v in enumerate(value)]
+    else:
+        return f'{at or "it"} is {why}' if (why := _odd(value)) else ''
+    return next(filter(None, (fault_in(v, where) for v, where in inner)), '')
+
+
+def _odd(value) -> str:
+    "Why JSON does not take a value that holds no others, or an empty string."
+    try:
+        json.dumps(value, allow_nan=False, default=plain)
+    except ValueError:
+        return f'{value}, which is no number'
+    except TypeError:
+        return f'a {type(value).__name__}'
+    return ''
+
+
 def as_json(value, **kw) -> str:
-    "JSON of plain values, paths as text and any other number as a float."
-    return json.dumps(
-        value,
-        ensure_ascii=False,
-        default=lambda x: str(x) if isinstance(x, Path) else float(x),
-        **kw,
-    )
+    "Strict JSON of plain values; `LabError` with the place of a number that is none, or of an object JSON does not know."
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=plain, **kw)
+    except (TypeError, ValueError) as e:
+        raise LabError(f'this cannot be recorded as JSON: {fault_in(value) or e}') from None
+    return text.encode('utf-8', 'backslashreplace').decode()  # half a character is escaped
+
+# %% ../../nbs/lab/01_files.ipynb #5b838345
+def from_json(text: str | bytes):
+    "What is in JSON; `NaN` and `Infinity` of earlier versions are None."
+    return json.loads(text, parse_constant=lambda word: None)
 
 # %% ../../nbs/lab/01_files.ipynb #e40c3679
 def read_lines(path: Path) -> list:
@@ -148,7 +191,7 @@ def read_lines(path: Path) -> list:
     if not path.exists():
         return []
     whole, _, _ = path.read_bytes().rpartition(b'\n')
-    return [json.loads(line) for line in whole.splitlines() if line.strip()]
+    return [from_json(line) for line in whole.splitlines() if line.strip()]
 
 # %% ../../nbs/lab/01_files.ipynb #3b1aa330
 @contextlib.contextmanager
@@ -167,7 +210,7 @@ def following(path: Path, on_line, every: float = 0.5):
             whole = new[: new.rfind(b'\n') + 1]
             at += len(whole)
             for line in whole.splitlines():
-                on_line(json.loads(line))
+                on_line(from_json(line))
 
     thread = threading.Thread(target=tail, daemon=True)
     thread.start()
