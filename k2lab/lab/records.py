@@ -19,7 +19,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from .config import LabError, did_you_mean, lab_path, root
-from .files import as_json, check_published, mask, write_text
+from .files import as_json, check_name, check_published, mask, write_text
 from .locks import lock, owning
 from .provenance import is_alive
 
@@ -49,11 +49,7 @@ def new_folder(stage: str, campaign: str) -> Path:
 # %% ../../nbs/lab/07_records.ipynb #4707abef
 def check_campaign(name: str) -> str:
     "`name` if it can name a folder, else a `LabError`."
-    if re.fullmatch(r'[A-Za-z0-9][\w.-]*', name):
-        return name
-    raise LabError(
-        f"campaign '{name}': use letters, digits, '-', '_' and '.', starting with a letter or digit"
-    )
+    return check_name(name, 'campaign')
 
 # %% ../../nbs/lab/07_records.ipynb #be14b5d7
 def read_record(folder: str | Path) -> dict:
