@@ -26,7 +26,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from .config import LabError, did_you_mean, lab_path, root
-from .files import as_json, check_published, mask, write_text
+from .files import as_json, check_name, check_published, mask, write_text
 from .locks import lock, owning
 from .provenance import is_alive
 
@@ -55,20 +55,8 @@ def new_folder(stage: str, campaign: str) -> Path:
 
 # %% ../../nbs/lab/07_records.ipynb #4707abef
 def check_campaign(name: str) -> str:
-    "`name`, in the letters of any script, if it can name a folder; else a `LabError`."
-    kinds = [unicodedata.category(c)[0] for c in name]  # L: a letter, M: a mark on one, N: a number
-    allowed = all(kind in 'LMN' or c in '-_.' for kind, c in zip(kinds, name))
-    if not kinds or kinds[0] not in 'LN' or not allowed:
-        raise LabError(
-            f"campaign '{name}': use letters, digits, '-', '_' and '.', starting with a letter or digit"
-        )
-    try:
-        size = len(os.fsencode(name))
-    except UnicodeEncodeError:
-        raise LabError(f'campaign {name!a}: the file system here cannot hold it') from None
-    if size > 200:
-        raise LabError(f"campaign '{name[:20]}…': {size} bytes are too long; 200 is the most")
-    return name
+    "`name` if it can name a folder, else a `LabError`."
+    return check_name(name, 'campaign')
 
 # %% ../../nbs/lab/07_records.ipynb #5c0f52d4
 OPEN = ('prepared', 'running')  # the states of a run that has no seal yet
