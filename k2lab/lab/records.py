@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import socket
-import unicodedata
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta, timezone
 from itertools import takewhile
