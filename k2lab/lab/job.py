@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_sides', 'settle', 'published', 'Job', 'stage_module', 'config_of', 'check_saves', 'folder_named', 'claimed',
-           'new_record', 'prepare', 'open_job', 'claim', 'start']
+           'new_record', 'check_told', 'whole_or_gone', 'prepare', 'open_job', 'claim', 'start']
 
 # %% ../../nbs/lab/10_job.ipynb #1e7d3efa
 import contextlib
@@ -18,7 +18,7 @@ import tempfile
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 import psutil
 import yaml
@@ -39,13 +39,17 @@ from k2lab.lab.config import (
 from k2lab.lab.files import (
     as_json,
     check_name,
+    check_no_secret,
     check_output,
+    check_place,
     disk_errors,
     inventory,
+    looked_up,
     mask,
     move,
     read_lines,
     reserved,
+    scrub,
     spelled,
     write_text,
 )
@@ -132,7 +136,10 @@ class Job(Evidence):
         super().__init__(
             folder, record, os.environ.get('RANK', '0') == '0'
         )  # of several processes only the first one writes
-        self.cfg, self.env = cfg, env
+        names = {
+            k: env[k] for k in ('models', 'data') if k in env
+        }  # looked up when they are opened
+        self.cfg, self.env = looked_up(cfg), looked_up(env) | names
         self.stage, self.scale, self.campaign, self.seed = (
             record[k] for k in ('stage', 'scale', 'campaign', 'seed')
         )
@@ -268,8 +275,8 @@ def stage_module(stage: str):
 
 # %% ../../nbs/lab/10_job.ipynb #47077021
 def config_of(cfg) -> dict:
-    "The configuration of a stage as plain JSON values, with secrets masked; `LabError` if JSON cannot hold one."
-    return cast(dict, mask(json.loads(as_json(spelled(dataclasses.asdict(cfg))))))
+    "The configuration of a stage as plain JSON values; `LabError` if JSON cannot hold one."
+    return json.loads(as_json(spelled(dataclasses.asdict(cfg))))
 
 # %% ../../nbs/lab/10_job.ipynb #8f275a30
 def check_saves(saves: str | list, env: dict):
@@ -299,8 +306,9 @@ def claimed(stage: str, campaign: str | None, run: str | None) -> Path:
     if not run:
         return new_folder(stage, check_campaign(campaign or 'scratch'))
     folder = folder_named(run)
+    check_place(folder.parent)
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir()
     except FileExistsError:
         raise LabError(f'{run}: exists already; a run folder is never used twice') from None
     return folder
@@ -331,6 +339,26 @@ def new_record(stage: str, scale: str, campaign: str, cfg, changes: dict) -> tup
         'timings': {},
     }, diff
 
+# %% ../../nbs/lab/10_job.ipynb #a7d00001
+def check_told(config: dict, env: dict, changes: dict):
+    "`LabError` for a secret in plain text, or a reference `env:NAME` that leads nowhere, in what a stage is told."
+    for where, values in (('', config), ('changes', changes), ('env.yaml', env)):
+        check_no_secret(values, where)
+        looked_up(values, where)
+
+
+@contextlib.contextmanager
+def whole_or_gone(folder: Path):
+    "Remove a new run folder if the block fails: what never started leaves nothing."
+    try:
+        with disk_errors(str(folder)):
+            yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()  # a campaign without another run
+        raise
+
 # %% ../../nbs/lab/10_job.ipynb #2e302bc2
 def prepare(
     stage: str,
@@ -346,15 +374,17 @@ def prepare(
     if 'saves' in (config := config_of(cfg)):
         check_saves(config['saves'], env)
     told = json.loads(as_json(spelled(changes or {})))
+    check_told(config, env, told)
     folder = claimed(stage, campaign, run)
-    record, diff = new_record(stage, scale, folder.parent.name, cfg, told)
-    job = Job(folder, cfg, env, record)
-    for name, values in (('stage', record['config']), ('env', env)):
-        text = yaml.safe_dump(mask(values), sort_keys=False, allow_unicode=True)
-        write_text(folder / f'{name}.yaml', text)
-    if diff:
-        write_text(folder / 'code.diff', cast(str, mask(diff)))
-    job.write()
+    with whole_or_gone(folder):
+        record, diff = new_record(stage, scale, folder.parent.name, cfg, told)
+        for name, values in (('stage', record['config']), ('env', env)):
+            text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+            write_text(folder / f'{name}.yaml', text)
+        if diff:
+            write_text(folder / 'code.diff', scrub(diff))
+        job = Job(folder, cfg, env, record)
+        job.write()
     return job
 
 # %% ../../nbs/lab/10_job.ipynb #1612564b

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from .config import LabError, did_you_mean, lab_path, one_of, read_yaml, root, stage_names
-from .files import as_json, check_published, inventory
+from .files import as_json, check_published, inventory, looked_up
 from k2lab.lab.records import (
     find_run,
     gate_failures,
@@ -31,6 +31,7 @@ HUB_ID = re.compile(
 
 def open_place(name: str, place: str) -> str | Path:
     "The path of a place in env.yaml; a hub id or `smoke:` model is returned as text. `LabError` if there is nothing."
+    place = looked_up(place, name)
     kind, _, rest = place.partition(':')
     if kind == 'smoke':
         return place

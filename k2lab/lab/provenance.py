@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from .config import root, setting
-from .files import SECRET_KEY, scrub
+from .files import SECRET_VARIABLE, scrub
 
 # %% ../../nbs/lab/03_provenance.ipynb #3d0c5463
 PACKAGES = (
@@ -137,7 +137,7 @@ MATTERS = re.compile(
 def environment() -> dict:
     "The environment variables that change results, without secrets."
     known = {k: v for k, v in sorted(os.environ.items()) if MATTERS.fullmatch(k)}
-    return {k: scrub(v) for k, v in known.items() if not SECRET_KEY.search(k)}
+    return {k: scrub(v) for k, v in known.items() if not SECRET_VARIABLE.search(k)}
 
 # %% ../../nbs/lab/03_provenance.ipynb #5296540c
 def git(*args) -> str:

@@ -25,7 +25,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from .config import LabError, did_you_mean, lab_path, root
-from .files import as_json, check_name, check_published, mask, write_text
+from .files import as_json, check_name, check_place, check_published, mask, write_text
 from .locks import lock, owning
 from .provenance import is_alive
 
@@ -37,7 +37,7 @@ OLD_LINES = '.metrics.before.jsonl'  # what was logged before a resume
 def new_folder(stage: str, campaign: str) -> Path:
     "Create and return `runs/<campaign>/<day>.<n>-<stage>`; no two callers ever get the same number."
     home, day = lab_path('runs') / campaign, datetime.now(timezone.utc).date().isoformat()
-    home.mkdir(parents=True, exist_ok=True)
+    check_place(home)
     matches = (RUN_NAME.fullmatch(p.name) for p in home.iterdir())
     n = max((int(m[2]) for m in matches if m and m[1] == day), default=0)
     while True:
@@ -48,9 +48,11 @@ def new_folder(stage: str, campaign: str) -> Path:
         except FileExistsError:
             continue
         if any(home.glob(f'{day}.{n}-*')):
-            claim.rmdir()  # its owner renamed the claim after we had counted
-        else:
-            return claim.rename(home / f'{day}.{n}-{stage}')
+            claim.rmdir()  # its owner was done with the claim after we had counted
+            continue
+        (folder := home / f'{day}.{n}-{stage}').mkdir()  # not renamed: some file systems cannot
+        claim.rmdir()
+        return folder
 
 # %% ../../nbs/lab/07_records.ipynb #4707abef
 def check_campaign(name: str) -> str:

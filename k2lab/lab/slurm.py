@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from k2lab.lab.config import LabError, fill, lab_path, read_yaml, resolve, root, setting
+from k2lab.lab.files import mask
 from k2lab.lab.job import open_job, prepare, stage_module
 from k2lab.lab.records import amend, read_run
 
@@ -46,6 +47,12 @@ def cluster() -> Cluster:
     "The lab's configs/slurm.yaml; `LabError` if it has a mistake, or if this machine cannot submit."
     path = lab_path('configs') / 'slurm.yaml'
     config = fill(Cluster, [(path, read_yaml(path))])
+    told = {'setup': config.setup, 'extra': config.extra}
+    if mask(told) != told:
+        raise LabError(
+            f'{path}: a secret in plain text, and the script stays in the run folder; export it '
+            'where you submit: Slurm hands the environment on'
+        )
     if not shutil.which('sbatch'):
         raise LabError('no sbatch on this machine: submit from a login node of the cluster')
     return config

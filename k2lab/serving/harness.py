@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 from ..lab.config import LabError, did_you_mean, one_of
-from ..lab.files import as_json, read_lines, scrub, write_text
+from ..lab.files import as_json, mask, read_lines, write_text
 
 # %% ../../nbs/serving/02_harness.ipynb #4ff3ef4c
 BACKENDS = ('checkpoint', 'endpoint', 'vllm')
@@ -540,8 +540,8 @@ def result_place(home: Path, task: str, kind: str) -> Path:
 def keep(home: Path, result: Result, samples: list):
     "Write a task's samples, then its scores."
     home.mkdir(parents=True, exist_ok=True)
-    lines = ''.join(json.dumps(s, ensure_ascii=False, default=str) + '\n' for s in samples)
-    write_text(result_place(home, result.task, 'jsonl'), scrub(lines))
+    rows = (json.dumps(mask(s), ensure_ascii=False, default=str) + '\n' for s in samples)
+    write_text(result_place(home, result.task, 'jsonl'), ''.join(rows))
     write_text(
         result_place(home, result.task, 'json'), as_json(dataclasses.asdict(result), indent=1)
     )
@@ -808,7 +808,7 @@ def put_items(job, rows: list[dict]):
     new = {row['key'] for row in rows}
     place = job.folder / 'items.jsonl'
     lines = [*(row for row in read_lines(place) if row['key'] not in new), *rows]
-    write_text(place, scrub(''.join(as_json(line) + '\n' for line in lines)))
+    write_text(place, ''.join(as_json(mask(line)) + '\n' for line in lines))
 
 
 def report(job, session: Session, result: Result):
