@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['UNSUPPORTED', 'DISK_FULL', 'LARGE', 'SETTLED', 'SECRET_KEY', 'SURE_KEY', 'SECRET_VARIABLE', 'TOKEN', 'KEY_BLOCK',
            'THROWN', 'LOGIN', 'ASKED', 'MARKS', 'SCORE_KEYS', 'SCORE_KEY', 'REFERENCE', 'RESERVED', 'LONGEST',
-           'INFINITE', 'sync', 'move', 'carry', 'write_text', 'disk_errors', 'trouble', 'check_place', 'state_of',
-           'kept_hashes', 'look_up', 'keep_hash', 'read_sha256', 'sha256', 'inventory', 'check_published', 'is_random',
-           'is_strong', 'spellings', 'held_secrets', 'scrub', 'scrub_line', 'is_suspect', 'thrown', 'is_secret', 'mask',
-           'folded', 'check_name', 'reserved', 'check_output', 'check_no_secret', 'looked_up', 'plain', 'fault_in',
-           'as_json', 'from_json', 'spelled', 'read_lines', 'following']
+           'INFINITE', 'CUT', 'CUT_BYTES', 'sync', 'move', 'carry', 'write_text', 'disk_errors', 'trouble',
+           'check_place', 'state_of', 'kept_hashes', 'look_up', 'keep_hash', 'read_sha256', 'sha256', 'inventory',
+           'check_published', 'is_random', 'is_strong', 'spellings', 'held_secrets', 'scrub', 'scrub_line',
+           'is_suspect', 'thrown', 'is_secret', 'mask', 'folded', 'check_name', 'reserved', 'check_output',
+           'check_no_secret', 'looked_up', 'plain', 'fault_in', 'as_json', 'from_json', 'spelled', 'read_lines',
+           'following', 'one_line', 'cut', 'trim', 'trimming']
 
 # %% ../../nbs/lab/01_files.ipynb #35cbcc42
 import contextlib
@@ -547,6 +548,62 @@ def following(path: Path, on_line, every: float = 0.5):
                 on_line(from_json(line))
 
     thread = threading.Thread(target=tail, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+# %% ../../nbs/lab/01_files.ipynb #fe0bc8d7
+CUT = '\n[... {:,} {} cut here ...]\n'  # a note in place of what is left out
+CUT_BYTES = re.compile(rb'\A\n\[\.\.\. ([\d,]+) bytes cut here \.\.\.\]\n')
+
+
+def one_line(text: str, most: int = 300) -> str:
+    "A text in one line of at most `most` characters."
+    text = ' '.join(text.split())
+    return text if len(text) <= most else text[: most - 1] + '…'
+
+
+def cut(text: str, most: int) -> str:
+    "A text, or its beginning and end with a note between them, `most` characters of it in all."
+    if len(text) <= most:
+        return text
+    tail = most // 2
+    note = CUT.format(len(text) - most, 'characters')
+    return text[: most - tail] + note + text[len(text) - tail :]
+
+
+def trim(path: Path, most: int):
+    "Cut the middle out of a file of more than `most` bytes, while others may append to it."
+    if path.stat().st_size <= most:
+        return
+    with open(path, 'r+b') as file:
+        file.seek(most // 2)
+        rest = file.read()
+        before = CUT_BYTES.match(rest)
+        tail = rest[-(most - most // 2) :]
+        lost = len(rest) - len(tail)
+        if before:
+            lost += int(before[1].replace(b',', b'')) - len(before[0])
+        file.truncate(most // 2)
+    with open(path, 'ab') as file:
+        file.write(CUT.format(lost, 'bytes').encode() + tail)
+
+
+@contextlib.contextmanager
+def trimming(path: Path, most: int, every: float = 1.0):
+    "Keep a file that grows to about twice `most` bytes while the block runs."
+    stop = threading.Event()
+
+    def watch():
+        while not stop.wait(every):
+            with contextlib.suppress(OSError):
+                if path.stat().st_size > 2 * most:
+                    trim(path, most)
+
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
