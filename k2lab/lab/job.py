@@ -46,7 +46,11 @@ from k2lab.lab.records import (
     lacks,
     new_folder,
     read_run,
+    refuse_edited,
+    siblings,
     standing,
+    start_time,
+    write_record,
 )
 from .show import Evidence
 
@@ -108,6 +112,7 @@ class Job(Evidence):
         )
         self.began = time.monotonic()
         self.held: IO | None = None  # the lock of the run folder
+        self.finished = bool(record.get('seals'))  # nothing can be added any more
 
     def __repr__(self):
         state = self.record['status']
@@ -117,10 +122,15 @@ class Job(Evidence):
             state = 'closed'
         return f'{self.campaign}/{self.folder.name} ({self.scale}, {state})'
 
-    def write(self):
-        "Publish the record as it stands."
+    def write(self, seal: str = ''):
+        "Publish the record as it stands, under a seal if `seal` says why; `LabError` if it has one already."
+        if self.finished:
+            raise LabError(
+                f'{self.folder.name}: closed ({standing(self.record)}), so nothing can be added; '
+                'run the cell with start(...) again for a new run'
+            )
         if self.first:
-            write_text(self.folder / 'run.json', as_json(mask(self.record), indent=1) + '\n')
+            write_record(self.folder, self.record, seal)
 
     def reload(self):
         "Read the record again, after another process has added to it."
@@ -213,7 +223,8 @@ class Job(Evidence):
         why = lacks(self.folder, self.record)
         if not self.record['by_runner']:
             self.record |= {'status': 'failed' if why else 'complete', 'reason': why}
-        self.write()
+        self.write('' if self.record['by_runner'] else 'closed')
+        self.finished = True
         if self.record['status'] == 'complete':
             drop_resume_files(self.folder)
         if self.held:
@@ -292,7 +303,7 @@ def prepare(
 def open_job(folder: Path) -> Job:
     "The job of an existing run folder, from its own stage.yaml and env.yaml."
     folder = Path(folder).resolve()
-    record = read_run(folder)
+    record = refuse_edited(read_run(folder), folder)
     stage_yaml = folder / 'stage.yaml'
     cfg = fill(stage_module(record['stage']).Config, [(stage_yaml, read_yaml(stage_yaml))])
     return Job(
@@ -331,6 +342,8 @@ def start(
         raise LabError(
             f"{run}: already used by {job.stage} ({job.record['status']}); a run folder is never used twice"
         )
+    if not job.record.get('attempts'):
+        job.record |= start_time(siblings(job.folder))
     job.record |= {'status': 'running', 'owner': owner()}
     job.write()
     return job

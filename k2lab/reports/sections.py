@@ -215,8 +215,8 @@ def run_list(evidence: Evidence) -> Html:
 def is_newer(record: dict, used: list) -> bool:
     "Whether no used run of the same stage, mode and product is newer."
     same = lambda r: (r['stage'], r['config'].get('mode'), r['config'].get('saves'))
-    at = run_order(Path(record['folder']))
-    return all(run_order(Path(r['folder'])) < at for r in used if same(r) == same(record))
+    at = run_order(record)
+    return all(run_order(r) < at for r in used if same(r) == same(record))
 
 
 def held_back(evidence: Evidence) -> list[str]:
@@ -578,7 +578,7 @@ def ancestors(records: list) -> list[dict]:
             if (folder / 'run.json').exists():
                 known[parent] = read_or_mark(folder)
                 todo.append(known[parent])
-    return sorted(known.values(), key=lambda r: run_order(Path(r['folder'])))
+    return sorted(known.values(), key=run_order)
 
 
 def is_model(name: str) -> bool:
