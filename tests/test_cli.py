@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from k2lab.cli import COMMANDS, main, usage
+from k2lab.cli import COMMANDS, main
+from k2lab.cli.help import usage
 from k2lab.lab.config import LabError, stage_names
 from k2lab.lab.records import runs
 

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['RUN_NAME', 'OLD_LINES', 'OPEN', 'WHY', 'SHAPES', 'GONE', 'check_locks', 'new_folder', 'check_campaign',
            'sealed_sha256', 'edited', 'write_record', 'refuse_unknown', 'refuse_edited', 'whole', 'read_record',
-           'state_now', 'read_run', 'amending', 'amend', 'run_order', 'unreadable_record', 'read_or_mark', 'runs',
-           'find_run', 'promoted', 'standing', 'gate_line_text', 'gate_failures', 'savers', 'saved_by', 'passed_over',
-           'check_promotable', 'promote', 'lacks', 'drop_resume_files']
+           'state_now', 'read_run', 'amending', 'amend', 'iso_time', 'started_at', 'run_order', 'start_time',
+           'siblings', 'campaign_of', 'unreadable_record', 'changed_at', 'read_or_mark', 'visible_folders',
+           'run_folders', 'runs', 'find_run', 'promoted', 'standing', 'gate_line_text', 'gate_failures', 'savers',
+           'saved_by', 'passed_over', 'parent_folder', 'check_promotable', 'promote', 'lacks', 'drop_resume_files']
 
 # %% ../../nbs/lab/07_records.ipynb #48a0e45c
 import contextlib
@@ -17,13 +18,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from datetime import date, datetime, timezone
+from collections.abc import Iterable, Iterator
+from datetime import datetime, timedelta, timezone
 from itertools import takewhile
 from pathlib import Path
 
 from .config import LabError, did_you_mean, lab_path, root
-from .files import as_json, check_published, mask, write_text
+from .files import as_json, check_name, check_published, mask, write_text
 from .locks import held, lock, owning, would_see
 
 # %% ../../nbs/lab/07_records.ipynb #d56454aa
@@ -44,7 +45,7 @@ def check_locks(claim: Path):
 
 def new_folder(stage: str, campaign: str) -> Path:
     "Create and return `runs/<campaign>/<day>.<n>-<stage>`; no two callers ever get the same number."
-    home, day = lab_path('runs') / campaign, date.today().isoformat()
+    home, day = lab_path('runs') / campaign, datetime.now(timezone.utc).date().isoformat()
     home.mkdir(parents=True, exist_ok=True)
     matches = (RUN_NAME.fullmatch(p.name) for p in home.iterdir())
     n = max((int(m[2]) for m in matches if m and m[1] == day), default=0)
@@ -64,11 +65,7 @@ def new_folder(stage: str, campaign: str) -> Path:
 # %% ../../nbs/lab/07_records.ipynb #4707abef
 def check_campaign(name: str) -> str:
     "`name` if it can name a folder, else a `LabError`."
-    if re.fullmatch(r'[A-Za-z0-9][\w.-]*', name):
-        return name
-    raise LabError(
-        f"campaign '{name}': use letters, digits, '-', '_' and '.', starting with a letter or digit"
-    )
+    return check_name(name, 'campaign')
 
 # %% ../../nbs/lab/07_records.ipynb #5c0f52d4
 OPEN = ('prepared', 'running')  # the states of a run that has no seal yet
@@ -202,10 +199,50 @@ def amend(folder: str | Path, **changes) -> dict:
     return read_run(folder)
 
 # %% ../../nbs/lab/07_records.ipynb #f49e1506
-def run_order(folder: Path) -> tuple[str, str, int]:
-    "A key that sorts run folders by campaign, day and number."
-    m = RUN_NAME.fullmatch(folder.name)
-    return (folder.parent.name, m[1], int(m[2])) if m else (folder.parent.name, folder.name, 0)
+def iso_time(at: datetime) -> str:
+    "A time as records keep it: UTC, with microseconds."
+    return at.astimezone(timezone.utc).isoformat(timespec='microseconds')
+
+
+def started_at(record: dict) -> datetime:
+    "When a run started, in UTC; the day in its folder's name if its record does not say."
+    match = RUN_NAME.fullmatch(Path(record['folder']).name)
+    for text in (record.get('started'), match and match[1]):
+        with contextlib.suppress(TypeError, ValueError):
+            at = datetime.fromisoformat(str(text))
+            return at.astimezone(timezone.utc) if at.tzinfo else at.replace(tzinfo=timezone.utc)
+    return datetime.min.replace(tzinfo=timezone.utc)
+
+
+def run_order(record: dict) -> tuple[str, datetime, int]:
+    "A key that sorts records by the folder of their campaign, by when they started, and by number."
+    folder = Path(record['folder'])
+    match = RUN_NAME.fullmatch(folder.name)
+    return folder.parent.name, started_at(record), int(match[2]) if match else 0
+
+
+def start_time(others: Iterable[dict], now: datetime | None = None) -> dict:
+    "`started`, now or the moment after the newest of `others`; then `clock` says that the clock was behind it."
+    now, newest = now or datetime.now(timezone.utc), max(others, key=started_at, default=None)
+    if newest is None or started_at(newest) < now:
+        return {'started': iso_time(now)}
+    run, then = Path(newest['folder']).name, started_at(newest)
+    return {
+        'started': iso_time(then + timedelta(microseconds=1)),
+        'clock': f'it said {iso_time(now)}; {run}, which came before, started {iso_time(then)}',
+    }
+
+
+def siblings(folder: Path) -> list[dict]:
+    "The records of the other runs in the campaign of a run."
+    others = (p.parent for p in folder.parent.glob('*/run.json') if p.parent != folder)
+    return [read_or_mark(f) for f in others]
+
+
+def campaign_of(record: dict) -> str:
+    "The campaign in whose folder a run lies, and in brackets the one in its record, if that is another one."
+    now, was = Path(record['folder']).parent.name, record.get('campaign')
+    return now if was in (now, None) else f'{now} (was {was})'
 
 # %% ../../nbs/lab/07_records.ipynb #09500075
 def unreadable_record(folder: Path, reason: str) -> dict:
@@ -215,6 +252,7 @@ def unreadable_record(folder: Path, reason: str) -> dict:
         'folder': str(folder),
         'campaign': folder.parent.name,
         'stage': match[3] if match else '',
+        'started': changed_at(folder / 'run.json'),
         'scale': '',
         'seed': None,
         'status': 'unreadable',
@@ -227,6 +265,13 @@ def unreadable_record(folder: Path, reason: str) -> dict:
     }
 
 
+def changed_at(path: Path) -> str:
+    "When a file last changed, as records keep time; empty if it is gone."
+    with contextlib.suppress(OSError):
+        return iso_time(datetime.fromtimestamp(path.stat().st_mtime, timezone.utc))
+    return ''
+
+
 def read_or_mark(folder: Path) -> dict:
     "The record of a run, or an `unreadable_record`."
     try:
@@ -235,11 +280,23 @@ def read_or_mark(folder: Path) -> dict:
         return unreadable_record(folder, str(e))
 
 
+def visible_folders(home: Path) -> list[Path]:
+    "The folders in `home` that are not hidden; none if it is not there."
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(home) as entries:
+        return [Path(e.path) for e in entries if e.is_dir() and not e.name.startswith('.')]
+    return []
+
+
+def run_folders(campaign: str | None = None) -> list[Path]:
+    "The folders of all runs of one campaign or of every campaign; hidden folders are no campaigns."
+    home = lab_path('runs')
+    homes = [home / campaign] if campaign else visible_folders(home)
+    return [f for h in homes for f in visible_folders(h) if (f / 'run.json').exists()]
+
+
 def runs(campaign: str | None = None) -> list[dict]:
     "All runs of one campaign or of every campaign, oldest first; a damaged record has the status `unreadable`."
-    folders = (p.parent for p in lab_path('runs').glob(f"{campaign or '*'}/*/run.json"))
-    visible = (f for f in folders if not f.name.startswith('.'))
-    return [read_or_mark(f) for f in sorted(visible, key=run_order)]
+    return sorted(map(read_or_mark, run_folders(campaign)), key=run_order)
 
 # %% ../../nbs/lab/07_records.ipynb #66fc2c73
 def find_run(name: str | Path) -> Path:
@@ -248,7 +305,7 @@ def find_run(name: str | Path) -> Path:
     for path in (Path(name), root() / name, lab_path('runs') / name):
         if (path / 'run.json').exists():
             return path.resolve()
-    folders = [Path(r['folder']) for r in runs()]
+    folders = run_folders()
     same = [f for f in folders if f.name == name]
     if len(same) == 1:
         return same[0]
@@ -296,8 +353,11 @@ def gate_failures(record: dict) -> str:
 # %% ../../nbs/lab/07_records.ipynb #51b3497c
 def savers(home: Path, name: str, scale: str) -> Iterator[dict]:
     "The complete runs in the campaign folder `home` that saved `name` at this scale and still hold it, newest first."
-    for folder in sorted((p.parent for p in home.glob('*/run.json')), key=run_order, reverse=True):
-        record = read_run(folder)
+    records = [read_or_mark(p.parent) for p in home.glob('*/run.json')]
+    for record in sorted(records, key=run_order, reverse=True):
+        folder = Path(record['folder'])
+        if record['status'] == 'unreadable':
+            raise LabError(record['reason'])
         if (
             record['status'] == 'complete'
             and record['scale'] == scale
@@ -315,6 +375,18 @@ def saved_by(home: Path, name: str, scale: str) -> Path | None:
 def passed_over(home: Path, name: str, scale: str) -> list[dict]:
     "The runs that saved `name` after the newest promoted one and were not promoted themselves, newest first."
     return list(takewhile(lambda r: not promoted(r), savers(home, name, scale)))
+
+# %% ../../nbs/lab/07_records.ipynb #4c329754
+def parent_folder(parent: dict, home: Path) -> Path:
+    "The folder of the run that a parent of a run in the campaign folder `home` stands for, also after it was renamed."
+    name = parent['name'].partition('@')[0]
+    recorded = lab_path('runs') / parent['campaign'] / parent['run']
+    there = lambda f: read_or_mark(f)['saves'] if (f / 'run.json').exists() else {}
+    others = sorted(p.parent for p in home.glob('*/run.json'))
+    for folder in (recorded, home / parent['run'], *others):
+        if there(folder).get(name, {}).get('sha256') == parent['sha256']:
+            return folder
+    return recorded
 
 # %% ../../nbs/lab/07_records.ipynb #2b4b73eb
 def check_promotable(name: str, record: dict):
