@@ -4,6 +4,7 @@ import operator
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from k2lab.cli.progress import begun, outcome, wall
 from k2lab.cli.tables import fitting_table
@@ -68,7 +69,7 @@ def inner(values: dict, path: str):
     return inner(block, rest) if rest and isinstance(block, dict) else None
 
 
-def value(record: dict, field: str):
+def value(record: dict, field: str) -> Any:
     "A field of a record: one of `FIELDS`, `measure.NAME` (after, else before) or `config.KEY`; None if unknown."
     kind, _, name = field.partition('.')
     if field in FIELDS:
@@ -132,14 +133,14 @@ def stages_of(records: list[dict]) -> list[str]:
     return list(dict.fromkeys([*stage_names(), *(r['stage'] for r in records)]))
 
 
-def compares(field: str, have, sign: str, want: str) -> bool:
+def compares(field: str, have: Any, sign: str, want: str) -> bool:
     "Whether a value passes a test; an unknown one passes none. `LabError` if the two have no order."
     if have is None:
         return False
     if isinstance(have, list) and sign in ('=', '!='):
         return (want in have) == (sign == '=')
     if field == 'started' and sign in ('=', '!='):
-        return have.startswith(want) == (sign == '=')
+        return str(have).startswith(want) == (sign == '=')
     number = yaml_value(want)
     if is_number(have) and is_number(number):
         return OPERATORS[sign](have, number)

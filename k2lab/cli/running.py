@@ -61,7 +61,7 @@ def check_fields(stage: str, words: list):
     for word in words:
         name = word.removeprefix('--').partition('=')[0].partition('.')[0].replace('-', '_')
         known = name in fields or name in getattr(Config, 'renamed', {})
-        near = did_you_mean(word.partition('=')[0], options)
+        near = did_you_mean(word.partition('=')[0], [*options, *(f'--{f}' for f in fields)])
         if word.startswith('--') and not known and near:
             raise LabError(f"{stage} does not take '{word}'{near}")
 
