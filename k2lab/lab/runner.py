@@ -25,7 +25,7 @@ from .config import LabError, one_of, root, setting, stage_names, stage_notebook
 from .files import as_json, disk_errors, following, mask, scrub, write_text
 from .job import Job, prepare
 from .locks import guarded, owning
-from .records import drop_resume_files, lacks
+from .records import drop_resume_files, lacks, write_record
 
 # %% ../../nbs/lab/12_runner.ipynb #db997f56
 @contextlib.contextmanager
@@ -232,7 +232,7 @@ def conclude(folder: Path, error, began: float) -> dict:
         'wall_s': round(time.monotonic() - began, 3),
     }
     (folder / RESERVE).unlink(missing_ok=True)
-    write_text(folder / 'run.json', as_json(mask(record), indent=1) + '\n')
+    record = write_record(folder, record, 'closed')
     if status == 'complete':
         drop_resume_files(folder)
     return record
