@@ -422,8 +422,9 @@ def test_the_wheel_answers_anywhere(installed, tmp_path):
         done = k2lab(installed, tmp_path, *words)
         assert done.returncode == 2 and done.stdout == '' and done.stderr.count('\n') == 1
         assert '`k2lab new FOLDER` makes one' in done.stderr, words
-    done = k2lab(installed, tmp_path, 'convert', 'nothing', 'out')
-    assert done.returncode == 2 and "nothing: no such folder" in done.stderr
+    offline = installed | {'HF_HUB_OFFLINE': '1'}
+    done = k2lab(offline, tmp_path, 'convert', 'nothing', 'out')
+    assert done.returncode == 2 and 'nothing: no such folder' in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
