@@ -243,7 +243,8 @@ def test_a_running_run_shows_its_start_and_its_time_so_far(lab, capsys, monkeypa
         assert re.search(r'\b2:\d\d\b', text)
         assert f'running since {began.astimezone():%H:%M}' in text or 'running since 20' in text
         assert record['status'] == 'running'
-        assert 'so far' in said(capsys, 'show', f'{DAY}.1-train_toy')
+        assert 'so far' in said(capsys, 'show', folder.name)
+        assert '`k2lab watch ' in refused('reproduce', folder.name)
 
 
 def test_hidden_folders_are_no_campaigns(three, capsys):

@@ -12,7 +12,7 @@ from k2lab.cli.tables import fitting_table
 from k2lab.lab.config import SCALES, LabError, did_you_mean, lab_path, one_of, yaml_value
 from k2lab.lab.display import clock, short
 
-STATES = ('prepared', 'running', 'complete', 'failed', 'interrupted', 'unreadable')
+STATES = ('prepared', 'running', 'complete', 'failed', 'interrupted', 'unknown', 'unreadable')
 
 
 def campaign(record: dict) -> str:
