@@ -291,7 +291,7 @@ def run_folders(campaign: str | None = None) -> list[Path]:
     "The folders of all runs of one campaign or of every campaign; hidden folders are no campaigns."
     home = lab_path('runs')
     homes = [home / campaign] if campaign else visible_folders(home)
-    return [f for h in homes for f in visible_folders(h) if (f / 'run.json').exists()]
+    return [f for h in homes for f in visible_folders(h) if os.path.exists(f'{f}/run.json')]
 
 
 def runs(campaign: str | None = None) -> list[dict]:
