@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UNSUPPORTED', 'DISK_FULL', 'LARGE', 'SETTLED', 'SECRET_KEY', 'SURE_KEY', 'SECRET_VARIABLE', 'TOKEN', 'KEY_BLOCK',
            'THROWN', 'LOGIN', 'ASKED', 'MARKS', 'SCORE_KEYS', 'SCORE_KEY', 'REFERENCE', 'RESERVED', 'LONGEST',
-           'INFINITE', 'CUT', 'CUT_BYTES', 'sync', 'move', 'carry', 'write_text', 'disk_errors', 'trouble',
-           'check_place', 'state_of', 'kept_hashes', 'look_up', 'keep_hash', 'read_sha256', 'sha256', 'inventory',
+           'INFINITE', 'UNKNOWN', 'CUT', 'CUT_BYTES', 'sync', 'move', 'carry', 'write_text', 'disk_errors', 'trouble',
+           'check_storage', 'state_of', 'kept_hashes', 'look_up', 'keep_hash', 'read_sha256', 'sha256', 'inventory',
            'check_published', 'is_random', 'is_strong', 'spellings', 'held_secrets', 'scrub', 'scrub_line',
            'is_suspect', 'thrown', 'is_secret', 'mask', 'folded', 'check_name', 'reserved', 'check_output',
            'check_no_secret', 'looked_up', 'plain', 'fault_in', 'as_json', 'from_json', 'spelled', 'read_lines',
@@ -131,7 +131,7 @@ def trouble(error: OSError) -> str:
     return words.get(error.errno or 0, said)
 
 
-def check_place(folder: Path, room: int = 2**18):
+def check_storage(folder: Path, room: int = 2**18):
     "`LabError` unless a run can be kept in `folder`: it is made, and a file in it is written, locked and renamed."
     if date.today().year < 1980:
         raise LabError(
@@ -510,10 +510,11 @@ def from_json(text: str | bytes):
 
 # %% ../../nbs/lab/01_files.ipynb #0e25a58a
 INFINITE = {'inf': '.inf', '-inf': '-.inf'}  # Python's word for a number -> YAML's
+UNKNOWN = {'inf': None, '-inf': None, 'nan': None}  # for a result: it was not measured
 
 
 def spelled(value, words: dict = INFINITE):
-    "A value with each infinite number in it as the word that YAML has for it."
+    "A value with another word for each number in it that is none: by default YAML's for an infinite one."
     if isinstance(value, dict):
         return {k: spelled(v, words) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONFLICT', 'REPORT_STYLE', 'NAMES', 'RESERVE', 'hidden', 'read_notebook', 'check_source', 'run_half', 'names_set',
-           'check_parameters', 'check_kernel', 'kernel_environment', 'logging_kernels', 'transport', 'run_notebook',
+           'check_parameters', 'check_kernel', 'kernel_environment', 'guarded_kernels', 'transport', 'run_notebook',
            'ending', 'mark_cell', 'text_of', 'bound_data', 'bound_output', 'bound_notebook', 'publish_log',
            'publish_notebook', 'notebook_html', 'conclude', 'insisting', 'run_job', 'perform', 'checked_notebook',
            'execute']
@@ -19,7 +19,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -39,7 +38,7 @@ from k2lab.lab.files import (
     write_text,
 )
 from .job import Job, prepare
-from .locks import guarded, owning
+from .locks import Guard, check_place, guarded, owning
 from .records import drop_resume_files, lacks, write_record
 
 # %% ../../nbs/lab/12_runner.ipynb #db997f56
@@ -176,27 +175,29 @@ def kernel_environment():
                 os.environ[key] = value
 
 # %% ../../nbs/lab/12_runner.ipynb #8a03441d
-def logging_kernels(out):
-    "A class of kernel managers whose kernels write their standard output and error to the open file `out`."
+def guarded_kernels(guard: Guard, out):
+    "A class of kernel managers whose kernels run under `guard` and write their output and errors to the file `out`."
     from jupyter_client.manager import AsyncKernelManager
 
-    class LoggingKernelManager(AsyncKernelManager):
+    class GuardedKernelManager(AsyncKernelManager):
         async def start_kernel(self, **kw):
-            return await super().start_kernel(stdout=out, stderr=out, **kw)
+            return await super().start_kernel(stdin=guard.line, stdout=out, stderr=out, **kw)
 
-    return LoggingKernelManager
+        def format_kernel_cmd(self, extra_arguments=None):
+            return guard.command(super().format_kernel_cmd(extra_arguments))
+
+    return GuardedKernelManager
 
 # %% ../../nbs/lab/12_runner.ipynb #4a4284b7
-def transport(folder: str) -> dict:
+def transport(folder: Path) -> dict:
     "Settings for a kernel that talks through sockets in `folder`: TCP would be open to everyone on a shared node."
-    return (
-        {'KernelManager': {'transport': 'ipc', 'ip': f'{folder}/kernel'}}
-        if os.name == 'posix'
-        else {}
-    )
+    place = {'connection_file': f'{folder}/kernel.json'}
+    if os.name == 'posix':
+        place |= {'transport': 'ipc', 'ip': f'{folder}/kernel'}
+    return {'KernelManager': place}
 
 
-def run_notebook(nb, folder: Path, parameters: dict):
+def run_notebook(nb, folder: Path, parameters: dict, guard: Guard):
     "Execute `nb` with papermill; its copy grows in `.notebook.ipynb`, what it prints in log.txt."
     import logging
 
@@ -210,7 +211,6 @@ def run_notebook(nb, folder: Path, parameters: dict):
     )  # it reports kernel tasks that an interrupt has ended
     with (
         kernel_environment(),
-        tempfile.TemporaryDirectory(prefix='k2lab-') as sockets,
         open(folder / 'log.txt', 'a', encoding='utf-8') as out,
     ):
         pm.execute_notebook(
@@ -222,8 +222,8 @@ def run_notebook(nb, folder: Path, parameters: dict):
             progress_bar=False,
             stdout_file=out,
             stderr_file=out,
-            config=Config(transport(sockets)),
-            kernel_manager_class=logging_kernels(out),
+            config=Config(transport(guard.folder)),
+            kernel_manager_class=guarded_kernels(guard, out),
             autosave_cell_every=setting('run', 'autosave_every'),
             execution_timeout=setting('run', 'cell_timeout') or None,
         )
@@ -418,10 +418,10 @@ def run_job(job: Job, path: Path, on_progress):
         following(job.folder / 'metrics.jsonl', on_progress),
         disk_errors(str(job.folder)),
         trimming(job.folder / 'log.txt', setting('run', 'log_mb') * 10**6),
-        guarded(),
+        guarded() as guard,
     ):
         write_text(job.folder / RESERVE, ' ' * 2**16)
-        run_notebook(run_half(path), job.folder, parameters)
+        run_notebook(run_half(path), job.folder, parameters, guard)
 
 
 def perform(job: Job, path: Path, began: float, on_progress) -> Path:
@@ -443,10 +443,11 @@ def perform(job: Job, path: Path, began: float, on_progress) -> Path:
 
 
 def checked_notebook(stage: str) -> Path:
-    "The notebook of a stage, after a check that it accepts the runner's parameters."
+    "The notebook of a stage, after a check that it takes the parameters and that a kernel has a place."
     path = stage_notebooks()[one_of('stage', stage, stage_names())]
     check_kernel()
     check_parameters(run_half(path), ('scale', 'run', 'changes'), path)
+    check_place()
     return path
 
 
