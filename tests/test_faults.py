@@ -398,7 +398,7 @@ def test_twelve_planted_secrets_reach_no_file(lab, monkeypatch):
         20,
         'train_toy',
         'saves: k2_toy\n',
-        cells=[*CELLS, *leaks],
+        cells=[*CELLS[:-1], *leaks],
         module=LEAK.replace(
             "    accelerate: str = 'cpu'",
             "    api_key: str = ''   # a secret\n"

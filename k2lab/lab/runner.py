@@ -267,16 +267,19 @@ def text_of(value) -> str:
 
 def bound_data(data: dict, most: int) -> dict:
     "What an output shows, each form of it in at most `most` characters: text cut in the middle, others left out whole."
-    kept = {}
+    kept, notes = {}, []
     for kind, value in data.items():
         value = ''.join(value) if isinstance(value, list) else value
         size = len(value if isinstance(value, str) else json.dumps(value))
         if size > most and kind == 'text/plain':
             value = cut(value, most)
         elif size > most:
-            kind, value = 'text/plain', f'[{size:,} characters of {kind} left out: see output_mb]'
+            notes.append(f'[{size:,} characters of {kind} left out: see output_mb]')
+            continue
         text = isinstance(value, str) and not kind.startswith('image/')
         kept[kind] = scrub(value) if text else value if isinstance(value, str) else mask(value)
+    if notes:
+        kept['text/plain'] = '\n'.join([*notes, *filter(None, [kept.get('text/plain')])])
     return kept
 
 
