@@ -253,15 +253,15 @@ SECRET_VARIABLE = re.compile(
 EDGE = r'(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))'  # of a word, also behind a line break in a `repr`
 # forms of tokens with their real lengths
 TOKEN = re.compile(
-    EDGE
-    + r'(?:sk-(?=[A-Za-z]*\d)(?:[a-z0-9]{32}|[A-Za-z0-9]{48})|hf_[A-Za-z0-9]{34}|api_org_[A-Za-z0-9]{34}|gh[pousr]_[A-Za-z0-9]{36}|'
+    EDGE + r'(?:sk-(?=[A-Za-z]*\d)(?:[a-z0-9]{32}|[A-Za-z0-9]{48})|hf_[A-Za-z0-9]{34}|'
+    r'api_org_[A-Za-z0-9]{34}|gh[pousr]_[A-Za-z0-9]{36}|'
     r'github_pat_\w{82}|(?:AKIA|ASIA)[A-Z2-7]{16}|AIza[\w-]{35}|npm_[A-Za-z0-9]{36}|'
     r'gsk_[A-Za-z0-9]{52}|r8_[A-Za-z0-9]{37}|xai-[A-Za-z0-9]{80}|pplx-[A-Za-z0-9]{48}|'
     r'lsv2_(?:pt|sk)_[0-9a-f]{32}_[0-9a-f]{10}|xox[abeoprs]-\d{8,}-[\w-]{20,}|'
     r'[rs]k_live_[A-Za-z0-9]{24,}|pypi-AgE[\w-]{50,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,})'
     r'(?![A-Za-z0-9])'
 )
-AWS_SECRET = re.compile(r'(?=.*\d)(?=.*[A-Z])(?=.*[a-z])[A-Za-z0-9/+]{40}')
+AWS_SECRET = re.compile(r'(?=.*\d)(?=.*[A-Z])(?=.*[a-z])[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+])')
 KEY_BLOCK = re.compile(
     r'-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)', re.S
 )
@@ -353,7 +353,7 @@ def thrown(found: re.Match) -> bool:
     "Whether what `THROWN` found is a token; a score's key is none."
     if SCORE_KEY.fullmatch(found[2]):
         return False
-    return is_random(found[2]) or bool(AWS_SECRET.fullmatch(found[2]))
+    return is_random(found[2]) or bool(AWS_SECRET.match(found[2]))
 
 # %% ../../nbs/lab/01_files.ipynb #a683f34a
 REFERENCE = re.compile(r'env:(\w+)')  # in a configuration: the value of an environment variable
