@@ -54,18 +54,22 @@ def parents(record: dict) -> str:
 
 def show_run(words: list) -> int:
     "Tell what a run did."
+    from k2lab.lab.inputs import change_text, provenance_of
     from k2lab.lab.records import find_run, read_run
 
     if len(words) != 1:
         raise LabError('show needs one run; `k2lab runs` lists them')
     record = read_run(find_run(words[0]))
     print(attempts(record) + run_text(record))
+    for change in record.get('inputs_changed', []):
+        print(f'  changed: {change_text(change)}')
+    origin = provenance_of(record)
     for title, rows in (
         ('config', record['config'].items()),
         ('parents', [(p['name'], p['run'] or p['place']) for p in record['parents']]),
-        ('code', record['code'].items()),
-        ('hardware', record['hardware'].items()),
-        ('versions', record['versions'].items()),
+        ('code', origin['git'].items()),
+        ('hardware', origin['host'].items()),
+        ('versions', origin['package'].items()),
     ):
         print(f'\n{title}')
         print(text_table([], [[f'  {k}', v] for k, v in rows]))
@@ -100,14 +104,15 @@ def attempts(record: dict) -> str:
 
 def diff(words: list) -> int:
     "Say what differs between two runs."
-    from k2lab.lab.records import find_run
-    from k2lab.lab.reproduce import differences, inputs, results, with_env
+    from k2lab.lab.inputs import difference_text
+    from k2lab.lab.records import find_run, read_run
+    from k2lab.lab.reproduce import input_differences, result_differences
 
     if len(words) != 2:
         raise LabError('diff needs two runs; `k2lab runs` lists them')
-    a, b = (with_env(find_run(w)) for w in words)
-    for title, of in (('inputs', inputs), ('results', results)):
-        found = differences(of(a), of(b))
+    a, b = (read_run(find_run(w)) for w in words)
+    for title, differences in (('inputs', input_differences), ('results', result_differences)):
+        found = differences(a, b)
         print(
             f'{title}: {len(found) or "nothing"} differs'
             if len(found) < 2
@@ -116,13 +121,6 @@ def diff(words: list) -> int:
         for one in found:
             print('  ' + difference_text(one))
     return 0
-
-
-def difference_text(difference: tuple) -> str:
-    "One difference in words."
-    kind, name, a, b = difference
-    cut = lambda v: short(v) if not isinstance(v, str) or len(v) < 20 else v[:12] + '…'
-    return f'{kind} {name}: {cut(a)} -> {cut(b)}'
 
 
 def text_table(header: list, rows: list) -> str:
