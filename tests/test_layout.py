@@ -36,7 +36,7 @@ PLAIN = {
     'serving.server',
     'text.typescript',
     'training.muon',
-    *(f'cli.{name}' for name in ('help', 'looking', 'progress', 'running', 'words')),
+    *(f'cli.{p.stem}' for p in (ROOT / 'k2lab' / 'cli').glob('[!_]*.py')),
     *(
         f'bench.{name}'
         for name in (

@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from k2lab.cli.looking import gate_text, text_table
+from k2lab.cli.looking import gate_text
 from k2lab.cli.progress import Progress, outcome
 from k2lab.cli.running import resolved_config
-from k2lab.cli.words import parse
+from k2lab.cli.tables import text_table
 from k2lab.lab.config import SCALES, LabError, lab_path, one_of, read_yaml, setting, stage_names
 
 
@@ -60,17 +60,12 @@ def alone(home: Path) -> Iterator[None]:
         yield
 
 
-def pipeline(words: list) -> int:
+def pipeline(words: list, options: dict) -> int:
     """Run or resume the steps of configs/pipeline.yaml that are not complete.
 
     After one that failed, or failed its gate, only the `always` ones."""
     from k2lab.lab.records import check_campaign, promoted
 
-    options, rest = parse(words, 'scale', 'campaign', 'from', 'to', 'seed')
-    if rest:
-        raise LabError(
-            f"pipeline does not take '{rest[0]}'; it takes --scale, --campaign, --from, --to and --seed"
-        )
     scale = one_of('scale', options['scale'] or setting('lab', 'scale'), SCALES)
     seed = options['seed']
     campaign = check_campaign(options['campaign'] or (f'{scale}-seed{seed}' if seed else scale))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MATTERS', 'PLAIN', 'DIFF', 'USERS', 'DIFF_LIMIT', 'installed', 'interpreter', 'cpu_name', 'host', 'torch_cuda',
            'accelerator', 'environment', 'git', 'paths_in', 'new_files', 'head', 'tree_diff', 'stages_folder',
-           'masked_patch', 'code_state', 'owner', 'is_alive', 'own_peak', 'peak_gib']
+           'masked_patch', 'code_state', 'owner', 'own_peak', 'peak_gib']
 
 # %% ../../nbs/lab/03_provenance.ipynb #157b13c7
 import os
@@ -211,24 +211,13 @@ def code_state() -> tuple[dict, bytes]:
 
 # %% ../../nbs/lab/03_provenance.ipynb #54513093
 def owner() -> dict:
-    "This process: `{'pid', 'born', 'host'}`."
+    "This process: `{'pid', 'host', 'boot'}`; `boot` is the same for all containers of one machine until it restarts."
+    boot = Path('/proc/sys/kernel/random/boot_id')
     return {
         'pid': os.getpid(),
-        'born': psutil.Process().create_time(),
         'host': socket.gethostname(),
+        'boot': boot.read_text().strip() if boot.exists() else '',
     }
-
-# %% ../../nbs/lab/03_provenance.ipynb #533863f0
-def is_alive(who: dict) -> bool:
-    "Whether the process `who` still runs. One on another machine counts as running, a zombie does not."
-    if who['host'] != socket.gethostname():
-        return True
-    try:
-        process = psutil.Process(who['pid'])
-        same = abs(process.create_time() - who['born']) < 1
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
 
 # %% ../../nbs/lab/03_provenance.ipynb #7fa1ff61
 def own_peak() -> int:

@@ -29,6 +29,7 @@ from k2lab.lab.records import (
     read_record,
     read_run,
     refuse_edited,
+    refuse_unknown,
 )
 from .runner import checked_notebook, perform
 
@@ -161,6 +162,7 @@ def resume(name: str | Path, on_progress=None) -> Path:
     "Continue an unfinished run and return its folder; `LabError` if it is complete or still running."
     began, folder = time.monotonic(), find_run(name)
     on_progress = on_progress or (lambda row: None)
+    refuse_unknown(read_run(folder), folder)
     with owning(folder):
         job = reopen(folder)
         path = checked_notebook(job.stage)
