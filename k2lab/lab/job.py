@@ -456,7 +456,8 @@ def enter_inputs(job: Job):
     if told['python'] == sys.executable:  # other packages of another Python are no change
         before['package'] = told['inputs']['package']
     job.record['inputs_changed'] = changes_between(before, now, 'before start')
-    job.record['python'], job.at_start = sys.executable, code_now(package_files())
+    job.record['python'] = sys.executable
+    job.at_start = code_now({*package_files(), *now['code']})
     if attempts := job.record.get('attempts'):
         attempts[-1]['differs'] = since(attempts[-1].pop('inputs'), now)
     job.record['git'], diff = code_state()
@@ -485,7 +486,6 @@ def since(before: dict, now: dict) -> list[str]:
 def verify_inputs(job: Job):
     "Enter in the record of a job that finishes what of its inputs is no longer what it was at the start."
     inputs = job.record['inputs']
-    before = inputs | {'code': job.at_start | inputs['code']}
     again = {
         'code': code_here(),
         'package': installed(),
@@ -498,13 +498,15 @@ def verify_inputs(job: Job):
         'config': dotted(read_yaml(job.folder / 'stage.yaml')),
         'env': dotted(read_yaml(job.folder / 'env.yaml')),
     }
-    found = changes_between(before, again, 'while it ran') + changes_between(
-        before, files, 'while it ran'
-    )
+    imported = dict(sorted((again['code'] | inputs['code']).items()))
+    seen = inputs | {'code': job.at_start | inputs['code']}
+    on_disk = inputs | {'code': imported | job.at_start}
+    found = changes_between(seen, again, 'while it ran')
+    found += changes_between(on_disk, files, 'while it ran')
     once = {(c['kind'], c['name']): c for c in reversed(found)}
     job.record['inputs_changed'] += sorted(once.values(), key=lambda c: KINDS.index(c['kind']))
     inputs['data'] = again['data'] | {k: v for k, v in inputs['data'].items() if v is not None}
-    inputs['code'] = dict(sorted((again['code'] | inputs['code']).items()))
+    inputs['code'] = imported
 
 
 def data_again(parent: dict) -> str | None:
