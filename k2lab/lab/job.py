@@ -36,6 +36,7 @@ from k2lab.lab.config import (
     setting,
     stage_names,
 )
+from .display import Recording, recording
 from k2lab.lab.files import (
     as_json,
     check_name,
@@ -66,7 +67,7 @@ from k2lab.lab.records import (
     start_time,
     write_record,
 )
-from .show import Evidence
+from .show import Evidence, publish_notebook
 
 # %% ../../nbs/lab/10_job.ipynb #f61ff728
 def check_sides(job, name: str, sides: list):
@@ -138,6 +139,7 @@ class Job(Evidence):
         )
         self.began = time.monotonic()
         self.held: IO | None = None  # the lock of the run folder
+        self.cells: Recording | None = None  # of a run by hand in Jupyter
         self.finished = bool(record.get('seals'))  # nothing can be added any more
 
     def __repr__(self):
@@ -260,6 +262,8 @@ class Job(Evidence):
         "Close a run by hand with this status, and give up its folder."
         wall = round(time.monotonic() - self.began, 3)
         self.record = {'wall_s': wall} | self.record | {'status': status, 'reason': reason}
+        if self.cells:
+            self.record['notebook'] = self.cells.close(self.leave_notebook)
         try:
             self.write('closed')
             if status == 'complete':
@@ -268,6 +272,11 @@ class Job(Evidence):
             self.finished = True
             if self.held:
                 self.held.close()
+
+    def leave_notebook(self, cells: dict):
+        "Put the executed notebook of a run by hand and its page into the folder, as the runner does."
+        write_text(self.folder / '.notebook.ipynb', as_json(cells))
+        publish_notebook(self.folder)
 
 # %% ../../nbs/lab/10_job.ipynb #6334000a
 def stage_module(stage: str):
@@ -427,5 +436,6 @@ def start(
     job.record |= {'status': 'running', 'owner': owner()}
     job.write()
     if not job.record['by_runner']:
+        job.cells = recording()
         supersede(job)
     return job
