@@ -141,23 +141,36 @@ class Live:
     "A bar and a curve of lines passed to `add`; shown as HTML in a notebook and as one line elsewhere."
 
     def __init__(self, title: str):
-        self.title = title
+        self.title, self.ended = title, ''
         self.row: dict = {}
         self.points: list[tuple] = []
+        self.speed: float | None = None
+        self.on_change = lambda: None
 
     def add(self, row: dict):
         "Add a line of metrics.jsonl."
-        self.row = row
+        self.row, self.speed = row, row.get('tokens_s') or self.speed
         if 'step' in row and row.get('loss') is not None:
             self.points.append((row['step'], row['loss']))
+        self.on_change()
+
+    def end(self, status: str):
+        "Show how the work or the run ended instead of its last line."
+        self.ended = status
+        self.on_change()
 
     def __repr__(self) -> str:
-        return f'{self.title} · {describe(self.row)}'
+        if not self.ended:
+            return f'{self.title} · {describe(self.row)}'
+        loss = f', loss {self.points[0][1]:.3f} -> {self.points[-1][1]:.3f}' if self.points else ''
+        speed = f', {self.speed:,.0f} tokens/s' if self.speed else ''
+        return f'{self.title} · {self.ended}{loss}{speed}'
 
     def _repr_html_(self) -> str:
         done = 100 * self.row.get('step', 0) / max(self.row.get('steps') or 1, 1)
+        bar = progress_bar(done) if 'step' in self.row and not self.ended else ''
         curve = draw({'loss': tuple(zip(*self.points))}, 'loss') if len(self.points) > 1 else ''
-        return f'<div>{html.escape(repr(self))}{progress_bar(done)}{curve}</div>'
+        return f'<div>{html.escape(repr(self))}{bar}{curve}</div>'
 
 # %% ../../nbs/lab/02_display.ipynb #07f301b8
 def progress_bar(percent: float) -> str:
@@ -176,21 +189,17 @@ def in_jupyter() -> bool:
 @contextlib.contextmanager
 def live_progress(path, title: str, watched: bool = True, every: float = 1.0):
     "Show the progress that is written to `path` while the block runs, if this is a notebook and `watched`."
+    shown = Live(title)
     if not (watched and in_jupyter()):
-        yield
+        yield shown
         return
     from IPython.display import display
 
-    shown = Live(title)
-    handle = display(shown, display_id=True)
-
-    def add(row):
-        shown.add(row)
-        if handle:
-            handle.update(shown)
-
-    with following(path, add, every):
-        yield
+    if handle := display(shown, display_id=True):
+        shown.on_change = lambda: handle.update(shown)
+    with following(path, shown.add, every):
+        yield shown
+    shown.end('done')
 
 # %% ../../nbs/lab/02_display.ipynb #90c89d6e
 def run_cell(source: str, cell_id: str | None = None, count: int | None = None) -> dict:

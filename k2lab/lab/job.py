@@ -36,7 +36,7 @@ from k2lab.lab.config import (
     setting,
     stage_names,
 )
-from .display import Recording, recording
+from .display import Live, Recording, recording
 from k2lab.lab.files import (
     as_json,
     check_name,
@@ -140,6 +140,7 @@ class Job(Evidence):
         self.began = time.monotonic()
         self.held: IO | None = None  # the lock of the run folder
         self.cells: Recording | None = None  # of a run by hand in Jupyter
+        self.progress: Live | None = None
         self.finished = bool(record.get('seals'))  # nothing can be added any more
 
     def __repr__(self):
@@ -150,13 +151,17 @@ class Job(Evidence):
             state = 'closed'
         return f'{self.campaign}/{self.folder.name} ({self.scale}, {state})'
 
-    def write(self, seal: str = ''):
-        "Publish the record as it stands, under a seal if `seal` says why; `LabError` if it has one already."
+    def refuse_closed(self):
+        "`LabError` if the run is closed: what comes now would be missing in its seal, or break it."
         if self.finished:
             raise LabError(
                 f'{self.folder.name}: closed ({standing(self.record)}), so nothing can be added; '
                 'run the cell with start(...) again for a new run'
             )
+
+    def write(self, seal: str = ''):
+        "Publish the record as it stands, under a seal if `seal` says why; `LabError` if the run is closed."
+        self.refuse_closed()
         if self.first:
             write_record(self.folder, self.record, seal)
 
@@ -190,7 +195,8 @@ class Job(Evidence):
         return published(self, name, suffix)
 
     def add_line(self, file: str, row: dict):
-        "Append one JSON line to a file of the run folder."
+        "Append one JSON line to a file of the run folder; `LabError` if the run is closed."
+        self.refuse_closed()
         if not self.first:
             return
         with disk_errors(file), open(self.folder / file, 'a', encoding='utf-8') as f:
@@ -222,6 +228,7 @@ class Job(Evidence):
 
     def measure(self, measure: str, before=None, after=None, low=None, high=None, n=None, **more):
         "Record a result: before, after, its interval, item count and `more` (baseline, control, unit, note ...)."
+        self.refuse_closed()
         row = {
             'stage': self.stage,
             'measure': measure,
@@ -238,11 +245,13 @@ class Job(Evidence):
 
     def check(self, name: str, ok: bool, detail: str = ''):
         "Record whether a claim holds; a run with a failed check cannot complete. What a gate asks is no check."
+        self.refuse_closed()
         self.record['checks'].append({'name': name, 'ok': bool(ok), 'detail': str(detail)})
         self.write()
 
     def finish(self):
         "Close the record and, without a runner, set the status; `LabError` if a check or a manifest fails."
+        self.refuse_closed()
         self.record |= {
             'closed': datetime.now(timezone.utc).isoformat(timespec='seconds'),
             'peak_gib': peak_gib(),
@@ -260,6 +269,7 @@ class Job(Evidence):
 
     def end(self, status: str, reason: str):
         "Close a run by hand with this status, and give up its folder."
+        self.refuse_closed()
         wall = round(time.monotonic() - self.began, 3)
         self.record = {'wall_s': wall} | self.record | {'status': status, 'reason': reason}
         if self.cells:
@@ -270,6 +280,8 @@ class Job(Evidence):
                 drop_resume_files(self.folder)
         finally:
             self.finished = True
+            if self.progress:
+                self.progress.end(status)
             if self.held:
                 self.held.close()
 
