@@ -19,7 +19,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from .config import LabError, did_you_mean, lab_path, root
-from .files import as_json, check_name, check_published, mask, write_text
+from .files import as_json, check_name, check_published, from_json, mask, write_text
 from .locks import lock, owning
 from .provenance import is_alive
 
@@ -55,7 +55,7 @@ def check_campaign(name: str) -> str:
 def read_record(folder: str | Path) -> dict:
     "The content of run.json; `LabError` if it is missing or damaged."
     try:
-        return json.loads((Path(folder) / 'run.json').read_text(encoding='utf-8'))
+        return from_json((Path(folder) / 'run.json').read_text(encoding='utf-8'))
     except FileNotFoundError:
         raise LabError(f'{folder}: no run there (it has no run.json)') from None
     except ValueError as e:
