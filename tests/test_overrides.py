@@ -9,7 +9,7 @@ from dataclasses import field
 
 import pytest
 
-from k2lab.cli import changes_of
+from k2lab.cli.words import changes_of
 from k2lab.lab import config
 from k2lab.lab.config import SCALES, LabError, fill, resolve, stage_names
 from k2lab.lab.job import config_of, stage_module

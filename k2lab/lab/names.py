@@ -14,7 +14,14 @@ from pathlib import Path
 
 from .config import LabError, did_you_mean, lab_path, one_of, read_yaml, root, stage_names
 from .files import as_json, check_published, inventory
-from .records import find_run, gate_failures, passed_over, read_run, saved_by
+from k2lab.lab.records import (
+    find_run,
+    gate_failures,
+    passed_over,
+    read_run,
+    refuse_edited,
+    saved_by,
+)
 
 # %% ../../nbs/lab/08_names.ipynb #25d4c606
 HUB_ID = re.compile(
@@ -106,6 +113,11 @@ def missing_parent(name: str, job) -> LabError:
 def not_promoted(name: str, record: dict) -> LabError:
     "The `LabError` for a name that only runs which were not promoted have left, the newest in `record`."
     run = Path(record['folder']).name
+    if record.get('edited'):
+        return LabError(
+            f"'{name}': the record of {run} was edited by hand after it was closed, and no run "
+            f'before it left {name}; put its run.json back as it was, or run the stage again'
+        )
     return LabError(
         f"'{name}': {run} is complete, not promoted ({gate_failures(record)}), and no run before it "
         f'left {name}; `k2lab promote {run} --because "..."` lets it take over the name, '
@@ -155,7 +167,7 @@ def parent_of(job, name: str) -> dict:
         if place is None:
             raise missing_parent(bare, job)
         return parent_in_env(name, place)
-    saves = read_run(folder)['saves']
+    saves = refuse_edited(read_run(folder), folder)['saves']
     return {
         'name': name,
         'campaign': folder.parent.name,

@@ -19,7 +19,16 @@ from .job import Job, open_job
 from .locks import owning
 from .names import data_sha256, open_place
 from .provenance import code_state, hardware, owner, versions
-from .records import OLD_LINES, check_campaign, find_run, new_folder, read_record, read_run
+from k2lab.lab.records import (
+    OLD_LINES,
+    check_campaign,
+    find_run,
+    new_folder,
+    read_record,
+    read_run,
+    refuse_edited,
+    refuse_unknown,
+)
 from .runner import checked_notebook, perform
 
 # %% ../../nbs/lab/13_reproduce.ipynb #3e84805c
@@ -95,6 +104,8 @@ KEPT = (
     'hardware',
     'reproduces',
     'slurm',
+    'tags',
+    'notes',
 )
 
 
@@ -109,6 +120,7 @@ def attempt_record(record: dict, damaged: list) -> dict:
     return {
         'ended': record['status'],
         'reason': record['reason'],
+        'seal': record['seals'][-1]['sha256'] if record.get('seals') else None,
         'wall_s': record.get('wall_s'),
         'resumed': datetime.now(timezone.utc).isoformat(timespec='seconds'),
         'set_aside': damaged,
@@ -134,7 +146,7 @@ def clear_attempt(folder: Path):
 
 def reopen(folder: Path) -> Job:
     "The job of an unfinished run folder, prepared to be executed again; its lock must be held."
-    record = read_record(folder)
+    record = refuse_edited(read_record(folder), folder)
     if record['status'] == 'complete':
         raise LabError(f'{folder.name}: complete already, there is nothing to resume')
     first = record['status'] == 'prepared' and not record.get('attempts')
@@ -172,6 +184,7 @@ def resume(name: str | Path, on_progress=None) -> Path:
     "Continue an unfinished run and return its folder; `LabError` if it is complete or still running."
     began, folder = time.monotonic(), find_run(name)
     on_progress = on_progress or (lambda row: None)
+    refuse_unknown(read_run(folder), folder)
     with owning(folder):
         job = reopen(folder)
         path = checked_notebook(job.stage)
@@ -181,13 +194,13 @@ def resume(name: str | Path, on_progress=None) -> Path:
 # %% ../../nbs/lab/13_reproduce.ipynb #d1323f6b
 def prepare_again(folder: Path) -> Job:
     "A new run with the configuration and parents of the run in `folder`; the parents may have changed since."
-    old = read_run(folder)
+    old = refuse_edited(read_run(folder), folder)
     new = new_folder(old['stage'], check_campaign(f"{old['campaign']}-again"))
     for name in ('stage.yaml', 'env.yaml'):
         shutil.copy(folder / name, new / name)
     pins = [p | {'sha256': content_now(p)} for p in old['parents']]
     record = (
-        {k: old[k] for k in KEPT if k in old and k != 'slurm'}
+        {k: old[k] for k in KEPT if k in old and k not in ('slurm', 'tags', 'notes')}
         | here()
         | {
             'campaign': new.parent.name,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from k2lab.lab.config import LabError, fill, lab_path, read_yaml, resolve, root, setting
 from k2lab.lab.job import open_job, prepare, stage_module
-from k2lab.lab.records import read_run
+from k2lab.lab.records import amend, read_run
 
 NOTICE = 120  # seconds between the signal and the time limit; Slurm may send it a minute early
 
@@ -82,7 +82,7 @@ def check_free(folder: Path, status: str):
     busy = waiting(folder)
     if busy:
         raise LabError(f'{folder}: {busy} already')
-    if status in ('running', 'complete'):
+    if status in ('running', 'complete', 'unknown'):
         raise LabError(f'{folder}: {status}; nothing to submit')
 
 
@@ -94,8 +94,11 @@ def submit(folder: Path) -> str:
     check_free(folder, job.record['status'])
     check_spread(dataclasses.asdict(job.cfg).get('processes', 1), asked.nodes)
     # written now: once submitted, the job can start and write the record itself
-    job.record['slurm'] = dataclasses.asdict(asked)
-    job.write()
+    if job.record['status'] == 'prepared':
+        job.record['slurm'] = dataclasses.asdict(asked)
+        job.write()
+    else:
+        amend(folder, slurm=dataclasses.asdict(asked))
     return send(job.folder, asked, job.stage)
 
 

@@ -33,15 +33,15 @@ def public(text: str) -> str:
 # %% ../../nbs/reports/08_gallery.ipynb #4c5f1eab
 def notebooks(report: Report) -> dict[str, Path]:
     "`{name: path}` of the executed notebooks of a campaign's runs, the newest finished report's among them."
-    used = report.evidences[0].used
-    folders = [Path(r['folder']) for r in used]
-    if folders:
-        pages = sorted(folders[0].parent.glob('*-report'), key=run_order)
-        folders += [p for p in pages if read_or_mark(p)['status'] == 'complete'][-1:]
-    found = [f / 'notebook.ipynb' for f in sorted(folders, key=run_order)]
-    kept = [p for p in found if p.exists()]
-    stage = lambda p: p.parent.name.rpartition('-')[2]
-    return {f'{i:02d}-{stage(p)}.ipynb': p for i, p in enumerate(kept, 1)}
+    used = list(report.evidences[0].used)
+    if used:
+        home = Path(used[0]['folder']).parent
+        records = [read_or_mark(p.parent) for p in home.glob('*/run.json')]
+        pages = [r for r in records if (r['stage'], r['status']) == ('report', 'complete')]
+        used += sorted(pages, key=run_order)[-1:]
+    paths = [(r['stage'], Path(r['folder'], 'notebook.ipynb')) for r in sorted(used, key=run_order)]
+    kept = [(stage, path) for stage, path in paths if path.exists()]
+    return {f'{i:02d}-{stage}.ipynb': path for i, (stage, path) in enumerate(kept, 1)}
 
 # %% ../../nbs/reports/08_gallery.ipynb #3f80aa2c
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')

@@ -31,8 +31,8 @@ def role(record: dict) -> tuple[str, str, str]:
 
 def in_folder(home: Path, scale: str) -> list[dict]:
     "The records of all runs at a scale in a campaign's folder, oldest first; those that cannot be read among them."
-    folders = sorted((p.parent for p in Path(home).glob('[!.]*/run.json')), key=run_order)
-    records = [r for r in map(read_or_mark, folders) if r['stage'] != 'report']
+    found = [read_or_mark(p.parent) for p in Path(home).glob('[!.]*/run.json')]
+    records = [r for r in sorted(found, key=run_order) if r['stage'] != 'report']
     return [r for r in records if r['scale'] == scale or r['status'] == 'unreadable']
 
 
@@ -219,7 +219,7 @@ def gather(home: Path, scale: str) -> Evidence:
     makers = {made(r): Path(r['folder']).name for r in used if trains(r)}
     evaluations = [r for r in [*used, *aside] if r['stage'] == 'evaluate']
     measured = [r for r in evaluations if r['status'] == 'complete']
-    measured.sort(key=lambda r: run_order(Path(r['folder'])))
+    measured.sort(key=run_order)
     others = [r for r in used if r['stage'] != 'evaluate']
     lines, older = merged([*others, *measured], makers)
     return Evidence(Path(home).name, scale, used, aside, lines + costs(used), older)
