@@ -225,8 +225,10 @@ def reproduce(name: str | Path, on_progress=None) -> Repetition:
     folder, on_progress = find_run(name), on_progress or (lambda row: None)
     old = read_run(folder)
     if old['status'] != 'complete':
+        way = 'resume' if old['status'] in ('failed', 'interrupted') else 'watch'
         raise LabError(
-            f'{folder.name}: only a complete run can be reproduced; `k2lab resume {folder.name}` completes it'
+            f'{folder.name}: {old["status"]}; only a complete run can be reproduced; '
+            f'`k2lab {way} {folder.name}` {"completes" if way == "resume" else "follows"} it'
         )
     new = repeat(folder, on_progress)
     found = Repetition(new, result_differences(old, new), input_differences(old, new))
