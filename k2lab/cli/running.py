@@ -61,7 +61,7 @@ def check_fields(stage: str, words: list):
     for word in words:
         name = word.removeprefix('--').partition('=')[0].partition('.')[0].replace('-', '_')
         known = name in fields or name in getattr(Config, 'renamed', {})
-        near = did_you_mean(word.partition('=')[0], options)
+        near = did_you_mean(word.partition('=')[0], [*options, *(f'--{f}' for f in fields)])
         if word.startswith('--') and not known and near:
             raise LabError(f"{stage} does not take '{word}'{near}")
 
@@ -129,7 +129,13 @@ def reproduce_run(words: list, options: dict) -> int:
     from k2lab.lab.reproduce import reproduce
 
     name = find_run(words[0])
-    progress = Progress(read_run(name)['stage'])
+    old = read_run(name)
+    if old['status'] in ('prepared', 'running'):
+        raise LabError(
+            f'{name.name}: {old["status"]}; it can be reproduced once it is complete, and '
+            f'`k2lab watch {name.name}` follows it'
+        )
+    progress = Progress(old['stage'])
     folder, results, inputs = reproduce(str(name), progress)
     progress.end(read_run(folder))
     print(f'  in {folder}\n' + reproduction_text(results, inputs))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DISK_FULL', 'LARGE', 'SETTLED', 'SECRET_KEY', 'SECRET_TEXT', 'SECRET_URL', 'SCORE_KEYS', 'SCORE_KEY', 'RESERVED',
-           'LONGEST', 'INFINITE', 'sync', 'move', 'write_text', 'disk_errors', 'state_of', 'kept_hashes', 'look_up',
-           'keep_hash', 'read_sha256', 'sha256', 'inventory', 'check_published', 'held_secrets', 'scrub', 'mask',
-           'folded', 'check_name', 'reserved', 'check_output', 'plain', 'fault_in', 'as_json', 'from_json', 'spelled',
-           'read_lines', 'following']
+           'LONGEST', 'INFINITE', 'UNKNOWN', 'sync', 'move', 'write_text', 'disk_errors', 'state_of', 'kept_hashes',
+           'look_up', 'keep_hash', 'read_sha256', 'sha256', 'inventory', 'check_published', 'held_secrets', 'scrub',
+           'mask', 'folded', 'check_name', 'reserved', 'check_output', 'plain', 'fault_in', 'as_json', 'from_json',
+           'spelled', 'read_lines', 'following']
 
 # %% ../../nbs/lab/01_files.ipynb #35cbcc42
 import contextlib
@@ -290,10 +290,11 @@ def from_json(text: str | bytes):
 
 # %% ../../nbs/lab/01_files.ipynb #0e25a58a
 INFINITE = {'inf': '.inf', '-inf': '-.inf'}  # Python's word for a number -> YAML's
+UNKNOWN = {'inf': None, '-inf': None, 'nan': None}  # for a result: it was not measured
 
 
 def spelled(value, words: dict = INFINITE):
-    "A value with each infinite number in it as the word that YAML has for it."
+    "A value with another word for each number in it that is none: by default YAML's for an infinite one."
     if isinstance(value, dict):
         return {k: spelled(v, words) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

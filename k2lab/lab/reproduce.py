@@ -194,7 +194,7 @@ def resume(name: str | Path, on_progress=None) -> Path:
 # %% ../../nbs/lab/13_reproduce.ipynb #d1323f6b
 def prepare_again(folder: Path) -> Job:
     "A new run with the configuration and parents of the run in `folder`; the parents may have changed since."
-    old = refuse_edited(read_run(folder), folder)
+    old = read_run(folder)
     new = new_folder(old['stage'], check_campaign(f"{old['campaign']}-again"))
     for name in ('stage.yaml', 'env.yaml'):
         shutil.copy(folder / name, new / name)
@@ -238,7 +238,7 @@ def reproduce(name: str | Path, on_progress=None) -> tuple[Path, list[tuple], li
     "Repeat a complete run: `(the new folder, differences of results, differences of inputs)`."
     began, folder = time.monotonic(), find_run(name)
     on_progress = on_progress or (lambda row: None)
-    if read_run(folder)['status'] != 'complete':
+    if refuse_edited(read_run(folder), folder)['status'] != 'complete':
         raise LabError(
             f'{folder.name}: only a complete run can be reproduced; `k2lab resume {folder.name}` completes it'
         )

@@ -6,15 +6,16 @@
 __all__ = ['SIDES', 'TEXTS', 'QUESTIONS', 'MEASURES', 'READ', 'COMMIT', 'SMALL', 'WINDOW', 'RULES', 'UNITS', 'data_of', 'OwnSet',
            'own_set', 'check_names', 'asked_for', 'own_row', 'check_apart', 'own_rows', 'Asked', 'read_asked',
            'read_all', 'saved_weights', 'weights_of', 'grader', 'Opened', 'device_of', 'opened', 'limits_of', 'key_of',
-           'take', 'Scored', 'keep', 'holds', 'asks_the_same', 'candidates', 'known', 'score', 'part_of', 'keep_part',
-           'with_parts', 'parts_of', 'scores', 'rule_shares', 'baselines', 'family_baselines', 'with_baselines',
-           'score_line', 'control_line', 'report']
+           'take', 'NotMeasured', 'unnumbered', 'Scored', 'keep', 'holds', 'asks_the_same', 'candidates', 'known',
+           'score', 'part_of', 'keep_part', 'with_parts', 'parts_of', 'scores', 'tried', 'rule_shares', 'baselines',
+           'family_baselines', 'with_baselines', 'score_line', 'control_line', 'report']
 
 # %% ../../nbs/training/04_scores.ipynb #d24e8a49
 import inspect
 import json
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib.metadata import version
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..lab.config import LabError, one_of
-from ..lab.files import check_published
+from ..lab.files import check_published, fault_in
 from ..lab.names import data_sha256
 from ..lab.records import runs
 from ..models import load as load_module
@@ -285,7 +286,7 @@ def key_of(job, model: Opened, asked: Asked) -> dict:
 
 # %% ../../nbs/training/04_scores.ipynb #e1fc292a
 def take(job, model: Opened, asked: Asked) -> list[dict]:
-    "The items of a measure, measured now."
+    "The items of a measure, measured now; `NotMeasured` if a value of one is no number."
     began, net, tok, system = time.monotonic(), model.model, model.tok, job.env['system']
     job.log(phase=f'measuring {asked.measure}')
     if asked.kind == 'texts':
@@ -298,10 +299,25 @@ def take(job, model: Opened, asked: Asked) -> list[dict]:
         items = few_shot(net, tok, asked.rows, list(asked.solved))
     else:
         items = answers(net, tok, asked.rows, system, job.cfg.answer_tokens)
+    if why := unnumbered(items):
+        raise NotMeasured(f'{asked.measure}: {why}')
     seconds = job.record.setdefault('seconds', {})
     name = f'measure {asked.measure}'
     seconds[name] = round(seconds.get(name, 0) + time.monotonic() - began, 1)
     return items
+
+
+class NotMeasured(LabError):
+    "A measure that gave a value which is no number."
+
+
+def unnumbered(items: list) -> str:
+    "Which items of a score hold a value that is no number, in one line, or an empty string."
+    odd = [(item, why) for item in items if (why := fault_in(item))]
+    if not odd:
+        return ''
+    item, why = odd[0]
+    return f'{len(odd)} of {len(items)} items: {why}, the first at {item["question"]!r:.60}'
 
 
 @dataclass(frozen=True)
@@ -405,6 +421,17 @@ def parts_of(measures: list) -> list[str]:
 def scores(job, model: Opened, asked: list[Asked]) -> dict[str, Scored]:
     "`{measure: score}` of a model, each the known one of an equal key or measured now."
     return with_parts(job, [score(job, model, one) for one in asked])
+
+
+def tried(job, of: str, measure: Callable, asked: list[Asked]) -> list:
+    "`measure(one)` of what is asked of the model `of`; one that gives no number is left out, with a check that fails."
+    found = []
+    for one in asked:
+        try:
+            found.append(measure(one))
+        except NotMeasured as why:
+            job.check(f'{of} is measured', False, str(why))
+    return found
 
 # %% ../../nbs/training/04_scores.ipynb #0ca9996a
 RULES = {'majority': majority_baseline, 'copy': copy_baseline, 'prompt_only': prompt_only_baseline}
