@@ -351,16 +351,20 @@ def half_of(nb: dict) -> list:
 
 
 def filled(cells: list, runs: list, begun: int) -> list:
-    "`cells` of a notebook with what `runs` executed from number `begun` on (before its cell, any run), others bare."
+    """`cells` of a notebook with what `runs` executed from number `begun` on, all others bare.
+
+    Cells above that one may have run before; what is in no cell follows the cell before it."""
     at = next(i for i, c in enumerate(cells) if is_run(c, runs[begun]))
-    out, used = [], set()
+    fits = lambda i, n: (i < at or n >= begun) and is_run(cells[i], runs[n])
+    place = {n: i for i in range(len(cells)) for n in range(len(runs)) if fits(i, n)}
+    out = []
     for i, cell in enumerate(cells):
-        mine = [n for n, r in enumerate(runs) if (i < at or n >= begun) and is_run(cell, r)]
-        used |= set(mine)
+        mine = [n for n in place if place[n] == i]
         bare = {'outputs': [], 'execution_count': None} if cell['cell_type'] == 'code' else {}
-        done = {k: runs[mine[-1]][k] for k in ('source', *bare)} if mine else bare
-        out.append(cell | done)
-    return out + [r for n, r in enumerate(runs) if n >= begun and n not in used]
+        out.append(cell | ({k: runs[max(mine)][k] for k in ('source', *bare)} if mine else bare))
+        stray = (n for n in range(begun, len(runs)) if n not in place)
+        out += [runs[n] for n in stray if place[max(m for m in place if m < n)] == i]
+    return out
 
 # %% ../../nbs/lab/02_display.ipynb #6184d511
 class Recording:
