@@ -228,6 +228,22 @@ def test_a_change_while_it_runs_is_named(toy, what):
     assert name in named(input_differences(record, record))  # two such runs are never the same
 
 
+def test_files_that_a_stage_opens_itself_are_inputs(toy):
+    from k2lab.prepare_corpus import Config, content_of, enter_files
+
+    toy.write('own.jsonl', '{"text": "a"}')
+    (toy.root / 'texts').mkdir()
+    toy.write('texts/a.txt', 'a')
+    job = start('train_toy', 'smoke', campaign='c')
+    job.cfg, told = Config(sources=[{'files': 'texts/*.txt'}], own_rows=['own.jsonl']), job.cfg
+    enter_files(job)
+    job.cfg = told
+    assert job.record['inputs']['data'] == {n: content_of(n) for n in ('texts/*.txt', 'own.jsonl')}
+    toy.write('texts/b.txt', 'b')
+    job.finish()
+    assert [c['name'] for c in job.record['inputs_changed']] == ['texts/*.txt']
+
+
 @pytest.mark.parametrize('what', BEFORE)
 def test_a_change_before_the_start_is_named_and_what_ran_is_recorded(toy, what):
     change, name = BEFORE[what]
