@@ -1,6 +1,7 @@
 """The status of a run is its state: runs by hand, records that were edited, readers that never write."""
 
 import json
+import os
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -290,6 +291,32 @@ def test_a_lock_that_cannot_be_asked_reads_as_unknown(lab, capsys):
             use()
     (job.folder / '.owner').rmdir()
     assert statuses() == [('interrupted', 'its process is gone')]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='only root can become another user')
+def test_another_user_reads_the_state_or_that_it_is_unknown(lab):
+    job = start('train_toy', 'smoke', campaign='c')
+    closed = {p: p.stat().st_mode for p in lab.root.parents if not p.stat().st_mode & 1}
+    for folder in (*closed, lab.root, *lab.root.rglob('*')):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    os.seteuid(65534)
+    try:
+        assert statuses() == [('running', '')]
+        with pytest.raises(LabError, match='cannot write there .Permission denied'):
+            resume(job.folder)
+        os.seteuid(0)
+        (job.folder / '.owner').chmod(0o600)
+        os.seteuid(65534)
+        assert [status for status, _ in statuses()] == ['unknown']
+        os.seteuid(0)
+        (job.folder / 'run.json').chmod(0o600)
+        os.seteuid(65534)
+        [(status, reason)] = statuses()
+        assert status == 'unreadable' and 'cannot be read (Permission denied)' in reason
+    finally:
+        os.seteuid(0)
+        for folder, mode in closed.items():
+            folder.chmod(mode)
 
 
 # ---- the notebook of a run by hand ---------------------------------------------------------------
