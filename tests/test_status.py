@@ -56,6 +56,7 @@ def test_a_run_by_hand_that_failed_or_was_stopped_says_so_at_once(lab):
     ]
     assert [held(Path(r['folder'])) for r in runs('c')] == [False] * 4
     assert not any(r.get('edited') for r in runs('c'))
+    assert {r['notebook'] for r in runs('c')} == {'none: no Jupyter kernel ran it'}
 
 
 def test_a_start_in_place_of_another_settles_it(lab):
@@ -167,6 +168,15 @@ def test_a_newer_run_that_was_edited_is_passed_over_by_name(lab):
     assert more.record['parents'][0]['run'] == good.name
     check = next(c for c in more.record['checks'] if 'passed over' in c['name'])
     assert f'{edited.name} was not promoted (its record was edited by hand)' in check['detail']
+
+
+def test_a_pipeline_does_not_skip_a_step_whose_record_was_edited(lab):
+    lab.write('configs/pipeline.yaml', 'steps: [{stage: train_toy}]')
+    run = ['pipeline', '--campaign', 'c']
+    assert main(run) == 0 == main(run) and len(runs('c')) == 1
+    path = Path(runs('c')[0]['folder']) / 'run.json'
+    path.write_text(path.read_text().replace('"after": 2', '"after": 9'))
+    assert main(run) == 0 == main(run) and len(runs('c')) == 2
 
 
 def test_a_record_of_an_earlier_version_has_no_seal_and_is_believed(lab):

@@ -292,8 +292,11 @@ class Job(Evidence):
         self.refuse_closed()
         wall = round(time.monotonic() - self.began, 3)
         self.record = {'wall_s': wall} | self.record | {'status': status, 'reason': reason}
-        if self.cells:
-            self.record['notebook'] = self.cells.close(self.leave_notebook)
+        self.record['notebook'] = (
+            self.cells.close(self.leave_notebook)
+            if self.cells
+            else 'none: no Jupyter kernel ran it'
+        )
         try:
             self.write('closed')
             if status == 'complete':
