@@ -24,7 +24,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from .config import LabError, did_you_mean, lab_path, root
-from .files import as_json, check_name, check_published, mask, write_text
+from .files import as_json, check_name, check_published, from_json, mask, write_text
 from .locks import held, lock, owning, would_see
 
 # %% ../../nbs/lab/07_records.ipynb #d56454aa
@@ -140,7 +140,7 @@ def whole(record) -> dict:
 def read_record(folder: str | Path) -> dict:
     "The content of run.json, with `edited` if its seal does not hold; `LabError` if it is missing or damaged."
     try:
-        record = whole(json.loads((Path(folder) / 'run.json').read_text(encoding='utf-8')))
+        record = whole(from_json((Path(folder) / 'run.json').read_text(encoding='utf-8')))
         return record | ({'edited': True} if edited(record) else {})
     except FileNotFoundError:
         raise LabError(f'{folder}: no run there (it has no run.json)') from None
