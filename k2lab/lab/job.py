@@ -39,6 +39,7 @@ from k2lab.lab.config import (
     stage_names,
     stage_notebooks,
 )
+from .display import Live, Recording, recording
 from k2lab.lab.files import (
     UNKNOWN,
     as_json,
@@ -84,7 +85,7 @@ from k2lab.lab.records import (
     start_time,
     write_record,
 )
-from .show import Evidence
+from .show import Evidence, publish_notebook
 
 # %% ../../nbs/lab/10_job.ipynb #f61ff728
 def check_sides(job, name: str, sides: list):
@@ -167,6 +168,8 @@ class Job(Evidence):
         self.began = time.monotonic()
         self.held: IO | None = None  # the lock of the run folder
         self.at_start: dict = {}  # hashes of the package's files when the run started
+        self.cells: Recording | None = None  # of a run by hand in Jupyter
+        self.progress: Live | None = None
         self.finished = bool(record.get('seals'))  # nothing can be added any more
         self.good: dict = {}  # the last line with a loss that was logged
 
@@ -178,13 +181,17 @@ class Job(Evidence):
             state = 'closed'
         return f'{self.campaign}/{self.folder.name} ({self.scale}, {state})'
 
-    def write(self, seal: str = ''):
-        "Publish the record as it stands, under a seal if `seal` says why; `LabError` if it has one already."
+    def refuse_closed(self):
+        "`LabError` if the run is closed: what comes now would be missing in its seal, or break it."
         if self.finished:
             raise LabError(
                 f'{self.folder.name}: closed ({standing(self.record)}), so nothing can be added; '
                 'run the cell with start(...) again for a new run'
             )
+
+    def write(self, seal: str = ''):
+        "Publish the record as it stands, under a seal if `seal` says why; `LabError` if the run is closed."
+        self.refuse_closed()
         if self.first:
             write_record(self.folder, self.record, seal)
 
@@ -219,7 +226,8 @@ class Job(Evidence):
         return published(self, name, suffix)
 
     def add_line(self, file: str, row: dict):
-        "Append one JSON line to a file of the run folder."
+        "Append one JSON line to a file of the run folder; `LabError` if the run is closed."
+        self.refuse_closed()
         if not self.first:
             return
         with disk_errors(file), open(self.folder / file, 'a', encoding='utf-8') as f:
@@ -256,6 +264,7 @@ class Job(Evidence):
         """Record a result: before, after, its interval, item count and `more` (baseline, control, unit, note ...).
 
         A value that is no number is recorded as unknown, with a check that fails."""
+        self.refuse_closed()
         row = {
             'stage': self.stage,
             'measure': measure,
@@ -274,6 +283,7 @@ class Job(Evidence):
 
     def check(self, name: str, ok: bool, detail: str = ''):
         "Record whether a claim holds; a run with a failed check cannot complete. What a gate asks is no check."
+        self.refuse_closed()
         self.record['checks'].append({'name': name, 'ok': bool(ok), 'detail': str(detail)})
         self.write()
 
@@ -288,6 +298,7 @@ class Job(Evidence):
 
     def finish(self):
         "Close the record and, without a runner, set the status; `LabError` if a check or a manifest fails."
+        self.refuse_closed()
         verify_inputs(self)
         self.record |= {
             'closed': datetime.now(timezone.utc).isoformat(timespec='seconds'),
@@ -306,16 +317,26 @@ class Job(Evidence):
 
     def end(self, status: str, reason: str):
         "Close a run by hand with this status, and give up its folder."
+        self.refuse_closed()
         wall = round(time.monotonic() - self.began, 3)
         self.record = {'wall_s': wall} | self.record | {'status': status, 'reason': reason}
+        if self.cells:
+            self.record['notebook'] = self.cells.close(self.leave_notebook)
         try:
             self.write('closed')
             if status == 'complete':
                 drop_resume_files(self.folder)
         finally:
             self.finished = True
+            if self.progress:
+                self.progress.end(status)
             if self.held:
                 self.held.close()
+
+    def leave_notebook(self, cells: dict):
+        "Put the executed notebook of a run by hand and its page into the folder, as the runner does."
+        write_text(self.folder / '.notebook.ipynb', as_json(cells))
+        publish_notebook(self.folder)
 
 # %% ../../nbs/lab/10_job.ipynb #6334000a
 def stage_module(stage: str):
@@ -563,5 +584,6 @@ def start(
     enter_inputs(job)
     job.write()
     if not job.record['by_runner']:
+        job.cells = recording()
         supersede(job)
     return job
