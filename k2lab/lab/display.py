@@ -408,11 +408,12 @@ RECORDERS: list[Recorder] = []  # of this kernel, at most one
 
 
 def recording() -> Recording | None:
-    "What this kernel executes from its present cell on, None outside Jupyter."
+    "What this kernel executes from its present cell on, None outside Jupyter and where nothing can be heard."
     from IPython import get_ipython
 
     if not in_jupyter():
         return None
-    if not RECORDERS:
-        RECORDERS.append(Recorder(get_ipython()))
-    return Recording(RECORDERS[0])
+    with contextlib.suppress(ImportError, OSError, RuntimeError):  # a kernel that cannot be heard
+        if not RECORDERS:
+            RECORDERS.append(Recorder(get_ipython()))
+        return Recording(RECORDERS[0])

@@ -327,8 +327,11 @@ class Job(Evidence):
         self.refuse_closed()
         wall = round(time.monotonic() - self.began, 3)
         self.record = {'wall_s': wall} | self.record | {'status': status, 'reason': reason}
-        if self.cells:
-            self.record['notebook'] = self.cells.close(self.leave_notebook)
+        self.record['notebook'] = (
+            self.cells.close(self.leave_notebook)
+            if self.cells
+            else 'none: no Jupyter kernel ran it'
+        )
         try:
             self.write('closed')
             if status == 'complete':
@@ -562,7 +565,8 @@ BY_HAND: list[Job] = []  # runs that this process started without a runner
 def supersede(job: Job):
     "Close the runs of the same stage that this process started by hand before and never finished."
     for old in BY_HAND:
-        if old.stage == job.stage and not old.finished:
+        mine = old.record['owner']['pid'] == os.getpid()  # and not that of a process we forked from
+        if mine and old.stage == job.stage and not old.finished:
             with contextlib.suppress(OSError):  # its folder may be gone
                 old.end('interrupted', f'{job.folder.name} was started in its place')
     BY_HAND[:] = [old for old in BY_HAND if not old.finished] + [job]

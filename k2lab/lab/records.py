@@ -148,6 +148,8 @@ def read_record(folder: str | Path) -> dict:
         return record | ({'edited': True} if edited(record) else {})
     except FileNotFoundError:
         raise LabError(f'{folder}: no run there (it has no run.json)') from None
+    except OSError as e:
+        raise LabError(f'{folder}/run.json: cannot be read ({e.strerror})') from None
     except ValueError as e:
         raise LabError(
             f'{folder}/run.json: damaged ({e}); '

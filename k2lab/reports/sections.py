@@ -185,7 +185,8 @@ def run_name(record: dict) -> str:
 
 def run_state(record: dict, used: bool) -> str:
     "Whether a run is used, was replaced, or why it does not count."
-    said, failures = standing(record), gate_failures(record)
+    said = standing(record)
+    failures = '' if record.get('edited') else gate_failures(record)
     if 'promoted' in record or not promoted(record):
         said += f' ({failures})' if failures else ''
         return said if used or not promoted(record) else f'replaced by a newer run; {said}'
