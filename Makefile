@@ -18,7 +18,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTED := $(VENV)/.tested
-PLAIN := k2lab/__main__.py $(wildcard k2lab/cli/*.py k2lab/bench/*.py) $(addprefix k2lab/,corpus/kernels.py corpus/signals.py tasks/sandbox.py lab/slurm.py models/mla.py serving/server.py text/typescript.py training/muon.py)
+PLAIN := setup.py k2lab/__main__.py $(wildcard k2lab/cli/*.py k2lab/bench/*.py) $(addprefix k2lab/,corpus/kernels.py corpus/signals.py tasks/sandbox.py lab/slurm.py models/mla.py serving/server.py text/typescript.py training/muon.py)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -69,7 +69,7 @@ notebooks: $(TESTED)
 	$(BIN)/nbdev-clean
 
 test-faults: $(TESTED)
-	K2LAB_FAULTS=full $(BIN)/python -m pytest -q -s tests/test_faults.py tests/test_resume.py tests/test_distributed.py tests/test_certificate.py tests/test_templates.py
+	K2LAB_FAULTS=full $(BIN)/python -m pytest -q -s tests/test_faults.py tests/test_guard.py tests/test_resume.py tests/test_distributed.py tests/test_certificate.py tests/test_templates.py
 
 lab: $(READY)
 	$(BIN)/nbdev-install-hooks

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -159,7 +160,7 @@ print('ended', flush=True)
 
 def may_group() -> bool:
     "Whether this process may make a control group."
-    if group := locks.new_group('k2lab-run-probe'):
+    if group := locks.new_group(f'k2lab-run-probe-{os.getpid()}'):
         locks.end_group(group)
     return group is not None
 
@@ -305,10 +306,12 @@ def test_a_control_group_holds_without_any_supervisor(tmp_path):
 
 
 @linux
-def test_the_next_command_ends_what_no_supervisor_could(tmp_path):
+def test_the_next_command_ends_what_no_supervisor_could(tmp_path, monkeypatch):
     if not may_group():
         pytest.skip('no control group may be made here')
-    with trial(tmp_path / 'trial', 'with') as tried:
+    apart = tempfile.TemporaryDirectory()  # where no other test's command sweeps
+    monkeypatch.setenv('TMPDIR', apart.name)
+    with apart, trial(tmp_path / 'trial', 'with') as tried:
         tried.begun()
         tried.kill(('runner', *LINKS))
         assert len(tried.survivors(0.5)) > 10  # so the test can tell
@@ -351,6 +354,18 @@ def test_a_process_id_used_again_is_spared(monkeypatch):
     assert stranger.poll() is None
     stranger.kill()
     stranger.wait()
+
+
+def test_what_may_not_be_ended_is_returned(monkeypatch):
+    monkeypatch.setattr(locks, 'children', lambda: [1, 2])
+    monkeypatch.setattr(locks, 'collect', dict)
+    monkeypatch.setattr(locks.os, 'kill', refuse)
+    began = time.monotonic()
+    assert locks.end_children() == [1, 2] and time.monotonic() - began < 1
+
+
+def refuse(pid, number):
+    raise PermissionError(1, 'Operation not permitted')
 
 
 # ---- the folder of a guard -----------------------------------------------------------------------
@@ -432,6 +447,6 @@ def test_what_is_pressed_reaches_the_command(tmp_path, monkeypatch):
         started = subprocess.Popen(
             words, stdin=guard.line, stdout=subprocess.PIPE, start_new_session=True
         )
-        started.stdout.readline()
+        assert started.stdout and started.stdout.readline()
         os.killpg(started.pid, signal.SIGINT)
         assert started.wait(10) == 7

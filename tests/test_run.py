@@ -173,8 +173,9 @@ def test_a_complete_run(lab):
     assert (
         r['peak_gib'] > 0
         and r['wall_s'] > 0
-        and r['hardware']['cores'] >= 1
-        and 'python' in r['versions']
+        and r['inputs']['host']['cores'] >= 1
+        and r['inputs']['package']['papermill']
+        and r['inputs_changed'] == []
     )
     cells = json.loads((folder / 'notebook.ipynb').read_text())['cells']
     assert not any(

@@ -14,6 +14,7 @@ import pytest
 from k2lab.cli import COMMANDS, main
 from k2lab.cli.completion import SCRIPTS
 from k2lab.cli.index import INDEX
+from k2lab.cli.running import page_of
 from k2lab.cli.tables import cut, cut_name, fitting_table, wide
 from k2lab.lab.config import LabError
 from k2lab.lab.records import check_campaign, read_record, runs
@@ -324,6 +325,14 @@ def test_runs_are_printed_and_compared_as_json(lab, capsys):
     assert any(d['kind'] == 'measure' for d in found['results'])
 
 
+def test_a_report_as_json_brings_what_it_wrote(tmp_path):
+    (tmp_path / 'report.json').write_text('{"goals": []}')
+    record = {'stage': 'report', 'status': 'complete', 'folder': str(tmp_path / '1')}
+    assert page_of(record) == {'report': {'goals': []}}
+    assert page_of(record | {'status': 'failed'}) == {}  # the page is of an earlier run
+    assert page_of(record | {'stage': 'evaluate'}) == {}
+
+
 # ---- completion ----------------------------------------------------------------------------------
 
 
@@ -396,11 +405,11 @@ def installed(tmp_path_factory) -> dict:
     )
     assert made.returncode == 0, made.stderr
     (wheel,) = home.glob('k2lab-*.whl')
-    zipfile.ZipFile(wheel).extractall(home / 'installed')
+    zipfile.ZipFile(wheel).extractall(home / 'site-packages')
     shutil.rmtree(home / 'source')
     left_out = ('K2LAB_ROOT', 'K2LAB_LAB_RUNS_PATH')
     env = {k: v for k, v in os.environ.items() if k not in left_out}
-    paths = [str(home / 'installed'), str(ROOT / 'tests' / 'lean')]
+    paths = [str(home / 'site-packages'), str(ROOT / 'tests' / 'lean')]
     return {**env, 'PYTHONPATH': os.pathsep.join(paths)}
 
 
@@ -435,6 +444,8 @@ def test_two_commands_lead_from_a_wheel_to_a_complete_run(installed, tmp_path):
     (row,) = json.loads(k2lab(installed, lab, 'runs', '--json').stdout)
     assert (row['stage'], row['scale'], row['status']) == ('train_sft_domain', 'smoke', 'complete')
     assert row['folder'].startswith(str(lab / 'runs'))
+    code = json.loads((Path(row['folder']) / 'run.json').read_text())['inputs']['code']
+    assert 'training/trainer.py' in code and 'train_sft_domain.py' in code
 
 
 def test_a_lab_is_made_in_an_empty_folder_only(tmp_path, capsys):

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from k2lab.cli.looking import attempts, difference_text, run_text
+from k2lab.cli.looking import attempts, run_text
 from k2lab.cli.progress import Progress
 from k2lab.cli.words import Command, Option, changes_of
 from k2lab.lab.config import LabError, did_you_mean, one_of, resolve
@@ -129,31 +129,25 @@ def reproduce_run(words: list, options: dict) -> int:
     from k2lab.lab.reproduce import reproduce
 
     name = find_run(words[0])
-    old = read_run(name)
-    if old['status'] in ('prepared', 'running'):
-        raise LabError(
-            f'{name.name}: {old["status"]}; it can be reproduced once it is complete, and '
-            f'`k2lab watch {name.name}` follows it'
-        )
-    progress = Progress(old['stage'])
-    folder, results, inputs = reproduce(str(name), progress)
-    progress.end(read_run(folder))
-    print(f'  in {folder}\n' + reproduction_text(results, inputs))
-    return int(bool(results))
+    progress = Progress(read_run(name)['stage'])
+    found = reproduce(str(name), progress)
+    progress.end(found.record)
+    print(f'  in {found.folder}\n' + reproduction_text(found))
+    return int(found.record['status'] != 'complete' or bool(found.results))
 
 
-def reproduction_text(results: list, inputs: list) -> str:
-    "Whether two runs came out the same, and if not, which input is the first suspect."
-    if not results:
-        return 'every measure, every weight and the token stream are the same' + (
-            f' although {difference_text(inputs[0])}' if inputs else ''
-        )
-    first = (
-        f'the first input that differs: {difference_text(inputs[0])}'
-        if inputs
-        else 'no recorded input differs: the stage is not deterministic here'
-    )
-    return f'{len(results)} results differ, the first: {difference_text(results[0])}\n{first}'
+def reproduction_text(found) -> str:
+    "Whether a repetition came out the same, and if not, which input is the first suspect."
+    from k2lab.lab.inputs import difference_text
+    from k2lab.lab.reproduce import verdict
+
+    if found.record['status'] != 'complete':
+        return verdict(found)
+    if not found.results:
+        although = f' although {difference_text(found.inputs[0])}' if found.inputs else ''
+        return 'every measure, every weight and the token stream are the same' + although
+    first = difference_text(found.results[0])
+    return f'{len(found.results)} results differ, the first: {first}\n{verdict(found)}'
 
 
 def watch_run(words: list, options: dict) -> int:
@@ -178,6 +172,7 @@ def work(words: list, options: dict) -> int:
 
     job = open_job(Path(words[0]))
     stage_module(job.stage).work(job)
+    job.add_code()
     leave_together()
     return 0
 

@@ -164,8 +164,10 @@ def newest_same_run(
             status,
             want,
         )
-        if same and not any(
-            check_published(Path(record['folder']), name) for name in record['saves']
+        if (
+            same
+            and not record.get('edited')
+            and not any(check_published(Path(record['folder']), name) for name in record['saves'])
         ):
             break
     else:

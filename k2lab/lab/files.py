@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['UNSUPPORTED', 'DISK_FULL', 'LARGE', 'SETTLED', 'SECRET_KEY', 'SURE_KEY', 'SECRET_VARIABLE', 'EDGE', 'TOKEN',
            'AWS_SECRET', 'KEY_BLOCK', 'THROWN', 'LOGIN', 'ASKED', 'MARKS', 'SCORE_KEYS', 'SCORE_KEY', 'REFERENCE',
-           'RESERVED', 'LONGEST', 'INFINITE', 'UNKNOWN', 'CUT', 'CUT_BYTES', 'sync', 'move', 'carry', 'write_text',
-           'disk_errors', 'trouble', 'check_storage', 'state_of', 'kept_hashes', 'look_up', 'keep_hash', 'read_sha256',
-           'sha256', 'inventory', 'check_published', 'is_random', 'is_strong', 'spellings', 'held_secrets', 'scrub',
-           'scrub_line', 'is_suspect', 'thrown', 'is_secret', 'mask', 'folded', 'check_name', 'reserved',
-           'check_output', 'check_no_secret', 'looked_up', 'plain', 'fault_in', 'as_json', 'from_json', 'spelled',
-           'read_lines', 'following', 'one_line', 'cut', 'trim', 'trimming']
+           'RESERVED', 'LONGEST', 'INFINITE', 'WORDS', 'UNKNOWN', 'CUT', 'CUT_BYTES', 'sync', 'move', 'carry',
+           'write_text', 'disk_errors', 'trouble', 'check_storage', 'state_of', 'kept_hashes', 'look_up', 'keep_hash',
+           'read_sha256', 'sha256', 'inventory', 'manifest_files', 'added_files', 'check_published', 'is_random',
+           'is_strong', 'spellings', 'held_secrets', 'scrub', 'scrub_line', 'is_suspect', 'thrown', 'is_secret', 'mask',
+           'folded', 'check_name', 'reserved', 'check_output', 'check_no_secret', 'is_reference', 'looked_up', 'plain',
+           'fault_in', 'as_json', 'from_json', 'spelled', 'read_lines', 'following', 'one_line', 'cut', 'trim',
+           'trimming']
 
 # %% ../../nbs/lab/01_files.ipynb #35cbcc42
 import contextlib
@@ -222,14 +223,30 @@ def inventory(paths) -> dict:
     return listed
 
 # %% ../../nbs/lab/01_files.ipynb #5c97cca8
+def manifest_files(folder: Path, name: str) -> dict | None:
+    "What the manifest of the published `name` in a run folder lists, or None if it has none that can be read."
+    try:
+        return json.loads((folder / f'{name}.MANIFEST.json').read_text(encoding='utf-8'))['files']
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def added_files(folder: Path, name: str, listed: dict) -> list[str]:
+    "The files in a published folder that its manifest does not list; those with a leading dot do not count."
+    homes = {folder / Path(file).parts[0] for file in listed if len(Path(file).parts) > 1}
+    there = (p.relative_to(folder) for home in homes for p in home.rglob('*') if p.is_file())
+    hidden = lambda p: any(part.startswith('.') for part in p.parts)
+    return sorted(str(p) for p in there if str(p) not in listed and not hidden(p))
+
+
 def check_published(folder: Path, name: str, deep: bool = False) -> str:
     """What is wrong with the published `name` in a run folder, or an empty string.
 
-    Sizes are compared, with `deep` the hashes as well."""
-    manifest = folder / f'{name}.MANIFEST.json'
-    if not manifest.exists():
+    Sizes are compared, with `deep` the contents as well."""
+    listed = manifest_files(folder, name)
+    if listed is None:
         return f'{name} has no manifest'
-    for file, want in json.loads(manifest.read_text())['files'].items():
+    for file, want in listed.items():
         path = folder / file
         if not path.is_file():
             return f'{name}: {file} is missing'
@@ -239,6 +256,8 @@ def check_published(folder: Path, name: str, deep: bool = False) -> str:
             )
         if deep and sha256(path) != want['sha256']:
             return f'{name}: {file} was changed after it was published'
+    if added := added_files(folder, name, listed) if deep else []:
+        return f'{name}: {added[0]} was added after it was published'
     return ''
 
 # %% ../../nbs/lab/01_files.ipynb #f17bf5e2
@@ -442,6 +461,11 @@ def check_no_secret(value, where: str):
         )
 
 
+def is_reference(value) -> bool:
+    "Whether a value of a configuration says which environment variable holds it."
+    return isinstance(value, str) and bool(REFERENCE.fullmatch(value))
+
+
 def looked_up(value, where: str = ''):
     "`value` with each text `env:NAME` in it replaced by that variable; `LabError` if it is missing or badly named."
     if isinstance(value, dict):
@@ -515,6 +539,7 @@ def from_json(text: str | bytes):
 
 # %% ../../nbs/lab/01_files.ipynb #0e25a58a
 INFINITE = {'inf': '.inf', '-inf': '-.inf'}  # Python's word for a number -> YAML's
+WORDS = INFINITE | {'nan': '.nan'}
 UNKNOWN = {'inf': None, '-inf': None, 'nan': None}  # for a result: it was not measured
 
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHELL_LINE', 'BY_HAND', 'check_sides', 'settle', 'published', 'check_line', 'Job', 'stage_module', 'config_of',
-           'check_saves', 'folder_named', 'claimed', 'new_record', 'check_told', 'whole_or_gone', 'prepare', 'open_job',
-           'watch_failures', 'claim', 'supersede', 'start']
+           'check_saves', 'folder_named', 'claimed', 'new_record', 'submission', 'check_told', 'whole_or_gone',
+           'prepare', 'open_job', 'settings_of', 'own_inputs', 'enter_inputs', 'keep_diff', 'since', 'verify_inputs',
+           'data_again', 'watch_failures', 'claim', 'supersede', 'start']
 
 # %% ../../nbs/lab/10_job.ipynb #1e7d3efa
 import contextlib
@@ -39,7 +40,9 @@ from k2lab.lab.config import (
     root,
     setting,
     stage_names,
+    stage_notebooks,
 )
+from .display import Live, Recording, recording
 from k2lab.lab.files import (
     UNKNOWN,
     as_json,
@@ -50,19 +53,32 @@ from k2lab.lab.files import (
     disk_errors,
     fault_in,
     inventory,
+    is_reference,
     looked_up,
     mask,
     move,
     one_line,
     read_lines,
     reserved,
-    scrub,
     spelled,
     write_text,
 )
+from k2lab.lab.inputs import (
+    KINDS,
+    changes_between,
+    code_here,
+    code_now,
+    compare,
+    difference_text,
+    dotted,
+    inputs_here,
+    inputs_now,
+    package_files,
+    run_half_sha256,
+)
 from .locks import holder, lock
-from .names import commands, parent_of, passed_over_here, place_of
-from .provenance import code_state, hardware, owner, peak_gib, versions
+from .names import commands, content_now, data_value, parent_of, passed_over_here, place_of
+from .provenance import code_state, installed, owner, peak_gib
 from k2lab.lab.records import (
     OLD_LINES,
     check_campaign,
@@ -77,7 +93,7 @@ from k2lab.lab.records import (
     start_time,
     write_record,
 )
-from .show import Evidence
+from .show import Evidence, publish_notebook
 
 # %% ../../nbs/lab/10_job.ipynb #f61ff728
 def check_sides(job, name: str, sides: list):
@@ -157,11 +173,16 @@ class Job(Evidence):
             k: env[k] for k in ('models', 'data') if k in env
         }  # looked up when they are opened
         self.cfg, self.env = looked_up(cfg), looked_up(env) | names
+        self.told = {'config': dotted(config_of(cfg)), 'env': dotted(env)}
         self.stage, self.scale, self.campaign, self.seed = (
             record[k] for k in ('stage', 'scale', 'campaign', 'seed')
         )
         self.began = time.monotonic()
         self.held: IO | None = None  # the lock of the run folder
+        self.at_start: dict = {}  # hashes of the package's files when the run started
+        self.reads: dict = {}  # what the stage reads without `find`: name and how to hash it
+        self.cells: Recording | None = None  # of a run by hand in Jupyter
+        self.progress: Live | None = None
         self.finished = bool(record.get('seals'))  # nothing can be added any more
         self.watching = contextlib.ExitStack()  # what `watch_failures` must undo
         self.good: dict = {}  # the last line with a loss that was logged
@@ -174,8 +195,8 @@ class Job(Evidence):
             state = 'closed'
         return f'{self.campaign}/{self.folder.name} ({self.scale}, {state})'
 
-    def check_open(self):
-        "`LabError` if the run is closed, so that nothing can be added any more."
+    def refuse_closed(self):
+        "`LabError` if the run is closed: what comes now would be missing in its seal, or break it."
         if self.finished:
             raise LabError(
                 f'{self.folder.name}: closed ({standing(self.record)}), so nothing can be added; '
@@ -183,8 +204,8 @@ class Job(Evidence):
             )
 
     def write(self, seal: str = ''):
-        "Publish the record as it stands, under a seal if `seal` says why; `LabError` if it has one already."
-        self.check_open()
+        "Publish the record as it stands, under a seal if `seal` says why; `LabError` if the run is closed."
+        self.refuse_closed()
         if self.first:
             write_record(self.folder, self.record, seal)
 
@@ -201,12 +222,19 @@ class Job(Evidence):
         parent = next(
             (p for p in self.record.get('pins', []) if p['name'] == name), None
         ) or parent_of(self, name)
-        place = place_of(parent)
+        place = place_of(parent, deep=self.first)
         if parent not in self.record['parents']:
             self.record['parents'].append(parent)
+            self.record['inputs']['data'][name] = data_value(parent)
             self.write()
             self.tell_passed_over(parent)
         return place
+
+    def saw(self, name: str, content):
+        "Enter what a stage reads without `find` among its data: `content()` is its hash, asked again at the end."
+        self.reads[name] = content
+        self.record['inputs']['data'][name] = content()
+        self.write()
 
     def tell_passed_over(self, parent: dict):
         "Enter as a check which newer runs of a parent's name were not promoted, and why."
@@ -219,12 +247,12 @@ class Job(Evidence):
 
     def publishing(self, name: str, suffix: str = ''):
         "A context whose temporary path is published as `<folder>/<name><suffix>` when the block succeeds."
-        self.check_open()
+        self.refuse_closed()
         return published(self, name, suffix)
 
     def add_line(self, file: str, row: dict):
-        "Append one JSON line to a file of the run folder."
-        self.check_open()
+        "Append one JSON line to a file of the run folder; `LabError` if the run is closed."
+        self.refuse_closed()
         if not self.first:
             return
         with disk_errors(file), open(self.folder / file, 'a', encoding='utf-8') as f:
@@ -261,6 +289,7 @@ class Job(Evidence):
         """Record a result: before, after, its interval, item count and `more` (baseline, control, unit, note ...).
 
         A value that is no number is recorded as unknown, with a check that fails."""
+        self.refuse_closed()
         row = {
             'stage': self.stage,
             'measure': measure,
@@ -279,12 +308,24 @@ class Job(Evidence):
 
     def check(self, name: str, ok: bool, detail: str = ''):
         "Record whether a claim holds; a run with a failed check cannot complete. What a gate asks is no check."
+        self.refuse_closed()
         self.record['checks'].append({'name': name, 'ok': bool(ok), 'detail': str(detail)})
+        self.write()
+
+    def add_code(self):
+        "Enter in the record the code that this process has imported, beside that of the process that started the run."
+        code, here = self.record['inputs']['code'], code_here()
+        self.record['inputs_changed'] += changes_between(
+            {'code': code}, {'code': here}, 'while it ran'
+        )
+        self.record['inputs']['code'] = dict(sorted((here | code).items()))
         self.write()
 
     def finish(self):
         "Close the record and, without a runner, set the status; `LabError` if a check or a manifest fails."
         self.watching.close()
+        self.refuse_closed()
+        verify_inputs(self)
         self.record |= {
             'closed': datetime.now(timezone.utc).isoformat(timespec='seconds'),
             'peak_gib': peak_gib(),
@@ -302,17 +343,30 @@ class Job(Evidence):
 
     def end(self, status: str, reason: str):
         "Close a run by hand with this status, and give up its folder."
+        self.refuse_closed()
         self.watching.close()
         wall = round(time.monotonic() - self.began, 3)
         self.record = {'wall_s': wall} | self.record | {'status': status, 'reason': reason}
+        self.record['notebook'] = (
+            self.cells.close(self.leave_notebook)
+            if self.cells
+            else 'none: no Jupyter kernel ran it'
+        )
         try:
             self.write('closed')
             if status == 'complete':
                 drop_resume_files(self.folder)
         finally:
             self.finished = True
+            if self.progress:
+                self.progress.end(status)
             if self.held:
                 self.held.close()
+
+    def leave_notebook(self, cells: dict):
+        "Put the executed notebook of a run by hand and its page into the folder, as the runner does."
+        write_text(self.folder / '.notebook.ipynb', as_json(cells))
+        publish_notebook(self.folder)
 
 # %% ../../nbs/lab/10_job.ipynb #6334000a
 def stage_module(stage: str):
@@ -362,9 +416,11 @@ def claimed(stage: str, campaign: str | None, run: str | None) -> Path:
     return folder
 
 # %% ../../nbs/lab/10_job.ipynb #09ea612a
-def new_record(stage: str, scale: str, campaign: str, cfg, changes: dict) -> tuple:
-    "`(the record of a run that is about to start, the code's difference to its commit)`."
-    config, (code, diff) = config_of(cfg), code_state()
+def new_record(stage: str, scale: str, campaign: str, cfg, env: dict, changes: dict) -> dict:
+    """The record of a run that is about to start.
+
+    `submitted` holds what it would read now, which may be another thing when it starts."""
+    config = config_of(cfg)
     return {
         'stage': stage,
         'scale': scale,
@@ -377,15 +433,18 @@ def new_record(stage: str, scale: str, campaign: str, cfg, changes: dict) -> tup
         'by_runner': False,
         'changes': changes,
         'config': config,
-        'code': code,
-        'versions': versions(),
-        'hardware': hardware(),
+        'submitted': submission(stage, config, env),
         'parents': [],
         'saves': {},
         'metrics': [],
         'checks': [],
         'timings': {},
-    }, diff
+    }
+
+
+def submission(stage: str, config: dict, env: dict) -> dict:
+    "`{'python', 'inputs'}`: what a run of a stage would read if this process did the work, now."
+    return {'python': sys.executable, 'inputs': inputs_now(stage, config, env)}
 
 # %% ../../nbs/lab/10_job.ipynb #a7d00001
 def check_told(config: dict, env: dict, changes: dict):
@@ -425,12 +484,10 @@ def prepare(
     check_told(config, env, told)
     folder = claimed(stage, campaign, run)
     with whole_or_gone(folder):
-        record, diff = new_record(stage, scale, folder.parent.name, cfg, told)
+        record = new_record(stage, scale, folder.parent.name, cfg, env, told)
         for name, values in (('stage', record['config']), ('env', env)):
             text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
             write_text(folder / f'{name}.yaml', text)
-        if diff:
-            write_text(folder / 'code.diff', scrub(diff))
         job = Job(folder, cfg, env, record)
         job.write()
     return job
@@ -448,6 +505,96 @@ def open_job(folder: Path) -> Job:
         read_yaml(folder / 'env.yaml'),
         {k: v for k, v in record.items() if k != 'folder'},
     )
+
+# %% ../../nbs/lab/10_job.ipynb #3dceac9e
+def settings_of(job: Job) -> dict[str, dict]:
+    "`{'config', 'env'}` of a job as it holds them, with dotted names; a reference stays one."
+    now = {'config': dotted(config_of(job.cfg)), 'env': dotted(job.env)}
+    return {
+        kind: {
+            k: told if is_reference(told := job.told[kind].get(k)) else v for k, v in known.items()
+        }
+        for kind, known in now.items()
+    }
+
+
+def own_inputs(job: Job) -> dict[str, dict]:
+    "The inputs of a job in this process now, kinds in the order of suspicion, without its data."
+    executed = (
+        job.folder / '.notebook.ipynb'
+    )  # the runner's copy; by hand it is the stage's own notebook
+    found = inputs_here(job.stage, executed if job.record['by_runner'] else None)
+    return {kind: {} for kind in KINDS} | found | settings_of(job)
+
+
+def enter_inputs(job: Job):
+    "Enter in a record what the process that starts reads, what changed since it was submitted, and the code."
+    job.record['inputs'] = now = own_inputs(job)
+    told = job.record.pop('submitted', {'python': None, 'inputs': {}})
+    before = {k: v for k, v in told['inputs'].items() if k != 'package'}
+    if told['python'] == sys.executable:  # other packages of another Python are no change
+        before['package'] = told['inputs']['package']
+    job.record['inputs_changed'] = changes_between(before, now, 'before start')
+    job.record['python'] = sys.executable
+    job.at_start = code_now({*package_files(), *now['code']})
+    if attempts := job.record.get('attempts'):
+        attempts[-1]['differs'] = since(attempts[-1].pop('inputs'), now)
+    job.record['git'], diff = code_state()
+    keep_diff(job.folder / 'code.diff', diff, len(job.record.get('attempts', [])))
+
+
+def keep_diff(path: Path, diff: bytes, attempts: int):
+    "Write the difference of the code to its commit; that of an earlier attempt stays as `code.1.diff`."
+    if path.exists():
+        path.rename(path.with_suffix(f'.{attempts}.diff'))
+    if diff:
+        part = path.with_name(f'.{path.name}.part')
+        part.write_bytes(diff)
+        move(part, path)
+
+
+def since(before: dict, now: dict) -> list[str]:
+    "How the inputs of a run that starts again differ from those of its last attempt, in words, without its data."
+    unread = {n: sha for n, sha in code_now(before.get('code', {})).items() if n not in now['code']}
+    after = now | {'code': now['code'] | unread}
+    kinds = [kind for kind in KINDS if kind != 'data']
+    sides = ({k: side[k] for k in kinds if k in side} for side in (before, after))
+    return [difference_text(one) for one in compare(*sides) if one[0] != 'data']
+
+
+def verify_inputs(job: Job):
+    "Enter in the record of a job that finishes what of its inputs is no longer what it was at the start."
+    inputs = job.record['inputs']
+    again = {
+        'code': code_here(),
+        'package': installed(),
+        'data': {p['name']: data_again(p) for p in job.record['parents']}
+        | {name: content() for name, content in job.reads.items()},
+        **settings_of(job),
+    }
+    files = {
+        'notebook': {'run half': run_half_sha256(stage_notebooks()[job.stage])},
+        'code': code_now(again['code']),
+        'config': dotted(read_yaml(job.folder / 'stage.yaml')),
+        'env': dotted(read_yaml(job.folder / 'env.yaml')),
+    }
+    imported = dict(sorted((again['code'] | inputs['code']).items()))
+    seen = inputs | {'code': job.at_start | inputs['code']}
+    on_disk = inputs | {'code': imported | job.at_start}
+    found = changes_between(seen, again, 'while it ran')
+    found += changes_between(on_disk, files, 'while it ran')
+    once = {(c['kind'], c['name']): c for c in reversed(found)}
+    job.record['inputs_changed'] += sorted(once.values(), key=lambda c: KINDS.index(c['kind']))
+    inputs['data'] = again['data'] | {k: v for k, v in inputs['data'].items() if v is not None}
+    inputs['code'] = imported
+
+
+def data_again(parent: dict) -> str | None:
+    "What stands for a parent now; None if it is gone."
+    try:
+        return data_value(parent | {'sha256': content_now(parent)})
+    except LabError:
+        return None
 
 # %% ../../nbs/lab/10_job.ipynb #a7d00003
 SHELL_LINE = re.compile(r'^\s*!.*', re.M)
@@ -491,7 +638,8 @@ BY_HAND: list[Job] = []  # runs that this process started without a runner
 def supersede(job: Job):
     "Close the runs of the same stage that this process started by hand before and never finished."
     for old in BY_HAND:
-        if old.stage == job.stage and not old.finished:
+        mine = old.record['owner']['pid'] == os.getpid()  # and not that of a process we forked from
+        if mine and old.stage == job.stage and not old.finished:
             with contextlib.suppress(OSError):  # its folder may be gone
                 old.end('interrupted', f'{job.folder.name} was started in its place')
     BY_HAND[:] = [old for old in BY_HAND if not old.finished] + [job]
@@ -518,8 +666,10 @@ def start(
     if not job.record.get('attempts'):
         job.record |= start_time(siblings(job.folder))
     job.record |= {'status': 'running', 'owner': owner()}
+    enter_inputs(job)
     job.write()
     watch_failures(job)
     if not job.record['by_runner']:
+        job.cells = recording()
         supersede(job)
     return job

@@ -19,6 +19,7 @@ from pathlib import Path
 from .config import LabError, lab_path, read_yaml, root
 from .display import live_progress
 from .job import Job
+from .locks import guarded
 from .slurm import across_nodes
 
 # %% ../../nbs/lab/11_launch.ipynb #941ade5f
@@ -69,11 +70,18 @@ def launch_command(job: Job) -> list:
     )
 
 # %% ../../nbs/lab/11_launch.ipynb #e2e107c1
-def run_group(command: list, log: Path) -> int:
-    "Run a command in its own process group, with its output in `log`; return its exit code, and stop it if we stop."
+def run_group(command: list, log: Path, line=None) -> int:
+    """Run a command in its own process group, with its output in `log` and `line` as its input.
+
+    Its exit code comes back; it is stopped if we stop."""
     with open(log, 'a') as out:
         proc = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, cwd=root(), start_new_session=True
+            command,
+            stdin=line,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=root(),
+            start_new_session=True,
         )
     try:
         return proc.wait()
@@ -94,7 +102,12 @@ def work_in_processes(job: Job):
     check_gpus(job)
     log = job.folder / 'log.txt'
     start = log.stat().st_size if log.exists() else 0
-    if code := run_group(command, log):
+    if job.record['by_runner']:
+        code = run_group(command, log)
+    else:  # nobody else sees to it that they end with this process
+        with guarded() as guard:
+            code = run_group(guard.command(command), log, guard.line)
+    if code:
         ended = f'the training processes ended with code {code}; see {log}'
         raise LabError(refusal_in(log, start) or ended)
     job.reload()
@@ -122,10 +135,12 @@ def why(error: BaseException) -> str:
 def launch(work, job: Job):
     "Run `work(job)` here, or in `cfg.processes` processes of `accelerate launch` with their output in log.txt."
     began = time.monotonic()
-    job.write()
+    job.refuse_closed()
     with (
         settled(job),
-        live_progress(job.folder / 'metrics.jsonl', job.stage, watched=not job.record['by_runner']),
+        live_progress(
+            job.folder / 'metrics.jsonl', job.stage, watched=not job.record['by_runner']
+        ) as job.progress,
     ):
         if dataclasses.asdict(job.cfg).get('processes', 1) <= 1:
             work(job)

@@ -284,13 +284,13 @@ def lower(folder: Path, lines: list[int], number: int) -> int:
     prctl(CHILD_SUBREAPER, 1)
     if number == 1:
         return start_command(folder)
-    end, held = os.pipe()
+    end, kept = os.pipe()
     child = os.fork()
     if child:
         os.close(end)
         return child
     os.setsid()
-    os.close(held)
+    os.close(kept)
     supervise(folder, [*lines, end], number - 1)
 
 
@@ -308,23 +308,21 @@ def supervise(folder: Path, lines: list[int], number: int = 3) -> NoReturn:
 
 # %% ../../nbs/lab/04_locks.ipynb #7d0a1c09
 MARK, PREFIX = 'K2LAB_GUARD', 'k2lab-run-'
-LONG = (
-    64  # a TMPDIR of more letters gets a short name: libraries add 37 to it for sockets of theirs
-)
+LONG = 64  # letters of a TMPDIR that gets a short name: libraries add 37 for their sockets
 
 
 def carries(process, mark: str) -> bool:
-    "Whether a process was started with this mark in its environment."
+    "Whether a process is alive, no zombie, and was started with this mark in its environment."
     try:
-        return process.environ().get(MARK) == mark
+        marked = process.environ().get(MARK) == mark
+        return marked and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 
 
 def alive(mark: str) -> list[psutil.Process]:
-    "The processes that carry a mark and are not zombies, without this one."
-    found = [p for p in psutil.process_iter() if p.pid != os.getpid() and carries(p, mark)]
-    return [p for p in found if p.status() != psutil.STATUS_ZOMBIE]
+    "The processes that carry a mark, without this one."
+    return [p for p in psutil.process_iter() if p.pid != os.getpid() and carries(p, mark)]
 
 
 def reap(mark: str, limit: float = 8.0):
@@ -395,7 +393,8 @@ def sweep():
         with contextlib.suppress(OSError, ValueError, LabError):
             who, state = json.loads((folder / '.owner').read_bytes()), folder.lstat()
             ours = state.st_uid == os.getuid() and stat.S_ISDIR(state.st_mode)
-            if ours and who['host'] == owner()['host'] and (file := lock(folder)):
+            ours = ours and who['host'] == owner()['host'] and held(folder) is False
+            if ours and (file := lock(folder)):
                 with file:
                     clear(folder)
 
@@ -439,9 +438,9 @@ class Guard:
 def guarded():
     "A `Guard`; when the block or this process ends, all that its command started is killed."
     sweep()
-    folder, held = new_folder()
+    folder, file = new_folder()
     ours, theirs = socket.socketpair()
-    with held, ours:
+    with file, ours:
         try:
             with theirs:
                 yield Guard(folder, theirs)

@@ -18,7 +18,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from ..lab.config import LabError, lab_path, one_of
+from ..lab.config import LabError, one_of
+from ..lab.files import as_json
+from ..lab.names import smoke_folder
 from .mla import from_latents
 from k2lab.models.quantized import (
     MODEL_FILES,
@@ -366,7 +368,7 @@ CERTIFICATE = 'certificate.json'
 
 def write_certificate(folder, report: dict):
     "Keep the certificate of a published checkpoint in its folder."
-    (Path(folder) / CERTIFICATE).write_text(json.dumps(report, indent=1) + '\n')
+    (Path(folder) / CERTIFICATE).write_text(as_json(report, indent=1) + '\n')
 
 
 def _certificate(folder) -> dict:
@@ -462,7 +464,7 @@ def shipped(kind: str) -> Path:
 
 def smoke_model(kind: str) -> Path:
     "A folder with a seeded random model of under 1M parameters, built on first use."
-    folder = lab_path('runs') / '.smoke' / kind
+    folder = smoke_folder(kind)
     if (folder / 'config.json').exists():
         return folder
     tok, new = open_tokenizer(shipped(kind)), folder.with_name(f'{kind}.{os.getpid()}')
