@@ -18,7 +18,8 @@ from k2lab.lab.config import LabError, is_root, lab_path, setting, settings
 from k2lab.lab.files import check_no_secret, mask, move, scrub, sync, trim, write_text
 from k2lab.lab.job import prepare, start
 from k2lab.lab.records import read_run
-from k2lab.lab.runner import bound_notebook, checked_notebook, execute, publish_log
+from k2lab.lab.runner import checked_notebook, execute
+from k2lab.lab.show import bound_notebook, publish_log
 from k2lab.lab.slurm import cluster
 
 ROOT = Path(__file__).parents[1]
