@@ -5,13 +5,15 @@ import argparse
 from k2lab.lab.config import LabError
 
 
-def parse(words: list, *options) -> tuple:
-    "`(the options by name, the remaining words)`; every option takes a value."
+def parse(words: list, *options, **alone) -> tuple:
+    "`(the options by name, the remaining words)`; all take a value, those in `alone` have one if none is given."
     parser = argparse.ArgumentParser(
         'k2lab', add_help=False, allow_abbrev=False, exit_on_error=False
     )
     for option in options:
         parser.add_argument(f'--{option}')
+    for option, value in alone.items():
+        parser.add_argument(f'--{option}', nargs='?', const=value)
     try:
         known, rest = parser.parse_known_args(words)
     except argparse.ArgumentError as e:
