@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from k2lab.lab.config import LabError
-from k2lab.tasks import verify as module
+from k2lab.tasks import values, verify as module
 from k2lab.tasks.sandbox import why_not
 from k2lab.tasks.verify import check_row, grader_version, judge_of, verify, why_wrong
 
@@ -396,7 +396,7 @@ def test_code_with_tests_is_run():
 
 def test_without_math_verify_a_formula_is_refused_and_numbers_are_graded(monkeypatch):
     missing = lambda name: (_ for _ in ()).throw(metadata.PackageNotFoundError(name))
-    monkeypatch.setattr(module, 'version', missing)
+    monkeypatch.setattr(values, 'version', missing)
     monkeypatch.setitem(__import__('sys').modules, 'math_verify', None)
     assert verify(row(Q, '4'), 'The answer is 4.') and not verify(row(Q, '4'), '$\\sqrt{15}$')
     with pytest.raises(
@@ -423,5 +423,10 @@ def test_hostile_replies_are_wrong_and_soon(answer):
 def test_the_version_of_the_grader_changes_with_its_libraries(monkeypatch):
     before = grader_version()
     assert before == module.GRADER and len(before) == 16
-    monkeypatch.setattr(module, 'version', lambda name: '0.0')
-    assert grader_version() != before
+    with monkeypatch.context() as m:
+        m.setattr(values, 'version', lambda name: '0.0')
+        assert grader_version() != before
+    for source in module.SOURCES:  # the code of each of the three counts
+        monkeypatch.setattr(module, 'SOURCES', [s for s in module.SOURCES if s != source])
+        assert grader_version() != before
+        monkeypatch.undo()

@@ -525,3 +525,22 @@ def test_vllm_is_refused_where_it_is_not_installed(tmp_path):
     write_task(tmp_path, 'own_a', **CHOICE)
     with pytest.raises(LabError, match='vLLM is not installed'):
         evaluated(tmp_path, ['own_a'], harness_options=dict(backend='vllm'))
+
+
+def test_tasks_of_two_checkpoints_are_compared_item_by_item(tmp_path):
+    write_task(tmp_path, 'own_choice', **CHOICE)
+    pair = {'k2_think_dpo': 'Qwen2.5-7B', 'Qwen2.5-7B': []}  # two models of smoke scale
+    empty = {name: [] for name in pair}
+    job = evaluated(tmp_path, ['own_choice'], checkpoints=pair, measures=empty)
+    lines = {m['checkpoint']: m for m in job.record['metrics'] if m['measure'] == 'own_choice: acc'}
+    mine, base = lines['k2_think_dpo'], lines['Qwen2.5-7B']
+    rights = {}
+    for item in read_lines(job.folder / 'items.jsonl'):
+        rights.setdefault(item['key'], {})[item['item']] = item['right']
+    changes = [rights[mine['key']][i] - rights[base['key']][i] for i in rights[base['key']]]
+    assert (mine['before'], mine['compared_with']) == (base['after'], 'Qwen2.5-7B')
+    assert mine['change']['value'] == pytest.approx(sum(changes) / len(SUMS))
+    assert mine['change']['n'] == len(SUMS) and base['before'] is None
+    assert mine['change']['gained'] == changes.count(1) and any(
+        changes
+    )  # the two do not answer alike

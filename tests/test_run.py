@@ -330,13 +330,13 @@ def test_a_crash_while_publishing_leaves_nothing_that_looks_complete(lab):
 
 def test_side_files_travel_with_what_is_published(lab):
     job = start('train_toy')
-    with job.publishing('rows', '.jsonl') as path:
+    with job.publishing('table', '.jsonl') as path:
         path.write_text('{}\n')
         path.with_name(path.name + '.manifest.json').write_text('{"rows": 1}')
-    assert (job.folder / 'rows.jsonl.manifest.json').exists() and job.record['saves']['rows'][
+    assert (job.folder / 'table.jsonl.manifest.json').exists() and job.record['saves']['table'][
         'files'
     ] == 2
-    with pytest.raises(LabError, match='already published'), job.publishing('rows', '.jsonl'):
+    with pytest.raises(LabError, match='already published'), job.publishing('table', '.jsonl'):
         pass
 
 

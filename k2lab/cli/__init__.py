@@ -3,40 +3,166 @@
 import os
 import sys
 
-from k2lab.cli.help import stage_help, usage
-from k2lab.cli.looking import diff, show_run, show_runs
+from k2lab.cli.completion import candidates, completion
+from k2lab.cli.help import command_help, stage_help, usage
+from k2lab.cli.listing import show_runs
+from k2lab.cli.looking import diff, show_run
+from k2lab.cli.making import convert, new_lab
+from k2lab.cli.marking import note_run, promote_run, tag_run
 from k2lab.cli.running import (
-    convert,
-    promote_run,
+    CAMPAIGN,
+    JSON,
+    ON,
+    SCALE,
     reproduce_run,
     resume_run,
-    run_stage,
+    stage_command,
     watch_run,
     work,
 )
 from k2lab.cli.steps import pipeline
-from k2lab.lab.config import LabError, did_you_mean, stage_names
+from k2lab.cli.words import Command, Option, parse
+from k2lab.lab.config import LabError, did_you_mean, root, stage_names
+
+RUN = '2026-11-26.1-train_sft_domain'
+
+
+def complete(words: list, options: dict) -> int:
+    "Print what the last word of a command line can become: what the shells' scripts ask."
+    print(*candidates(words, COMMANDS), sep='\n')
+    return 0
+
 
 COMMANDS = {
-    'pipeline': pipeline,
-    'runs': show_runs,
-    'show': show_run,
-    'watch': watch_run,
-    'resume': resume_run,
-    'reproduce': reproduce_run,
-    'promote': promote_run,
-    'diff': diff,
-    'convert': convert,
-    'work': work,
+    'pipeline': Command(
+        pipeline,
+        'run the stages of configs/pipeline.yaml whose results are missing or hold no longer',
+        options=(
+            SCALE,
+            CAMPAIGN,
+            Option('from', 'the first stage', 'STAGE'),
+            Option('to', 'the last stage', 'STAGE'),
+            Option('seed', 'the seed of every stage that has one', 'N'),
+            Option(
+                'accept-stale',
+                'skip these stages, or all, if they are complete, whatever has changed since',
+                '[STAGE,...]',
+                alone='all',
+            ),
+            Option('dry-run', 'say what would run, and why'),
+        ),
+        example='k2lab pipeline --scale nano --campaign mine',
+    ),
+    'runs': Command(
+        show_runs,
+        'list the runs',
+        '[CAMPAIGN]',
+        (
+            CAMPAIGN,
+            Option(
+                'where',
+                'only runs that pass a test: FIELD and =, !=, <, <=, > or >= and a value. Fields: campaign, run, '
+                'stage, scale, seed, status, reason, promoted, started, wall, peak_gib, tag, measure.NAME, config.KEY',
+                'TEST',
+                many=True,
+            ),
+            Option('sort', 'the field to sort by; -FIELD: the largest first', 'FIELD'),
+            Option('limit', 'only the newest N, or with --sort the first N', 'N'),
+            Option('columns', 'the fields to show', 'A,B,C'),
+            JSON,
+        ),
+        "k2lab runs --where status=complete --where 'measure.domain_questions>0.5' --sort -wall --limit 5",
+    ),
+    'show': Command(
+        show_run, 'show what a run did and what it read', 'RUN', (JSON,), f'k2lab show {RUN}'
+    ),
+    'watch': Command(
+        watch_run,
+        'follow the progress of a run, wherever it runs',
+        'RUN',
+        example=f'k2lab watch {RUN}',
+    ),
+    'resume': Command(
+        resume_run,
+        'continue a run that was killed or failed',
+        'RUN',
+        (ON,),
+        f'k2lab resume {RUN}',
+    ),
+    'reproduce': Command(
+        reproduce_run,
+        'repeat a complete run and compare the results',
+        'RUN',
+        example=f'k2lab reproduce {RUN}',
+    ),
+    'diff': Command(
+        diff,
+        'show how the inputs and results of two runs differ',
+        'RUN RUN',
+        (JSON,),
+        f'k2lab diff {RUN} 2026-11-26.2-train_sft_domain',
+    ),
+    'tag': Command(
+        tag_run,
+        'give a run a tag, or take one away',
+        'RUN TAG',
+        (Option('remove', 'take the tag away'),),
+        f'k2lab tag {RUN} best',
+    ),
+    'note': Command(
+        note_run, 'add a note to a run', 'RUN TEXT', example=f'k2lab note {RUN} "half the rows"'
+    ),
+    'promote': Command(
+        promote_run,
+        'let a run that failed its gate take over its names',
+        'RUN',
+        (Option('because', 'why; the record keeps it', 'TEXT'),),
+        f'k2lab promote {RUN} --because "the loss of general text is intended"',
+    ),
+    'new': Command(
+        new_lab,
+        'make a lab in a new or empty folder: settings, configs, notebooks',
+        'FOLDER',
+        example='k2lab new lab',
+    ),
+    'convert': Command(
+        convert,
+        'write a published checkpoint (name, folder or hub id) as bfloat16',
+        'NAME FOLDER',
+        example='k2lab convert Kimi-K2-Base kimi-k2-base-bf16',
+    ),
+    'completion': Command(
+        completion,
+        'print the completion script of a shell: bash, zsh or fish',
+        'SHELL',
+        example='eval "$(k2lab completion bash)"',
+    ),
+    'complete': Command(complete, 'print completions', '[WORDS ...]', shown=False),
+    'work': Command(
+        work,
+        "do a stage's work in one of several processes",
+        'FOLDER',
+        example='k2lab work runs/mine/RUN',
+        shown=False,
+    ),
 }
+
+
+def stages_here() -> tuple[list[str], str]:
+    "`(the stages of the lab around here, nothing)`; outside a lab `(none, how to make one)`."
+    try:
+        root()
+    except LabError as e:
+        return [], f'; {e}'
+    return stage_names(), ''
 
 
 def main(words: list) -> int:
     """Run one command line; its exit code.
 
-    0 done, 1 a run did not complete or failed its gate, 2 a mistake in the request, 130 Ctrl-C."""
+    0 done, 1 a run did not complete, failed its gate or differs, 2 a mistake in the request, 130 Ctrl-C."""
     if not words or words[0] in ('-h', '--help', 'help'):
-        print(usage())
+        print(usage(COMMANDS))
         return 0
     if words[0] == '--version':
         import k2lab
@@ -44,17 +170,21 @@ def main(words: list) -> int:
         print(k2lab.__version__)
         return 0
     name, rest = words[0], words[1:]
-    if {'-h', '--help'} & set(rest):
-        print(stage_help(name) if name in stage_names() else usage())
-        return 0
+    if name == 'complete':  # its words are those of another command line
+        return complete(rest, {})
     if name in COMMANDS:
-        return COMMANDS[name](rest)
-    if name not in stage_names():
-        known = [*COMMANDS, *stage_names()]
-        raise LabError(
-            f"unknown command '{name}'{did_you_mean(name, known)}; valid: {', '.join(known)}"
-        )
-    return run_stage(name, rest)
+        command = COMMANDS[name]
+    else:
+        stages, outside = stages_here()
+        known = [*(n for n, c in COMMANDS.items() if c.shown), *stages]
+        if name not in stages:
+            near = did_you_mean(name, known)
+            raise LabError(f"unknown command '{name}'{near or outside}; valid: {', '.join(known)}")
+        command = stage_command(name, '')
+    if {'-h', '--help'} & set(rest):
+        print(command_help(name, command) if name in COMMANDS else stage_help(name))
+        return 0
+    return command.do(*parse(name, command, rest))
 
 
 def app():

@@ -2,58 +2,79 @@
 
 import dataclasses
 import inspect
-import itertools
 import re
 import textwrap
 
-from k2lab.cli.running import resolved_config
-from k2lab.lab.config import SCALES, setting, stage_names
+from k2lab.cli.running import resolved_config, stage_command
+from k2lab.cli.tables import wrapped_table
+from k2lab.cli.words import Command, Option
+from k2lab.lab.config import SCALES, LabError, setting, stage_names
 
-USAGE = """usage: k2lab pipeline [--scale S] [--campaign C] [--from STAGE] [--to STAGE] [--seed N]
-       k2lab STAGE [--scale S] [--campaign C] [--on slurm] [field=value ...]
-       k2lab STAGE --help       list the fields of a stage
-       k2lab runs [CAMPAIGN]    list the runs
-       k2lab show RUN           show what a run did and what it read
-       k2lab watch RUN          follow the progress of a run, wherever it runs
-       k2lab resume RUN         continue a run that was killed or failed (also --on slurm)
-       k2lab reproduce RUN      repeat a complete run and compare the results
-       k2lab promote RUN --because "..."   let a run that failed its gate take over its names
-       k2lab diff RUN RUN       show how the inputs and results of two runs differ
-       k2lab convert NAME OUT   write a published checkpoint (name, folder or hub id) as bfloat16
-
-Every stage is a notebook. A run is an executed notebook in a folder of its own.
-"""
+EXIT_CODES = (
+    'exit codes: 0 done, 1 a run did not complete, failed its gate or differs, 2 a mistake in the '
+    'request, 130 Ctrl-C'
+)
 
 
-def usage() -> str:
+def usage(commands: dict[str, Command]) -> str:
     "What `k2lab --help` prints."
-    names = f'stages: {", ".join(stage_names()) or "none here"}'
-    stages = textwrap.fill(names, 100, subsequent_indent='        ')
+    rows = [(f'  k2lab {n} {c.takes}'.rstrip(), c.meaning) for n, c in commands.items() if c.shown]
+    rows.insert(1, ('  k2lab STAGE [field=value ...]', 'run one stage'))
     return (
-        f'{USAGE}\n{stages}\nscales: {", ".join(SCALES)} (default here: {setting("lab", "scale")})\n'
-        "A field is any key of the stage's file; `trainer.KEY=VALUE` sets an option of TRL.\n"
-        '--debug shows the traceback of an error.'
+        'usage: k2lab COMMAND [words and options]; `k2lab COMMAND --help` tells more\n\n'
+        f'{two_columns(rows)}\n\n'
+        'Every stage is a notebook. A run is an executed notebook in a folder of its own.\n\n'
+        f'{lab_here()}\n'
+        '--debug shows the traceback of an error.\n'
+        f'{textwrap.fill(EXIT_CODES, 100)}'
     )
 
 
+def lab_here() -> str:
+    "The stages and scales of the lab around here, or how to make one."
+    try:
+        names, scale = f'stages: {", ".join(stage_names()) or "none here"}', setting('lab', 'scale')
+    except LabError as e:
+        return textwrap.fill(str(e), 100, break_long_words=False)
+    stages = textwrap.fill(names, 100, subsequent_indent='        ')
+    return f'{stages}\nscales: {", ".join(SCALES)} (default here: {scale})'
+
+
+def two_columns(rows: list[tuple[str, str]]) -> str:
+    "Two columns as text of at most 100 columns."
+    return wrapped_table([(*row, '') for row in rows])
+
+
+def in_usage(option: Option) -> str:
+    "How an option stands in a usage line."
+    value = f' {option.value}' if option.value else ''
+    return f'[--{option.name}{value}]' + (' ...' if option.many else '')
+
+
+def command_help(name: str, command: Command) -> str:
+    "What `k2lab COMMAND --help` prints: usage, meaning, options, an example."
+    words = ' '.join(filter(None, [name, command.takes, *map(in_usage, command.options)]))
+    head = textwrap.fill(f'usage: k2lab {words}', 100, subsequent_indent=' ' * 8)
+    rows = [(f'  --{o.name} {o.value}'.rstrip(), o.meaning) for o in command.options]
+    parts = [head, textwrap.fill(command.meaning[0].upper() + command.meaning[1:] + '.', 100)]
+    parts += ['options\n' + two_columns(rows)] if rows else []
+    parts += [f'example: {command.example}'] if command.example else []
+    return '\n\n'.join([*parts, textwrap.fill(EXIT_CODES, 100)])
+
+
 def stage_help(stage: str) -> str:
-    "The fields of a stage: name, meaning, value at this lab's scale; at most 100 columns wide."
+    "What `k2lab STAGE --help` prints: options, then each field's name, meaning and value at this lab's scale."
     from k2lab.lab.job import stage_module
 
     config, scale = stage_module(stage).Config, setting('lab', 'scale')
     values, meanings = resolved_config(stage, scale, {}), comments(config)
-    names = [field.name for field in dataclasses.fields(config)]
-    rows = [
-        (
-            f'  {name}',
-            meanings.get(name, ''),
-            textwrap.shorten(str(values[name]), 90, placeholder=' ...'),
-        )
-        for name in names
-    ]
-    head = f'usage: k2lab {stage} [--scale S] [--campaign C] [--on slurm] [field=value ...]'
-    text = textwrap.fill(config.__doc__ or '', 100)
-    return f'{head}\n\n{text}\n\n{wrapped_table([("field", "meaning", f"at {scale}"), *rows])}'
+    value = lambda name: textwrap.shorten(str(values[name]), 90, placeholder=' ...')
+    fields = [field.name for field in dataclasses.fields(config)]
+    rows = [(f'  {name}', meanings.get(name, ''), value(name)) for name in fields]
+    command = stage_command(stage, config.__doc__ or stage)
+    table = wrapped_table([('fields', 'meaning', f'at {scale}'), *rows])
+    trl = '`trainer.KEY=VALUE` sets an option of TRL.\n\n' if 'trainer' in values else ''
+    return f'{command_help(stage, command)}\n\n{trl}{table}'
 
 
 def comments(cls) -> dict:
@@ -70,16 +91,3 @@ def comments(cls) -> dict:
         alone = re.match(r' {4}# (.*)', line)
         above = [*above, alone[1]] if alone else []
     return meanings
-
-
-def wrapped_table(rows: list[tuple[str, str, str]]) -> str:
-    "Three columns as text of at most 100 columns; long meanings and values are wrapped."
-    first = max(len(row[0]) for row in rows) + 2
-    last = min(max(len(row[2]) for row in rows), 30)
-    middle = min(max(len(row[1]) for row in rows) + 2, 100 - first - last)
-    lines = []
-    for name, meaning, value in rows:
-        columns = textwrap.wrap(meaning, middle - 2), textwrap.wrap(value, 100 - first - middle)
-        for head, left, right in itertools.zip_longest([name], *columns, fillvalue=''):
-            lines.append(f'{head:{first}}{left:{middle}}{right}'.rstrip())
-    return '\n'.join(lines)

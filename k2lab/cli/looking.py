@@ -1,82 +1,69 @@
-"""Commands that look at runs: list, show, compare."""
+"""Commands that look at single runs: show and compare."""
 
 from pathlib import Path
 
-from k2lab.cli.progress import outcome
-from k2lab.cli.words import parse
-from k2lab.lab.config import LabError
+from k2lab.cli.progress import begun, outcome, wall
+from k2lab.cli.tables import text_table
 from k2lab.lab.display import clock, short
+from k2lab.lab.files import as_json
 
 
-def show_runs(words: list) -> int:
-    "List the runs."
-    from k2lab.lab.records import campaign_of, runs
-
-    options, rest = parse(words, 'campaign')
-    extra = rest[1:] if rest and not rest[0].startswith('-') and not options['campaign'] else rest
-    if extra:
-        raise LabError(f"runs does not take '{extra[0]}'; it takes one campaign")
-    found = runs(options['campaign'] or (rest[0] if rest else None))
-    rows = [
-        [
-            campaign_of(r),
-            Path(r['folder']).name,
-            r['scale'],
-            r['seed'],
-            clock(r.get('wall_s') or 0),
-            key_metric(r),
-            parents(r),
-            outcome(r),
-        ]
-        for r in found
-    ]
-    print(
-        text_table(
-            ['campaign', 'run', 'scale', 'seed', 'wall', 'measure', 'parents', 'status'], rows
-        )
-        if rows
-        else 'no runs yet'
-    )
-    return 0
-
-
-def key_metric(record: dict) -> str:
-    "A run's first measure, before and after."
-    m = next(iter(record['metrics']), None)
-    return f"{m['measure']} {short(m['before'])} -> {short(m['after'])}" if m else '-'
-
-
-def parents(record: dict) -> str:
-    "The runs a run read from, by day and number."
-    found = dict.fromkeys('-'.join(p['run'].split('-')[:3]) for p in record['parents'] if p['run'])
-    return ', '.join(found) or '-'
-
-
-def show_run(words: list) -> int:
+def show_run(words: list, options: dict) -> int:
     "Tell what a run did."
     from k2lab.lab.records import find_run, read_run
 
-    if len(words) != 1:
-        raise LabError('show needs one run; `k2lab runs` lists them')
     record = read_run(find_run(words[0]))
-    print(attempts(record) + run_text(record))
-    for title, rows in (
-        ('config', record['config'].items()),
-        ('parents', [(p['name'], p['run'] or p['place']) for p in record['parents']]),
-        ('code', record['code'].items()),
-        ('hardware', record['hardware'].items()),
-        ('versions', record['versions'].items()),
-    ):
+    if options['json']:
+        print(as_json(record))
+        return 0
+    print(attempts(record) + run_text(record) + marks(record))
+    for title, rows in parts(record):
         print(f'\n{title}')
         print(text_table([], [[f'  {k}', v] for k, v in rows]))
     return 0
 
 
-def the_run(words: list, command: str) -> str:
-    "The one run that a command names."
-    if len(words) == 1:
-        return words[0]
-    raise LabError(f'{command} needs one run; `k2lab runs` lists them')
+FILES = {'notebook': 'notebook.ipynb', 'report': 'report.html', 'log': 'log.txt'}
+
+
+def parts(record: dict) -> list[tuple[str, list]]:
+    "The parts of a record as `(title, rows)`: files, times, config, parents, and what else it read."
+    folder, at = Path(record['folder']), begun(record)
+    files = [(name, folder / file) for name, file in FILES.items() if (folder / file).exists()]
+    times = [('started', f'{at.astimezone():%Y-%m-%d %H:%M:%S %z}')] if at else []
+    took = clock(wall(record)) + (' so far' if record['status'] == 'running' else '')
+    parents = [(p['name'], p.get('run') or p.get('place')) for p in record['parents']]
+    shown = [
+        ('files', files),
+        ('time', [*times, ('wall', took)]),
+        ('config', list(record['config'].items())),
+        ('parents', parents),
+        *(
+            (title, list(record.get(title, {}).items()))
+            for title in ('code', 'hardware', 'versions')
+        ),
+        *inputs_shown(record.get('inputs', {})),
+    ]
+    return [(title, rows) for title, rows in shown if rows]
+
+
+COUNTED = ('code', 'package')  # too many to list
+
+
+def inputs_shown(inputs: dict) -> list[tuple[str, list]]:
+    "The recorded inputs that the config and the parents do not show yet; the longest kinds are counted."
+    kinds = {k: v for k, v in inputs.items() if k not in ('config', 'data') and k not in COUNTED}
+    counted = [(k, f'{len(inputs[k])}, listed by --json') for k in COUNTED if k in inputs]
+    rows = [(f'{kind} {k}', v) for kind, values in kinds.items() for k, v in values.items()]
+    return [('inputs', [*rows, *counted])]
+
+
+def marks(record: dict) -> str:
+    "The tags and notes of a run as lines of text."
+    tags, notes = record.get('tags', []), record.get('notes', [])
+    lines = [f'  tags: {", ".join(tags)}'] if tags else []
+    lines += [f"  note of {note['at'][:16].replace('T', ' ')}: {note['text']}" for note in notes]
+    return ''.join(f'\n{line}' for line in lines)
 
 
 def attempts(record: dict) -> str:
@@ -98,26 +85,6 @@ def attempts(record: dict) -> str:
     return ''.join(f'{line}\n' for line in lines)
 
 
-def diff(words: list) -> int:
-    "Say what differs between two runs."
-    from k2lab.lab.records import find_run
-    from k2lab.lab.reproduce import differences, inputs, results, with_env
-
-    if len(words) != 2:
-        raise LabError('diff needs two runs; `k2lab runs` lists them')
-    a, b = (with_env(find_run(w)) for w in words)
-    for title, of in (('inputs', inputs), ('results', results)):
-        found = differences(of(a), of(b))
-        print(
-            f'{title}: {len(found) or "nothing"} differs'
-            if len(found) < 2
-            else f'{title}: {len(found)} differ'
-        )
-        for one in found:
-            print('  ' + difference_text(one))
-    return 0
-
-
 def difference_text(difference: tuple) -> str:
     "One difference in words."
     kind, name, a, b = difference
@@ -125,11 +92,32 @@ def difference_text(difference: tuple) -> str:
     return f'{kind} {name}: {cut(a)} -> {cut(b)}'
 
 
-def text_table(header: list, rows: list) -> str:
-    "Rows as aligned text, under a header unless it is empty."
-    cells = [[short(c) for c in row] for row in ([header] if header else []) + rows]
-    wide = [max(map(len, column)) for column in zip(*cells)]
-    return '\n'.join('  '.join(c.ljust(w) for c, w in zip(row, wide)).rstrip() for row in cells)
+def compared(a: Path, b: Path) -> dict[str, list[tuple]]:
+    "`{'inputs': differences, 'results': differences}` of two runs."
+    from k2lab.lab.reproduce import differences, inputs, results, with_env
+
+    first, second = with_env(a), with_env(b)
+    return {
+        'inputs': differences(inputs(first), inputs(second)),
+        'results': differences(results(first), results(second)),
+    }
+
+
+def diff(words: list, options: dict) -> int:
+    "Say what differs between two runs; 1 if anything does."
+    from k2lab.lab.records import find_run
+
+    a, b = map(find_run, words)
+    found = compared(a, b)
+    if options['json']:
+        names = [f'{f.parent.name}/{f.name}' for f in (a, b)]
+        as_rows = lambda rows: [dict(zip(('kind', 'name', 'a', 'b'), row)) for row in rows]
+        print(as_json({'a': names[0], 'b': names[1], **{k: as_rows(v) for k, v in found.items()}}))
+    else:
+        for title, rows in found.items():
+            print(f'{title}: {len(rows) or "nothing"} differ{"" if len(rows) > 1 else "s"}')
+            print(''.join(f'  {difference_text(row)}\n' for row in rows), end='')
+    return int(any(found.values()))
 
 
 def run_text(record: dict) -> str:

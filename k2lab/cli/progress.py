@@ -3,6 +3,7 @@
 import shutil
 import sys
 import time
+from datetime import datetime, timezone
 
 from k2lab.lab.display import clock, describe
 
@@ -34,15 +35,37 @@ class Progress:
 
     def end(self, record: dict):
         "Leave one final line about the run."
-        self.note(f"{outcome(record)}  {clock(record.get('wall_s', 0))}")
+        self.note(f'{outcome(record)}  {clock(wall(record))}')
+
+
+def begun(record: dict) -> datetime | None:
+    "When a run started, or was resumed; None if its record does not say."
+    resumed = [attempt.get('resumed') for attempt in record.get('attempts', [])]
+    try:
+        at = datetime.fromisoformat((resumed or [record.get('started')])[-1])
+    except (TypeError, ValueError):
+        return None
+    return at if at.tzinfo else at.replace(tzinfo=timezone.utc)
+
+
+def wall(record: dict) -> float:
+    "The seconds that a run took; for one that is running, those it has taken so far."
+    at = begun(record)
+    if record['status'] == 'running' and at:
+        return max(0.0, (datetime.now(timezone.utc) - at).total_seconds())
+    return record.get('wall_s') or 0
 
 
 def outcome(record: dict) -> str:
-    "The status of a run, with the reason when it has one, or where it stands in the queue of a cluster."
+    "The status of a run: its reason, since when it runs, or where it stands in the queue of a cluster."
     if record['status'] == 'prepared' and 'slurm' in record and shutil.which('squeue'):
         from k2lab.lab.slurm import waiting
 
         return waiting(record['folder']) or 'prepared: Slurm does not have it any more'
+    if record['status'] == 'running' and (at := begun(record)):
+        here, today = at.astimezone(), datetime.now(timezone.utc).astimezone()
+        same_day = here.date() == today.date()
+        return f"running since {here:{'%H:%M' if same_day else '%Y-%m-%d %H:%M'}}"
     from k2lab.lab.records import standing
 
     return standing(record)

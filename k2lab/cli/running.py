@@ -1,37 +1,77 @@
-"""Commands that run stages: one, the pipeline, again, elsewhere."""
+"""Commands that run stages: one, again, elsewhere."""
 
+import json
 import sys
 import time
 from pathlib import Path
 
-from k2lab.cli.looking import attempts, difference_text, run_text, the_run
-from k2lab.cli.progress import Progress, outcome
-from k2lab.cli.words import changes_of, parse
-from k2lab.lab.config import (
-    LabError,
-    load_env,
-    one_of,
-    resolve,
-    stage_names,
+from k2lab.cli.looking import attempts, difference_text, run_text
+from k2lab.cli.progress import Progress
+from k2lab.cli.words import Command, Option, changes_of
+from k2lab.lab.config import LabError, did_you_mean, one_of, resolve
+from k2lab.lab.files import as_json
+
+SCALE = Option('scale', 'smoke, nano, qlora or full', 'SCALE')
+CAMPAIGN = Option(
+    'campaign', "the folder of the runs; a stage reads what its campaign's runs left", 'NAME'
 )
+ON = Option('on', 'where to run: slurm submits it to a cluster', 'slurm')
+JSON = Option('json', 'print strict JSON, and nothing else')
 
 
-def run_stage(stage: str, words: list) -> int:
+def stage_command(stage: str, meaning: str) -> Command:
+    "The command that runs a stage."
+    return Command(
+        lambda words, options: run_stage(stage, words, options),
+        ' '.join(meaning.split()).rstrip('.'),
+        '[field=value ...]',
+        (SCALE, CAMPAIGN, ON, JSON),
+        f'k2lab {stage} --scale smoke --campaign mine',
+    )
+
+
+def run_stage(stage: str, words: list, options: dict) -> int:
     "Run one stage; 1 when it did not complete, or failed its gate."
     from k2lab.lab.records import promoted, read_run
     from k2lab.lab.runner import execute
 
-    options, rest = parse(words, 'scale', 'campaign', 'on')
-    if place := options.pop('on'):
-        return submit_stage_here(place, stage, options, changes_of(rest))
+    check_fields(stage, words)
+    changes, place, as_text = changes_of(words), options['on'], not options['json']
+    options = {key: options[key] for key in ('scale', 'campaign')}
+    if place:
+        return submit_stage_here(place, stage, options, changes)
     if stage == 'agentic_demo' and sys.stdin.isatty():
-        return agent_command(options, changes_of(rest))
-    progress = Progress(one_of('command', stage, stage_names()))
-    folder = execute(stage, changes=changes_of(rest), on_progress=progress, **options)
-    record = read_run(folder)
+        return agent_command(options, changes)
+    progress = Progress(stage)
+    record = read_run(execute(stage, changes=changes, on_progress=progress, **options))
     progress.end(record)
-    print(run_text(record))
+    print(run_text(record) if as_text else as_json(record | page_of(record)))
     return int(not promoted(record))
+
+
+def check_fields(stage: str, words: list):
+    "`LabError` for a `--word` that is neither an option of the command nor a field of the stage."
+    import dataclasses
+
+    from k2lab.lab.job import stage_module
+
+    Config = stage_module(stage).Config
+    fields = [field.name for field in dataclasses.fields(Config)]
+    options = [f'--{option.name}' for option in stage_command(stage, '').options]
+    for word in words:
+        name = word.removeprefix('--').partition('=')[0].partition('.')[0].replace('-', '_')
+        known = name in fields or name in getattr(Config, 'renamed', {})
+        near = did_you_mean(word.partition('=')[0], options)
+        if word.startswith('--') and not known and near:
+            raise LabError(f"{stage} does not take '{word}'{near}")
+
+
+def page_of(record: dict) -> dict:
+    "What the report stage wrote for its campaign as `{'report': ...}`; nothing for another run."
+    page = Path(record['folder']).parent / 'report.json'
+    if record['stage'] != 'report' or record['status'] != 'complete':
+        return {}
+    return {'report': json.loads(page.read_text(encoding='utf-8'))}
 
 
 def submit_stage_here(place: str, stage: str, options: dict, changes: dict) -> int:
@@ -68,13 +108,12 @@ def resolved_config(stage: str, scale: str, changes: dict) -> dict:
     return config_of(resolve(stage_module(stage).Config, stage, scale, changes))
 
 
-def resume_run(words: list) -> int:
+def resume_run(words: list, options: dict) -> int:
     "Go on with an unfinished run; 1 when it did not complete, or failed its gate."
     from k2lab.lab.records import find_run, promoted, read_run
     from k2lab.lab.reproduce import resume
 
-    options, rest = parse(words, 'on')
-    folder = find_run(the_run(rest, 'resume'))
+    folder = find_run(words[0])
     if place := options['on']:
         return resubmit(place, folder)
     progress = Progress(read_run(folder)['stage'])
@@ -84,26 +123,12 @@ def resume_run(words: list) -> int:
     return int(not promoted(record))
 
 
-def promote_run(words: list) -> int:
-    "Let a run that failed its gate take over the names of what it saved."
-    from k2lab.lab.records import promote, saved_by
-
-    options, rest = parse(words, 'because')
-    record = promote(the_run(rest, 'promote'), options['because'] or '')
-    folder = Path(record['folder'])
-    print(f'{folder.parent.name}/{folder.name}: {outcome(record)}')
-    for name in record['saves']:
-        now = saved_by(folder.parent, name, record['scale'])
-        print(f'  {name} means {now.name if now else "nothing"}')
-    return 0
-
-
-def reproduce_run(words: list) -> int:
+def reproduce_run(words: list, options: dict) -> int:
     "Do a complete run again and compare; 1 when the results differ."
     from k2lab.lab.records import find_run, read_run
     from k2lab.lab.reproduce import reproduce
 
-    name = find_run(the_run(words, 'reproduce'))
+    name = find_run(words[0])
     progress = Progress(read_run(name)['stage'])
     folder, results, inputs = reproduce(str(name), progress)
     progress.end(read_run(folder))
@@ -125,12 +150,12 @@ def reproduction_text(results: list, inputs: list) -> str:
     return f'{len(results)} results differ, the first: {difference_text(results[0])}\n{first}'
 
 
-def watch_run(words: list) -> int:
+def watch_run(words: list, options: dict) -> int:
     "Show the progress of a run until it ends; 1 when it did not complete, or failed its gate."
     from k2lab.lab.files import following
     from k2lab.lab.records import find_run, promoted, read_run
 
-    folder = find_run(the_run(words, 'watch'))
+    folder = find_run(words[0])
     record = read_run(folder)
     progress = Progress(record['stage'])
     with following(folder / 'metrics.jsonl', progress):
@@ -141,39 +166,10 @@ def watch_run(words: list) -> int:
     return int(not promoted(record))
 
 
-def convert(words: list) -> int:
-    "Write a published checkpoint again as bfloat16."
-    from k2lab.models.quantized import fetched, to_bf16
-
-    if len(words) != 2:
-        raise LabError(
-            'convert needs a name, folder or hub id, and the new folder: `k2lab convert Kimi-K2-Base OUT`'
-        )
-    progress = Progress(f'convert {words[0]}')
-    place = load_env('full')['models'].get(words[0], words[0])
-    counts = to_bf16(
-        fetched(place),
-        Path(words[1]),
-        on_shard=lambda n, of, size: progress.say(
-            f'{progress.head}  {n}/{of} weights · {size / 2**30:.1f} GiB written'
-        ),
-    )
-    if progress.tty:
-        print(file=sys.stderr)
-    print(f"{words[1]}: {counts['weights']} weights, {counts['dequantised']} of them dequantised")
-    for kind, count in counts['left_out'].items():
-        print(f'  left out: {count} tensors ({kind})')
-    if counts['files_left_out']:
-        print(f"  left out: {', '.join(counts['files_left_out'])}")
-    return 0
-
-
-def work(words: list) -> int:
+def work(words: list, options: dict) -> int:
     "Do a stage's work on a prepared run folder: what `accelerate launch` starts in every process."
     from k2lab.lab.job import open_job, stage_module
 
-    if len(words) != 1:
-        raise LabError('work needs one run folder')
     job = open_job(Path(words[0]))
     stage_module(job.stage).work(job)
     leave_together()

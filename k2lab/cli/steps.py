@@ -8,13 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from k2lab.cli.looking import gate_text, text_table
+from k2lab.cli.looking import gate_text
 from k2lab.cli.progress import Progress, outcome
 from k2lab.cli.running import resolved_config
-from k2lab.cli.words import parse
+from k2lab.cli.tables import text_table
 from k2lab.lab.config import SCALES, LabError, lab_path, one_of, read_yaml, setting, stage_names
-
-VALUED = ('scale', 'campaign', 'from', 'to', 'seed')
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,8 @@ def steps_of(first: str | None, last: str | None) -> list[Step]:
     hi = len(names) - back
     if steps and lo >= hi:
         raise LabError(f"pipeline: no step from '{first}' to '{last}': {last} comes before {first}")
-    return [Step(**step, only=names.count(step['stage']) == 1) for step in steps[lo:hi]]
+    told = [{k: v for k, v in step.items() if v is not None} for step in steps[lo:hi]]
+    return [Step(**step, only=names.count(step['stage']) == 1) for step in told]
 
 
 def seeded(step: Step, seed: str | None) -> Step:
@@ -92,24 +91,20 @@ def alone(home: Path) -> Iterator[None]:
         yield
 
 
-def pipeline(words: list) -> int:
+def pipeline(words: list, options: dict) -> int:
     """Run or resume the steps of configs/pipeline.yaml, but for those that a run proves to be done.
 
     After one that failed, or failed its gate, only the `always` ones."""
     from k2lab.lab.records import check_campaign, promoted
 
-    options, rest = parse(words, *VALUED, **{'accept-stale': 'all', 'dry-run': 'yes'})
-    if rest:
-        takes = ', '.join(f'--{o.replace("_", "-")}' for o in options)
-        raise LabError(f"pipeline does not take '{rest[0]}'; it takes {takes}")
     scale = one_of('scale', options['scale'] or setting('lab', 'scale'), SCALES)
     seed = options['seed']
     campaign = check_campaign(options['campaign'] or (f'{scale}-seed{seed}' if seed else scale))
     steps = [seeded(step, seed) for step in steps_of(options['from'], options['to'])]
-    steps = accepting(steps, options['accept_stale'])
+    steps = accepting(steps, options['accept-stale'])
     for step in steps:  # a mistake in the last step is refused before the first one runs
         resolved_config(step.stage, scale, step.changes)
-    if options['dry_run']:
+    if options['dry-run']:
         print('\n'.join(listing(steps, scale, campaign)))
         return 0
     with alone(lab_path('runs') / campaign):

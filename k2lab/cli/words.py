@@ -1,24 +1,94 @@
-"""The words of a command line: options, and `field=value`."""
+"""The words of a command line: what a command takes, and `field=value`."""
 
-import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from k2lab.lab.config import LabError
+from k2lab.lab.config import LabError, did_you_mean
 
 
-def parse(words: list, *options, **alone) -> tuple:
-    "`(the options by name, the remaining words)`; all take a value, those in `alone` have one if none is given."
-    parser = argparse.ArgumentParser(
-        'k2lab', add_help=False, allow_abbrev=False, exit_on_error=False
-    )
-    for option in options:
-        parser.add_argument(f'--{option}')
-    for option, value in alone.items():
-        parser.add_argument(f'--{option}', nargs='?', const=value)
-    try:
-        known, rest = parser.parse_known_args(words)
-    except argparse.ArgumentError as e:
-        raise LabError(str(e)) from None
-    return vars(known), rest
+@dataclass(frozen=True)
+class Option:
+    "An option, `--name VALUE`; a flag where it takes no value."
+
+    name: str
+    meaning: str
+    value: str = ''  # what stands for the value in the help; a flag has none
+    many: bool = False  # whether it can be given more than once
+    alone: str = ''  # its value if none follows; where this is empty, one has to
+
+
+@dataclass(frozen=True)
+class Command:
+    "A command: what it does, and the words that it takes."
+
+    do: Callable[[list[str], dict], int]  # gets the words and the options; its exit code
+    meaning: str
+    takes: str = ''  # `RUN RUN`; what is in brackets may be left out
+    options: tuple[Option, ...] = ()
+    example: str = ''
+    shown: bool = True  # whether the help lists it
+
+    @property
+    def needed(self) -> list[str]:
+        "The words that must be given."
+        return [word for word in self.takes.split() if word[0] not in '[.']
+
+    @property
+    def open(self) -> bool:
+        "Whether any number of `field=value` may follow."
+        return 'field=value' in self.takes
+
+
+def parse(name: str, command: Command, words: list[str]) -> tuple[list[str], dict]:
+    "`(the words, the options by name)` of a command line; `LabError` for what the command does not take."
+    known = {option.name: option for option in command.options}
+    given: dict[str, list] = {}
+    rest, left = [], list(words)
+    while left:
+        word = left.pop(0)
+        key, equals, value = word.removeprefix('--').partition('=')
+        if not word.startswith('--') or key not in known:
+            rest.append(word)
+        elif known[key].value:
+            given.setdefault(key, []).append(value if equals else value_of(known[key], name, left))
+        elif equals:
+            raise LabError(f'{name}: --{key} takes no value')
+        else:
+            given[key] = [True]
+    check_words(name, command, rest)
+    return rest, {key: of_option(name, known[key], given.get(key, [])) for key in known}
+
+
+def value_of(option: Option, name: str, left: list[str]) -> str:
+    "The value that follows an option, taken from the words that are left."
+    if left and not left[0].startswith('--'):
+        return left.pop(0)
+    if option.alone:
+        return option.alone
+    raise LabError(f'{name}: --{option.name} needs a value: --{option.name} {option.value}')
+
+
+def of_option(name: str, option: Option, values: list):
+    "What an option was given: a list for one that can be repeated, else its value, or None."
+    if option.many:
+        return values
+    if len(values) > 1:
+        raise LabError(f'{name}: --{option.name} is given twice; give it once')
+    return values[0] if values else None
+
+
+def check_words(name: str, command: Command, words: list[str]):
+    "`LabError` unless a command takes these words."
+    options = [f'--{option.name}' for option in command.options]
+    unknown = [] if command.open else [word for word in words if word.startswith('--')]
+    most = len(command.takes.replace('[', '').split())
+    takes = ', '.join([*([command.takes] if command.takes else []), *options]) or 'nothing'
+    for word in unknown or (words[most:] if not command.open else []):
+        near = did_you_mean(word.partition('=')[0], options)
+        raise LabError(f"{name} does not take '{word}'{near}; it takes {takes}")
+    if len(words) < len(command.needed) or (command.needed and not all(words)):
+        lists = '; `k2lab runs` lists them' if 'RUN' in command.needed else ''
+        raise LabError(f'{name} needs {command.takes}: `{command.example}`{lists}')
 
 
 def changes_of(words: list) -> dict:

@@ -62,7 +62,7 @@ def root() -> Path:
         if is_root(place):
             return place.resolve()
     raise LabError(
-        f"no lab at {named or cwd}: it needs a settings.ini with a [lab] section (or set K2LAB_ROOT)"
+        f'no lab at {named or cwd}, no settings.ini with a [lab] section: `k2lab new FOLDER` makes one'
     )
 
 # %% ../../nbs/lab/00_config.ipynb #1b2765c0

@@ -6,15 +6,16 @@
 __all__ = ['RUN_NAME', 'OLD_LINES', 'OPEN', 'WHY', 'SHAPES', 'new_folder', 'check_campaign', 'sealed_sha256', 'edited',
            'write_record', 'refuse_edited', 'whole', 'read_record', 'abandoned', 'read_run', 'amending', 'amend',
            'iso_time', 'started_at', 'run_order', 'start_time', 'siblings', 'campaign_of', 'unreadable_record',
-           'changed_at', 'read_or_mark', 'runs', 'find_run', 'promoted', 'standing', 'gate_line_text', 'gate_failures',
-           'savers', 'saved_by', 'passed_over', 'parent_folder', 'check_promotable', 'promote', 'lacks',
-           'drop_resume_files']
+           'changed_at', 'read_or_mark', 'visible_folders', 'run_folders', 'runs', 'find_run', 'promoted', 'standing',
+           'gate_line_text', 'gate_failures', 'savers', 'saved_by', 'passed_over', 'parent_folder', 'check_promotable',
+           'promote', 'lacks', 'drop_resume_files']
 
 # %% ../../nbs/lab/07_records.ipynb #48a0e45c
 import contextlib
 import copy
 import hashlib
 import json
+import os
 import re
 import shutil
 import socket
@@ -24,7 +25,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from .config import LabError, did_you_mean, lab_path, root
-from .files import as_json, check_published, mask, write_text
+from .files import as_json, check_name, check_published, mask, write_text
 from .locks import lock, owning
 from .provenance import is_alive
 
@@ -54,11 +55,7 @@ def new_folder(stage: str, campaign: str) -> Path:
 # %% ../../nbs/lab/07_records.ipynb #4707abef
 def check_campaign(name: str) -> str:
     "`name` if it can name a folder, else a `LabError`."
-    if re.fullmatch(r'[A-Za-z0-9][\w.-]*', name):
-        return name
-    raise LabError(
-        f"campaign '{name}': use letters, digits, '-', '_' and '.', starting with a letter or digit"
-    )
+    return check_name(name, 'campaign')
 
 # %% ../../nbs/lab/07_records.ipynb #5c0f52d4
 OPEN = ('prepared', 'running')  # the states of a run that has no seal yet
@@ -257,11 +254,23 @@ def read_or_mark(folder: Path) -> dict:
         return unreadable_record(folder, str(e))
 
 
+def visible_folders(home: Path) -> list[Path]:
+    "The folders in `home` that are not hidden; none if it is not there."
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(home) as entries:
+        return [Path(e.path) for e in entries if e.is_dir() and not e.name.startswith('.')]
+    return []
+
+
+def run_folders(campaign: str | None = None) -> list[Path]:
+    "The folders of all runs of one campaign or of every campaign; hidden folders are no campaigns."
+    home = lab_path('runs')
+    homes = [home / campaign] if campaign else visible_folders(home)
+    return [f for h in homes for f in visible_folders(h) if (f / 'run.json').exists()]
+
+
 def runs(campaign: str | None = None) -> list[dict]:
     "All runs of one campaign or of every campaign, oldest first; a damaged record has the status `unreadable`."
-    folders = (p.parent for p in lab_path('runs').glob(f"{campaign or '*'}/*/run.json"))
-    visible = (f for f in folders if not f.name.startswith('.'))
-    return sorted(map(read_or_mark, visible), key=run_order)
+    return sorted(map(read_or_mark, run_folders(campaign)), key=run_order)
 
 # %% ../../nbs/lab/07_records.ipynb #66fc2c73
 def find_run(name: str | Path) -> Path:
@@ -270,7 +279,7 @@ def find_run(name: str | Path) -> Path:
     for path in (Path(name), root() / name, lab_path('runs') / name):
         if (path / 'run.json').exists():
             return path.resolve()
-    folders = [Path(r['folder']) for r in runs()]
+    folders = run_folders()
     same = [f for f in folders if f.name == name]
     if len(same) == 1:
         return same[0]

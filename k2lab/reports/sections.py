@@ -9,8 +9,8 @@ __all__ = ['ORIGINS', 'LEDGER', 'FLIGHT', 'OWN_COSTS', 'VERDICT', 'COUNTED', 'KE
            'gate_rows', 'gates', 'phases', 'phase_name', 'curves', 'kinds', 'whole', 'ledger_row', 'ledger', 'reasons',
            'settings_of', 'beside_control', 'flight', 'preference_runs', 'flights', 'cost_row', 'student_row',
            'student_table', 'evenly', 'replies_of', 'marked_reply', 'sample', 'samples', 'other_lines', 'asked_how',
-           'other_row', 'other_table', 'low_high', 'card_of', 'corpus_row', 'card_part', 'cards', 'sampling_row',
-           'sampling_table', 'ancestors', 'is_model', 'products', 'lineage']
+           'other_change', 'other_row', 'other_table', 'low_high', 'card_of', 'corpus_row', 'card_part', 'cards',
+           'sampling_row', 'sampling_table', 'ancestors', 'is_model', 'products', 'lineage']
 
 # %% ../../nbs/reports/05_sections.ipynb #0d199c55
 import json
@@ -478,6 +478,17 @@ def asked_how(line: dict) -> str:
     return ', '.join([*words, *filter(None, [line.get('note')])])
 
 
+def other_change(line: dict) -> str:
+    "The paired change of a task's share of right answers, in points, and from which checkpoint."
+    if not (change := line.get('change')):
+        return ''
+    value, ends = (
+        percent(change['value'], sign='+'),
+        bracket(change['low'], change['high'], sign='+'),
+    )
+    return f'{value} points{ends} from {line["compared_with"]}'
+
+
 def other_row(line: dict, page: str) -> list:
     "The cells of a task's score; the value leads to its items on `page`."
     value = short(line['after'])
@@ -492,6 +503,7 @@ def other_row(line: dict, page: str) -> list:
         better,
         value,
         low_high(line),
+        other_change(line),
         whole(line['n']),
         asked_how(line),
     ]
@@ -500,8 +512,17 @@ def other_row(line: dict, page: str) -> list:
 def other_table(evidence: Evidence, page: str = '') -> Html:
     "The scores of lm-eval's tasks."
     rows = [other_row(m, page) for m in other_lines(evidence)]
-    heads = ['checkpoint', 'task: metric', 'better', 'value', '95 % interval', 'n', 'asked']
-    return html_table(heads, rows, (3, 4, 5)) if rows else note('No task of lm-eval was run.')
+    heads = [
+        'checkpoint',
+        'task: metric',
+        'better',
+        'value',
+        '95 % interval',
+        'change',
+        'n',
+        'asked',
+    ]
+    return html_table(heads, rows, (3, 4, 6)) if rows else note('No task of lm-eval was run.')
 
 
 def low_high(line: dict) -> str:
