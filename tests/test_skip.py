@@ -15,14 +15,24 @@ from pathlib import Path
 import pytest
 
 from k2lab.cli import main
-from k2lab.cli.steps import alone, plan_of, reason, steps_of
+from k2lab.cli.steps import alone, plan_of, steps_of
 from k2lab.lab import records
 from k2lab.lab.config import LabError
 from k2lab.lab.inputs import WITNESS
 from k2lab.lab.job import start
 from k2lab.lab.locks import lock
+from k2lab.lab.records import (
+    amend,
+    find_run,
+    iso_time,
+    new_folder,
+    read_record,
+    read_run,
+    runs,
+    saved_by,
+    start_time,
+)
 from k2lab.lab.reproduce import kernel_here
-from k2lab.lab.records import amend, find_run, iso_time, new_folder, read_record, read_run, runs, saved_by, start_time
 
 PIPELINE = 'steps: [{stage: train_toy, changes: {steps: 4}}, {stage: train_more}]'
 
@@ -72,9 +82,15 @@ def by_hand(stage: str, **changes) -> Path:
     importlib.invalidate_caches()
     WITNESS.tops.add('toylab')  # this process began before there was a lab
     job = start(stage, 'smoke', None, changes, 'c')
-    from k2lab.lab.inputs import inputs_here, dotted; from k2lab.lab.files import mask
+    from k2lab.lab.files import mask
+    from k2lab.lab.inputs import dotted, inputs_here
+
     stage_module(stage).train(job)
-    job.record['inputs'] = inputs_here(stage) | dict(config=dotted(job.record['config']), env=dotted(mask(job.env)), data={p['name']: p['sha256'] for p in job.record['parents']})
+    job.record['inputs'] = inputs_here(stage) | dict(
+        config=dotted(job.record['config']),
+        env=dotted(mask(job.env)),
+        data={p['name']: p['sha256'] for p in job.record['parents']},
+    )
     job.finish()
     return job.folder
 
@@ -245,7 +261,7 @@ def flip(path: Path, rng):
 
 
 def run_of(lab, stage: str) -> Path:
-    return next(Path(r['folder']) for r in runs('c') if r['stage'] == stage)
+    return next(Path(r['folder']) for r in reversed(runs('c')) if r['stage'] == stage)
 
 
 def edit_notebook(lab, rng, where: str):
@@ -300,7 +316,11 @@ CHANGES = {
     'the second': (lambda lab, rng: edit_code(lab, rng, 'train_more.py'), '', 'code train_more.py'),
     'a helper': (lambda lab, rng: edit_code(lab, rng, 'adding.py'), 'code adding.py', ''),
     'package': (lambda lab, rng: edit_code(lab, rng, '__init__.py'), *2 * ('code __init__.py',)),
-    'a module less': (lambda lab, rng: (lab.root / 'toylab/adding.py').unlink(), 'code adding.py', ''),
+    'a module less': (
+        lambda lab, rng: (lab.root / 'toylab/adding.py').unlink(),
+        'code adding.py',
+        '',
+    ),
     'data': (lambda lab, rng: lab.write('zero.txt', str(rng.randrange(1, 10))), 'data zero', ''),
     'data gone': (lambda lab, rng: (lab.root / 'zero.txt').unlink(), 'data zero', ''),
     'other data': (
@@ -308,19 +328,66 @@ CHANGES = {
         'data zero, env.yaml: models.zero',
         '',
     ),
-    'system': (lambda lab, rng: edit(lab.root / ENV, 'models:', f'system: {rng.random()}\nmodels:'), *2 * ('env.yaml: system',)),
-    'the address': (lambda lab, rng: edit(lab.root / ENV, 'K2LAB', f'K{rng.randrange(9)}'), *2 * ('env.yaml: endpoint.key_env',)),
-    'config': (lambda lab, rng: edit(lab.root / TOY, 'k2_toy', 'k2_toy\nhow: fine'), 'config how', ''),
-    'scale': (lambda lab, rng: edit(lab.root / TOY, 'steps: 2', 'steps: 2, seed: 7'), 'config seed', ''),
-    'the pipeline': (lambda lab, rng: edit(lab.root / 'configs/pipeline.yaml', '4', str(rng.randrange(5, 99))), 'config steps', ''),
+    'system': (
+        lambda lab, rng: edit(lab.root / ENV, 'models:', f'system: {rng.random()}\nmodels:'),
+        *2 * ('env.yaml: system',),
+    ),
+    'the address': (
+        lambda lab, rng: edit(lab.root / ENV, 'K2LAB', f'K{rng.randrange(9)}'),
+        *2 * ('env.yaml: endpoint.key_env',),
+    ),
+    'config': (
+        lambda lab, rng: edit(lab.root / TOY, 'k2_toy', 'k2_toy\nhow: fine'),
+        'config how',
+        '',
+    ),
+    'scale': (
+        lambda lab, rng: edit(lab.root / TOY, 'steps: 2', 'steps: 2, seed: 7'),
+        'config seed',
+        '',
+    ),
+    'the pipeline': (
+        lambda lab, rng: edit(lab.root / 'configs/pipeline.yaml', '4', str(rng.randrange(5, 99))),
+        'config steps',
+        '',
+    ),
     'packages': (other_package, *2 * ('package',)),
-    'python': (lambda lab, rng: kernel_here()['interpreter'].update(version='3.99'), *2 * ('interpreter version',)),
-    'a bit': (lambda lab, rng: flip(run_of(lab, 'train_toy') / 'k2_toy.txt', rng), 'k2_toy: k2_toy.txt was changed', 'data k2_toy'),
-    'a longer file': (lambda lab, rng: (run_of(lab, 'train_more') / 'k2_more.txt').write_text('700'), '', 'k2_more: k2_more.txt has 3 bytes'),
-    'a manifest less': (lambda lab, rng: (run_of(lab, 'train_more') / 'k2_more.MANIFEST.json').unlink(), '', 'k2_more has no manifest'),
-    'a file less': (lambda lab, rng: (run_of(lab, 'train_more') / 'k2_more.txt').unlink(), '', 'k2_more: k2_more.txt is missing'),
-    'another parent': (lambda lab, rng: by_hand('train_toy', steps=rng.randrange(5, 99)), '', 'data k2_toy'),
-    'by hand': (lambda lab, rng: edit(run_of(lab, 'train_toy') / 'run.json', '"seed": 0', f'"seed": {rng.randrange(1, 9)}'), 'record edited by hand', 'data k2_toy'),
+    'python': (
+        lambda lab, rng: kernel_here()['interpreter'].update(version='3.99'),
+        *2 * ('interpreter version',),
+    ),
+    'a bit': (
+        lambda lab, rng: flip(run_of(lab, 'train_toy') / 'k2_toy.txt', rng),
+        'k2_toy: k2_toy.txt was changed',
+        'data k2_toy',
+    ),
+    'a longer file': (
+        lambda lab, rng: (run_of(lab, 'train_more') / 'k2_more.txt').write_text('700'),
+        '',
+        'k2_more: k2_more.txt has 3 bytes',
+    ),
+    'a manifest less': (
+        lambda lab, rng: (run_of(lab, 'train_more') / 'k2_more.MANIFEST.json').unlink(),
+        '',
+        'k2_more has no manifest',
+    ),
+    'a file less': (
+        lambda lab, rng: (run_of(lab, 'train_more') / 'k2_more.txt').unlink(),
+        '',
+        'k2_more: k2_more.txt is missing',
+    ),
+    'another parent': (
+        lambda lab, rng: by_hand('train_toy', steps=rng.randrange(5, 99)),
+        '',
+        'data k2_toy',
+    ),
+    'by hand': (
+        lambda lab, rng: edit(
+            run_of(lab, 'train_toy') / 'run.json', '"seed": 0', f'"seed": {rng.randrange(1, 9)}'
+        ),
+        'record edited by hand',
+        'data k2_toy',
+    ),
     'earlier': (earlier_version, 'inputs: not recorded', ''),
 }
 
@@ -350,8 +417,14 @@ def tell_more(lab):
     book = json.loads(path.read_text())
     book['cells'][0]['source'] = '# Another title'
     book['cells'][1]['source'] = '1 / 0'
-    book['cells'][3] |= {'id': 'other', 'execution_count': 7, 'outputs': [{'output_type': 'stream', 'name': 'stdout', 'text': 'x'}]}
-    book['cells'].append({'cell_type': 'markdown', 'id': 'm', 'metadata': {}, 'source': 'That was it.'})
+    book['cells'][3] |= {
+        'id': 'other',
+        'execution_count': 7,
+        'outputs': [{'output_type': 'stream', 'name': 'stdout', 'text': 'x'}],
+    }
+    book['cells'].append(
+        {'cell_type': 'markdown', 'id': 'm', 'metadata': {}, 'source': 'That was it.'}
+    )
     path.write_text(json.dumps(book, indent=3))
 
 
@@ -367,7 +440,10 @@ SAME = {
     'another name': lambda lab: edit(lab.root / ENV, 'zero: ', 'one: ./one.txt, zero: '),
     'the place of another name': lambda lab: edit(lab.root / ENV, './two.txt', './six.txt'),
     'a comment': lambda lab: edit(lab.root / ENV, 'models:', '# models by name\nmodels:'),
-    'the order of keys': lambda lab: edit(lab.root / TOY, 'saves: k2_toy\n', '') or edit(lab.root / TOY, 'scales', 'saves: "k2_toy"\nscales'),
+    'the order of keys': lambda lab: (
+        edit(lab.root / TOY, 'saves: k2_toy\n', '')
+        or edit(lab.root / TOY, 'scales', 'saves: "k2_toy"\nscales')
+    ),
     'a module that nobody imports': lambda lab: lab.write('toylab/other.py', 'two = 3'),
     'a new module': lambda lab: lab.write('toylab/more.py', 'two = 3'),
     'a file that nobody reads': lambda lab: lab.write('two.txt', '3'),
@@ -377,7 +453,9 @@ SAME = {
     'an accelerator': lambda lab: kernel_here()['accelerator'].update(devices=['H100']),
     'threads': lambda lab: kernel_here()['environment'].update(OMP_NUM_THREADS='99'),
     'a run with another name': lambda lab: run_of(lab, 'train_toy').rename(lab.runs / 'c/my-best'),
-    'both with another name': lambda lab: [run_of(lab, s).rename(lab.runs / 'c' / s) for s in ('train_toy', 'train_more')],
+    'both with another name': lambda lab: [
+        run_of(lab, s).rename(lab.runs / 'c' / s) for s in ('train_toy', 'train_more')
+    ],
     'a run that saves something else': lambda lab: by_hand('train_toy', steps=9, saves='k2_other'),
     'a run that failed': failed,
     'a run of another campaign': lambda lab: start('train_toy', 'smoke', None, {}, 'd').finish(),
@@ -391,3 +469,87 @@ def test_what_did_not_change_is_skipped(done, same):
     SAME[same](done)
     assert planned(done) == ['', '']
     assert [plan_of(step, 'smoke', 'c').done for step in steps_of(None, None)] == [True, True]
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipeline(two, capfd):
+    "A function that runs `k2lab pipeline` in the campaign `c`: what was said of each step, how many runs were made."
+
+    def run(*words: str) -> tuple[list[str], int]:
+        before = len(runs('c'))
+        assert main(['pipeline', '--campaign', 'c', *words]) == 0
+        said = capfd.readouterr()
+        lines = [x for x in (said.err + said.out).splitlines() if x[:5] in ('[1/2]', '[2/2]')]
+        told = ('runs again', 'already', 'accepted', 'would', 'resumes')
+        return [x for x in lines if any(word in x for word in told)], len(runs('c')) - before
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_dozen_changes_through_the_command(two, pipeline):
+    def changed(do, *expected: str, words: tuple = ()):
+        "After a change the steps say this; a step that runs again makes one run, and then all are skipped."
+        do()
+        said, made = pipeline(*words)
+        assert len(said) == 2 and all(a in b for a, b in zip(expected, said)), (expected, said)
+        assert made == sum('runs again' in line for line in said)
+
+    code, root, again = two.root / 'toylab', two.root, 'runs again: '
+    assert pipeline() == ([], 2)
+    changed(lambda: None, 'already, in', 'already, in')
+    changed(
+        lambda: edit(code / 'train_toy.py', 'value =', 'value  ='),
+        again + 'code train_toy.py',
+        'already',
+    )
+    changed(
+        lambda: edit(code / 'train_more.py', 'value =', 'value  ='),
+        'already',
+        again + 'code train_more.py',
+    )
+    changed(lambda: edit_notebook(two, random.Random(0), 'put'), again + 'notebook', 'already')
+    changed(lambda: two.write('zero.txt', '5'), again + 'data zero', again + 'data k2_toy')
+    changed(
+        lambda: two.write('five.txt', '5') or edit(root / ENV, 'zero.txt', 'five.txt'),
+        again + 'data zero, env.yaml: models.zero',
+        'already',
+    )
+    changed(
+        lambda: edit(root / ENV, 'models', 'system: Be brief.\nmodels'),
+        again + 'env.yaml: system',
+        again + 'env.yaml: system',
+    )
+    changed(
+        lambda: two.write(
+            'configs/train_more.yaml', 'init_from: k2_toy\nsaves: k2_more\nsteps: 6\n'
+        ),
+        'already',
+        again + 'config steps',
+    )
+    changed(
+        lambda: flip(run_of(two, 'train_toy') / 'k2_toy.txt', random.Random(1)),
+        again + 'k2_toy: k2_toy.txt was changed',
+        'already',
+    )
+    changed(
+        lambda: (run_of(two, 'train_more') / 'k2_more.txt').unlink(),
+        'already',
+        again + 'k2_more: k2_more.txt is missing',
+    )
+    changed(lambda: earlier_version(two, None), again + 'inputs: not recorded', 'already')
+    stale = lambda: edit(code / 'train_toy.py', 'value  =', 'value =')
+    changed(stale, 'accepted as it is, in', 'already', words=('--accept-stale', 'train_toy'))
+    changed(
+        lambda: None, 'would run  runs again: code train_toy.py', 'unless', words=('--dry-run',)
+    )
+    changed(lambda: None, again + 'code train_toy.py', 'already')
+    changed(
+        lambda: run_of(two, 'train_toy').rename(two.runs / 'c/my-best'),
+        'already, in my-best',
+        'already',
+    )
+    changed(lambda: None, 'already', 'already')
