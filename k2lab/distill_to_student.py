@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from .models.load import open_model, open_tokenizer
 from .tasks.items import ratio_line
 from .training.metrics import generation_speed
-from .training.scores import Scored, opened, scores
+from .training.scores import Scored, opened, score, tried, with_parts
 from .training.stage import Supervised, Trained, supervised
 
 # %% ../nbs/61_distill_to_student.ipynb #980276a6
@@ -53,9 +53,11 @@ def compare(job, student: Trained):
     middle = len(fast) // 2
     job.measure('generate_tokens_s', slow[middle], fast[middle], n=len(fast), note=SIDES)
     asked = [one for one in student.asked if one.kind == 'questions']
-    theirs = scores(job, opened(job, teacher, tok, name), asked)
+    at = opened(job, teacher, tok, name)
+    theirs = with_parts(job, tried(job, name, lambda one: score(job, at, one), asked))
     for one in asked:
-        line = share_line(student.scores[one.measure], theirs[one.measure])
+        both = student.scores.get(one.measure), theirs.get(one.measure)
+        line = share_line(*both) if all(both) else None
         if line:
             more = dict(compared_with=name, side=job.cfg.side)
             job.measure(f'share_of_teacher_{one.measure}', **line, **more)

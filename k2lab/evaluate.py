@@ -21,6 +21,7 @@ from k2lab.training.scores import (
     read_all,
     report,
     score,
+    tried,
     with_parts,
 )
 from .training.trainer import open_for
@@ -79,17 +80,19 @@ def report_on(job, name: str, asked: dict[str, Asked], own: dict, others: dict):
     "The lines of a checkpoint: its scores (`{measure: score}`), beside those of each of the `others`."
     for measure, one in own.items():
         rows = asked.get(measure)
-        if not others:
+        measured = {other: theirs[measure] for other, theirs in others.items() if measure in theirs}
+        if not measured:
             report(job, one, None, rows, checkpoint=name)
-        for other, theirs in others.items():
-            report(job, one, theirs[measure], rows, checkpoint=name, compared_with=other)
+        for other, theirs in measured.items():
+            report(job, one, theirs, rows, checkpoint=name, compared_with=other)
 
 
 def scores_of(job, name: str, asked: list[Asked], tasks) -> dict[str, Scored]:
     "`{measure: score}` of a checkpoint, known or measured now; it also does the tasks of lm-eval."
     model, tok = open_for(job, name)
     one = opened(job, model, tok, name)
-    out = {a.measure: score(job, one, a) for a in asked}
+    found = tried(job, name, lambda a: score(job, one, a), asked)
+    out = {s.measure: s for s in found}
     if name in job.cfg.checkpoints:
         run_on_checkpoint(job, tasks, name, model, tok)
     return out
@@ -133,7 +136,7 @@ def evaluate(job):
     for name in cfg.checkpoints:
         own = asked_for(cfg.measures.get(name, []), cfg.test_sets)
         shown = {
-            one: with_parts(job, [taken[one][m] for m in own])
+            one: with_parts(job, [taken[one][m] for m in own if m in taken[one]])
             for one in (name, *others_of(cfg, name))
         }
         others = {other: shown[other] for other in others_of(cfg, name)}

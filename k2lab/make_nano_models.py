@@ -15,6 +15,7 @@ from functools import partial
 from .corpus.operators import held_out
 from .corpus.sources import documents
 from .lab.config import LabError
+from .models.adapters import check_logits, probe_logits
 from .models.load import Loading, parameter_counts, save_checkpoint, small_model
 from .tasks.sessions import identifiers, sentences, sessions
 from .text.tokenizer import build_tokenizer
@@ -245,6 +246,7 @@ def finish(job, model, tok):
     "Check the router's balance, keep a sample of what the model writes, save it in bfloat16."
     import torch
 
+    check_logits(probe_logits(model), 'the trained model')
     load = expert_load(model)
     if load:
         detail = f'busiest expert over the mean, by layer: {load}'

@@ -7,6 +7,7 @@ __all__ = ['work', 'Config', 'chosen_logps', 'displacement', 'chosen_example', '
            'UsedPairs', 'used_pairs', 'prefer', 'train']
 
 # %% ../nbs/51_run_dpo_reasoning.ipynb #1555942f
+import math
 from dataclasses import dataclass, field
 
 from .models.load import Loading, open_model
@@ -86,8 +87,10 @@ def chosen_logps(model, tok, pairs: list, system: str) -> list:
 
 
 def displacement(was: list, now: list) -> dict:
-    "How the chosen answers' log-probability per token moved: its mean, and the share of pairs where it fell."
+    "How the chosen answers' log-probability per token moved: its mean, and the share where it fell; None if unknown."
     moves = [b - a for a, b in zip(was, now)]
+    if not all(map(math.isfinite, moves)):
+        return dict(chosen_logp_change=None, share_fell=None)
     return dict(
         chosen_logp_change=round(sum(moves) / len(moves), 4),
         share_fell=round(sum(m < 0 for m in moves) / len(moves), 4),

@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from k2lab.cli import COMMANDS, main
-from k2lab.cli.help import usage
 from k2lab.lab.config import LabError, stage_names
 from k2lab.lab.records import runs
 
@@ -40,27 +39,21 @@ def test_help_fits_in_100_columns(name, capsys):
     assert [line for line in lines if len(line) > 100] == []
 
 
-def test_help_names_every_command_and_stage():
-    words = usage().replace(',', ' ').split()
-    assert set(stage_names()) <= set(words) and set(COMMANDS) - {'work'} <= set(words)
+def test_help_names_every_command_and_stage(capsys):
+    assert main(['--help']) == 0
+    words = capsys.readouterr().out.replace(',', ' ').split()
+    shown = {name for name, command in COMMANDS.items() if command.shown}
+    assert set(stage_names()) | shown <= set(words) and len(COMMANDS) - len(shown) == 2
 
 
 @pytest.mark.parametrize(
     'words, line',
     [
-        (['show'], 'show needs one run; `k2lab runs` lists them'),
-        (['watch'], 'watch needs one run; `k2lab runs` lists them'),
-        (['resume', 'a', 'b'], 'resume needs one run; `k2lab runs` lists them'),
-        (['reproduce'], 'reproduce needs one run; `k2lab runs` lists them'),
-        (['promote'], 'promote needs one run; `k2lab runs` lists them'),
-        (['promote', 'a', '--because'], 'expected one argument'),
-        (['diff', 'a'], 'diff needs two runs; `k2lab runs` lists them'),
+        (['promote', 'a', '--because'], '--because needs a value'),
         (['convert'], 'convert needs'),
-        (['work'], 'work needs one run folder'),
+        (['work'], 'work needs'),
         (['work', 'nowhere'], 'nowhere'),
-        (['runs', 'a', 'b'], "runs does not take 'b'"),
-        (['runs', '--campagin', 'a'], "runs does not take '--campagin'"),
-        (['runs', '--campaign'], 'expected one argument'),
+        (['resume', 'a', 'b'], "resume does not take 'b'"),
         (['pipeline', 'x'], "pipeline does not take 'x'"),
         (['pipeline', '--seed', 'x'], "seed must be int, not 'x'"),
         (['pipeline', '--from', 'report', '--to', 'prepare_corpus'], 'no step'),

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -25,7 +26,7 @@ from k2lab.lab.config import LabError
 from k2lab.lab.files import check_published, read_lines
 from k2lab.lab.job import prepare, start
 from k2lab.lab.records import read_run
-from k2lab.lab.reproduce import differences, inputs, reproduce, results, with_env
+from k2lab.lab.reproduce import input_differences, reproduce, results
 from k2lab.lab.runner import execute
 
 FULL = os.environ.get('K2LAB_FAULTS') == 'full'
@@ -430,48 +431,41 @@ def test_twelve_planted_secrets_reach_no_file(lab, monkeypatch):
 # ---- done again ----------------------------------------------------------------------------------
 
 CHANGES = (
-    [('parameter', f'steps={n}') for n in (4, 5, 7, 8, 9)]
-    + [('parameter', 'env'), ('parameter', 'saves')]
-    + [('seed', n) for n in (1, 2, 3, 4)]
+    [('config', f'steps={n}') for n in (4, 5, 7, 8, 9)]
+    + [('config', 'saves=k2_other'), ('env', 'system')]
+    + [('config', f'seed={n}') for n in (1, 2, 3, 4)]
     + [('data', text) for text in ('1', '2', '5', '77', '-3', '12 ')]
     + [('code', n) for n in (1, 2, 3, 4, 5)]
-    + [('package version', p) for p in ('torch', 'trl', 'numpy', 'python')]
-    + [('hardware', k) for k in ('cpu', 'cores', 'memory_gib', 'system')]
+    + [('package', p) for p in ('torch', 'trl', 'numpy', 'new_one')]
+    + [('environment', k) for k in ('TZ', 'MKL_NUM_THREADS', 'PYTHONHASHSEED', 'LC_ALL')]
 )
 
 
 def alter(lab, monkeypatch, kind: str, what):
-    "Change one input of the toy stage, for real where a test can."
-    import k2lab.lab.reproduce as again
-
+    "Change one input of the toy stage."
     if kind == 'data':
         lab.write('zero.txt', what)
     if kind == 'code':
         lab.write('toylab/train_toy.py', STAGE.replace('value*31', f'value*{31 + what}'))
-    if kind == 'package version':
-        now = {**again.versions(), what: '9.9'}
-        monkeypatch.setattr(again, 'versions', lambda: now)
-    if kind == 'hardware':
-        there = {**again.hardware(), what: 'other'}
-        monkeypatch.setattr(again, 'hardware', lambda: there)
+    if kind == 'package':
+        site = lab.root / 'site' / f'{what}-9.9.dist-info'
+        site.mkdir(parents=True, exist_ok=True)
+        monkeypatch.setenv('PYTHONPATH', f"{site.parent}{os.pathsep}{os.environ['PYTHONPATH']}")
+    if kind == 'environment':
+        monkeypatch.setenv(what, {'TZ': 'Asia/Tokyo', 'LC_ALL': 'C'}.get(what, '3'))
+    if kind == 'env':
+        lab.write('configs/env.yaml', 'models: {zero: ./zero.txt}\nsystem: You are another.\n')
 
 
 def first_difference(lab, monkeypatch, kind: str, what, original: Path) -> str:
     "The kind of the first input that differs, when a run is done again (or, for what it was told, done beside it)."
-    told = {
-        'parameter': {'env': {}, 'saves': {'saves': 'k2_other'}}.get(
-            what, dict([str(what).split('=')]) if '=' in str(what) else {}
-        ),
-        'seed': {'seed': str(what)},
-    }
-    if kind in told:
-        if what == 'env':
-            lab.write('configs/env.yaml', 'models: {zero: ./zero.txt}\nsystem: You are another.\n')
-        other = execute('train_toy', campaign='beside', changes=told[kind])
-        found = differences(inputs(with_env(original)), inputs(with_env(other)))
+    alter(lab, monkeypatch, kind, what)
+    if kind in ('config', 'env'):
+        told = dict([str(what).split('=')]) if kind == 'config' else {}
+        other = execute('train_toy', campaign='beside', changes=told)
+        found = input_differences(read_run(original), read_run(other))
     else:
-        alter(lab, monkeypatch, kind, what)
-        found = reproduce(original)[2]
+        found = reproduce(original).inputs
     return found[0][0] if found else ''
 
 
@@ -486,6 +480,7 @@ def test_the_first_input_that_differs_is_named(lab, monkeypatch):
         lab.write('zero.txt', '0')
         lab.write('toylab/train_toy.py', STAGE)
         lab.write('configs/env.yaml', env)
+        shutil.rmtree(lab.root / 'site', ignore_errors=True)
     print(f'\nseeded differences: {len(chosen)}, named right {right}')
     assert right >= len(chosen) - (1 if FULL else 0)
 
@@ -521,9 +516,9 @@ def test_recorded_runs_come_out_the_same_again(tmp_path, monkeypatch):
         folder = execute(stage, 'smoke', f's{i}', dict(w.split('=', 1) for w in words))
         record = read_run(folder)
         assert record['status'] == 'complete', (stage, words, record['reason'])
-        new, results_, inputs_ = reproduce(folder)
-        same += not results_ and not inputs_ and read_run(new)['status'] == 'complete'
-        if results_ or inputs_:
-            print(stage, words, results_[:2], inputs_[:2])
+        new = reproduce(folder)
+        same += not new.results and not new.inputs and new.record['status'] == 'complete'
+        if new.results or new.inputs:
+            print(stage, words, new.results[:2], new.inputs[:2])
     print(f'\ndone again: {len(chosen)}, bit-identical {same}')
     assert same == len(chosen)

@@ -152,8 +152,10 @@ def test_promotion_by_hand_keeps_its_reason(gated, capsys):
     assert f'k2_toy means {name(bad)}' in capsys.readouterr().out
     record = json.loads((Path(bad['folder']) / 'run.json').read_text())
     assert record['promoted']['because'] == 'the old grader was wrong'
-    assert {k: v for k, v in record.items() if k != 'promoted'} == {
-        k: v for k, v in bad.items() if k != 'folder'
+    assert [seal['why'] for seal in record['seals']] == ['closed', 'promoted']
+    assert record['seals'][0] == bad['seals'][0]
+    assert {k: v for k, v in record.items() if k not in ('promoted', 'seals')} == {
+        k: v for k, v in bad.items() if k not in ('folder', 'seals')
     }
     assert run('train_more')['parents'][0]['run'] == name(bad)
     assert main(['runs']) == 0

@@ -82,15 +82,7 @@ def by_hand(stage: str, **changes) -> Path:
     importlib.invalidate_caches()
     WITNESS.tops.add('toylab')  # this process began before there was a lab
     job = start(stage, 'smoke', None, changes, 'c')
-    from k2lab.lab.files import mask
-    from k2lab.lab.inputs import dotted, inputs_here
-
     stage_module(stage).train(job)
-    job.record['inputs'] = inputs_here(stage) | dict(
-        config=dotted(job.record['config']),
-        env=dotted(mask(job.env)),
-        data={p['name']: p['sha256'] for p in job.record['parents']},
-    )
     job.finish()
     return job.folder
 
@@ -176,8 +168,7 @@ def test_a_run_that_was_renamed_keeps_its_place_and_a_campaign_its_runs(two, cap
     assert [Path(r['folder']).name[:7] for r in runs('c')] == ['my-best', f'{datetime.now():%Y-%m}']
     (two.runs / 'c').rename(two.runs / 'd')
     assert main(['runs', 'd']) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line[:9] for line in lines[1:]] == ['d (was c)', 'd (was c)']
+    assert 'd (was c)' in capsys.readouterr().out
     assert find_run('my-best') == two.runs / 'd' / 'my-best'
     assert saved_by(two.runs / 'd', 'k2_toy', 'smoke')
 

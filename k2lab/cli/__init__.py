@@ -71,7 +71,7 @@ COMMANDS = {
             Option('columns', 'the fields to show', 'A,B,C'),
             JSON,
         ),
-        "k2lab runs --where status=complete --where 'measure.domain_questions>0.5' --sort -wall --limit 5",
+        "k2lab runs --where status=complete --where 'measure.domain_questions>0.5' --sort -wall",
     ),
     'show': Command(
         show_run, 'show what a run did and what it read', 'RUN', (JSON,), f'k2lab show {RUN}'
@@ -117,7 +117,7 @@ COMMANDS = {
         'let a run that failed its gate take over its names',
         'RUN',
         (Option('because', 'why; the record keeps it', 'TEXT'),),
-        f'k2lab promote {RUN} --because "the loss of general text is intended"',
+        f'k2lab promote {RUN} --because "as intended"',
     ),
     'new': Command(
         new_lab,

@@ -3,42 +3,47 @@
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
 
 from k2lab.lab.config import lab_path
 from k2lab.lab.files import as_json, write_text
-from k2lab.lab.records import read_or_mark, run_folders, run_order
+from k2lab.lab.records import iso_time, read_or_mark, run_folders, started_at
 
 INDEX, MANY = '.index.json', 200  # a lab with fewer runs keeps no index
 LONG = ('inputs', 'inputs_changed', 'code', 'versions', 'hardware', 'owner', 'pins', 'score_keys')
+VERSION = f'1 without {" ".join(LONG)}'  # of the index
 SETTLED = ('complete', 'failed')  # nothing but its own file changes the state of such a run
 
 
 def summaries(campaign: str | None = None) -> list[dict]:
     "The records of one campaign or of all, without what only `show` and `diff` need; oldest first."
-    folders = run_folders(campaign)
+    folders = [str(folder) for folder in run_folders(campaign)]
     known = read_index() if len(folders) > MANY else {}
-    entries = {folder: entry_of(folder, known) for folder in folders}
-    new = {str(f): e for f, e in entries.items() if e is not known.get(str(f))}
-    if len(folders) > MANY and any(keeps(entry) for entry in new.values()):
+    entries = {folder: entry_of(folder, known.get(folder)) for folder in folders}
+    new = {folder: e for folder, e in entries.items() if e is not known.get(folder)}
+    if len(folders) > MANY and any(map(keeps, new.values())):
         write_index(known | new)
-    found = (entry['record'] | {'folder': str(f)} for f, entry in entries.items())
-    return sorted(found, key=run_order)
+    order = sorted(entries, key=lambda f: (os.path.dirname(f), *entries[f]['order']))
+    return [entries[folder]['record'] | {'folder': folder} for folder in order]
 
 
-def entry_of(folder: Path, known: dict) -> dict:
-    "`{'stat', 'record'}` of a run: the known one if its file is still the same."
-    entry, stat = known.get(str(folder)), stat_of(folder)
-    if entry and entry['stat'] == stat:
-        return entry
-    record = read_or_mark(folder)
-    return {'stat': stat, 'record': {k: v for k, v in record.items() if k not in LONG}}
+def entry_of(folder: str, known: dict | None) -> dict:
+    "`{'stat', 'order', 'record'}` of a run: the known entry if its file is still the same."
+    stat = stat_of(f'{folder}/run.json')
+    if known and known['stat'] == stat:
+        return known
+    record = read_or_mark(Path(folder))
+    number = re.search(r'(?<=\.)\d+', os.path.basename(folder))
+    order = [iso_time(started_at(record)), int(number[0]) if number else 0]
+    short = {key: v for key, v in record.items() if key not in LONG}
+    return {'stat': stat, 'order': order, 'record': short}
 
 
-def stat_of(folder: Path) -> list[int]:
-    "What changes whenever a record is written: size, times and inode of its file."
+def stat_of(path: str) -> list[int]:
+    "What changes whenever a file is written: its size, times and inode; empty if it is gone."
     with contextlib.suppress(OSError):
-        s = os.stat(folder / 'run.json')
+        s = os.stat(path)
         return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
     return []
 
@@ -51,16 +56,17 @@ def keeps(entry: dict) -> bool:
 def read_index() -> dict:
     "What the index holds; nothing if it is missing, damaged, or of another version."
     try:
-        text = (lab_path('runs') / INDEX).read_bytes()
-        index = json_of(text)
+        index = json_of((lab_path('runs') / INDEX).read_bytes())
     except (OSError, ValueError):
         return {}
-    return (
-        index.get('runs', {}) if isinstance(index, dict) and index.get('long') == LONG_KEY else {}
-    )
+    return index['runs'] if isinstance(index, dict) and index.get('version') == VERSION else {}
 
 
-LONG_KEY = ' '.join(LONG)  # an index that left out other parts is of another version
+def write_index(entries: dict):
+    "Keep the entries of runs that are over; where nothing can be written, the next command reads again."
+    there = {folder: e for folder, e in entries.items() if keeps(e) and os.path.isdir(folder)}
+    with contextlib.suppress(OSError):
+        write_text(lab_path('runs') / INDEX, json_text({'version': VERSION, 'runs': there}))
 
 
 def json_of(text: bytes):
@@ -72,9 +78,11 @@ def json_of(text: bytes):
     return orjson.loads(text)
 
 
-def write_index(entries: dict):
-    "Keep the entries of runs that are over; where nothing can be written, the next command reads again."
-    home = lab_path('runs')
-    there = {folder: e for folder, e in entries.items() if keeps(e) and os.path.isdir(folder)}
-    with contextlib.suppress(OSError):
-        write_text(home / INDEX, as_json({'long': LONG_KEY, 'runs': there}))
+def json_text(value) -> str:
+    "Strict JSON of plain values, five times as fast as `as_json` for long lists."
+    try:
+        import orjson
+
+        return orjson.dumps(value).decode()
+    except (ImportError, TypeError):  # TypeError: an integer of more than 64 bits
+        return as_json(value)

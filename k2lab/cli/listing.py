@@ -1,22 +1,23 @@
 """`k2lab runs`: the runs that pass a test, in an order, in columns."""
 
 import operator
+import os
 import re
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
+from k2lab.cli.index import json_text, summaries
 from k2lab.cli.progress import begun, outcome, wall
 from k2lab.cli.tables import fitting_table
 from k2lab.lab.config import SCALES, LabError, did_you_mean, lab_path, one_of, yaml_value
 from k2lab.lab.display import clock, short
-from k2lab.lab.files import as_json
 
-STATES = ('prepared', 'running', 'complete', 'failed', 'interrupted', 'unreadable')
+STATES = ('prepared', 'running', 'complete', 'failed', 'interrupted', 'unknown', 'unreadable')
 
 
 def campaign(record: dict) -> str:
     "The campaign in whose folder a run lies."
-    return Path(record['folder']).parent.name
+    return os.path.basename(os.path.dirname(record['folder']))
 
 
 def is_promoted(record: dict) -> bool:
@@ -29,7 +30,7 @@ def is_promoted(record: dict) -> bool:
 # what `--where`, `--sort` and `--columns` name: a value of a record
 FIELDS: dict[str, Callable] = {
     'campaign': campaign,
-    'run': lambda r: Path(r['folder']).name,
+    'run': lambda r: os.path.basename(r['folder']),
     'stage': lambda r: r.get('stage'),
     'scale': lambda r: r.get('scale'),
     'seed': lambda r: r.get('seed'),
@@ -68,7 +69,7 @@ def inner(values: dict, path: str):
     return inner(block, rest) if rest and isinstance(block, dict) else None
 
 
-def value(record: dict, field: str):
+def value(record: dict, field: str) -> Any:
     "A field of a record: one of `FIELDS`, `measure.NAME` (after, else before) or `config.KEY`; None if unknown."
     kind, _, name = field.partition('.')
     if field in FIELDS:
@@ -132,14 +133,14 @@ def stages_of(records: list[dict]) -> list[str]:
     return list(dict.fromkeys([*stage_names(), *(r['stage'] for r in records)]))
 
 
-def compares(field: str, have, sign: str, want: str) -> bool:
+def compares(field: str, have: Any, sign: str, want: str) -> bool:
     "Whether a value passes a test; an unknown one passes none. `LabError` if the two have no order."
     if have is None:
         return False
     if isinstance(have, list) and sign in ('=', '!='):
         return (want in have) == (sign == '=')
     if field == 'started' and sign in ('=', '!='):
-        return have.startswith(want) == (sign == '=')
+        return str(have).startswith(want) == (sign == '=')
     number = yaml_value(want)
     if is_number(have) and is_number(number):
         return OPERATORS[sign](have, number)
@@ -231,8 +232,6 @@ def by_campaign(records: list[dict]) -> str:
 
 def show_runs(words: list, options: dict) -> int:
     "List the runs."
-    from k2lab.cli.index import summaries
-
     if words and options['campaign']:
         raise LabError(f"runs: the campaign is given twice, as '{words[0]}' and by --campaign")
     name = words[0] if words else options['campaign']
@@ -243,16 +242,21 @@ def show_runs(words: list, options: dict) -> int:
     columns = [check_field(c.strip(), records, '--columns') for c in columns_of(options)]
     if options['json']:
         rows = [{c: value(r, c) for c in columns} if columns else as_object(r) for r in found]
-        print(as_json(rows))
+        print(json_text(rows))
     elif not found:
         print(f'none of {len(records)} runs matches' if records else 'no runs yet')
     elif columns or options['sort']:
-        usual = ['campaign', 'run', 'wall', 'measure', 'status']
-        by = (options['sort'] or 'run').removeprefix('-')
-        print(table(found, columns or [*usual[:3], *([by] if by not in usual else []), *usual[3:]]))
+        print(table(found, columns or sorted_columns(found, options['sort'].removeprefix('-'))))
     else:
         print(by_campaign(found))
     return 0
+
+
+def sorted_columns(records: list[dict], by: str) -> list[str]:
+    "The usual columns, with the one that a list is sorted by."
+    several = ['campaign'] if len({campaign(r) for r in records}) > 1 else []
+    usual = [*several, 'run', 'wall', *([] if by.startswith('measure.') else ['measure'])]
+    return list(dict.fromkeys([*usual, by, 'status']))
 
 
 def columns_of(options: dict) -> list[str]:

@@ -4,12 +4,13 @@ from pathlib import Path
 
 from k2lab.cli.progress import begun, outcome, wall
 from k2lab.cli.tables import text_table
-from k2lab.lab.display import clock, short
+from k2lab.lab.display import clock
 from k2lab.lab.files import as_json
 
 
 def show_run(words: list, options: dict) -> int:
     "Tell what a run did."
+    from k2lab.lab.inputs import change_text
     from k2lab.lab.records import find_run, read_run
 
     record = read_run(find_run(words[0]))
@@ -17,6 +18,8 @@ def show_run(words: list, options: dict) -> int:
         print(as_json(record))
         return 0
     print(attempts(record) + run_text(record) + marks(record))
+    for change in record.get('inputs_changed', []):
+        print(f'  changed: {change_text(change)}')
     for title, rows in parts(record):
         print(f'\n{title}')
         print(text_table([], [[f'  {k}', v] for k, v in rows]))
@@ -38,24 +41,23 @@ def parts(record: dict) -> list[tuple[str, list]]:
         ('time', [*times, ('wall', took)]),
         ('config', list(record['config'].items())),
         ('parents', parents),
-        *(
-            (title, list(record.get(title, {}).items()))
-            for title in ('code', 'hardware', 'versions')
-        ),
-        *inputs_shown(record.get('inputs', {})),
+        *origin_shown(record),
     ]
     return [(title, rows) for title, rows in shown if rows]
 
 
-COUNTED = ('code', 'package')  # too many to list
+def origin_shown(record: dict) -> list[tuple[str, list]]:
+    "Where a run came from: its commit, what else it read, and its packages or those that an earlier version kept."
+    from k2lab.lab.inputs import provenance_of
 
-
-def inputs_shown(inputs: dict) -> list[tuple[str, list]]:
-    "The recorded inputs that the config and the parents do not show yet; the longest kinds are counted."
-    kinds = {k: v for k, v in inputs.items() if k not in ('config', 'data') and k not in COUNTED}
-    counted = [(k, f'{len(inputs[k])}, listed by --json') for k in COUNTED if k in inputs]
-    rows = [(f'{kind} {k}', v) for kind, values in kinds.items() for k, v in values.items()]
-    return [('inputs', [*rows, *counted])]
+    origin, inputs = provenance_of(record), record.get('inputs', {})
+    if not inputs:
+        titles = {'git': 'code', 'host': 'hardware', 'package': 'versions'}
+        return [(title, list(origin[kind].items())) for kind, title in titles.items()]
+    counted = [(k, f'{len(inputs[k])}, listed by --json') for k in ('code', 'package')]
+    listed = [k for k in inputs if k not in ('config', 'data', 'code', 'package')]
+    rows = [(f'{kind} {name}', value) for kind in listed for name, value in inputs[kind].items()]
+    return [('code', list(origin['git'].items())), ('inputs', [*rows, *counted])]
 
 
 def marks(record: dict) -> str:
@@ -85,26 +87,21 @@ def attempts(record: dict) -> str:
     return ''.join(f'{line}\n' for line in lines)
 
 
-def difference_text(difference: tuple) -> str:
-    "One difference in words."
-    kind, name, a, b = difference
-    cut = lambda v: short(v) if not isinstance(v, str) or len(v) < 20 else v[:12] + '…'
-    return f'{kind} {name}: {cut(a)} -> {cut(b)}'
-
-
 def compared(a: Path, b: Path) -> dict[str, list[tuple]]:
     "`{'inputs': differences, 'results': differences}` of two runs."
-    from k2lab.lab.reproduce import differences, inputs, results, with_env
+    from k2lab.lab.records import read_run
+    from k2lab.lab.reproduce import input_differences, result_differences
 
-    first, second = with_env(a), with_env(b)
+    first, second = read_run(a), read_run(b)
     return {
-        'inputs': differences(inputs(first), inputs(second)),
-        'results': differences(results(first), results(second)),
+        'inputs': input_differences(first, second),
+        'results': result_differences(first, second),
     }
 
 
 def diff(words: list, options: dict) -> int:
     "Say what differs between two runs; 1 if anything does."
+    from k2lab.lab.inputs import difference_text
     from k2lab.lab.records import find_run
 
     a, b = map(find_run, words)

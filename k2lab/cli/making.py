@@ -101,5 +101,16 @@ def place_of(name: str) -> str:
     try:
         root()
     except LabError:
+        check_reachable(name)
         return name
     return load_env('full')['models'].get(name, name)
+
+
+def check_reachable(place: str):
+    "`LabError` if a place is no folder and the hub may not be asked for it."
+    from huggingface_hub import is_offline_mode
+
+    if not Path(place).is_dir() and is_offline_mode():
+        raise LabError(
+            f'{place}: no such folder, and HF_HUB_OFFLINE keeps the hub from being asked'
+        )

@@ -23,31 +23,31 @@ def promote_run(words: list, options: dict) -> int:
 
 def tag_run(words: list, options: dict) -> int:
     "Give a run a tag, or take it away."
-    from k2lab.lab.records import amend, find_run, read_run
+    from k2lab.lab.records import amending, find_run
 
     folder, tag = find_run(words[0]), words[1]
     if not re.fullmatch(r'[^\W_][\w.-]*', tag) or len(tag) > 40:
         raise LabError(f"tag '{tag[:40]}': use up to 40 letters, digits, '-', '_' and '.'")
-    tags = read_run(folder).get('tags', [])
-    if options['remove']:
-        one_of('tag', tag, tags, folder.name)
-        tags = [t for t in tags if t != tag]
-    else:
-        tags = list(dict.fromkeys([*tags, tag]))
-    record = amend(folder, tags=tags)
+    with amending(folder) as record:
+        tags = record.get('tags', [])
+        others = [t for t in tags if t != tag]
+        if options['remove']:
+            one_of('tag', tag, tags, folder.name)
+        record['tags'] = others if options['remove'] else [*others, tag]
     print(f"{folder.parent.name}/{folder.name}: {', '.join(record['tags']) or 'no tags'}")
     return 0
 
 
 def note_run(words: list, options: dict) -> int:
     "Add a note to a run."
-    from k2lab.lab.records import amend, find_run, read_run
+    from k2lab.lab.records import amending, find_run
 
     folder, text = find_run(words[0]), ' '.join(words[1].split())
     if not text:
         raise LabError(f'note {folder.name}: say what: `k2lab note {folder.name} "..."`')
     now = datetime.now(timezone.utc).isoformat(timespec='seconds')
-    notes = [*read_run(folder).get('notes', []), {'text': text, 'at': now}]
-    amend(folder, notes=notes)
-    print(f'{folder.parent.name}/{folder.name}: {len(notes)} note{"s" if len(notes) > 1 else ""}')
+    with amending(folder) as record:
+        record['notes'] = [*record.get('notes', []), {'text': text, 'at': now}]
+    count = len(record['notes'])
+    print(f'{folder.parent.name}/{folder.name}: {count} note{"s" if count > 1 else ""}')
     return 0

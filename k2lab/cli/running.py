@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from k2lab.cli.looking import attempts, difference_text, run_text
+from k2lab.cli.looking import attempts, run_text
 from k2lab.cli.progress import Progress
 from k2lab.cli.words import Command, Option, changes_of
 from k2lab.lab.config import LabError, did_you_mean, one_of, resolve
@@ -61,7 +61,7 @@ def check_fields(stage: str, words: list):
     for word in words:
         name = word.removeprefix('--').partition('=')[0].partition('.')[0].replace('-', '_')
         known = name in fields or name in getattr(Config, 'renamed', {})
-        near = did_you_mean(word.partition('=')[0], options)
+        near = did_you_mean(word.partition('=')[0], [*options, *(f'--{f}' for f in fields)])
         if word.startswith('--') and not known and near:
             raise LabError(f"{stage} does not take '{word}'{near}")
 
@@ -129,25 +129,31 @@ def reproduce_run(words: list, options: dict) -> int:
     from k2lab.lab.reproduce import reproduce
 
     name = find_run(words[0])
-    progress = Progress(read_run(name)['stage'])
-    folder, results, inputs = reproduce(str(name), progress)
-    progress.end(read_run(folder))
-    print(f'  in {folder}\n' + reproduction_text(results, inputs))
-    return int(bool(results))
-
-
-def reproduction_text(results: list, inputs: list) -> str:
-    "Whether two runs came out the same, and if not, which input is the first suspect."
-    if not results:
-        return 'every measure, every weight and the token stream are the same' + (
-            f' although {difference_text(inputs[0])}' if inputs else ''
+    old = read_run(name)
+    if old['status'] in ('prepared', 'running'):
+        raise LabError(
+            f'{name.name}: {old["status"]}; it can be reproduced once it is complete, and '
+            f'`k2lab watch {name.name}` follows it'
         )
-    first = (
-        f'the first input that differs: {difference_text(inputs[0])}'
-        if inputs
-        else 'no recorded input differs: the stage is not deterministic here'
-    )
-    return f'{len(results)} results differ, the first: {difference_text(results[0])}\n{first}'
+    progress = Progress(old['stage'])
+    found = reproduce(str(name), progress)
+    progress.end(found.record)
+    print(f'  in {found.folder}\n' + reproduction_text(found))
+    return int(found.record['status'] != 'complete' or bool(found.results))
+
+
+def reproduction_text(found) -> str:
+    "Whether a repetition came out the same, and if not, which input is the first suspect."
+    from k2lab.lab.inputs import difference_text
+    from k2lab.lab.reproduce import verdict
+
+    if found.record['status'] != 'complete':
+        return verdict(found)
+    if not found.results:
+        although = f' although {difference_text(found.inputs[0])}' if found.inputs else ''
+        return 'every measure, every weight and the token stream are the same' + although
+    first = difference_text(found.results[0])
+    return f'{len(found.results)} results differ, the first: {first}\n{verdict(found)}'
 
 
 def watch_run(words: list, options: dict) -> int:
@@ -172,6 +178,7 @@ def work(words: list, options: dict) -> int:
 
     job = open_job(Path(words[0]))
     stage_module(job.stage).work(job)
+    job.add_code()
     leave_together()
     return 0
 

@@ -27,11 +27,12 @@ def cut(text: str, width: int) -> str:
 
 
 def cut_name(text: str, width: int) -> str:
-    "As `cut`, but of `name 0.500 -> 0.750` the name is shortened and the numbers stay, where there is room."
-    name, space, numbers = text.partition(' ')
-    if wide(text) <= width or not space or width - wide(numbers) < 5:
+    "As `cut`, but of `name 0.500 -> 0.750` the numbers stay, with as much of the name as there is room for."
+    name, _, numbers = text.partition(' ')
+    room = width - wide(numbers) - 1
+    if wide(text) <= width or room < -1:
         return cut(text, width)
-    return f'{cut(name, width - wide(numbers) - 1)} {numbers}'
+    return f'{cut(name, room)} {numbers}' if room > 3 else numbers
 
 
 def text_table(header: list, rows: list) -> str:
@@ -52,18 +53,17 @@ def aligned(row: Iterable[str], width: list[int]) -> str:
     return '  '.join(cell + ' ' * (w - wide(cell)) for cell, w in zip(row, width)).rstrip()
 
 
-# what is shortened first where a table is too wide, and down to what width; then the widest column is
+# what is shortened first where a table is too wide, and down to what width; the name of a run comes last
 SHORTENED = (
-    ('status', 24),
-    ('reason', 12),
-    ('note', 12),
-    ('measure', 24),
-    ('parents', 13),
-    ('campaign', 10),
-    ('status', 13),
-    ('tag', 8),
-    ('measure', 16),
-    ('run', 26),
+    *(('status', 24), ('reason', 12), ('note', 12), ('measure', 24), ('parents', 13)),
+    *(
+        ('campaign', 10),
+        ('status', 12),
+        ('tag', 8),
+        ('measure', 14),
+        ('status', 9),
+        ('campaign', 6),
+    ),
 )
 
 

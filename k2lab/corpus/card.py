@@ -23,6 +23,7 @@ from .operators import conserved, data_card, funnel
 from ..lab.config import LabError
 from ..lab.display import GREY, PLOT_STYLE, Html, Picture, Table
 from ..lab.files import as_json, write_text
+from ..lab.inputs import provenance_of
 from ..text.rows import FORMATS, write_rows
 
 # %% ../../nbs/corpus/09_card.ipynb #17a7ffdd
@@ -555,7 +556,7 @@ def readme(card: dict, name: str, record: dict | None = None) -> str:
     import yaml
 
     record = record or {}
-    code = record.get('code', {})
+    code = provenance_of(record)['git']
     run = ', '.join(
         f'{what} {value}'
         for what, value in (

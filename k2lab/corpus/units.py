@@ -32,8 +32,8 @@ from typing import Any
 from .readers import WAYS, Reader, Unread, find_files, kind_of, stamp
 from .writers import SHARD_BYTES, Shards
 from ..lab.config import LabError, one_of
+from ..lab.inputs import code_now, package_files
 from ..lab.locks import owning
-from ..lab.provenance import sources_sha256
 from ..text.rows import publishing, unpacker, write_whole
 
 # %% ../../nbs/corpus/02_units.ipynb #bc5581c0
@@ -136,8 +136,9 @@ def code_of(operator: str) -> str:
         html = version('resiliparse')
     except PackageNotFoundError:
         html = 'none'
+    sources = json.dumps(code_now(package_files()))
     return hashlib.sha256(
-        f'{sources_sha256()} {html}'.encode() + (Path(file).read_bytes() if file else b'')
+        f'{sources} {html}'.encode() + (Path(file).read_bytes() if file else b'')
     ).hexdigest()
 
 

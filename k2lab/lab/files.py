@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DISK_FULL', 'LARGE', 'SETTLED', 'SECRET_KEY', 'SECRET_TEXT', 'SECRET_URL', 'SCORE_KEYS', 'SCORE_KEY', 'RESERVED',
-           'LONGEST', 'INFINITE', 'sync', 'move', 'write_text', 'disk_errors', 'state_of', 'kept_hashes', 'look_up',
-           'keep_hash', 'read_sha256', 'sha256', 'inventory', 'check_published', 'held_secrets', 'scrub', 'mask',
-           'folded', 'check_name', 'reserved', 'check_output', 'plain', 'fault_in', 'as_json', 'from_json', 'spelled',
-           'read_lines', 'following']
+           'LONGEST', 'INFINITE', 'UNKNOWN', 'sync', 'move', 'write_text', 'disk_errors', 'state_of', 'kept_hashes',
+           'look_up', 'keep_hash', 'read_sha256', 'sha256', 'inventory', 'manifest_files', 'added_files',
+           'check_published', 'held_secrets', 'scrub', 'mask', 'folded', 'check_name', 'reserved', 'check_output',
+           'plain', 'fault_in', 'as_json', 'from_json', 'spelled', 'read_lines', 'following']
 
 # %% ../../nbs/lab/01_files.ipynb #35cbcc42
 import contextlib
@@ -138,14 +138,30 @@ def inventory(paths) -> dict:
     return listed
 
 # %% ../../nbs/lab/01_files.ipynb #5c97cca8
+def manifest_files(folder: Path, name: str) -> dict | None:
+    "What the manifest of the published `name` in a run folder lists, or None if it has none that can be read."
+    try:
+        return json.loads((folder / f'{name}.MANIFEST.json').read_text(encoding='utf-8'))['files']
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def added_files(folder: Path, name: str, listed: dict) -> list[str]:
+    "The files in a published folder that its manifest does not list; those with a leading dot do not count."
+    homes = {folder / Path(file).parts[0] for file in listed if len(Path(file).parts) > 1}
+    there = (p.relative_to(folder) for home in homes for p in home.rglob('*') if p.is_file())
+    hidden = lambda p: any(part.startswith('.') for part in p.parts)
+    return sorted(str(p) for p in there if str(p) not in listed and not hidden(p))
+
+
 def check_published(folder: Path, name: str, deep: bool = False) -> str:
     """What is wrong with the published `name` in a run folder, or an empty string.
 
-    Sizes are compared, with `deep` the hashes as well."""
-    manifest = folder / f'{name}.MANIFEST.json'
-    if not manifest.exists():
+    Sizes are compared, with `deep` the contents as well."""
+    listed = manifest_files(folder, name)
+    if listed is None:
         return f'{name} has no manifest'
-    for file, want in json.loads(manifest.read_text())['files'].items():
+    for file, want in listed.items():
         path = folder / file
         if not path.is_file():
             return f'{name}: {file} is missing'
@@ -155,6 +171,8 @@ def check_published(folder: Path, name: str, deep: bool = False) -> str:
             )
         if deep and sha256(path) != want['sha256']:
             return f'{name}: {file} was changed after it was published'
+    if added := added_files(folder, name, listed) if deep else []:
+        return f'{name}: {added[0]} was added after it was published'
     return ''
 
 # %% ../../nbs/lab/01_files.ipynb #f17bf5e2
@@ -290,10 +308,11 @@ def from_json(text: str | bytes):
 
 # %% ../../nbs/lab/01_files.ipynb #0e25a58a
 INFINITE = {'inf': '.inf', '-inf': '-.inf'}  # Python's word for a number -> YAML's
+UNKNOWN = {'inf': None, '-inf': None, 'nan': None}  # for a result: it was not measured
 
 
 def spelled(value, words: dict = INFINITE):
-    "A value with each infinite number in it as the word that YAML has for it."
+    "A value with another word for each number in it that is none: by default YAML's for an infinite one."
     if isinstance(value, dict):
         return {k: spelled(v, words) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -82,7 +82,7 @@ def check_free(folder: Path, status: str):
     busy = waiting(folder)
     if busy:
         raise LabError(f'{folder}: {busy} already')
-    if status in ('running', 'complete'):
+    if status in ('running', 'complete', 'unknown'):
         raise LabError(f'{folder}: {status}; nothing to submit')
 
 

@@ -7,7 +7,8 @@ __all__ = ['BY_NAME', 'STEPS_LOST', 'LINEAR', 'ROUNDING', 'LOST_LIMIT', 'adaptab
            'dtype_of', 'step_in_float32', 'adapters', 'coverage', 'wrong_part', 'certified', 'with_gradient',
            'check_saved', 'storage', 'weight_bits', 'check_bits', 'is_split', 'whole_tensor', 'gather_tensors',
            'one_process', 'moved_adapter', 'merge_adapter', 'narrowed', 'dequantised_layers', 'in_float32',
-           'probe_logits', 'apart', 'export_report', 'certified_export', 'unequal', 'same_tensors']
+           'odd_weight', 'probe_logits', 'check_logits', 'apart', 'export_report', 'certified_export', 'unequal',
+           'same_tensors']
 
 # %% ../../nbs/models/02_adapters.ipynb #1843799f
 import contextlib
@@ -95,10 +96,9 @@ def check_parts(place, load: Loading):
     import torch
     from transformers import AutoModelForCausalLM
 
+    config = architecture_of(local_folder(place, ['config.json']))
     with torch.device('meta'):
-        model = AutoModelForCausalLM.from_config(
-            architecture_of(local_folder(place, ['config.json']))
-        )
+        model = AutoModelForCausalLM.from_config(config)
     lora(model, load)
 
 # %% ../../nbs/models/02_adapters.ipynb #a9cd4d89
@@ -393,6 +393,16 @@ def in_float32(model, base, weights: dict):
     return moved_adapter(model, base, weights)
 
 # %% ../../nbs/models/02_adapters.ipynb #3c2e759c
+def odd_weight(model) -> str:
+    "The name of a weight of a model that holds a value which is no number, or an empty string."
+    import torch
+
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+            return name
+    return next((n for n, t in model.named_buffers() if not t.is_meta and t.isnan().any()), '')
+
+
 def probe_logits(model, n: int = 64, seed: int = 0):
     "Logits [n, vocabulary] in float32 after n random prompts of 4 to 32 tokens."
     import torch
@@ -409,6 +419,16 @@ def probe_logits(model, n: int = 64, seed: int = 0):
             model.eval()(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float().cpu()
         )
     model.train(training)
+    return logits
+
+
+def check_logits(logits, what: str):
+    "The logits, or a `LabError` if one of them is no number: then `what` is broken, whatever it was saved as."
+    if not logits.isfinite().all():
+        raise LabError(
+            f'{what} computes logits that are no numbers; lower trainer.learning_rate, or look for '
+            'a row or a weight that is no number'
+        )
     return logits
 
 

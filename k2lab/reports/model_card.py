@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..lab.files import as_json, write_text
+from ..lab.inputs import provenance_of
 from .charts import better_side
 from .matrix import Cell, change_from, change_text, direction
 from .page import Report
@@ -170,7 +171,7 @@ def training_rows(evidence: Evidence, name: str) -> list[list]:
         tokens = [whole(counts.get(k)) for k in ('steps', 'tokens', 'trained_tokens')]
         rate = config.get('trainer', {}).get('learning_rate', '-')
         method = METHODS.get(record['stage'], record['stage'])
-        code = code_version(record.get('code', {}))
+        code = code_version(provenance_of(record)['git'])
         rows.append(
             [step, method, config.get('optimizer', '-'), rate, *tokens, record['seed'], code]
         )

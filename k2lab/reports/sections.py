@@ -22,6 +22,7 @@ from ..corpus.card import card_report
 from ..lab.config import LabError
 from ..lab.display import Html, short
 from ..lab.files import read_lines
+from ..lab.inputs import provenance_of
 from ..lab.records import gate_failures, promoted, read_or_mark, run_order, standing
 from .charts import anchor, el, html_table, lineage_chart, note, training_chart
 from .items_page import place
@@ -58,8 +59,10 @@ def distinct_values(values) -> str:
 
 def code_version(code: dict) -> str:
     "The commit of a run's code, and whether it had local changes."
-    commit = (code.get('commit') or 'no commit')[:10]
-    return commit + (' with local changes' if code.get('dirty') else '')
+    if not code.get('commit'):
+        return 'no commit'
+    known = {True: ' with local changes', False: ''}
+    return code['commit'][:10] + known.get(code.get('dirty'), ', local changes unknown')
 
 
 def machine_text(hardware: dict) -> str:
@@ -77,16 +80,18 @@ def total_cost(records: list, measure: str) -> str:
 def facts(evidences: list[Evidence]) -> dict[str, str]:
     "Campaign, scale, seed, date, code, versions, hardware, time and memory."
     records = [r for e in evidences for r in e.used]
-    versions = [r.get('versions', {}) for r in records]
+    origins = [provenance_of(r) for r in records]
     packages = ('python', 'torch', 'transformers', 'trl')
     return {
         'campaign': ', '.join(e.campaign for e in evidences),
         'scale': evidences[0].scale,
         'seed': distinct_values(r['seed'] for r in records),
         'date': distinct_values(r['started'][:10] for r in records),
-        'code': distinct_values(code_version(r.get('code', {})) for r in records),
-        'versions': distinct_values(f'{k} {v[k]}' for k in packages for v in versions if k in v),
-        'hardware': distinct_values(machine_text(r.get('hardware', {})) for r in records),
+        'code': distinct_values(code_version(o['git']) for o in origins),
+        'versions': distinct_values(
+            f"{k} {o['package'][k]}" for k in packages for o in origins if k in o['package']
+        ),
+        'hardware': distinct_values(machine_text(o['host']) for o in origins),
         'wall time of all runs': ', '.join(total_cost(e.used, 'wall_s') for e in evidences),
         'peak memory': ', '.join(total_cost(e.used, 'peak_gib') for e in evidences),
     }

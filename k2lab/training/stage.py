@@ -28,6 +28,7 @@ from k2lab.models.adapters import (
     STEPS_LOST,
     apart,
     certified_export,
+    check_logits,
     check_saved,
     dtype_of,
     export_report,
@@ -64,6 +65,7 @@ from k2lab.training.scores import (
     score,
     scores,
     take,
+    tried,
     with_parts,
 )
 from k2lab.training.trainer import (
@@ -371,12 +373,13 @@ def helped_before(job, model, tok, asked: list[Asked], headline: str, examples: 
 def scores_after(job, model, tok, asked: list[Asked]) -> dict[str, Scored]:
     "`{measure: score}` of the trained model, whose weights are the published ones."
     model_now = Opened(model, tok, '', device_of(model))
-    taken = [take(job, model_now, one) for one in asked]
+    measured = lambda one: (one, take(job, model_now, one))
+    taken = tried(job, job.cfg.saves, measured, asked)
     if job.cfg.saves not in job.record['saves']:  # a split model, measured by all processes
         publish_model(job, model, tok)
     saved = job.record['saves'].get(job.cfg.saves, {}).get('sha256', '')
     published = Opened(model, tok, saved, model_now.device)
-    kept = [keep(job, key_of(job, published, one), i) for one, i in zip(asked, taken)]
+    kept = [keep(job, key_of(job, published, one), items) for one, items in taken]
     return with_parts(job, kept)
 
 
@@ -445,7 +448,7 @@ def probe_adapter(model) -> tuple:
     "`(logits without the adapter, logits with it)` of a trained model."
     with model.disable_adapter():
         base = probe_logits(model)
-    return base, probe_logits(model)
+    return base, check_logits(probe_logits(model), 'the trained model')
 
 
 def probe_saved(place, device='cpu'):
@@ -512,8 +515,8 @@ def publish_merged(job, model, tok, weights: dict, split: bool):
 def publish_whole(job, model, tok):
     "Publish a model all of whose weights were trained, as it is; `LabError` if the saved one is another."
     dtype, device = dtype_of(model), model.device
+    trained = check_logits(probe_logits(model.float()), 'the trained model')
     base = probe_logits(open_base(job).float().to(device))
-    trained = probe_logits(model.float())
     with job.publishing(job.cfg.saves) as place:
         save_checkpoint(narrowed(model, dtype), tok, place)
         report = export_report(base, trained, probe_saved(place, device))
@@ -656,8 +659,8 @@ def scores_of_control(job, model, tok, asked: list[Asked]) -> dict[str, Scored]:
     "`{measure: score}` of a model that is not kept: no other run can take its scores over."
     weights = f'control of {job.folder.name}, not kept'
     control = Opened(model, tok, weights, device_of(model, Loading(**job.cfg.load)))
-    kept = [keep(job, key_of(job, control, one), take(job, control, one)) for one in asked]
-    return with_parts(job, kept)
+    measured = lambda one: keep(job, key_of(job, control, one), take(job, control, one))
+    return with_parts(job, tried(job, 'the control', measured, asked))
 
 
 def check_control(job, tok):

@@ -25,6 +25,7 @@ from k2lab.models.adapters import (
     check_parts,
     dtype_of,
     lora,
+    odd_weight,
     step_in_float32,
     weight_bits,
 )
@@ -48,6 +49,7 @@ from ..text.packing import check_alone, pack, packed_batch, samples_apart
 from k2lab.training.callbacks import (
     Finished,
     Resumed,
+    check_weights,
     covering,
     every_rank,
     finalizing,
@@ -213,6 +215,11 @@ def check_together(trainer: dict, method: str, load: Loading, optimizer: str):
     if 'gradient_checkpointing_kwargs' in trainer and not trainer.get('gradient_checkpointing'):
         raise LabError(
             'trainer: gradient_checkpointing_kwargs needs gradient_checkpointing: true beside it'
+        )
+    if trainer.get('logging_strategy') in ('no', False):
+        raise LabError(
+            'trainer: logging_strategy no hides a loss that is no number, which ends a training; '
+            'write trainer.logging_steps=100 for fewer lines'
         )
     check_losses(trainer, method)
     if method == 'DPO' and load.lora_dropout and trainer.get('disable_dropout', True):
@@ -474,6 +481,7 @@ def finish_fit(job, fit, ledger, phase: str, load: Loading = DEFAULT_LOADING):
     attach_callbacks(job, fit, ledger, phase, resumed, record, load)
     with contextlib.suppress(Finished):
         fit.train(resume_from_checkpoint=str(resumed.place) if resumed.place else None)
+    check_weights(fit.model, fit.state.global_step, fit.state.log_history)
     seconds = round(resumed.seconds(), 3)
     record |= trained_summary(fit, ledger.joined(every_rank(ledger.state())), seconds)
     if load.lora_rank:
@@ -615,6 +623,8 @@ def open_for(job, name: str, load: Loading = DEFAULT_LOADING):
     place = job.find(name)
     check_parts(place, load)
     model = (open_fast if load.backend == 'unsloth' else open_model)(place, load)
+    if odd := odd_weight(model):
+        raise LabError(f'{name}: {odd} holds a value that is no number; this checkpoint is ruined')
     if (dtype := dtype_of(model)) != load.dtype:
         job.check(f'{name}: opened in {dtype}', True, f'{load.dtype} cannot hold its training')
     sizes = weight_bits(model)
