@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import sysconfig
+from collections.abc import Iterable
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType

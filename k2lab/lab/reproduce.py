@@ -276,15 +276,19 @@ from .runner import kernel_environment
 # %% ../../nbs/lab/13_reproduce.ipynb #7d74c7be
 PROVING = ('notebook', 'code', 'data', 'config', 'env', 'package', 'interpreter')
 ASK = (
-    'import json; from k2lab.lab.provenance import accelerator, environment, host, installed, interpreter; '
+    'import json, os, sys; '
+    'from k2lab.lab.provenance import accelerator, environment, host, installed, interpreter; '
     "print(json.dumps({'package': installed(), 'interpreter': interpreter(), 'host': host(), "
-    "'accelerator': accelerator(), 'environment': environment()}))"
+    "'accelerator': accelerator(), 'environment': environment(), "
+    "'path': [os.path.abspath(p) for p in sys.path]}))"
 )
 
 
 @functools.cache
 def kernel_here() -> dict[str, dict]:
-    "What the kernel that would run a stage says of itself: packages, interpreter, machine; empty if it does not start."
+    """What the kernel that would run a stage says of itself: packages, interpreter, machine, and its `path`.
+
+    Empty if it does not start."""
     from jupyter_client.kernelspec import NoSuchKernel
     from jupyter_client.manager import KernelManager
 
@@ -338,7 +342,7 @@ def present_inputs(record: dict, config: dict | None = None) -> dict[str, dict]:
         config = config_of(resolve(stage_module(stage).Config, stage, scale, record['changes']))
     return {
         'notebook': {'run half': notebook and run_half_sha256(notebook)},
-        'code': code_now(was.get('code', {})),
+        'code': code_now(was.get('code', {}), kernel_here().get('path')),
         'data': data_now(record),
         'config': dotted(config),
         'env': names_used(record, dotted(mask(load_env(scale)))),
