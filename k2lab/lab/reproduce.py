@@ -264,6 +264,7 @@ import functools
 import json
 import os
 import subprocess
+import sys
 from types import SimpleNamespace
 
 from .config import load_env, resolve, root, setting, stage_notebooks
@@ -342,7 +343,7 @@ def present_inputs(record: dict, config: dict | None = None) -> dict[str, dict]:
         config = config_of(resolve(stage_module(stage).Config, stage, scale, record['changes']))
     return {
         'notebook': {'run half': notebook and run_half_sha256(notebook)},
-        'code': code_now(was.get('code', {}), kernel_here().get('path')),
+        'code': code_now(was.get('code', {}), [*kernel_here().get('path', []), *sys.path]),
         'data': data_now(record),
         'config': dotted(config),
         'env': names_used(record, dotted(mask(load_env(scale)))),
