@@ -534,9 +534,7 @@ def test_a_dozen_changes_through_the_command(two, pipeline):
     changed(lambda: earlier_version(two, None), again + 'inputs: not recorded', 'already')
     stale = lambda: edit(code / 'train_toy.py', 'value  =', 'value =')
     changed(stale, 'accepted as it is, in', 'already', words=('--accept-stale', 'train_toy'))
-    changed(
-        lambda: None, 'would run  runs again: code train_toy.py', 'unless', words=('--dry-run',)
-    )
+    changed(lambda: None, 'would run again: code train_toy.py', 'unless', words=('--dry-run',))
     changed(lambda: None, again + 'code train_toy.py', 'already')
     changed(
         lambda: run_of(two, 'train_toy').rename(two.runs / 'c/my-best'),

@@ -204,15 +204,21 @@ def reason(plan: Plan) -> str:
     return f'already, in {name}' + (f', made with another {few(other)}' if other else '')
 
 
+def needed(plan: Plan) -> str:
+    "What would be done for a step that is not done, and why."
+    if plan.run:
+        return f"would resume {Path(plan.run['folder']).name}"
+    return f'would run again: {few(plan.why)}' if plan.why else 'would run'
+
+
 def listing(steps: list[Step], scale: str, campaign: str) -> list[str]:
     "A line for each step: what the pipeline would do, and why."
     lines, before = [], False
     for i, step in enumerate(steps, 1):
         plan = plan_of(step, scale, campaign)
-        what = 'would be skipped' if plan.done else 'would resume' if plan.run else 'would run'
-        text = f'[{i}/{len(steps)}] {step.stage}  {what}  {reason(plan)}'
+        text = f'[{i}/{len(steps)}] {step.stage}  {reason(plan) if plan.done else needed(plan)}'
         unless = ', unless a step before it leaves something else' if plan.done and before else ''
-        lines.append(text.rstrip() + unless)
+        lines.append(text + unless)
         before |= not plan.done
     return lines
 
