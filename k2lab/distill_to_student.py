@@ -56,8 +56,8 @@ def compare(job, student: Trained):
     at = opened(job, teacher, tok, name)
     theirs = with_parts(job, tried(job, name, lambda one: score(job, at, one), asked))
     for one in asked:
-        both = student.scores.get(one.measure), theirs.get(one.measure)
-        line = share_line(*both) if all(both) else None
+        own, other = student.scores.get(one.measure), theirs.get(one.measure)
+        line = share_line(own, other) if own and other else None
         if line:
             more = dict(compared_with=name, side=job.cfg.side)
             job.measure(f'share_of_teacher_{one.measure}', **line, **more)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from .lab.config import LabError, lab_path, root
 from .lab.files import as_json, write_text
 from .lab.records import check_campaign
-from .reports.gallery import keep_gallery
+from .reports.gallery import check_gallery, keep_gallery
 from .reports.goals import check_goal, judge_goals
 from .reports.model_card import write_cards
 from .reports.page import Report, items_html, make_report, report_html, report_json
@@ -41,6 +41,8 @@ class Config:
                 raise LabError(f'{name} is {getattr(self, name)}: it is a number of at least 0')
         if len(set(self.campaigns)) < len(self.campaigns):
             raise LabError(f'campaigns: one is named twice: {", ".join(self.campaigns)}')
+        if self.keep:
+            check_gallery(root() / self.keep)
         for name in self.campaigns:
             if not (lab_path('runs') / check_campaign(name)).is_dir():
                 raise LabError(f"campaigns: no campaign '{name}' in {lab_path('runs').name}/")

@@ -39,12 +39,16 @@ def value(score: dict | None) -> str:
     return text + ('' if score['side'] == 'evaluation' else ' †')
 
 
+MAIN = ('domain_questions', 'reasoning_verified', 'domain_bits_per_byte', 'general_bits_per_byte')
+
+
 def score_table(report: dict) -> str:
-    "Measures by checkpoints."
+    "The main measures by checkpoints; the report has the others."
     from k2lab.reports.results import about
 
     found = {(s['measure'], s['checkpoint']): s for s in report['scores']}
-    measures, names = (list(dict.fromkeys(at[i] for at in found)) for i in (0, 1))
+    measures = [m for m in MAIN if m in {at[0] for at in found}]
+    names = list(dict.fromkeys(at[1] for at in found))
     order = [m['name'] for m in report['campaigns'][0]['models']]
     names.sort(key=lambda n: order.index(n) if n in order else len(order))  # bases first
     rows = [[about(m).label, *(value(found.get((m, n))) for n in names)] for m in measures]

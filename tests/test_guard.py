@@ -353,6 +353,18 @@ def test_a_process_id_used_again_is_spared(monkeypatch):
     stranger.wait()
 
 
+def test_what_may_not_be_ended_is_returned(monkeypatch):
+    monkeypatch.setattr(locks, 'children', lambda: [1, 2])
+    monkeypatch.setattr(locks, 'collect', dict)
+    monkeypatch.setattr(locks.os, 'kill', refuse)
+    began = time.monotonic()
+    assert locks.end_children() == [1, 2] and time.monotonic() - began < 1
+
+
+def refuse(pid, number):
+    raise PermissionError(1, 'Operation not permitted')
+
+
 # ---- the folder of a guard -----------------------------------------------------------------------
 
 LEAVER = '''
@@ -432,6 +444,6 @@ def test_what_is_pressed_reaches_the_command(tmp_path, monkeypatch):
         started = subprocess.Popen(
             words, stdin=guard.line, stdout=subprocess.PIPE, start_new_session=True
         )
-        started.stdout.readline()
+        assert started.stdout and started.stdout.readline()
         os.killpg(started.pid, signal.SIGINT)
         assert started.wait(10) == 7

@@ -14,6 +14,7 @@ import pytest
 from k2lab.cli import COMMANDS, main
 from k2lab.cli.completion import SCRIPTS
 from k2lab.cli.index import INDEX
+from k2lab.cli.running import page_of
 from k2lab.cli.tables import cut, cut_name, fitting_table, wide
 from k2lab.lab.config import LabError
 from k2lab.lab.records import check_campaign, read_record, runs
@@ -322,6 +323,14 @@ def test_runs_are_printed_and_compared_as_json(lab, capsys):
     steps = [d for d in found['inputs'] if 'steps' in d['name']]
     assert [(d['a'], d['b']) for d in steps] == [(2, 3)] and found['a'] == f'c/{a.name}'
     assert any(d['kind'] == 'measure' for d in found['results'])
+
+
+def test_a_report_as_json_brings_what_it_wrote(tmp_path):
+    (tmp_path / 'report.json').write_text('{"goals": []}')
+    record = {'stage': 'report', 'status': 'complete', 'folder': str(tmp_path / '1')}
+    assert page_of(record) == {'report': {'goals': []}}
+    assert page_of(record | {'status': 'failed'}) == {}  # the page is of an earlier run
+    assert page_of(record | {'stage': 'evaluate'}) == {}
 
 
 # ---- completion ----------------------------------------------------------------------------------

@@ -20,8 +20,10 @@ _k2lab() {
 }
 compdef _k2lab k2lab""",
     'fish': """function __k2lab
-    set -l words (commandline -opc) (commandline -ct)
-    k2lab complete $words[2..] 2>/dev/null
+    set -l words (commandline -opc)
+    set -l last (commandline -ct)
+    set -e words[1]
+    k2lab complete $words "$last" 2>/dev/null
 end
 complete -c k2lab -a '(__k2lab)'""",
 }

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from k2lab.lab.config import lab_path
+from k2lab.lab.config import LabError, lab_path
 from k2lab.lab.files import as_json, write_text
 from k2lab.lab.records import iso_time, read_or_mark, run_folders, started_at
 
@@ -65,7 +65,7 @@ def read_index() -> dict:
 def write_index(entries: dict):
     "Keep the entries of runs that are over; where nothing can be written, the next command reads again."
     there = {folder: e for folder, e in entries.items() if keeps(e) and os.path.isdir(folder)}
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, LabError):
         write_text(lab_path('runs') / INDEX, json_text({'version': VERSION, 'runs': there}))
 
 

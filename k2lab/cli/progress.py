@@ -62,7 +62,7 @@ def outcome(record: dict) -> str:
         from k2lab.lab.slurm import waiting
 
         return waiting(record['folder']) or 'prepared: Slurm does not have it any more'
-    if record['status'] == 'running' and (at := begun(record)):
+    if record['status'] == 'running' and not record.get('edited') and (at := begun(record)):
         here, today = at.astimezone(), datetime.now(timezone.utc).astimezone()
         same_day = here.date() == today.date()
         return f"running since {here:{'%H:%M' if same_day else '%Y-%m-%d %H:%M'}}"

@@ -129,13 +129,7 @@ def reproduce_run(words: list, options: dict) -> int:
     from k2lab.lab.reproduce import reproduce
 
     name = find_run(words[0])
-    old = read_run(name)
-    if old['status'] in ('prepared', 'running'):
-        raise LabError(
-            f'{name.name}: {old["status"]}; it can be reproduced once it is complete, and '
-            f'`k2lab watch {name.name}` follows it'
-        )
-    progress = Progress(old['stage'])
+    progress = Progress(read_run(name)['stage'])
     found = reproduce(str(name), progress)
     progress.end(found.record)
     print(f'  in {found.folder}\n' + reproduction_text(found))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DISK_FULL', 'LARGE', 'SETTLED', 'SECRET_KEY', 'SECRET_TEXT', 'SECRET_URL', 'SCORE_KEYS', 'SCORE_KEY', 'RESERVED',
-           'LONGEST', 'INFINITE', 'UNKNOWN', 'sync', 'move', 'write_text', 'disk_errors', 'state_of', 'kept_hashes',
-           'look_up', 'keep_hash', 'read_sha256', 'sha256', 'inventory', 'manifest_files', 'added_files',
+           'LONGEST', 'INFINITE', 'WORDS', 'UNKNOWN', 'sync', 'move', 'write_text', 'disk_errors', 'state_of',
+           'kept_hashes', 'look_up', 'keep_hash', 'read_sha256', 'sha256', 'inventory', 'manifest_files', 'added_files',
            'check_published', 'held_secrets', 'scrub', 'mask', 'folded', 'check_name', 'reserved', 'check_output',
            'plain', 'fault_in', 'as_json', 'from_json', 'spelled', 'read_lines', 'following']
 
@@ -308,6 +308,7 @@ def from_json(text: str | bytes):
 
 # %% ../../nbs/lab/01_files.ipynb #0e25a58a
 INFINITE = {'inf': '.inf', '-inf': '-.inf'}  # Python's word for a number -> YAML's
+WORDS = INFINITE | {'nan': '.nan'}
 UNKNOWN = {'inf': None, '-inf': None, 'nan': None}  # for a result: it was not measured
 
 

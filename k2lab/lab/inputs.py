@@ -39,15 +39,15 @@ def run_half_sha256(notebook: Path) -> str | None:
     "One hash of the code cells that are executed, outputs and ids aside; None if the notebook cannot be read."
     try:
         cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
-    except (OSError, ValueError, KeyError):
+        tags = [set(c['metadata'].get('tags', [])) for c in cells]
+        at = next((i for i, t in enumerate(tags) if 'parameters' in t), len(cells))
+        half = [
+            [''.join(c['source']), sorted(t)]
+            for c, t in list(zip(cells, tags))[at:]
+            if c['cell_type'] == 'code' and 'injected-parameters' not in t
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    tags = [set(c['metadata'].get('tags', [])) for c in cells]
-    at = next((i for i, t in enumerate(tags) if 'parameters' in t), len(cells))
-    half = [
-        [''.join(c['source']), sorted(t)]
-        for c, t in list(zip(cells, tags))[at:]
-        if c['cell_type'] == 'code' and 'injected-parameters' not in t
-    ]
     return hashlib.sha256(as_json(half).encode()).hexdigest() if half else None
 
 # %% ../../nbs/lab/05_inputs.ipynb #2cd232f9

@@ -40,6 +40,7 @@ from k2lab.lab.config import (
     stage_names,
     stage_notebooks,
 )
+from .display import Live, Recording, recording
 from k2lab.lab.files import (
     UNKNOWN,
     as_json,
@@ -95,7 +96,7 @@ from k2lab.lab.records import (
     started_at,
     write_record,
 )
-from .show import Evidence
+from .show import Evidence, publish_notebook
 
 # %% ../../nbs/lab/10_job.ipynb #f61ff728
 def check_sides(job, name: str, sides: list):
@@ -177,6 +178,8 @@ class Job(Evidence):
         self.began = time.monotonic()
         self.held: IO | None = None  # the lock of the run folder
         self.at_start: dict = {}  # hashes of the package's files when the run started
+        self.cells: Recording | None = None  # of a run by hand in Jupyter
+        self.progress: Live | None = None
         self.finished = bool(record.get('seals'))  # nothing can be added any more
         self.good: dict = {}  # the last line with a loss that was logged
 
@@ -188,13 +191,17 @@ class Job(Evidence):
             state = 'closed'
         return f'{self.campaign}/{self.folder.name} ({self.scale}, {state})'
 
-    def write(self, seal: str = ''):
-        "Publish the record as it stands, under a seal if `seal` says why; `LabError` if it has one already."
+    def refuse_closed(self):
+        "`LabError` if the run is closed: what comes now would be missing in its seal, or break it."
         if self.finished:
             raise LabError(
                 f'{self.folder.name}: closed ({standing(self.record)}), so nothing can be added; '
                 'run the cell with start(...) again for a new run'
             )
+
+    def write(self, seal: str = ''):
+        "Publish the record as it stands, under a seal if `seal` says why; `LabError` if the run is closed."
+        self.refuse_closed()
         if self.first:
             write_record(self.folder, self.record, seal)
 
@@ -229,7 +236,8 @@ class Job(Evidence):
         return published(self, name, suffix)
 
     def add_line(self, file: str, row: dict):
-        "Append one JSON line to a file of the run folder."
+        "Append one JSON line to a file of the run folder; `LabError` if the run is closed."
+        self.refuse_closed()
         if not self.first:
             return
         with disk_errors(file), open(self.folder / file, 'a', encoding='utf-8') as f:
@@ -266,6 +274,7 @@ class Job(Evidence):
         """Record a result: before, after, its interval, item count and `more` (baseline, control, unit, note ...).
 
         A value that is no number is recorded as unknown, with a check that fails."""
+        self.refuse_closed()
         row = {
             'stage': self.stage,
             'measure': measure,
@@ -284,6 +293,7 @@ class Job(Evidence):
 
     def check(self, name: str, ok: bool, detail: str = ''):
         "Record whether a claim holds; a run with a failed check cannot complete. What a gate asks is no check."
+        self.refuse_closed()
         self.record['checks'].append({'name': name, 'ok': bool(ok), 'detail': str(detail)})
         self.write()
 
@@ -298,6 +308,7 @@ class Job(Evidence):
 
     def finish(self):
         "Close the record and, without a runner, set the status; `LabError` if a check or a manifest fails."
+        self.refuse_closed()
         verify_inputs(self)
         self.record |= {
             'closed': datetime.now(timezone.utc).isoformat(timespec='seconds'),
@@ -316,16 +327,26 @@ class Job(Evidence):
 
     def end(self, status: str, reason: str):
         "Close a run by hand with this status, and give up its folder."
+        self.refuse_closed()
         wall = round(time.monotonic() - self.began, 3)
         self.record = {'wall_s': wall} | self.record | {'status': status, 'reason': reason}
+        if self.cells:
+            self.record['notebook'] = self.cells.close(self.leave_notebook)
         try:
             self.write('closed')
             if status == 'complete':
                 drop_resume_files(self.folder)
         finally:
             self.finished = True
+            if self.progress:
+                self.progress.end(status)
             if self.held:
                 self.held.close()
+
+    def leave_notebook(self, cells: dict):
+        "Put the executed notebook of a run by hand and its page into the folder, as the runner does."
+        write_text(self.folder / '.notebook.ipynb', as_json(cells))
+        publish_notebook(self.folder)
 
 # %% ../../nbs/lab/10_job.ipynb #6334000a
 def stage_module(stage: str):
@@ -475,7 +496,8 @@ def enter_inputs(job: Job):
     if told['python'] == sys.executable:  # other packages of another Python are no change
         before['package'] = told['inputs']['package']
     job.record['inputs_changed'] = changes_between(before, now, 'before start')
-    job.record['python'], job.at_start = sys.executable, code_now(package_files())
+    job.record['python'] = sys.executable
+    job.at_start = code_now({*package_files(), *now['code']})
     if attempts := job.record.get('attempts'):
         attempts[-1]['differs'] = since(attempts[-1].pop('inputs'), now)
     job.record['git'], diff = code_state()
@@ -504,7 +526,6 @@ def since(before: dict, now: dict) -> list[str]:
 def verify_inputs(job: Job):
     "Enter in the record of a job that finishes what of its inputs is no longer what it was at the start."
     inputs = job.record['inputs']
-    before = inputs | {'code': job.at_start | inputs['code']}
     again = {
         'code': code_here(),
         'package': installed(),
@@ -518,13 +539,15 @@ def verify_inputs(job: Job):
         'config': dotted(read_yaml(job.folder / 'stage.yaml')),
         'env': dotted(read_yaml(job.folder / 'env.yaml')),
     }
-    found = changes_between(before, again, 'while it ran') + changes_between(
-        before, files, 'while it ran'
-    )
+    imported = dict(sorted((again['code'] | inputs['code']).items()))
+    seen = inputs | {'code': job.at_start | inputs['code']}
+    on_disk = inputs | {'code': imported | job.at_start}
+    found = changes_between(seen, again, 'while it ran')
+    found += changes_between(on_disk, files, 'while it ran')
     once = {(c['kind'], c['name']): c for c in reversed(found)}
     job.record['inputs_changed'] += sorted(once.values(), key=lambda c: KINDS.index(c['kind']))
     inputs['data'] = again['data'] | {k: v for k, v in inputs['data'].items() if v is not None}
-    inputs['code'] = dict(sorted((again['code'] | inputs['code']).items()))
+    inputs['code'] = imported
 
 
 def data_again(parent: dict) -> str | None:
@@ -581,5 +604,6 @@ def start(
     enter_inputs(job)
     job.write()
     if not job.record['by_runner']:
+        job.cells = recording()
         supersede(job)
     return job

@@ -126,10 +126,12 @@ def why(error: BaseException) -> str:
 def launch(work, job: Job):
     "Run `work(job)` here, or in `cfg.processes` processes of `accelerate launch` with their output in log.txt."
     began = time.monotonic()
-    job.write()
+    job.refuse_closed()
     with (
         settled(job),
-        live_progress(job.folder / 'metrics.jsonl', job.stage, watched=not job.record['by_runner']),
+        live_progress(
+            job.folder / 'metrics.jsonl', job.stage, watched=not job.record['by_runner']
+        ) as job.progress,
     ):
         if dataclasses.asdict(job.cfg).get('processes', 1) <= 1:
             work(job)

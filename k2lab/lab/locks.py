@@ -284,13 +284,13 @@ def lower(folder: Path, lines: list[int], number: int) -> int:
     prctl(CHILD_SUBREAPER, 1)
     if number == 1:
         return start_command(folder)
-    end, held = os.pipe()
+    end, kept = os.pipe()
     child = os.fork()
     if child:
         os.close(end)
         return child
     os.setsid()
-    os.close(held)
+    os.close(kept)
     supervise(folder, [*lines, end], number - 1)
 
 
@@ -395,7 +395,8 @@ def sweep():
         with contextlib.suppress(OSError, ValueError, LabError):
             who, state = json.loads((folder / '.owner').read_bytes()), folder.lstat()
             ours = state.st_uid == os.getuid() and stat.S_ISDIR(state.st_mode)
-            if ours and who['host'] == owner()['host'] and (file := lock(folder)):
+            ours = ours and who['host'] == owner()['host'] and held(folder) is False
+            if ours and (file := lock(folder)):
                 with file:
                     clear(folder)
 
@@ -439,9 +440,9 @@ class Guard:
 def guarded():
     "A `Guard`; when the block or this process ends, all that its command started is killed."
     sweep()
-    folder, held = new_folder()
+    folder, file = new_folder()
     ours, theirs = socket.socketpair()
-    with held, ours:
+    with file, ours:
         try:
             with theirs:
                 yield Guard(folder, theirs)

@@ -24,7 +24,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from .config import LabError, did_you_mean, lab_path, root
-from .files import as_json, check_name, check_published, mask, write_text
+from .files import as_json, check_name, check_published, from_json, mask, write_text
 from .locks import held, lock, owning, would_see
 
 # %% ../../nbs/lab/07_records.ipynb #d56454aa
@@ -140,7 +140,7 @@ def whole(record) -> dict:
 def read_record(folder: str | Path) -> dict:
     "The content of run.json, with `edited` if its seal does not hold; `LabError` if it is missing or damaged."
     try:
-        record = whole(json.loads((Path(folder) / 'run.json').read_text(encoding='utf-8')))
+        record = whole(from_json((Path(folder) / 'run.json').read_text(encoding='utf-8')))
         return record | ({'edited': True} if edited(record) else {})
     except FileNotFoundError:
         raise LabError(f'{folder}: no run there (it has no run.json)') from None
@@ -165,7 +165,7 @@ def state_now(folder: Path, record: dict) -> dict:
     why = (
         'its lock cannot be read from here'
         if taken is None
-        else ('the file system does not show locks of other machines')
+        else 'the file system does not show locks of other machines'
     )
     return {'status': 'unknown', 'reason': f"{why}; ask on {who.get('host', 'its machine')}"}
 
@@ -173,7 +173,8 @@ def state_now(folder: Path, record: dict) -> dict:
 def read_run(folder: str | Path) -> dict:
     "A run's record with its `folder`; an open one is `interrupted` if its owner died, or `unknown` if nobody can say."
     record = read_record(folder)
-    return record | state_now(Path(folder), record) | {'folder': str(folder)}
+    now = {} if record.get('edited') else state_now(Path(folder), record)
+    return record | now | {'folder': str(folder)}
 
 # %% ../../nbs/lab/07_records.ipynb #084eaaa9
 @contextlib.contextmanager
@@ -352,14 +353,14 @@ def gate_failures(record: dict) -> str:
 
 # %% ../../nbs/lab/07_records.ipynb #51b3497c
 def savers(home: Path, name: str, scale: str) -> Iterator[dict]:
-    "The complete runs in the campaign folder `home` that saved `name` at this scale and still hold it, newest first."
+    "The complete (and the edited) runs of the campaign folder `home` that saved `name` at this scale, newest first."
     records = [read_or_mark(p.parent) for p in home.glob('*/run.json')]
     for record in sorted(records, key=run_order, reverse=True):
         folder = Path(record['folder'])
         if record['status'] == 'unreadable':
             raise LabError(record['reason'])
         if (
-            record['status'] == 'complete'
+            (record['status'] == 'complete' or record.get('edited'))
             and record['scale'] == scale
             and name in record['saves']
             and not check_published(folder, name)

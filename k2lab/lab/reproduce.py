@@ -176,7 +176,7 @@ def resume(name: str | Path, on_progress=None) -> Path:
 # %% ../../nbs/lab/13_reproduce.ipynb #d1323f6b
 def prepare_again(folder: Path) -> Job:
     "A new run with the configuration and parents of the run in `folder`; the parents may have changed since."
-    old = refuse_edited(read_run(folder), folder)
+    old = read_run(folder)
     new = new_folder(old['stage'], check_campaign(f"{old['campaign']}-again"))
     for name in ('stage.yaml', 'env.yaml'):
         shutil.copy(folder / name, new / name)
@@ -228,10 +228,12 @@ class Repetition:
 def reproduce(name: str | Path, on_progress=None) -> Repetition:
     "Repeat a complete run, and once more if its results come out otherwise and no input says why."
     folder, on_progress = find_run(name), on_progress or (lambda row: None)
-    old = read_run(folder)
+    old = refuse_edited(read_run(folder), folder)
     if old['status'] != 'complete':
+        way = 'resume' if old['status'] in ('failed', 'interrupted') else 'watch'
         raise LabError(
-            f'{folder.name}: only a complete run can be reproduced; `k2lab resume {folder.name}` completes it'
+            f'{folder.name}: {old["status"]}; only a complete run can be reproduced; '
+            f'`k2lab {way} {folder.name}` {"completes" if way == "resume" else "follows"} it'
         )
     new = repeat(folder, on_progress)
     found = Repetition(new, result_differences(old, new), input_differences(old, new))

@@ -212,7 +212,7 @@ def with_gradient(model, parts: dict) -> dict:
     for part, m in adapters(model):
         grad = m.lora_B[m.active_adapters[0]].weight.grad
         if grad is not None:
-            got.setdefault(part, []).append(bool(grad.abs().max() > 0))
+            got.setdefault(part, []).append(bool((grad != 0).any()))
     return {
         part: dict(c, gradient=sum(got.get(part, []))) if got and c['adapted'] else c
         for part, c in parts.items()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..lab.config import LabError, lab_path, one_of
+from ..lab.files import as_json
 from .mla import from_latents
 from k2lab.models.quantized import (
     MODEL_FILES,
@@ -366,7 +367,7 @@ CERTIFICATE = 'certificate.json'
 
 def write_certificate(folder, report: dict):
     "Keep the certificate of a published checkpoint in its folder."
-    (Path(folder) / CERTIFICATE).write_text(json.dumps(report, indent=1) + '\n')
+    (Path(folder) / CERTIFICATE).write_text(as_json(report, indent=1) + '\n')
 
 
 def _certificate(folder) -> dict:

@@ -163,15 +163,20 @@ def training_chart(points: list[dict]) -> Html:
     def draw(axes):
         for ax, key in zip(axes, panels):
             ax.plot(*series(points, key), color=BLUE, lw=1.2)
+            for step in ruined:
+                ax.axvline(step, color=RED, lw=0.9, ls=':')
             ax.set_ylabel(PANELS[key], rotation=0, ha='left', va='bottom', y=1.0, labelpad=0)
             ax.yaxis.set_label_coords(0.0, 1.03)
             ax.grid(axis='y', alpha=0.6, lw=0.6)
             ax.locator_params(axis='y', nbins=4)
         axes[-1].set_xlabel('step')
 
+    ruined = [p['step'] for p in points if p.get('loss', 0) is None]  # logged as NaN
     losses = series(points, 'loss')[1]
     size = (3.3, 1.5 + 0.75 * (len(panels) - 1))
-    return drawing(f'loss from {losses[0]:.3g} to {losses[-1]:.3g}', draw, size, len(panels))
+    text = f'loss from {losses[0]:.3g} to {losses[-1]:.3g}' if losses else 'no loss is a number'
+    text += f', no number at {len(ruined)} steps' if ruined else ''
+    return drawing(text, draw, size, len(panels))
 
 # %% ../../nbs/reports/02_charts.ipynb #e6b11f00
 def lineage_chart(names: list[str], arcs: list[tuple], hollow=()) -> Html:

@@ -18,6 +18,7 @@ __all__ = ['BACKENDS', 'Generation', 'Asking', 'task_manager', 'own_and_known_ta
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,8 +27,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
-from ..lab.config import LabError, did_you_mean, one_of
-from ..lab.files import as_json, read_lines, scrub, write_text
+from ..lab.config import LabError, did_you_mean, one_of, yaml_value
+from ..lab.files import WORDS, as_json, read_lines, scrub, spelled, write_text
 
 # %% ../../nbs/serving/02_harness.ipynb #4ff3ef4c
 BACKENDS = ('checkpoint', 'endpoint', 'vllm')
@@ -540,10 +541,14 @@ def result_place(home: Path, task: str, kind: str) -> Path:
 def keep(home: Path, result: Result, samples: list):
     "Write a task's samples, then its scores."
     home.mkdir(parents=True, exist_ok=True)
-    lines = ''.join(json.dumps(s, ensure_ascii=False, default=str) + '\n' for s in samples)
+    lines = ''.join(
+        json.dumps(spelled(s, WORDS), ensure_ascii=False, allow_nan=False, default=str) + '\n'
+        for s in samples
+    )
     write_text(result_place(home, result.task, 'jsonl'), scrub(lines))
     write_text(
-        result_place(home, result.task, 'json'), as_json(dataclasses.asdict(result), indent=1)
+        result_place(home, result.task, 'json'),
+        as_json(spelled(dataclasses.asdict(result), WORDS), indent=1),
     )
 
 
@@ -554,6 +559,7 @@ def kept(home: Path | None, task: str, key: str) -> Result | None:
         return None
     read = json.loads(place.read_text(encoding='utf-8'))
     lists = {name: tuple(read[name]) for name in ('notes', 'graded')}
+    read['metrics'] = {name: yaml_value(value) for name, value in read['metrics'].items()}
     return Result(**read | lists) if read['key'] == key else None
 
 
@@ -715,7 +721,7 @@ def harness_interval(result: Result, key: str) -> dict[str, float]:
     "`{se, low, high}` of a metric, the 95 % interval from its standard error; empty without one."
     metric, _, reader = key.partition(',')
     error = result.metrics.get(f'{metric}_stderr,{reader}')
-    if not isinstance(error, float):
+    if not isinstance(error, float) or not math.isfinite(error):
         return {}
     low, high = (result.metrics[key] + side * 1.96 * error for side in (-1, 1))
     if key in result.graded:  # a share

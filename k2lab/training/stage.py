@@ -135,10 +135,21 @@ class Training:
         if self.answer_tokens < 1:
             raise LabError(f'answer_tokens {self.answer_tokens}: an answer takes at least 1 token')
         check_gate(self.gate, self.taken())
+        self.check_names()
         check_trainable(load, self.optimizer, processes=self.processes)
         check_options(self.trainer, self.method)
         check_together(self.trainer, self.method, load, self.optimizer)
         check_steps(load, self.processes, self.accelerate)
+
+    def check_names(self):
+        "`LabError` if the checkpoint takes the name of data or of a teacher that the stage reads."
+        fields = ('data', 'replay', 'heldout', 'teacher')
+        read = [*(getattr(self, f, '') for f in fields), *getattr(self, 'mix', {})]
+        if self.saves and self.saves in read:
+            raise LabError(
+                f"saves '{self.saves}': this stage reads that name, and others would read the "
+                'checkpoint in its place; take another name'
+            )
 
     def taken(self) -> list[str]:
         "The names of all scores that the stage takes, before and after."
