@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BY_HAND', 'check_sides', 'settle', 'published', 'check_line', 'Job', 'stage_module', 'config_of', 'check_saves',
            'folder_named', 'claimed', 'new_record', 'submission', 'prepare', 'open_job', 'settings_of', 'started_after',
-           'own_inputs', 'enter_inputs', 'keep_diff', 'since', 'verify_inputs', 'data_again', 'claim', 'supersede',
-           'start']
+           'own_inputs', 'enter_inputs', 'keep_diff', 'since', 'verify_inputs', 'half_again', 'data_again', 'claim',
+           'supersede', 'start']
 
 # %% ../../nbs/lab/10_job.ipynb #1e7d3efa
 import contextlib
@@ -64,6 +64,7 @@ from k2lab.lab.inputs import (
     compare,
     difference_text,
     dotted,
+    executed_cells,
     inputs_here,
     inputs_now,
     package_files,
@@ -545,7 +546,7 @@ def verify_inputs(job: Job):
         **settings_of(job),
     }
     files = {
-        'notebook': {'run half': run_half_sha256(stage_notebooks()[job.stage])},
+        'notebook': {'run half': half_again(job)},
         'code': code_now(again['code']),
         'config': dotted(read_yaml(job.folder / 'stage.yaml')),
         'env': dotted(read_yaml(job.folder / 'env.yaml')),
@@ -559,6 +560,18 @@ def verify_inputs(job: Job):
     job.record['inputs_changed'] += sorted(once.values(), key=lambda c: KINDS.index(c['kind']))
     inputs['data'] = again['data'] | {k: v for k, v in inputs['data'].items() if v is not None}
     inputs['code'] = imported
+
+
+def half_again(job: Job) -> str | None:
+    "The hash of a notebook's run half at the end; of the cells that ran, where Jupyter ran others than its file holds."
+    path = stage_notebooks()[job.stage]
+    if job.cells:
+        ran = [c['source'].strip() for c in job.cells.recorder.cells[job.cells.begun :]]
+        kept = [text.strip() for text, _ in executed_cells(path) or []]
+        at = kept.index(ran[0]) if ran[0] in kept else len(kept)
+        if ran != kept[at : at + len(ran)]:
+            return hashlib.sha256(as_json(ran).encode()).hexdigest()
+    return run_half_sha256(path)
 
 
 def data_again(parent: dict) -> str | None:
