@@ -7,8 +7,8 @@ __all__ = ['RUN_NAME', 'OLD_LINES', 'OPEN', 'WHY', 'READ', 'SHAPES', 'GONE', 'ne
            'edited', 'write_record', 'refuse_unknown', 'refuse_edited', 'whole', 'read_record', 'state_now', 'read_run',
            'amending', 'amend', 'iso_time', 'started_at', 'run_order', 'start_time', 'siblings', 'campaign_of',
            'unreadable_record', 'changed_at', 'read_or_mark', 'visible_folders', 'run_folders', 'runs', 'find_run',
-           'promoted', 'standing', 'gate_line_text', 'gate_failures', 'savers', 'saved_by', 'passed_over',
-           'parent_folder', 'check_promotable', 'promote', 'lacks', 'drop_resume_files']
+           'promoted', 'standing', 'gate_line_text', 'gate_failures', 'savers', 'saved_by', 'passed_over', 'relocated',
+           'check_promotable', 'promote', 'lacks', 'drop_resume_files']
 
 # %% ../../nbs/lab/07_records.ipynb #48a0e45c
 import contextlib
@@ -234,7 +234,7 @@ def start_time(others: Iterable[dict], now: datetime | None = None) -> dict:
     run, then = Path(newest['folder']).name, started_at(newest)
     return {
         'started': iso_time(then + timedelta(microseconds=1)),
-        'clock': f'it said {iso_time(now)}; {run}, which came before, started {iso_time(then)}',
+        'clock': f'counted as started after {run} ({iso_time(then)}), though it said {iso_time(now)}',
     }
 
 
@@ -382,16 +382,18 @@ def passed_over(home: Path, name: str, scale: str) -> list[dict]:
     return list(takewhile(lambda r: not promoted(r), savers(home, name, scale)))
 
 # %% ../../nbs/lab/07_records.ipynb #4c329754
-def parent_folder(parent: dict, home: Path) -> Path:
-    "The folder of the run that a parent of a run in the campaign folder `home` stands for, also after it was renamed."
+def relocated(parent: dict, home: Path) -> dict:
+    "A parent of a run in the campaign folder `home`, with the names that its run and campaign have now."
+    if not parent['run']:
+        return parent
     name = parent['name'].partition('@')[0]
     recorded = lab_path('runs') / parent['campaign'] / parent['run']
     there = lambda f: read_or_mark(f)['saves'] if (f / 'run.json').exists() else {}
     others = sorted(p.parent for p in home.glob('*/run.json'))
     for folder in (recorded, home / parent['run'], *others):
         if there(folder).get(name, {}).get('sha256') == parent['sha256']:
-            return folder
-    return recorded
+            return parent | {'campaign': folder.parent.name, 'run': folder.name}
+    return parent
 
 # %% ../../nbs/lab/07_records.ipynb #2b4b73eb
 def check_promotable(name: str, record: dict):
