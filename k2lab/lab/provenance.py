@@ -183,9 +183,14 @@ def stages_folder() -> Path:
 
 def masked_patch(patch: bytes) -> tuple[bytes, int]:
     "`(a patch with the secrets in its lines masked, the number of such lines)`; binary files stay as they are."
-    lines, masked, binary = patch.split(b'\n'), 0, False
+    lines, masked, binary, key = patch.split(b'\n'), 0, False, False
     for i, line in enumerate(lines):
-        if line.startswith((b'diff --git ', b'GIT binary patch')):
+        inside, key = key, (key or b'-----BEGIN ' in line and b'PRIVATE KEY' in line)
+        body = re.fullmatch(rb'[+ -][\w+/=:, -]*\r?', line)  # of a key block, which has many lines
+        key = key and bool(body) and b'-----END ' not in line
+        if inside and body:
+            lines[i], masked = line[:1] + b'***', masked + 1
+        elif line.startswith((b'diff --git ', b'GIT binary patch')):
             binary = line.startswith(b'GIT')
         elif not binary and (clean := scrub(os.fsdecode(line))) != os.fsdecode(line):
             lines[i], masked = os.fsencode(clean), masked + 1

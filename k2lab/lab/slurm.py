@@ -74,7 +74,10 @@ def submit_stage(
     changes: dict | None = None,
 ) -> tuple[Path, str]:
     "Prepare a run of a stage and submit it: its folder and the Slurm job's id; a refusal leaves no folder."
+    from k2lab.lab.runner import checked_notebook
+
     config = resolve(stage_module(stage).Config, stage, scale or setting('lab', 'scale'), changes)
+    checked_notebook(stage)
     check_spread(dataclasses.asdict(config).get('processes', 1), cluster().nodes)
     folder = prepare(stage, scale, campaign, changes).folder
     try:
