@@ -84,7 +84,7 @@ def test_there_are_blocks_at_every_depth():
     assert {len(path) for *_, path, _ in ALL} == {1, 2}
 
 
-NAMES = ('mix', 'checkpoints', 'measures', 'eval_sets', 'gym', 'family_weights')
+NAMES = ('mix', 'checkpoints', 'measures', 'eval_sets', 'gym', 'family_weights', 'question_weights')
 
 
 def test_every_dotted_change_changes_one_key():

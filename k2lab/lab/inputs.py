@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import sysconfig
+from collections.abc import Iterable
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -125,10 +126,10 @@ def code_here() -> dict[str, str | None]:
     return dict(sorted(found.items()))
 
 # %% ../../nbs/lab/05_inputs.ipynb #ee890d58
-def code_now(names) -> dict[str, str | None]:
+def code_now(names: Iterable[str], path: list[str] | None = None) -> dict[str, str | None]:
     "`{source file: hash}` of what the files behind names of `code_here` hold now; None for one that is gone."
     home = stages_folder()
-    places = [home, home.parent, *(Path(place or '.') for place in dict.fromkeys(sys.path))]
+    places = [home, home.parent, *(Path(place or '.') for place in dict.fromkeys(path or sys.path))]
     files = {n: next((p / n for p in places if (p / n).is_file()), None) for n in names}
     return {name: file and file_hash(file) for name, file in files.items()}
 

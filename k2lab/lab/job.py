@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BY_HAND', 'check_sides', 'settle', 'published', 'check_line', 'Job', 'stage_module', 'config_of', 'check_saves',
-           'folder_named', 'claimed', 'new_record', 'submission', 'prepare', 'open_job', 'settings_of', 'own_inputs',
-           'enter_inputs', 'keep_diff', 'since', 'verify_inputs', 'data_again', 'claim', 'supersede', 'start']
+           'folder_named', 'claimed', 'new_record', 'submission', 'prepare', 'open_job', 'settings_of', 'started_after',
+           'own_inputs', 'enter_inputs', 'keep_diff', 'since', 'verify_inputs', 'data_again', 'claim', 'supersede',
+           'start']
 
 # %% ../../nbs/lab/10_job.ipynb #1e7d3efa
 import contextlib
@@ -69,7 +70,15 @@ from k2lab.lab.inputs import (
     run_half_sha256,
 )
 from .locks import holder, lock
-from .names import commands, content_now, data_value, parent_of, passed_over_here, place_of
+from k2lab.lab.names import (
+    commands,
+    content_now,
+    data_value,
+    named_files,
+    parent_of,
+    passed_over_here,
+    place_of,
+)
 from .provenance import code_state, installed, owner, peak_gib
 from k2lab.lab.records import (
     OLD_LINES,
@@ -80,9 +89,11 @@ from k2lab.lab.records import (
     new_folder,
     read_run,
     refuse_edited,
+    relocated,
     siblings,
     standing,
     start_time,
+    started_at,
     write_record,
 )
 from .show import Evidence, publish_notebook
@@ -162,12 +173,12 @@ class Job(Evidence):
             folder, record, os.environ.get('RANK', '0') == '0'
         )  # of several processes only the first one writes
         self.cfg, self.env = cfg, env
-        self.stage, self.scale, self.campaign, self.seed = (
-            record[k] for k in ('stage', 'scale', 'campaign', 'seed')
-        )
+        self.stage, self.scale, self.seed = (record[k] for k in ('stage', 'scale', 'seed'))
+        self.campaign = self.folder.parent.name  # also of a campaign that was renamed
         self.began = time.monotonic()
         self.held: IO | None = None  # the lock of the run folder
         self.at_start: dict = {}  # hashes of the package's files when the run started
+        self.reads: dict = {}  # what the stage reads without `find`: name and how to hash it
         self.cells: Recording | None = None  # of a run by hand in Jupyter
         self.progress: Live | None = None
         self.finished = bool(record.get('seals'))  # nothing can be added any more
@@ -201,16 +212,22 @@ class Job(Evidence):
 
     def find(self, name: str):
         "The path of a checkpoint or corpus (a hub id or `smoke:` model as text), recorded as a parent of this run."
-        parent = next(
-            (p for p in self.record.get('pins', []) if p['name'] == name), None
-        ) or parent_of(self, name)
+        pinned = next((p for p in self.record.get('pins', []) if p['name'] == name), None)
+        parent = relocated(pinned, self.folder.parent) if pinned else parent_of(self, name)
         place = place_of(parent, deep=self.first)
         if parent not in self.record['parents']:
             self.record['parents'].append(parent)
+            self.record |= started_after(self, parent)
             self.record['inputs']['data'][name] = data_value(parent)
             self.write()
             self.tell_passed_over(parent)
         return place
+
+    def saw(self, name: str, content):
+        "Enter what a stage reads without `find` among its data: `content()` is its hash, asked again at the end."
+        self.reads[name] = content
+        self.record['inputs']['data'][name] = content()
+        self.write()
 
     def tell_passed_over(self, parent: dict):
         "Enter as a check which newer runs of a parent's name were not promoted, and why."
@@ -463,12 +480,21 @@ def settings_of(job: Job) -> dict[str, dict]:
     return {'config': dotted(config_of(job.cfg)), 'env': dotted(env)}
 
 
+def started_after(job: Job, parent: dict) -> dict:
+    "`started` of a job that reads a parent: no run is older than one that it read."
+    if not parent['run']:
+        return {}
+    read = read_run(lab_path('runs') / parent['campaign'] / parent['run'])
+    return start_time([read], started_at(job.record | {'folder': str(job.folder)}))
+
+
 def own_inputs(job: Job) -> dict[str, dict]:
-    "The inputs of a job in this process now, kinds in the order of suspicion, without its data."
+    "The inputs of a job in this process now, kinds in the order of suspicion; of its data only the files it names."
     executed = (
         job.folder / '.notebook.ipynb'
     )  # the runner's copy; by hand it is the stage's own notebook
     found = inputs_here(job.stage, executed if job.record['by_runner'] else None)
+    found['data'] = named_files(config_of(job.cfg))
     return {kind: {} for kind in KINDS} | found | settings_of(job)
 
 
@@ -513,7 +539,9 @@ def verify_inputs(job: Job):
     again = {
         'code': code_here(),
         'package': installed(),
-        'data': {p['name']: data_again(p) for p in job.record['parents']},
+        'data': named_files(config_of(job.cfg))
+        | {p['name']: data_again(p) for p in job.record['parents']}
+        | {name: content() for name, content in job.reads.items()},
         **settings_of(job),
     }
     files = {
