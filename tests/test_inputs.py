@@ -1,6 +1,7 @@
 """What a run read is what its record says: changes of inputs are named or refused, and code.diff brings code back."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -228,6 +229,22 @@ def test_a_change_while_it_runs_is_named(toy, what):
     assert name in named(input_differences(record, record))  # two such runs are never the same
 
 
+def test_files_that_a_stage_opens_itself_are_inputs(toy):
+    from k2lab.prepare_corpus import Config, content_of, enter_files
+
+    toy.write('own.jsonl', '{"text": "a"}')
+    (toy.root / 'texts').mkdir()
+    toy.write('texts/a.txt', 'a')
+    job = start('train_toy', 'smoke', campaign='c')
+    job.cfg, told = Config(sources=[{'files': 'texts/*.txt'}], own_rows=['own.jsonl']), job.cfg
+    enter_files(job)
+    job.cfg = told
+    assert job.record['inputs']['data'] == {n: content_of(n) for n in ('texts/*.txt', 'own.jsonl')}
+    toy.write('texts/b.txt', 'b')
+    job.finish()
+    assert [c['name'] for c in job.record['inputs_changed']] == ['texts/*.txt']
+
+
 @pytest.mark.parametrize('what', BEFORE)
 def test_a_change_before_the_start_is_named_and_what_ran_is_recorded(toy, what):
     change, name = BEFORE[what]
@@ -328,6 +345,32 @@ def test_a_parent_that_changed_is_refused(toy, damage, why):
     damage(Path(parent['folder']) / 'model/weights')
     with pytest.raises(LabError, match=why):
         job.find(name)
+
+
+@pytest.mark.parametrize('file', ['config.json', 'model.safetensors'])
+def test_a_damaged_file_of_the_hub_is_refused(toy, monkeypatch, file):
+    repo = toy.root / 'hub/models--org--name'
+    folder = repo / 'snapshots' / (40 * 'a')
+    folder.mkdir(parents=True)
+    (repo / 'blobs').mkdir()
+    (repo / 'refs').mkdir()
+    (repo / 'refs/main').write_text(40 * 'a')
+    small, large = b'{}', b'weights'
+    names = {
+        'config.json': hashlib.sha1(b'blob 2\0' + small).hexdigest(),
+        'model.safetensors': hashlib.sha256(large).hexdigest(),
+    }
+    for content, (name, blob) in zip((small, large), names.items()):
+        (repo / 'blobs' / blob).write_bytes(content)
+        (folder / name).symlink_to(repo / 'blobs' / blob)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(toy.root / 'hub'))
+    job = start('train_toy', 'smoke', campaign='c')
+    assert (
+        job.find('org/name') == f"org/name@{40 * 'a'}" == job.record['inputs']['data']['org/name']
+    )
+    flip(repo / 'blobs' / names[file])
+    with pytest.raises(LabError, match=f'{file} was changed after it was fetched'):
+        job.find('org/name')
 
 
 def test_the_hash_of_a_large_file_is_kept_until_the_file_changes(toy, monkeypatch):

@@ -118,6 +118,9 @@ def refused(*words: str) -> str:
         ('train_toy --stesp 3', "did you mean '--steps'"),
         ('pipeline --form train_toy', "did you mean '--from'"),
         ('rnus', "did you mean 'runs'"),
+        ('--verison', "did you mean '--version'"),
+        ('--version x', "does not take 'x'"),
+        ('--help rnus', "did you mean 'runs'"),
     ],
 )
 def test_a_word_that_a_command_does_not_take_is_refused(words, says, three):
@@ -133,6 +136,7 @@ def test_each_command_has_a_help_of_its_own(lab, capsys):
         assert all(f'--{o.name}' in text for o in command.options) and command.example in text
     assert 'exit codes: 0 done, 1 ' in said(capsys, '--help')
     assert '--campaign NAME' in said(capsys, 'train_toy', '--help')
+    assert said(capsys, 'help', 'runs') == said(capsys, 'runs', '--help')
 
 
 # ---- the list of runs ----------------------------------------------------------------------------
@@ -190,6 +194,8 @@ def test_runs_as_json_are_strict_and_whole(three, capsys):
     some = json.loads(
         said(capsys, 'runs', '--json', '--columns', 'run,measure.value', '--limit', '2')
     )
+    show = said(capsys, 'show', f'{DAY}.4-train_toy', '--json')
+    assert json.loads(show, parse_constant=strict)['metrics'][0]['before'] is None
     assert some[0] == {'run': f'{DAY}.4-train_toy', 'measure.value': None} or len(some) == 2
 
 

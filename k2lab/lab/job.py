@@ -168,6 +168,7 @@ class Job(Evidence):
         self.began = time.monotonic()
         self.held: IO | None = None  # the lock of the run folder
         self.at_start: dict = {}  # hashes of the package's files when the run started
+        self.reads: dict = {}  # what the stage reads without `find`: name and how to hash it
         self.cells: Recording | None = None  # of a run by hand in Jupyter
         self.progress: Live | None = None
         self.finished = bool(record.get('seals'))  # nothing can be added any more
@@ -211,6 +212,12 @@ class Job(Evidence):
             self.write()
             self.tell_passed_over(parent)
         return place
+
+    def saw(self, name: str, content):
+        "Enter what a stage reads without `find` among its data: `content()` is its hash, asked again at the end."
+        self.reads[name] = content
+        self.record['inputs']['data'][name] = content()
+        self.write()
 
     def tell_passed_over(self, parent: dict):
         "Enter as a check which newer runs of a parent's name were not promoted, and why."
@@ -513,7 +520,8 @@ def verify_inputs(job: Job):
     again = {
         'code': code_here(),
         'package': installed(),
-        'data': {p['name']: data_again(p) for p in job.record['parents']},
+        'data': {p['name']: data_again(p) for p in job.record['parents']}
+        | {name: content() for name, content in job.reads.items()},
         **settings_of(job),
     }
     files = {
