@@ -69,7 +69,7 @@ notebooks: $(TESTED)
 	$(BIN)/nbdev-clean
 
 test-faults: $(TESTED)
-	K2LAB_FAULTS=full $(BIN)/python -m pytest -q -s tests/test_faults.py tests/test_resume.py tests/test_distributed.py tests/test_certificate.py tests/test_templates.py
+	K2LAB_FAULTS=full $(BIN)/python -m pytest -q -s tests/test_faults.py tests/test_guard.py tests/test_resume.py tests/test_distributed.py tests/test_certificate.py tests/test_templates.py
 
 lab: $(READY)
 	$(BIN)/nbdev-install-hooks

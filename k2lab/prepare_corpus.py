@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['ROW_FORMAT', 'EVALUATION', 'SAMPLING', 'DEVELOPMENT', 'SIDE_SEED', 'SUFFIX', 'PROMPT_KEYS', 'work',
            'check_question_weights', 'check_evaluation_sources', 'Config', 'source_name', 'source_names', 'eval_texts',
-           'check_source', 'check_files', 'check_inputs', 'with_licence', 'Questions', 'own_sides', 'make_way',
-           'set_rows', 'side_questions', 'check_balance', 'training_weights', 'training_questions', 'domain_sides',
-           'function_sides', 'check_asked', 'domain_questions', 'reasoning_questions', 'as_text', 'traces_of',
-           'refine_settings', 'refined_texts', 'Part', 'TextFile', 'parts_of', 'weights_of', 'mixed_rows', 'split_part',
-           'publish_text', 'split_parts', 'first_documents', 'recall_questions', 'Prepared', 'prepare_domain',
-           'check_questions', 'check_functions', 'publish_questions', 'row_origin', 'functions_asked', 'gather_rejects',
-           'reasoning_origin', 'prepare_reasoning', 'show_first_rows', 'trivial_scores', 'prepare_corpora']
+           'check_source', 'check_files', 'content_of', 'enter_files', 'check_inputs', 'with_licence', 'Questions',
+           'own_sides', 'make_way', 'set_rows', 'side_questions', 'check_balance', 'training_weights',
+           'training_questions', 'domain_sides', 'function_sides', 'check_asked', 'domain_questions',
+           'reasoning_questions', 'as_text', 'traces_of', 'refine_settings', 'refined_texts', 'Part', 'TextFile',
+           'parts_of', 'weights_of', 'mixed_rows', 'split_part', 'publish_text', 'split_parts', 'first_documents',
+           'recall_questions', 'Prepared', 'prepare_domain', 'check_questions', 'check_functions', 'publish_questions',
+           'row_origin', 'functions_asked', 'gather_rejects', 'reasoning_origin', 'prepare_reasoning',
+           'show_first_rows', 'trivial_scores', 'prepare_corpora']
 
 # %% ../nbs/10_prepare_corpus.ipynb #0484b1b0
 import importlib.metadata
@@ -19,6 +20,8 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from .corpus.card import LICENCE, origin_of, publish_rows, write_card_pages
@@ -39,7 +42,8 @@ from .corpus.readers import find_files, kind_of, stamp
 from .corpus.sources import distributions, documents, licence_of, package_folder
 from .corpus.units import added
 from .lab.config import LabError
-from .lab.files import as_json, write_text
+from .lab.files import as_json, sha256, write_text
+from .lab.inputs import files_sha256
 from .models.load import local_folder
 from .models.quantized import TOKENIZER_FILES
 from .tasks.puzzles import PUZZLE_FAMILIES, check_families, make_puzzles
@@ -223,6 +227,26 @@ def check_files(patterns: list):
     for path in (path for pattern in patterns for path in find_files(pattern)):
         kind_of(path)
         stamp(path)
+
+
+def content_of(pattern: str) -> str:
+    "One hash of the files behind a pattern, or of the marks of change of remote ones; empty if there are none."
+    try:
+        paths = find_files(pattern)
+        known = {p: stamp(p) if '://' in p else sha256(Path(p)) for p in paths}
+    except LabError:
+        return ''
+    return files_sha256(known)
+
+
+def enter_files(job):
+    "Enter the files that the config names among the inputs of the run."
+    cfg = job.cfg
+    specs = cfg.sources + cfg.general_sources + cfg.question_sources + cfg.evaluation_sources
+    named = [spec.get('files', []) for spec in specs + cfg.trace_sources]
+    lists = [[files] if isinstance(files, str) else files for files in named]
+    for pattern in sum(lists, [*cfg.own_rows, *cfg.eval_sets.values()]):
+        job.saw(pattern, partial(content_of, pattern))
 
 
 def check_inputs(job):
@@ -724,6 +748,7 @@ def trivial_scores(rows: list) -> dict:
 def prepare_corpora(job):
     "The stage: publishes the files of the mode and card.json, their data cards and baselines."
     check_inputs(job)
+    enter_files(job)
     made = {'domain': prepare_domain, 'reasoning': prepare_reasoning}[job.cfg.mode](job)
     scores = {name: trivial_scores(rows) for name, rows in made.asked.items()}
     cards = [

@@ -14,6 +14,7 @@ import pytest
 SLOW = [
     'faults',
     'slurm',
+    'guard',
     'distributed',
     'cli',
     'refine',

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -159,7 +160,7 @@ print('ended', flush=True)
 
 def may_group() -> bool:
     "Whether this process may make a control group."
-    if group := locks.new_group('k2lab-run-probe'):
+    if group := locks.new_group(f'k2lab-run-probe-{os.getpid()}'):
         locks.end_group(group)
     return group is not None
 
@@ -305,10 +306,12 @@ def test_a_control_group_holds_without_any_supervisor(tmp_path):
 
 
 @linux
-def test_the_next_command_ends_what_no_supervisor_could(tmp_path):
+def test_the_next_command_ends_what_no_supervisor_could(tmp_path, monkeypatch):
     if not may_group():
         pytest.skip('no control group may be made here')
-    with trial(tmp_path / 'trial', 'with') as tried:
+    apart = tempfile.TemporaryDirectory()  # where no other test's command sweeps
+    monkeypatch.setenv('TMPDIR', apart.name)
+    with apart, trial(tmp_path / 'trial', 'with') as tried:
         tried.begun()
         tried.kill(('runner', *LINKS))
         assert len(tried.survivors(0.5)) > 10  # so the test can tell

@@ -1,6 +1,7 @@
 """What a run read is what its record says: changes of inputs are named or refused, and code.diff brings code back."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,7 +17,7 @@ import yaml
 from k2lab.lab import files, provenance, reproduce as again
 from k2lab.lab.config import LabError
 from k2lab.lab.files import check_published, read_sha256, sha256
-from k2lab.lab.inputs import KINDS, WITNESS, compare, inputs_of, run_half_sha256
+from k2lab.lab.inputs import KINDS, WITNESS, compare, executed_cells, inputs_of, run_half_sha256
 from k2lab.lab.job import prepare, start
 from k2lab.lab.provenance import code_state
 from k2lab.lab.records import read_run
@@ -228,6 +230,22 @@ def test_a_change_while_it_runs_is_named(toy, what):
     assert name in named(input_differences(record, record))  # two such runs are never the same
 
 
+def test_files_that_a_stage_opens_itself_are_inputs(toy):
+    from k2lab.prepare_corpus import Config, content_of, enter_files
+
+    toy.write('own.jsonl', '{"text": "a"}')
+    (toy.root / 'texts').mkdir()
+    toy.write('texts/a.txt', 'a')
+    job = start('train_toy', 'smoke', campaign='c')
+    job.cfg, told = Config(sources=[{'files': 'texts/*.txt'}], own_rows=['own.jsonl']), job.cfg
+    enter_files(job)
+    job.cfg = told
+    assert job.record['inputs']['data'] == {n: content_of(n) for n in ('texts/*.txt', 'own.jsonl')}
+    toy.write('texts/b.txt', 'b')
+    job.finish()
+    assert [c['name'] for c in job.record['inputs_changed']] == ['texts/*.txt']
+
+
 @pytest.mark.parametrize('what', BEFORE)
 def test_a_change_before_the_start_is_named_and_what_ran_is_recorded(toy, what):
     change, name = BEFORE[what]
@@ -263,6 +281,24 @@ def test_what_is_not_executed_is_no_input(toy, edit):
 def test_a_notebook_that_cannot_be_read_is_unknown(toy, text):
     notebook_of(toy).write_text(text)
     assert run_half_sha256(notebook_of(toy)) is None
+
+
+@pytest.mark.parametrize(
+    'ran, same',
+    [
+        (lambda cells: cells[-4:], True),
+        (lambda cells: cells[-4:-1], True),  # stopped before the last one
+        (lambda cells: [*cells[-4:-1], 'job.cfg', cells[-1]], False),
+        (lambda cells: [cells[-4] + '  # not saved', *cells[-3:]], False),
+        (lambda cells: [cells[-4], cells[-2]], False),
+    ],
+)
+def test_cells_that_jupyter_ran_and_did_not_save_are_named(toy, ran, same):
+    texts = [text for text, _ in executed_cells(notebook_of(toy))]
+    cells = [{'source': text} for text in ran(texts)]
+    listening = SimpleNamespace(recorder=SimpleNamespace(cells=cells), begun=0, close=str)
+    record = run(during=lambda job: setattr(job, 'cells', listening))
+    assert [c['kind'] for c in record['inputs_changed']] == ([] if same else ['notebook'])
 
 
 def test_code_that_was_edited_after_its_import_is_the_code_that_ran(toy):
@@ -328,6 +364,32 @@ def test_a_parent_that_changed_is_refused(toy, damage, why):
     damage(Path(parent['folder']) / 'model/weights')
     with pytest.raises(LabError, match=why):
         job.find(name)
+
+
+@pytest.mark.parametrize('file', ['config.json', 'model.safetensors'])
+def test_a_damaged_file_of_the_hub_is_refused(toy, monkeypatch, file):
+    repo = toy.root / 'hub/models--org--name'
+    folder = repo / 'snapshots' / (40 * 'a')
+    folder.mkdir(parents=True)
+    (repo / 'blobs').mkdir()
+    (repo / 'refs').mkdir()
+    (repo / 'refs/main').write_text(40 * 'a')
+    small, large = b'{}', b'weights'
+    names = {
+        'config.json': hashlib.sha1(b'blob 2\0' + small).hexdigest(),
+        'model.safetensors': hashlib.sha256(large).hexdigest(),
+    }
+    for content, (name, blob) in zip((small, large), names.items()):
+        (repo / 'blobs' / blob).write_bytes(content)
+        (folder / name).symlink_to(repo / 'blobs' / blob)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(toy.root / 'hub'))
+    job = start('train_toy', 'smoke', campaign='c')
+    assert (
+        job.find('org/name') == f"org/name@{40 * 'a'}" == job.record['inputs']['data']['org/name']
+    )
+    flip(repo / 'blobs' / names[file])
+    with pytest.raises(LabError, match=f'{file} was changed after it was fetched'):
+        job.find('org/name')
 
 
 def test_the_hash_of_a_large_file_is_kept_until_the_file_changes(toy, monkeypatch):

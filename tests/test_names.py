@@ -271,8 +271,10 @@ def test_an_infinite_option_is_recorded_as_yaml_spells_it_and_one_that_is_none_i
     record = json.loads((job.folder / 'run.json').read_text(), parse_constant=pytest.fail)
     assert record['config']['stay'] == record['changes']['stay'] == '.inf'
     assert open_job(job.folder).cfg.stay == math.inf
-    with pytest.raises(LabError, match='stay is nan, which is no number'):
+    with pytest.raises(LabError, match='stay must be float'):
         prepare('train_toy', changes={'stay': '.nan'})
+    with pytest.raises(LabError, match='trainer.lr is nan, which is no number'):
+        prepare('train_toy', changes={'trainer.lr': '.nan'})
     assert len(runs()) == 1
 
 

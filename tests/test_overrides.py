@@ -84,7 +84,7 @@ def test_there_are_blocks_at_every_depth():
     assert {len(path) for *_, path, _ in ALL} == {1, 2}
 
 
-NAMES = ('mix', 'checkpoints', 'measures', 'eval_sets', 'gym', 'family_weights')
+NAMES = ('mix', 'checkpoints', 'measures', 'eval_sets', 'gym', 'family_weights', 'question_weights')
 
 
 def test_every_dotted_change_changes_one_key():
@@ -142,7 +142,7 @@ TRIAL = [
         'train_sft_domain',
         'nano',
         'mix.domain_sft=10',
-        {'domain_sft': 10, 'domain': 300, 'general': 200},
+        {'domain_sft': 10, 'domain': 120, 'general': 630},
     ),
     ('sample_teacher', 'nano', 'samples.preferences=2', {'preferences': 2, 'distill': 1}),
     (
@@ -157,7 +157,7 @@ TRIAL = [
         'ask.preferences.reasoning_prompts=10',
         {
             'preferences': {'reasoning_prompts': 10},
-            'distill': {'reasoning_prompts': 3500, 'domain_sft': 4000},
+            'distill': {'reasoning_prompts': 5000, 'domain_sft': 8000},
         },
     ),
     (

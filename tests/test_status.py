@@ -1,6 +1,7 @@
 """The status of a run is its state: runs by hand, records that were edited, readers that never write."""
 
 import json
+import os
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -55,6 +56,7 @@ def test_a_run_by_hand_that_failed_or_was_stopped_says_so_at_once(lab):
     ]
     assert [held(Path(r['folder'])) for r in runs('c')] == [False] * 4
     assert not any(r.get('edited') for r in runs('c'))
+    assert {r['notebook'] for r in runs('c')} == {'none: no Jupyter kernel ran it'}
 
 
 def test_a_start_in_place_of_another_settles_it(lab):
@@ -168,6 +170,15 @@ def test_a_newer_run_that_was_edited_is_passed_over_by_name(lab):
     assert f'{edited.name} was not promoted (its record was edited by hand)' in check['detail']
 
 
+def test_a_pipeline_does_not_skip_a_step_whose_record_was_edited(lab):
+    lab.write('configs/pipeline.yaml', 'steps: [{stage: train_toy}]')
+    run = ['pipeline', '--campaign', 'c']
+    assert main(run) == 0 == main(run) and len(runs('c')) == 1
+    path = Path(runs('c')[0]['folder']) / 'run.json'
+    path.write_text(path.read_text().replace('"after": 2', '"after": 9'))
+    assert main(run) == 0 == main(run) and len(runs('c')) == 2
+
+
 def test_a_record_of_an_earlier_version_has_no_seal_and_is_believed(lab):
     folder = by_hand().folder
     record = json.loads((folder / 'run.json').read_text())
@@ -199,7 +210,7 @@ def test_a_campaign_of_honest_changes_raises_no_alarm(lab):
     killed.held.close()
     amend(killed.folder, tags=['cut'])
     done = resume(killed.folder)
-    again, *_ = reproduce(good.folder)
+    again = reproduce(good.folder).folder
     assert read_run(done)['status'] == 'complete' == read_run(again)['status']
     assert (read_run(done)['tags'], 'tags' in read_run(again)) == (['cut'], False)
     assert read_run(done)['attempts'][0]['seal']
@@ -290,6 +301,32 @@ def test_a_lock_that_cannot_be_asked_reads_as_unknown(lab, capsys):
             use()
     (job.folder / '.owner').rmdir()
     assert statuses() == [('interrupted', 'its process is gone')]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='only root can become another user')
+def test_another_user_reads_the_state_or_that_it_is_unknown(lab):
+    job = start('train_toy', 'smoke', campaign='c')
+    closed = {p: p.stat().st_mode for p in lab.root.parents if not p.stat().st_mode & 1}
+    for folder in (*closed, lab.root, *lab.root.rglob('*')):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    os.seteuid(65534)
+    try:
+        assert statuses() == [('running', '')]
+        with pytest.raises(LabError, match='cannot write there .Permission denied'):
+            resume(job.folder)
+        os.seteuid(0)
+        (job.folder / '.owner').chmod(0o600)
+        os.seteuid(65534)
+        assert [status for status, _ in statuses()] == ['unknown']
+        os.seteuid(0)
+        (job.folder / 'run.json').chmod(0o600)
+        os.seteuid(65534)
+        [(status, reason)] = statuses()
+        assert status == 'unreadable' and 'cannot be read (Permission denied)' in reason
+    finally:
+        os.seteuid(0)
+        for folder, mode in closed.items():
+            folder.chmod(mode)
 
 
 # ---- the notebook of a run by hand ---------------------------------------------------------------

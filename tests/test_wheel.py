@@ -118,6 +118,9 @@ def refused(*words: str) -> str:
         ('train_toy --stesp 3', "did you mean '--steps'"),
         ('pipeline --form train_toy', "did you mean '--from'"),
         ('rnus', "did you mean 'runs'"),
+        ('--verison', "did you mean '--version'"),
+        ('--version x', "does not take 'x'"),
+        ('--help rnus', "did you mean 'runs'"),
     ],
 )
 def test_a_word_that_a_command_does_not_take_is_refused(words, says, three):
@@ -133,6 +136,7 @@ def test_each_command_has_a_help_of_its_own(lab, capsys):
         assert all(f'--{o.name}' in text for o in command.options) and command.example in text
     assert 'exit codes: 0 done, 1 ' in said(capsys, '--help')
     assert '--campaign NAME' in said(capsys, 'train_toy', '--help')
+    assert said(capsys, 'help', 'runs') == said(capsys, 'runs', '--help')
 
 
 # ---- the list of runs ----------------------------------------------------------------------------
@@ -190,6 +194,8 @@ def test_runs_as_json_are_strict_and_whole(three, capsys):
     some = json.loads(
         said(capsys, 'runs', '--json', '--columns', 'run,measure.value', '--limit', '2')
     )
+    show = said(capsys, 'show', f'{DAY}.4-train_toy', '--json')
+    assert json.loads(show, parse_constant=strict)['metrics'][0]['before'] is None
     assert some[0] == {'run': f'{DAY}.4-train_toy', 'measure.value': None} or len(some) == 2
 
 
@@ -405,11 +411,11 @@ def installed(tmp_path_factory) -> dict:
     )
     assert made.returncode == 0, made.stderr
     (wheel,) = home.glob('k2lab-*.whl')
-    zipfile.ZipFile(wheel).extractall(home / 'installed')
+    zipfile.ZipFile(wheel).extractall(home / 'site-packages')
     shutil.rmtree(home / 'source')
     left_out = ('K2LAB_ROOT', 'K2LAB_LAB_RUNS_PATH')
     env = {k: v for k, v in os.environ.items() if k not in left_out}
-    paths = [str(home / 'installed'), str(ROOT / 'tests' / 'lean')]
+    paths = [str(home / 'site-packages'), str(ROOT / 'tests' / 'lean')]
     return {**env, 'PYTHONPATH': os.pathsep.join(paths)}
 
 
@@ -444,6 +450,8 @@ def test_two_commands_lead_from_a_wheel_to_a_complete_run(installed, tmp_path):
     (row,) = json.loads(k2lab(installed, lab, 'runs', '--json').stdout)
     assert (row['stage'], row['scale'], row['status']) == ('train_sft_domain', 'smoke', 'complete')
     assert row['folder'].startswith(str(lab / 'runs'))
+    code = json.loads((Path(row['folder']) / 'run.json').read_text())['inputs']['code']
+    assert 'training/trainer.py' in code and 'train_sft_domain.py' in code
 
 
 def test_a_lab_is_made_in_an_empty_folder_only(tmp_path, capsys):

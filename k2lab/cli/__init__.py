@@ -33,6 +33,14 @@ def complete(words: list, options: dict) -> int:
     return 0
 
 
+def version(words: list, options: dict) -> int:
+    "Print the version of the package."
+    import k2lab
+
+    print(k2lab.__version__)
+    return 0
+
+
 COMMANDS = {
     'pipeline': Command(
         pipeline,
@@ -137,6 +145,7 @@ COMMANDS = {
         'SHELL',
         example='eval "$(k2lab completion bash)"',
     ),
+    '--version': Command(version, 'print the version', example='k2lab --version', shown=False),
     'complete': Command(complete, 'print completions', '[WORDS ...]', shown=False),
     'work': Command(
         work,
@@ -148,39 +157,33 @@ COMMANDS = {
 }
 
 
-def stages_here() -> tuple[list[str], str]:
-    "`(the stages of the lab around here, nothing)`; outside a lab `(none, how to make one)`."
+def stage_here(name: str) -> str:
+    "`name` if it is a stage of the lab around here; else a `LabError`, outside a lab with how to make one."
     try:
         root()
+        stages, outside = stage_names(), ''
     except LabError as e:
-        return [], f'; {e}'
-    return stage_names(), ''
+        stages, outside = [], f'; {e}'
+    known = [*(n for n, c in COMMANDS.items() if c.shown), *stages, '--help', '--version']
+    if name in stages:
+        return name
+    near = did_you_mean(name, known) or outside
+    raise LabError(f"unknown command '{name}'{near}; valid: {', '.join(known)}")
 
 
 def main(words: list) -> int:
     """Run one command line; its exit code.
 
     0 done, 1 a run did not complete, failed its gate or differs, 2 a mistake in the request, 130 Ctrl-C."""
-    if not words or words[0] in ('-h', '--help', 'help'):
+    name, rest = (words or ['--help'])[0], words[1:]
+    if name in ('-h', '--help', 'help'):
+        if rest:
+            return main([*rest, '--help'])
         print(usage(COMMANDS))
         return 0
-    if words[0] == '--version':
-        import k2lab
-
-        print(k2lab.__version__)
-        return 0
-    name, rest = words[0], words[1:]
     if name == 'complete':  # its words are those of another command line
         return complete(rest, {})
-    if name in COMMANDS:
-        command = COMMANDS[name]
-    else:
-        stages, outside = stages_here()
-        known = [*(n for n, c in COMMANDS.items() if c.shown), *stages]
-        if name not in stages:
-            near = did_you_mean(name, known)
-            raise LabError(f"unknown command '{name}'{near or outside}; valid: {', '.join(known)}")
-        command = stage_command(name, '')
+    command = COMMANDS.get(name) or stage_command(stage_here(name), '')
     if {'-h', '--help'} & set(rest):
         print(command_help(name, command) if name in COMMANDS else stage_help(name))
         return 0

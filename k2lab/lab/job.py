@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BY_HAND', 'check_sides', 'settle', 'published', 'check_line', 'Job', 'stage_module', 'config_of', 'check_saves',
            'folder_named', 'claimed', 'new_record', 'submission', 'prepare', 'open_job', 'settings_of', 'started_after',
-           'own_inputs', 'enter_inputs', 'keep_diff', 'since', 'verify_inputs', 'data_again', 'claim', 'supersede',
-           'start']
+           'own_inputs', 'enter_inputs', 'keep_diff', 'since', 'verify_inputs', 'half_again', 'data_again', 'claim',
+           'supersede', 'start']
 
 # %% ../../nbs/lab/10_job.ipynb #1e7d3efa
 import contextlib
@@ -64,6 +64,7 @@ from k2lab.lab.inputs import (
     compare,
     difference_text,
     dotted,
+    executed_cells,
     inputs_here,
     inputs_now,
     package_files,
@@ -178,6 +179,7 @@ class Job(Evidence):
         self.began = time.monotonic()
         self.held: IO | None = None  # the lock of the run folder
         self.at_start: dict = {}  # hashes of the package's files when the run started
+        self.reads: dict = {}  # what the stage reads without `find`: name and how to hash it
         self.cells: Recording | None = None  # of a run by hand in Jupyter
         self.progress: Live | None = None
         self.finished = bool(record.get('seals'))  # nothing can be added any more
@@ -221,6 +223,12 @@ class Job(Evidence):
             self.write()
             self.tell_passed_over(parent)
         return place
+
+    def saw(self, name: str, content):
+        "Enter what a stage reads without `find` among its data: `content()` is its hash, asked again at the end."
+        self.reads[name] = content
+        self.record['inputs']['data'][name] = content()
+        self.write()
 
     def tell_passed_over(self, parent: dict):
         "Enter as a check which newer runs of a parent's name were not promoted, and why."
@@ -330,8 +338,11 @@ class Job(Evidence):
         self.refuse_closed()
         wall = round(time.monotonic() - self.began, 3)
         self.record = {'wall_s': wall} | self.record | {'status': status, 'reason': reason}
-        if self.cells:
-            self.record['notebook'] = self.cells.close(self.leave_notebook)
+        self.record['notebook'] = (
+            self.cells.close(self.leave_notebook)
+            if self.cells
+            else 'none: no Jupyter kernel ran it'
+        )
         try:
             self.write('closed')
             if status == 'complete':
@@ -530,11 +541,12 @@ def verify_inputs(job: Job):
         'code': code_here(),
         'package': installed(),
         'data': named_files(config_of(job.cfg))
-        | {p['name']: data_again(p) for p in job.record['parents']},
+        | {p['name']: data_again(p) for p in job.record['parents']}
+        | {name: content() for name, content in job.reads.items()},
         **settings_of(job),
     }
     files = {
-        'notebook': {'run half': run_half_sha256(stage_notebooks()[job.stage])},
+        'notebook': {'run half': half_again(job)},
         'code': code_now(again['code']),
         'config': dotted(read_yaml(job.folder / 'stage.yaml')),
         'env': dotted(read_yaml(job.folder / 'env.yaml')),
@@ -548,6 +560,18 @@ def verify_inputs(job: Job):
     job.record['inputs_changed'] += sorted(once.values(), key=lambda c: KINDS.index(c['kind']))
     inputs['data'] = again['data'] | {k: v for k, v in inputs['data'].items() if v is not None}
     inputs['code'] = imported
+
+
+def half_again(job: Job) -> str | None:
+    "The hash of a notebook's run half at the end; of the cells that ran, where Jupyter ran others than its file holds."
+    path = stage_notebooks()[job.stage]
+    if job.cells:
+        ran = [c['source'].strip() for c in job.cells.recorder.cells[job.cells.begun :]]
+        kept = [text.strip() for text, _ in executed_cells(path) or []]
+        at = kept.index(ran[0]) if ran[0] in kept else len(kept)
+        if ran != kept[at : at + len(ran)]:
+            return hashlib.sha256(as_json(ran).encode()).hexdigest()
+    return run_half_sha256(path)
 
 
 def data_again(parent: dict) -> str | None:
@@ -574,7 +598,8 @@ BY_HAND: list[Job] = []  # runs that this process started without a runner
 def supersede(job: Job):
     "Close the runs of the same stage that this process started by hand before and never finished."
     for old in BY_HAND:
-        if old.stage == job.stage and not old.finished:
+        mine = old.record['owner']['pid'] == os.getpid()  # and not that of a process we forked from
+        if mine and old.stage == job.stage and not old.finished:
             with contextlib.suppress(OSError):  # its folder may be gone
                 old.end('interrupted', f'{job.folder.name} was started in its place')
     BY_HAND[:] = [old for old in BY_HAND if not old.finished] + [job]

@@ -19,6 +19,7 @@ from pathlib import Path
 from .config import LabError, lab_path, read_yaml, root
 from .display import live_progress
 from .job import Job
+from .locks import guarded
 from .names import matching_sha256
 from .slurm import across_nodes
 
@@ -70,11 +71,18 @@ def launch_command(job: Job) -> list:
     )
 
 # %% ../../nbs/lab/11_launch.ipynb #e2e107c1
-def run_group(command: list, log: Path) -> int:
-    "Run a command in its own process group, with its output in `log`; return its exit code, and stop it if we stop."
+def run_group(command: list, log: Path, line=None) -> int:
+    """Run a command in its own process group, with its output in `log` and `line` as its input.
+
+    Its exit code comes back; it is stopped if we stop."""
     with open(log, 'a') as out:
         proc = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, cwd=root(), start_new_session=True
+            command,
+            stdin=line,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=root(),
+            start_new_session=True,
         )
     try:
         return proc.wait()
@@ -98,7 +106,12 @@ def work_in_processes(job: Job):
     job.write()
     log = job.folder / 'log.txt'
     start = log.stat().st_size if log.exists() else 0
-    if code := run_group(command, log):
+    if job.record['by_runner']:
+        code = run_group(command, log)
+    else:  # nobody else sees to it that they end with this process
+        with guarded() as guard:
+            code = run_group(guard.command(command), log, guard.line)
+    if code:
         ended = f'the training processes ended with code {code}; see {log}'
         raise LabError(refusal_in(log, start) or ended)
     job.reload()

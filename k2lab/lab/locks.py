@@ -308,23 +308,21 @@ def supervise(folder: Path, lines: list[int], number: int = 3) -> NoReturn:
 
 # %% ../../nbs/lab/04_locks.ipynb #7d0a1c09
 MARK, PREFIX = 'K2LAB_GUARD', 'k2lab-run-'
-LONG = (
-    64  # a TMPDIR of more letters gets a short name: libraries add 37 to it for sockets of theirs
-)
+LONG = 64  # letters of a TMPDIR that gets a short name: libraries add 37 for their sockets
 
 
 def carries(process, mark: str) -> bool:
-    "Whether a process was started with this mark in its environment."
+    "Whether a process is alive, no zombie, and was started with this mark in its environment."
     try:
-        return process.environ().get(MARK) == mark
+        marked = process.environ().get(MARK) == mark
+        return marked and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 
 
 def alive(mark: str) -> list[psutil.Process]:
-    "The processes that carry a mark and are not zombies, without this one."
-    found = [p for p in psutil.process_iter() if p.pid != os.getpid() and carries(p, mark)]
-    return [p for p in found if p.status() != psutil.STATUS_ZOMBIE]
+    "The processes that carry a mark, without this one."
+    return [p for p in psutil.process_iter() if p.pid != os.getpid() and carries(p, mark)]
 
 
 def reap(mark: str, limit: float = 8.0):

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import cast
 
 from .checkpoint import set_aside
 from .config import LabError, read_yaml
@@ -348,7 +349,7 @@ def present_inputs(record: dict, config: dict | None = None) -> dict[str, dict]:
         'code': code_now(was.get('code', {}), [*kernel_here().get('path', []), *sys.path]),
         'data': data_now(record),
         'config': dotted(config),
-        'env': dotted(mask(load_env(scale))),
+        'env': dotted(cast(dict, mask(load_env(scale)))),
         **kernel_here(),
     }
 

@@ -18,8 +18,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from ..lab.config import LabError, lab_path, one_of
+from ..lab.config import LabError, one_of
 from ..lab.files import as_json
+from ..lab.names import smoke_folder
 from .mla import from_latents
 from k2lab.models.quantized import (
     MODEL_FILES,
@@ -463,7 +464,7 @@ def shipped(kind: str) -> Path:
 
 def smoke_model(kind: str) -> Path:
     "A folder with a seeded random model of under 1M parameters, built on first use."
-    folder = lab_path('runs') / '.smoke' / kind
+    folder = smoke_folder(kind)
     if (folder / 'config.json').exists():
         return folder
     tok, new = open_tokenizer(shipped(kind)), folder.with_name(f'{kind}.{os.getpid()}')

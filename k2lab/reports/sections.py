@@ -61,8 +61,9 @@ def code_version(code: dict) -> str:
     "The commit of a run's code, and whether it had local changes."
     if not code.get('commit'):
         return 'no commit'
-    known = {True: ' with local changes', False: ''}
-    return code['commit'][:10] + known.get(code.get('dirty'), ', local changes unknown')
+    dirty = code.get('dirty')
+    changed = ', local changes unknown' if dirty is None else ' with local changes' if dirty else ''
+    return code['commit'][:10] + changed
 
 
 def machine_text(hardware: dict) -> str:
@@ -185,7 +186,8 @@ def run_name(record: dict) -> str:
 
 def run_state(record: dict, used: bool) -> str:
     "Whether a run is used, was replaced, or why it does not count."
-    said, failures = standing(record), gate_failures(record)
+    said = standing(record)
+    failures = '' if record.get('edited') else gate_failures(record)
     if 'promoted' in record or not promoted(record):
         said += f' ({failures})' if failures else ''
         return said if used or not promoted(record) else f'replaced by a newer run; {said}'
