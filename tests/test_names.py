@@ -393,3 +393,35 @@ PLACES = [
 def test_a_place_outside_the_run_is_refused(stage, changes, why):
     with pytest.raises(LabError, match=re.escape(why)):
         resolve(stage_module(stage).Config, stage, 'smoke', changes)
+
+
+@pytest.mark.parametrize('key', ['output', 'error', 'chdir'])
+def test_the_files_of_a_job_lie_in_its_run(key, lab):
+    from k2lab.lab.slurm import cluster
+
+    lab.write('configs/slurm.yaml', f'extra: {{{key}: /scratch/all.log}}\n')
+    with pytest.raises(LabError, match=f'extra: {key} cannot be set'):
+        cluster()
+
+
+def test_a_port_that_another_server_has_is_refused():
+    import socket
+
+    from k2lab.launch_teacher_vllm import Config, serving
+
+    with socket.create_server(('127.0.0.1', 0)) as other:
+        cfg = Config(port=other.getsockname()[1])
+        with pytest.raises(LabError, match='write port=0'), serving(cfg, 'x', Path('unused')):
+            pytest.fail('it started')
+
+
+def test_a_report_keeps_its_copy_in_a_folder_of_its_own(tmp_path):
+    from k2lab.reports.gallery import check_gallery
+
+    check_gallery(tmp_path / 'new')
+    (tmp_path / 'notebooks').mkdir()
+    (tmp_path / 'README.md').write_text('# Campaign demo, scale nano\n')
+    check_gallery(tmp_path)
+    (tmp_path / 'run.json').touch()
+    with pytest.raises(LabError, match='holds run.json, which no report has left there'):
+        check_gallery(tmp_path)

@@ -17,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from .config import LabError, did_you_mean, lab_path, one_of, read_yaml, root, stage_names
-from .files import added_files, as_json, check_published, manifest_files, sha256
+from .files import added_files, as_json, check_published, looked_up, manifest_files, sha256
 from .inputs import content_sha256, files_sha256
 from k2lab.lab.records import (
     find_run,
@@ -39,6 +39,7 @@ COMMIT = re.compile(r'.+@[0-9a-f]{40}')  # a hub id that cannot mean anything el
 
 def open_place(name: str, place: str) -> str | Path:
     "The path of a place in env.yaml; a hub id or `smoke:` model is returned as text. `LabError` if there is nothing."
+    place = looked_up(place, name)
     kind, _, rest = place.partition(':')
     if kind == 'smoke':
         return place

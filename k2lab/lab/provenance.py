@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from .config import LabError, lab_path, root, setting
-from .files import SECRET_KEY, scrub
+from .files import SECRET_VARIABLE, scrub
 
 # %% ../../nbs/lab/03_provenance.ipynb #e706356e
 def installed() -> dict[str, str]:
@@ -99,7 +99,7 @@ MATTERS = re.compile(
 def environment() -> dict:
     "The environment variables that change results, without secrets."
     known = {k: v for k, v in sorted(os.environ.items()) if MATTERS.fullmatch(k)}
-    return {k: scrub(v) for k, v in known.items() if not SECRET_KEY.search(k)}
+    return {k: scrub(v) for k, v in known.items() if not SECRET_VARIABLE.search(k)}
 
 # %% ../../nbs/lab/03_provenance.ipynb #5296540c
 PLAIN = '--no-optional-locks -c core.fsmonitor=false -c core.safecrlf=false'.split()
