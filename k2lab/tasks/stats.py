@@ -194,7 +194,9 @@ def paired_change(before, after, groups=None, strata=None) -> Estimate:
     if binary(before) and binary(after):
         middle = s.value * s.n / (s.n + 2)
         half = s.t * math.sqrt((s.n * s.se) ** 2 + 2) / (s.n + 2)
-        low, high = max(-1.0, middle - half), min(1.0, middle + half)
+        low, high = middle - half, middle + half
+        if math.isfinite(half):
+            low, high = max(-1.0, low), min(1.0, high)
     return Estimate(s.value, low, high, s.se, s.n, s.groups)
 
 # %% ../../nbs/tasks/05_stats.ipynb #2ea260ff
