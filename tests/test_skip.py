@@ -32,7 +32,7 @@ from k2lab.lab.records import (
     saved_by,
     start_time,
 )
-from k2lab.lab.reproduce import kernel_here
+from k2lab.lab.reproduce import kernel_here, prepare_again
 
 PIPELINE = 'steps: [{stage: train_toy, changes: {steps: 4}}, {stage: train_more}]'
 
@@ -65,6 +65,8 @@ def finish(lab):
     "Give a lab more files, and run its two stages."
     edit(lab.root / 'toylab/train_toy.py', '\n', '\nimport toylab.adding\n')
     edit(lab.root / 'configs/env.yaml', 'zero.txt', 'zero.txt, two: ./two.txt')
+    edit(lab.root / 'configs/train_toy.yaml', 'scales', 'trainer: {rows: ./rows.*}\nscales')
+    lab.write('rows.txt', 'a row')
     lab.write('toylab/adding.py', 'one = 1\n')
     lab.write('toylab/other.py', 'two = 2\n')
     for name in ('two', 'six'):
@@ -171,6 +173,16 @@ def test_a_run_that_was_renamed_keeps_its_place_and_a_campaign_its_runs(two, cap
     assert 'd (was c)' in capsys.readouterr().out
     assert find_run('my-best') == two.runs / 'd' / 'my-best'
     assert saved_by(two.runs / 'd', 'k2_toy', 'smoke')
+
+
+def test_a_run_whose_parent_and_campaign_were_renamed_can_be_done_again(two):
+    parent, child = by_hand('train_toy'), by_hand('train_more')
+    parent.rename(parent.with_name('my-best'))
+    (two.runs / 'c').rename(two.runs / 'd')
+    again = prepare_again(two.runs / 'd' / child.name)
+    job = start('train_more', run=str(again.folder.relative_to(two.root)))
+    assert job.find('k2_toy') == two.runs / 'd/my-best/k2_toy.txt'
+    job.held.close()
 
 
 # ---- one pipeline at a time ----------------------------------------------------------------------
@@ -313,6 +325,11 @@ CHANGES = {
         '',
     ),
     'data': (lambda lab, rng: lab.write('zero.txt', str(rng.randrange(1, 10))), 'data zero', ''),
+    'a file that the configuration names': (
+        lambda lab, rng: lab.write(rng.choice(['rows.txt', 'rows.jsonl']), 'b row'),
+        'data ./rows.*',
+        '',
+    ),
     'data gone': (lambda lab, rng: (lab.root / 'zero.txt').unlink(), 'data zero', ''),
     'other data': (
         lambda lab, rng: edit(lab.root / ENV, './zero.txt', f'./{rng.choice(["two", "six"])}.txt'),

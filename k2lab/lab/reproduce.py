@@ -349,7 +349,7 @@ def present_inputs(record: dict, config: dict | None = None) -> dict[str, dict]:
         'code': code_now(was.get('code', {}), [*kernel_here().get('path', []), *sys.path]),
         'data': data_now(record),
         'config': dotted(config),
-        'env': names_used(record, dotted(cast(dict, mask(load_env(scale))))),
+        'env': dotted(cast(dict, mask(load_env(scale)))),
         **kernel_here(),
     }
 
@@ -363,8 +363,8 @@ def changed_text(kind: str, name: str, was, now) -> str:
 
 def changes_since(record: dict, now: dict) -> list[str]:
     "What differs between the inputs of a run and those of `now`, for the kinds that decide a result."
-    was = record['inputs'] | {'env': names_used(record, record['inputs'].get('env', {}))}
-    found = [changed_text(*one) for one in compare(was, now) if one[0] in PROVING]
+    sides = (s | {'env': names_used(record, s.get('env', {}))} for s in (record['inputs'], now))
+    found = [changed_text(*one) for one in compare(*sides) if one[0] in PROVING]
     return found + [
         f"{c['kind']} {c['name']} changed while it ran"
         for c in record.get('inputs_changed', [])
@@ -387,4 +387,5 @@ def elsewhere(record: dict) -> list[str]:
     "What differs about the machine and the environment of a run from here, which does not make it stale."
     here = kernel_here()
     kinds = ('host', 'accelerator', 'environment')
-    return [changed_text(*one) for one in compare(record['inputs'], here) if one[0] in kinds]
+    found = [one for one in compare(record['inputs'], here) if one[0] in kinds]
+    return [changed_text(*one).removeprefix('environment ') for one in found]
