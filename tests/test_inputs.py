@@ -529,7 +529,7 @@ def test_a_repository_without_a_commit(toy):
 
 
 def test_secrets_are_masked_in_lines_of_code_only(repository):
-    secret = 'hf_' + 'a' * 24
+    secret = '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'
     repository.write('toylab/part.py', f'key = "{secret}"\n')
     state, patch = code_state()
     assert secret.encode() not in patch and state['masked'] == 1
