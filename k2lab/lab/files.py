@@ -31,6 +31,7 @@ import time
 import unicodedata
 from datetime import date
 from pathlib import Path, PurePath
+from typing import Any
 from urllib.parse import quote
 
 from .config import LabError, lab_path
@@ -466,7 +467,7 @@ def is_reference(value) -> bool:
     return isinstance(value, str) and bool(REFERENCE.fullmatch(value))
 
 
-def looked_up(value, where: str = ''):
+def looked_up(value: Any, where: str = '') -> Any:
     "`value` with each text `env:NAME` in it replaced by that variable; `LabError` if it is missing or badly named."
     if isinstance(value, dict):
         return {k: looked_up(v, str(k)) for k, v in value.items()}

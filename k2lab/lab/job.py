@@ -649,7 +649,8 @@ def watch_failures(job: Job):
     threading.excepthook = in_thread
     job.watching.callback(setattr, threading, 'excepthook', shown)
     ipython = sys.modules.get('IPython')
-    if shell := ipython and ipython.get_ipython():
+    shell: Any = ipython and ipython.get_ipython()
+    if shell:
         shell.events.register('post_run_cell', in_shell)
         job.watching.callback(shell.events.unregister, 'post_run_cell', in_shell)
 
