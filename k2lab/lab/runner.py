@@ -124,7 +124,13 @@ def check_kernel():
         program = KernelSpecManager().get_kernel_spec(name).argv[0]
     except (ValueError, KeyError, IndexError, TypeError):
         raise LabError(f'{known[name]}/kernel.json: no kernel is described there') from None
-    if not shutil.which(program):
+    major, minor = sys.version_info[:2]
+    own = {
+        'python',
+        f'python{major}',
+        f'python{major}.{minor}',
+    }  # jupyter_client takes this interpreter
+    if program not in own and not shutil.which(program):
         raise LabError(f'{known[name]}/kernel.json: there is no program {program}')
 
 # %% ../../nbs/lab/12_runner.ipynb #a2ffa5ea
