@@ -440,7 +440,9 @@ def test_a_kernel_that_does_not_exist_is_named(tmp_path, monkeypatch):
 def test_what_is_pressed_reaches_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, 'places', lambda: [str(tmp_path)])
     code = (
-        'import time\ntry: print(1, flush=True); time.sleep(60)\nexcept KeyboardInterrupt: exit(7)'
+        'import signal, time\n'
+        'signal.signal(signal.SIGINT, signal.default_int_handler)\n'  # a shell may have it ignored
+        'try: print(1, flush=True); time.sleep(60)\nexcept KeyboardInterrupt: exit(7)'
     )
     with locks.guarded() as guard:
         words = guard.command([sys.executable, '-c', code])
