@@ -127,7 +127,7 @@ class ToyLab:
         self.write('settings.ini', '[lab]\nscale = smoke\npackage = toylab\n')
         self.write(
             'configs/env.yaml',
-            'models: {zero: ./zero.txt}\nendpoint: {api_key: plain-text-key, key_env: K2LAB_API_KEY}\n',
+            'models: {zero: ./zero.txt}\nendpoint: {key_env: K2LAB_API_KEY}\n',
         )
         self.write('zero.txt', '0')
         self.write('toylab/__init__.py', '')

@@ -368,7 +368,7 @@ def test_a_full_disk_loses_nothing_that_was_published(lab):
 LEAK = STAGE.replace(
     '    time.sleep(.1)\n    place',
     """    import os
-    print(os.environ['HF_TOKEN'], 'and', 'sk-' + 'q'*24); os.write(1, os.environ['OPENAI_API_KEY'].encode())
+    print(os.environ['HF_TOKEN'], 'and', 'sk-' + 'q7Zk'*6); os.write(1, os.environ['OPENAI_API_KEY'].encode())
     job.sample(when='before', prompt='say it', text=os.environ['WANDB_API_KEY']); job.log(note=os.environ['MY_SECRET'])
     place""",
     1,
@@ -382,15 +382,24 @@ def test_twelve_planted_secrets_reach_no_file(lab, monkeypatch):
         WANDB_API_KEY='planted-key-three',
         MY_SECRET='planted-secret-four',
         DB_PASSWORD='planted-word-five',
+        SIX_SECRET='planted-key-six',
+        SEVEN_SECRET='http://me:planted-word-seven@127.0.0.1/v1',
+        EIGHT_API_KEY='planted-key-eight',
+        HUB_TOKEN='planted-token-nine',
     )
     for k, v in named.items():
         monkeypatch.setenv(k, v)
-    looks = ['hf_' + 'a' * 24, 'ghp_' + 'b' * 30, 'AKIA' + 'C' * 16]
+    looks = ['hf_' + 'a' * 34, 'ghp_' + 'b' * 36, 'AKIA' + 'C' * 16]
+    leaks = [
+        "print(job.cfg.api_key, job.cfg.trainer, job.env['endpoint'])",
+        f"print('{looks[1]}'); job.log(note='{looks[2]}')",
+        f"raise ValueError('bad key {looks[0]}')",
+    ]
     lab.stage(
         20,
         'train_toy',
         'saves: k2_toy\n',
-        cells=[*CELLS, "raise ValueError('bad key " + looks[0] + "')"],
+        cells=[*CELLS[:-1], *leaks],
         module=LEAK.replace(
             "    accelerate: str = 'cpu'",
             "    api_key: str = ''   # a secret\n"
@@ -399,29 +408,17 @@ def test_twelve_planted_secrets_reach_no_file(lab, monkeypatch):
     )
     lab.write(
         'configs/env.yaml',
-        'models: {zero: ./zero.txt}\nendpoint: {api_key: planted-key-six, base_url: "http://me:planted-word-seven@127.0.0.1/v1"}\n',
+        'models: {zero: ./zero.txt}\nendpoint: {api_key: "env:SIX_SECRET", base_url: "env:SEVEN_SECRET"}\n',
     )
-    changes = {
-        'api_key': 'planted-key-eight',
-        'trainer.hub_token': 'planted-token-nine',
-        'trainer.note': looks[1],
-        'trainer.other': looks[2],
-    }
+    changes = {'api_key': 'env:EIGHT_API_KEY', 'trainer.hub_token': 'env:HUB_TOKEN'}
     folder = execute('train_toy', changes=changes)
-    planted = [
-        *named.values(),
-        'planted-key-six',
-        'planted-word-seven',
-        'planted-key-eight',
-        'planted-token-nine',
-        *looks,
-    ]
-    assert len(planted) == 12 and read_run(folder)['reason'].startswith('ValueError')
+    planted = [*named.values(), 'planted-word-seven', *looks]
+    assert len(planted) == 13 and read_run(folder)['reason'].startswith('ValueError')
     found = [
         (p.name, s)
         for p in folder.rglob('*')
         if p.is_file()
-        for s in [*planted, 'sk-' + 'q' * 24]
+        for s in [*planted, 'sk-' + 'q7Zk' * 6]
         if s in p.read_text(errors='replace')
     ]
     assert found == []

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -16,7 +17,7 @@ import yaml
 from k2lab.lab import files, provenance, reproduce as again
 from k2lab.lab.config import LabError
 from k2lab.lab.files import check_published, read_sha256, sha256
-from k2lab.lab.inputs import KINDS, WITNESS, compare, inputs_of, run_half_sha256
+from k2lab.lab.inputs import KINDS, WITNESS, compare, executed_cells, inputs_of, run_half_sha256
 from k2lab.lab.job import prepare, start
 from k2lab.lab.provenance import code_state
 from k2lab.lab.records import read_run
@@ -280,6 +281,24 @@ def test_what_is_not_executed_is_no_input(toy, edit):
 def test_a_notebook_that_cannot_be_read_is_unknown(toy, text):
     notebook_of(toy).write_text(text)
     assert run_half_sha256(notebook_of(toy)) is None
+
+
+@pytest.mark.parametrize(
+    'ran, same',
+    [
+        (lambda cells: cells[-4:], True),
+        (lambda cells: cells[-4:-1], True),  # stopped before the last one
+        (lambda cells: [*cells[-4:-1], 'job.cfg', cells[-1]], False),
+        (lambda cells: [cells[-4] + '  # not saved', *cells[-3:]], False),
+        (lambda cells: [cells[-4], cells[-2]], False),
+    ],
+)
+def test_cells_that_jupyter_ran_and_did_not_save_are_named(toy, ran, same):
+    texts = [text for text, _ in executed_cells(notebook_of(toy))]
+    cells = [{'source': text} for text in ran(texts)]
+    listening = SimpleNamespace(recorder=SimpleNamespace(cells=cells), begun=0, close=str)
+    record = run(during=lambda job: setattr(job, 'cells', listening))
+    assert [c['kind'] for c in record['inputs_changed']] == ([] if same else ['notebook'])
 
 
 def test_code_that_was_edited_after_its_import_is_the_code_that_ran(toy):

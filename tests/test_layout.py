@@ -218,7 +218,7 @@ def test_the_pipeline_names_stages_that_exist():
         pytest.skip('not every stage is there yet')
     for scale in ('smoke', 'nano'):
         for step in steps_of(None, None):
-            resolved_config(step['stage'], scale, step['changes'])
+            resolved_config(step.stage, scale, step.changes)
 
 
 def test_every_config_belongs_to_something():

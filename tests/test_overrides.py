@@ -142,7 +142,7 @@ TRIAL = [
         'train_sft_domain',
         'nano',
         'mix.domain_sft=10',
-        {'domain_sft': 10, 'domain': 300, 'general': 200},
+        {'domain_sft': 10, 'domain': 120, 'general': 630},
     ),
     ('sample_teacher', 'nano', 'samples.preferences=2', {'preferences': 2, 'distill': 1}),
     (
@@ -157,7 +157,7 @@ TRIAL = [
         'ask.preferences.reasoning_prompts=10',
         {
             'preferences': {'reasoning_prompts': 10},
-            'distill': {'reasoning_prompts': 3500, 'domain_sft': 4000},
+            'distill': {'reasoning_prompts': 5000, 'domain_sft': 8000},
         },
     ),
     (

@@ -377,7 +377,7 @@ def test_a_worker_opens_the_same_job_from_its_folder(lab):
     again = open_job(job.folder)
     assert (again.cfg, again.env, again.seed) == (
         job.cfg,
-        {**job.env, 'endpoint': mask(job.env['endpoint'])},
+        job.env,
         job.seed,
     )
     assert k2lab('work', str(job.folder)).returncode == 0
@@ -406,15 +406,23 @@ def test_several_processes_share_one_run(lab):
 # ---- no secrets ----------------------------------------------------------------------------------
 
 
-def test_no_secret_reaches_a_record(lab):
-    folder = execute(
-        'train_toy',
-        changes={'api_key': 'plain-text-key', 'trainer.note': 'sk-abcdefghijklmnopqrstuvwx'},
-    )
-    assert read_run(folder)['status'] == 'complete'
+def test_no_secret_reaches_a_record(lab, monkeypatch):
+    monkeypatch.setenv('TOY_SECRET', 'plain-text-key')
+    folder = execute('train_toy', changes={'api_key': 'env:TOY_SECRET'})
+    record = read_run(folder)
+    assert (record['status'], record['config']['api_key']) == ('complete', 'env:TOY_SECRET')
     for path in folder.iterdir():
         assert 'plain-text-key' not in path.read_text(), path.name
-        assert 'sk-abcdefghijklmnop' not in path.read_text(), path.name
+    for changes in (
+        {'api_key': 'plain-text-key'},
+        {'trainer.note': 'sk-aB3dE5fG7hJ9kL1mN3pQ5rS7tU9'},
+        {'trainer.hub_token': 'planted-key-nine'},
+        {'api_key': 'env:NO_SUCH_SECRET'},
+        {'trainer.url': 'http://me:my-word@127.0.0.1'},
+    ):
+        with pytest.raises(LabError, match='holds a secret in plain text|no variable NO_SUCH'):
+            execute('train_toy', campaign='refused', changes=changes)
+    assert not (lab.runs / 'refused').exists()
 
 
 @pytest.mark.parametrize(
@@ -433,7 +441,7 @@ def test_no_secret_reaches_a_record(lab):
     ],
 )
 def test_which_keys_are_secret(key, hidden):
-    assert (mask({key: 'value'})[key] == '***') is hidden
+    assert (mask({key: 'a-value-of-8'})[key] == '***') is hidden
 
 
 # ---- the pipeline --------------------------------------------------------------------------------

@@ -1,6 +1,10 @@
 """What a pipeline does again and what it skips, which run is the newest, and one pipeline at a time."""
 
+import importlib
+import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +15,24 @@ from pathlib import Path
 import pytest
 
 from k2lab.cli import main
-from k2lab.cli.steps import alone
+from k2lab.cli.steps import alone, plan_of, steps_of
 from k2lab.lab import records
 from k2lab.lab.config import LabError
+from k2lab.lab.inputs import WITNESS
 from k2lab.lab.job import start
 from k2lab.lab.locks import lock
-from k2lab.lab.records import find_run, iso_time, new_folder, read_run, runs, saved_by, start_time
+from k2lab.lab.records import (
+    amend,
+    find_run,
+    iso_time,
+    new_folder,
+    read_record,
+    read_run,
+    runs,
+    saved_by,
+    start_time,
+)
+from k2lab.lab.reproduce import kernel_here
 
 PIPELINE = 'steps: [{stage: train_toy, changes: {steps: 4}}, {stage: train_more}]'
 
@@ -29,10 +45,42 @@ def two(lab):
     return lab
 
 
+FINISHED = {}  # the lab of `done`, made once and copied
+
+
+@pytest.fixture
+def done(two, tmp_path_factory):
+    "The same lab after its pipeline; `train_toy` imports a module, and there are files that nobody reads."
+    if 'lab' not in FINISHED:
+        finish(two)
+        FINISHED['lab'] = tmp_path_factory.mktemp('finished')
+        shutil.copytree(two.root, FINISHED['lab'], dirs_exist_ok=True)
+    shutil.copytree(FINISHED['lab'], two.root, dirs_exist_ok=True)
+    kernel_here.cache_clear()
+    yield two
+    kernel_here.cache_clear()
+
+
+def finish(lab):
+    "Give a lab more files, and run its two stages."
+    edit(lab.root / 'toylab/train_toy.py', '\n', '\nimport toylab.adding\n')
+    edit(lab.root / 'configs/env.yaml', 'zero.txt', 'zero.txt, two: ./two.txt')
+    lab.write('toylab/adding.py', 'one = 1\n')
+    lab.write('toylab/other.py', 'two = 2\n')
+    for name in ('two', 'six'):
+        lab.write(f'{name}.txt', '2')
+    by_hand('train_toy', steps=4)
+    by_hand('train_more')
+
+
 def by_hand(stage: str, **changes) -> Path:
-    "The folder of a run of the campaign `c`, made in this process."
+    "The folder of a run of the campaign `c`, made in this process with the code as it is now."
     from k2lab.lab.job import stage_module
 
+    for name in [m for m in sys.modules if m.split('.')[0] == 'toylab']:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+    WITNESS.tops.add('toylab')  # this process began before there was a lab
     job = start(stage, 'smoke', None, changes, 'c')
     stage_module(stage).train(job)
     job.finish()
@@ -120,8 +168,7 @@ def test_a_run_that_was_renamed_keeps_its_place_and_a_campaign_its_runs(two, cap
     assert [Path(r['folder']).name[:7] for r in runs('c')] == ['my-best', f'{datetime.now():%Y-%m}']
     (two.runs / 'c').rename(two.runs / 'd')
     assert main(['runs', 'd']) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line[:9] for line in lines[1:]] == ['d (was c)', 'd (was c)']
+    assert 'd (was c)' in capsys.readouterr().out
     assert find_run('my-best') == two.runs / 'd' / 'my-best'
     assert saved_by(two.runs / 'd', 'k2_toy', 'smoke')
 
@@ -131,7 +178,7 @@ def test_a_run_that_was_renamed_keeps_its_place_and_a_campaign_its_runs(two, cap
 WAIT = """
 import sys
 from pathlib import Path
-from k2lab.cli.steps import alone
+from k2lab.cli.steps import alone, plan_of, reason, steps_of
 with alone(Path(sys.argv[1])):
     print('mine', flush=True)
     sys.stdin.read()
@@ -180,3 +227,318 @@ def test_a_mistake_is_refused_before_the_campaign_is_owned(two, capsys):
     with pytest.raises(LabError, match='unknown scale'):
         main(['pipeline', '--campaign', 'c', '--scale', 'small'])
     assert not two.runs.exists()
+
+
+# ---- what runs again -----------------------------------------------------------------------------
+
+
+def planned(lab) -> list[str]:
+    "What the pipeline would say about its two steps in the campaign `c`: the reasons to run, or nothing."
+    return [', '.join(plan_of(step, 'smoke', 'c').why) for step in steps_of(None, None)]
+
+
+def edit(path: Path, old: str, new: str):
+    "Replace some text in a file, once and for certain."
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def flip(path: Path, rng):
+    "Flip one bit of a file; its size stays."
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def run_of(lab, stage: str) -> Path:
+    return next(Path(r['folder']) for r in reversed(runs('c')) if r['stage'] == stage)
+
+
+def edit_notebook(lab, rng, where: str):
+    "Change a cell of the run half, put one in, take one out, or swap two."
+    path = lab.root / 'nbs/20_train_toy.ipynb'
+    book = json.loads(path.read_text())
+    at = rng.randrange(3, len(book['cells']))
+    cell = book['cells'][at]
+    if where == 'text':
+        cell['source'] += rng.choice(['\n', ' # again', '\nx = 1'])
+    elif where == 'put':
+        book['cells'].insert(at, cell | {'id': 'new', 'source': 'x = 1'})
+    elif where == 'take':
+        del book['cells'][at]
+    else:
+        book['cells'][at - 1], book['cells'][at] = cell, book['cells'][at - 1]
+    path.write_text(json.dumps(book))
+
+
+def edit_code(lab, rng, name: str):
+    "Change a random line of a module by a comment."
+    path = lab.root / 'toylab' / name
+    lines = path.read_text().splitlines()
+    at = rng.randrange(len(lines) + 1)
+    lines.insert(at, f'# {rng.random()}')
+    path.write_text('\n'.join(lines))
+
+
+def other_package(lab, rng):
+    "A package of another version, a new one, or one less, as the kernel sees them."
+    packages = kernel_here()['package']
+    name = rng.choice(sorted(packages))
+    packages |= {name: '0.0.1'} if rng.random() < 0.5 else {f'new-{name}': '1.0'}
+
+
+def earlier_version(lab, rng):
+    "A record of an earlier version, which knows nothing of inputs."
+    folder = run_of(lab, 'train_toy')
+    record = {k: v for k, v in read_record(folder).items() if k not in ('inputs', 'seals')}
+    (folder / 'run.json').write_text(json.dumps(record))
+
+
+ENV = 'configs/env.yaml'
+TOY = 'configs/train_toy.yaml'
+# what is done, and what the first and the second step say then; the second one reads what the first one left
+CHANGES = {
+    'a cell': (lambda lab, rng: edit_notebook(lab, rng, 'text'), 'notebook', ''),
+    'a new cell': (lambda lab, rng: edit_notebook(lab, rng, 'put'), 'notebook', ''),
+    'a cell less': (lambda lab, rng: edit_notebook(lab, rng, 'take'), 'notebook', ''),
+    'cells swapped': (lambda lab, rng: edit_notebook(lab, rng, 'swap'), 'notebook', ''),
+    'the stage': (lambda lab, rng: edit_code(lab, rng, 'train_toy.py'), 'code train_toy.py', ''),
+    'the second': (lambda lab, rng: edit_code(lab, rng, 'train_more.py'), '', 'code train_more.py'),
+    'a helper': (lambda lab, rng: edit_code(lab, rng, 'adding.py'), 'code adding.py', ''),
+    'package': (lambda lab, rng: edit_code(lab, rng, '__init__.py'), *2 * ('code __init__.py',)),
+    'a module less': (
+        lambda lab, rng: (lab.root / 'toylab/adding.py').unlink(),
+        'code adding.py',
+        '',
+    ),
+    'data': (lambda lab, rng: lab.write('zero.txt', str(rng.randrange(1, 10))), 'data zero', ''),
+    'data gone': (lambda lab, rng: (lab.root / 'zero.txt').unlink(), 'data zero', ''),
+    'other data': (
+        lambda lab, rng: edit(lab.root / ENV, './zero.txt', f'./{rng.choice(["two", "six"])}.txt'),
+        'data zero, env.yaml: models.zero',
+        '',
+    ),
+    'system': (
+        lambda lab, rng: edit(lab.root / ENV, 'models:', f'system: {rng.random()}\nmodels:'),
+        *2 * ('env.yaml: system',),
+    ),
+    'the address': (
+        lambda lab, rng: edit(lab.root / ENV, 'K2LAB', f'K{rng.randrange(9)}'),
+        *2 * ('env.yaml: endpoint.key_env',),
+    ),
+    'config': (
+        lambda lab, rng: edit(lab.root / TOY, 'k2_toy', 'k2_toy\nhow: fine'),
+        'config how',
+        '',
+    ),
+    'scale': (
+        lambda lab, rng: edit(lab.root / TOY, 'steps: 2', 'steps: 2, seed: 7'),
+        'config seed',
+        '',
+    ),
+    'the pipeline': (
+        lambda lab, rng: edit(lab.root / 'configs/pipeline.yaml', '4', str(rng.randrange(5, 99))),
+        'config steps',
+        '',
+    ),
+    'packages': (other_package, *2 * ('package',)),
+    'python': (
+        lambda lab, rng: kernel_here()['interpreter'].update(version='3.99'),
+        *2 * ('interpreter version',),
+    ),
+    'a bit': (
+        lambda lab, rng: flip(run_of(lab, 'train_toy') / 'k2_toy.txt', rng),
+        'k2_toy: k2_toy.txt was changed',
+        'data k2_toy',
+    ),
+    'a longer file': (
+        lambda lab, rng: (run_of(lab, 'train_more') / 'k2_more.txt').write_text('700'),
+        '',
+        'k2_more: k2_more.txt has 3 bytes',
+    ),
+    'a manifest less': (
+        lambda lab, rng: (run_of(lab, 'train_more') / 'k2_more.MANIFEST.json').unlink(),
+        '',
+        'k2_more has no manifest',
+    ),
+    'a file less': (
+        lambda lab, rng: (run_of(lab, 'train_more') / 'k2_more.txt').unlink(),
+        '',
+        'k2_more: k2_more.txt is missing',
+    ),
+    'another parent': (
+        lambda lab, rng: by_hand('train_toy', steps=rng.randrange(5, 99)),
+        '',
+        'data k2_toy',
+    ),
+    'by hand': (
+        lambda lab, rng: edit(
+            run_of(lab, 'train_toy') / 'run.json', '"seed": 0', f'"seed": {rng.randrange(1, 9)}'
+        ),
+        'record edited by hand',
+        'data k2_toy',
+    ),
+    'earlier': (earlier_version, 'inputs: not recorded', ''),
+}
+
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('change', CHANGES)
+def test_what_changed_runs_again_and_says_why(done, change, seed):
+    assert planned(done) == ['', '']
+    do, *expected = CHANGES[change]
+    do(done, random.Random(seed))
+    for said, start_of in zip(planned(done), expected):
+        assert said.startswith(start_of) and bool(said) is bool(start_of), (said, start_of)
+
+
+def rewrite(lab):
+    "Every file of the lab again, with the same bytes, a new inode and another time."
+    for path in [p for p in lab.root.rglob('*') if p.is_file()]:
+        copy = path.with_name(f'{path.name}.copy')
+        copy.write_bytes(path.read_bytes())
+        os.utime(copy, (1e9, 1e9))
+        copy.replace(path)
+
+
+def tell_more(lab):
+    "Other words, cells and outputs in the half of the notebook that is not executed, or is not code."
+    path = lab.root / 'nbs/20_train_toy.ipynb'
+    book = json.loads(path.read_text())
+    book['cells'][0]['source'] = '# Another title'
+    book['cells'][1]['source'] = '1 / 0'
+    book['cells'][3] |= {
+        'id': 'other',
+        'execution_count': 7,
+        'outputs': [{'output_type': 'stream', 'name': 'stdout', 'text': 'x'}],
+    }
+    book['cells'].append(
+        {'cell_type': 'markdown', 'id': 'm', 'metadata': {}, 'source': 'That was it.'}
+    )
+    path.write_text(json.dumps(book, indent=3))
+
+
+def failed(lab):
+    with pytest.raises(LabError):
+        by_hand('train_toy', steps=4, how='fail')
+
+
+SAME = {
+    'nothing': lambda lab: None,
+    'the same bytes': rewrite,
+    'words': tell_more,
+    'another name': lambda lab: edit(lab.root / ENV, 'zero: ', 'one: ./one.txt, zero: '),
+    'the place of another name': lambda lab: edit(lab.root / ENV, './two.txt', './six.txt'),
+    'a comment': lambda lab: edit(lab.root / ENV, 'models:', '# models by name\nmodels:'),
+    'the order of keys': lambda lab: (
+        edit(lab.root / TOY, 'saves: k2_toy\n', '')
+        or edit(lab.root / TOY, 'scales', 'saves: "k2_toy"\nscales')
+    ),
+    'a module that nobody imports': lambda lab: lab.write('toylab/other.py', 'two = 3'),
+    'a new module': lambda lab: lab.write('toylab/more.py', 'two = 3'),
+    'a file that nobody reads': lambda lab: lab.write('two.txt', '3'),
+    'a new stage': lambda lab: lab.stage(40, 'train_most'),
+    'no bytecode': lambda lab: shutil.rmtree(lab.root / 'toylab/__pycache__', ignore_errors=True),
+    'another host': lambda lab: kernel_here()['host'].update(name='elsewhere', cores=99),
+    'an accelerator': lambda lab: kernel_here()['accelerator'].update(devices=['H100']),
+    'threads': lambda lab: kernel_here()['environment'].update(OMP_NUM_THREADS='99'),
+    'a run with another name': lambda lab: run_of(lab, 'train_toy').rename(lab.runs / 'c/my-best'),
+    'both with another name': lambda lab: [
+        run_of(lab, s).rename(lab.runs / 'c' / s) for s in ('train_toy', 'train_more')
+    ],
+    'a run that saves something else': lambda lab: by_hand('train_toy', steps=9, saves='k2_other'),
+    'a run that failed': failed,
+    'a run of another campaign': lambda lab: start('train_toy', 'smoke', None, {}, 'd').finish(),
+    'the same run again': lambda lab: by_hand('train_toy', steps=4),
+    'a tag': lambda lab: amend(run_of(lab, 'train_toy'), tags=['best']),
+}
+
+
+@pytest.mark.parametrize('same', SAME)
+def test_what_did_not_change_is_skipped(done, same):
+    SAME[same](done)
+    assert planned(done) == ['', '']
+    assert [plan_of(step, 'smoke', 'c').done for step in steps_of(None, None)] == [True, True]
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipeline(two, capfd):
+    "A function that runs `k2lab pipeline` in the campaign `c`: what was said of each step, how many runs were made."
+
+    def run(*words: str) -> tuple[list[str], int]:
+        before = len(runs('c'))
+        assert main(['pipeline', '--campaign', 'c', *words]) == 0
+        said = capfd.readouterr()
+        lines = [x for x in (said.err + said.out).splitlines() if x[:5] in ('[1/2]', '[2/2]')]
+        told = ('runs again', 'already', 'accepted', 'would', 'resumes')
+        return [x for x in lines if any(word in x for word in told)], len(runs('c')) - before
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_dozen_changes_through_the_command(two, pipeline):
+    def changed(do, *expected: str, words: tuple = ()):
+        "After a change the steps say this; a step that runs again makes one run, and then all are skipped."
+        do()
+        said, made = pipeline(*words)
+        assert len(said) == 2 and all(a in b for a, b in zip(expected, said)), (expected, said)
+        assert made == sum('runs again' in line for line in said)
+
+    code, root, again = two.root / 'toylab', two.root, 'runs again: '
+    assert pipeline() == ([], 2)
+    changed(lambda: None, 'already, in', 'already, in')
+    changed(
+        lambda: edit(code / 'train_toy.py', 'value =', 'value  ='),
+        again + 'code train_toy.py',
+        'already',
+    )
+    changed(
+        lambda: edit(code / 'train_more.py', 'value =', 'value  ='),
+        'already',
+        again + 'code train_more.py',
+    )
+    changed(lambda: edit_notebook(two, random.Random(0), 'put'), again + 'notebook', 'already')
+    changed(lambda: two.write('zero.txt', '5'), again + 'data zero', again + 'data k2_toy')
+    changed(
+        lambda: two.write('five.txt', '5') or edit(root / ENV, 'zero.txt', 'five.txt'),
+        again + 'data zero, env.yaml: models.zero',
+        'already',
+    )
+    changed(
+        lambda: edit(root / ENV, 'models', 'system: Be brief.\nmodels'),
+        again + 'env.yaml: system',
+        again + 'env.yaml: system',
+    )
+    changed(
+        lambda: two.write(
+            'configs/train_more.yaml', 'init_from: k2_toy\nsaves: k2_more\nsteps: 6\n'
+        ),
+        'already',
+        again + 'config steps',
+    )
+    changed(
+        lambda: flip(run_of(two, 'train_toy') / 'k2_toy.txt', random.Random(1)),
+        again + 'k2_toy: k2_toy.txt was changed',
+        'already',
+    )
+    changed(
+        lambda: (run_of(two, 'train_more') / 'k2_more.txt').unlink(),
+        'already',
+        again + 'k2_more: k2_more.txt is missing',
+    )
+    changed(lambda: earlier_version(two, None), again + 'inputs: not recorded', 'already')
+    stale = lambda: edit(code / 'train_toy.py', 'value  =', 'value =')
+    changed(stale, 'accepted as it is, in', 'already', words=('--accept-stale', 'train_toy'))
+    changed(lambda: None, 'would run again: code train_toy.py', 'unless', words=('--dry-run',))
+    changed(lambda: None, again + 'code train_toy.py', 'already')
+    changed(
+        lambda: run_of(two, 'train_toy').rename(two.runs / 'c/my-best'),
+        'already, in my-best',
+        'already',
+    )
+    changed(lambda: None, 'already', 'already')

@@ -336,7 +336,12 @@ def test_one_node_is_left_alone_and_several_get_srun():
 def test_a_run_waits_completes_and_keeps_no_secret(slurm, lab, asked, monkeypatch):
     monkeypatch.setenv('HF_TOKEN', 'hf_environmentsecret0000')
     asked('extra: {hold: true}')
-    done = k2lab('train_toy', '--on', 'slurm', '--campaign', 'c', 'api_key=plain-text-key')
+    monkeypatch.setenv('TOY_SECRET', 'plain-text-key')
+    asked('setup: [export API_KEY=aB3dE5fG7hJ9kL1mN3pQ5rS7tU9]')
+    refused = k2lab('train_toy', '--on', 'slurm', '--campaign', 'c')
+    assert (refused.returncode, runs('c')) == (2, []) and 'a secret in plain text' in refused.stderr
+    asked('extra: {hold: true}')
+    done = k2lab('train_toy', '--on', 'slurm', '--campaign', 'c', 'api_key=env:TOY_SECRET')
     folder = Path(runs('c')[0]['folder'])
     first = job_of(folder)
     assert done.returncode == 0 and f'c/{folder.name}: Slurm job {first}\n' in done.stdout, (

@@ -210,7 +210,7 @@ def test_a_campaign_of_honest_changes_raises_no_alarm(lab):
     killed.held.close()
     amend(killed.folder, tags=['cut'])
     done = resume(killed.folder)
-    again, *_ = reproduce(good.folder)
+    again = reproduce(good.folder).folder
     assert read_run(done)['status'] == 'complete' == read_run(again)['status']
     assert (read_run(done)['tags'], 'tags' in read_run(again)) == (['cut'], False)
     assert read_run(done)['attempts'][0]['seal']

@@ -44,13 +44,20 @@ def version(words: list, options: dict) -> int:
 COMMANDS = {
     'pipeline': Command(
         pipeline,
-        'run the stages of configs/pipeline.yaml that are not complete yet',
+        'run the stages of configs/pipeline.yaml whose results are missing or hold no longer',
         options=(
             SCALE,
             CAMPAIGN,
             Option('from', 'the first stage', 'STAGE'),
             Option('to', 'the last stage', 'STAGE'),
             Option('seed', 'the seed of every stage that has one', 'N'),
+            Option(
+                'accept-stale',
+                'skip these stages, or all, if they are complete, whatever has changed since',
+                '[STAGE,...]',
+                alone='all',
+            ),
+            Option('dry-run', 'say what would run, and why'),
         ),
         example='k2lab pipeline --scale nano --campaign mine',
     ),

@@ -125,6 +125,7 @@ def run_text(record: dict) -> str:
         f"{campaign_of(record)}/{Path(record['folder']).name}: {outcome(record)}",
         f"  in {record['folder']}",
         *([f"  clock: {record['clock']}"] if 'clock' in record else []),
+        *(f'  warning: {text}' for text in record.get('warnings', [])),
     ]
     lines += [
         f"  {name}: {save['bytes'] / 2**20:.2f} MiB in {save['files']} files"

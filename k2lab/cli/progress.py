@@ -28,12 +28,14 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
             self.printed = time.monotonic()
 
+    def note(self, text: str):
+        "Leave a line that stays."
+        sys.stderr.write(('\r\x1b[K' if self.tty else '') + f'{self.head}  {text}\n')
+        sys.stderr.flush()
+
     def end(self, record: dict):
         "Leave one final line about the run."
-        sys.stderr.write(
-            ('\r\x1b[K' if self.tty else '')
-            + f"{self.head}  {outcome(record)}  {clock(wall(record))}\n"
-        )
+        self.note(f'{outcome(record)}  {clock(wall(record))}')
 
 
 def begun(record: dict) -> datetime | None:

@@ -14,6 +14,7 @@ class Option:
     meaning: str
     value: str = ''  # what stands for the value in the help; a flag has none
     many: bool = False  # whether it can be given more than once
+    alone: str = ''  # its value if none follows; where this is empty, one has to
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,11 @@ def parse(name: str, command: Command, words: list[str]) -> tuple[list[str], dic
 
 def value_of(option: Option, name: str, left: list[str]) -> str:
     "The value that follows an option, taken from the words that are left."
-    if not left or left[0].startswith('--'):
-        raise LabError(f'{name}: --{option.name} needs a value: --{option.name} {option.value}')
-    return left.pop(0)
+    if left and not left[0].startswith('--'):
+        return left.pop(0)
+    if option.alone:
+        return option.alone
+    raise LabError(f'{name}: --{option.name} needs a value: --{option.name} {option.value}')
 
 
 def of_option(name: str, option: Option, values: list):

@@ -289,7 +289,7 @@ class Recorder:
     def take(self, msg: dict):
         "Give a message to its cell, or update what was displayed before."
         shown = msg['content'].get('transient', {}).get('display_id')
-        cell = self.by_message.get((msg['parent_header'] or {}).get('msg_id'))
+        cell = self.by_message.get((msg['parent_header'] or {}).get('msg_id', ''))
         if msg['header']['msg_type'] == 'update_display_data' and shown in self.displays:
             self.displays[shown] |= {k: msg['content'][k] for k in ('data', 'metadata')}
         elif cell:
@@ -393,14 +393,14 @@ class Recording:
 
     def notebook(self) -> dict:
         "The executed notebook of the run."
-        runs, book = self.recorder.cells[: self.stop], {'cells': []}
+        runs, kept = self.recorder.cells[: self.stop], {}
         if self.path:
             book = json.loads(self.path.read_text(encoding='utf-8'))
-            cells = filled(half_of(book), runs, self.begun)
+            kept, cells = book['metadata'], filled(half_of(book), runs, self.begun)
         else:
             cells = runs[self.previous :]
         kernel = {'name': 'python3', 'display_name': 'python3', 'language': 'python'}
-        metadata = {'kernelspec': kernel} | book.get('metadata', {})
+        metadata = {'kernelspec': kernel} | kept
         return {'metadata': metadata, 'nbformat': 4, 'nbformat_minor': 5, 'cells': cells}
 
 

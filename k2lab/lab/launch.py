@@ -20,6 +20,7 @@ from .config import LabError, lab_path, read_yaml, root
 from .display import live_progress
 from .job import Job
 from .locks import guarded
+from .names import matching_sha256
 from .slurm import across_nodes
 
 # %% ../../nbs/lab/11_launch.ipynb #941ade5f
@@ -100,6 +101,9 @@ def work_in_processes(job: Job):
     "Let several processes do a stage's work; `LabError` if one of them failed, with its reason if it gave one."
     command = launch_command(job)
     check_gpus(job)
+    name = os.path.relpath(launch_file(job), root())
+    job.record['inputs']['data'][name] = matching_sha256(name)
+    job.write()
     log = job.folder / 'log.txt'
     start = log.stat().st_size if log.exists() else 0
     if job.record['by_runner']:

@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['HUB_ID', 'COMMIT', 'open_place', 'at_commit', 'snapshot', 'snapshot_flaw', 'blob_sha', 'smoke_folder', 'content_at',
            'commands', 'maker', 'missing_parent', 'not_promoted', 'passed_over_here', 'parent_run', 'parent_in_env',
-           'parent_of', 'content_now', 'data_value', 'flaw_of', 'place_of']
+           'parent_of', 'content_now', 'data_value', 'flaw_of', 'place_of', 'is_path_like', 'matching',
+           'matching_sha256', 'named_files']
 
 # %% ../../nbs/lab/08_names.ipynb #4cf108b6
+import glob
 import hashlib
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
 
 from .config import LabError, did_you_mean, lab_path, one_of, read_yaml, root, stage_names
-from .files import added_files, check_published, manifest_files, sha256
+from .files import added_files, as_json, check_published, looked_up, manifest_files, sha256
 from .inputs import content_sha256, files_sha256
 from k2lab.lab.records import (
     find_run,
@@ -36,6 +39,7 @@ COMMIT = re.compile(r'.+@[0-9a-f]{40}')  # a hub id that cannot mean anything el
 
 def open_place(name: str, place: str) -> str | Path:
     "The path of a place in env.yaml; a hub id or `smoke:` model is returned as text. `LabError` if there is nothing."
+    place = looked_up(place, name)
     kind, _, rest = place.partition(':')
     if kind == 'smoke':
         return place
@@ -226,6 +230,8 @@ def data_value(parent: dict) -> str | None:
     "What stands for a parent among the inputs: its content, or the hub id with its commit; None if it is unknown."
     place = parent['place'] or ''
     built = content_at(place) if place.startswith('smoke:') else None
+    if HUB_ID.fullmatch(place):
+        place = at_commit(place)  # which it has once it was downloaded
     return parent['sha256'] or built or (place if COMMIT.fullmatch(place) else None)
 
 
@@ -258,3 +264,37 @@ def place_of(parent: dict, deep: bool = True) -> str | Path:
     if why := flaw_of(parent, folder) if deep else check_published(folder, name):
         raise LabError(f"{folder}: {why}; run its stage again, or put the file back")
     return folder / read_run(folder)['saves'][name]['path']
+
+# %% ../../nbs/lab/08_names.ipynb #11a27a1b
+def is_path_like(text: str) -> bool:
+    "Whether a text can be the path or the pattern of local files."
+    return len(text) < 1000 and bool(re.search('[./*]', text)) and not re.search('\n|://', text)
+
+
+def matching(pattern: str) -> list[str]:
+    "The files of a path or pattern, which is relative to the lab's root."
+    pattern = os.path.expanduser(pattern)
+    if (root() / pattern).is_file():
+        return [pattern]
+    found = glob.glob(pattern, root_dir=root(), recursive=True)
+    return sorted(path for path in found if (root() / path).is_file())
+
+
+def matching_sha256(pattern: str) -> str | None:
+    "One hash over the names and contents of the files of a path or pattern; None if there are none."
+    listed = [[path, sha256(root() / path)] for path in matching(pattern)]
+    return hashlib.sha256(as_json(listed).encode()).hexdigest() if listed else None
+
+
+def named_files(config, key: str = '') -> dict[str, str]:
+    "`{path or pattern: hash}` of the files that a configuration names to be read."
+    if isinstance(config, dict):
+        parts = [named_files(value, name) for name, value in config.items()]
+    elif isinstance(config, (list, tuple)):
+        parts = [named_files(value, key) for value in config]
+    elif isinstance(config, str) and is_path_like(config) and not key.endswith('_dir'):
+        found = matching_sha256(config)
+        return {config: found} if found else {}
+    else:
+        return {}
+    return {name: found for part in parts for name, found in part.items()}

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from .config import LabError, lab_path, root, setting
-from .files import SECRET_KEY, scrub
+from .files import SECRET_VARIABLE, scrub
 
 # %% ../../nbs/lab/03_provenance.ipynb #e706356e
 def installed() -> dict[str, str]:
@@ -78,14 +78,14 @@ def torch_cuda() -> str | None:
 
 
 def accelerator() -> dict:
-    "`{'devices', 'driver', 'cuda'}` of the machine's NVIDIA GPUs, or an empty dictionary."
+    "`{'devices', 'driver', 'cuda'}` of the machine's NVIDIA GPUs, None where unknown; empty without any."
     if not shutil.which('nvidia-smi'):
         return {}
     query = ['nvidia-smi', '--query-gpu=name,driver_version', '--format=csv,noheader']
-    lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
-    rows = [line.rpartition(', ') for line in lines if ', ' in line]
-    if not rows:
-        return {}
+    done = subprocess.run(query, capture_output=True, text=True)
+    rows = [line.rpartition(', ') for line in done.stdout.splitlines() if ', ' in line]
+    if done.returncode or not rows:  # a driver that does not answer is no machine without GPUs
+        return {'devices': None, 'driver': None, 'cuda': torch_cuda()}
     return {'devices': [row[0] for row in rows], 'driver': rows[0][2], 'cuda': torch_cuda()}
 
 # %% ../../nbs/lab/03_provenance.ipynb #2d58ce2f
@@ -99,7 +99,7 @@ MATTERS = re.compile(
 def environment() -> dict:
     "The environment variables that change results, without secrets."
     known = {k: v for k, v in sorted(os.environ.items()) if MATTERS.fullmatch(k)}
-    return {k: scrub(v) for k, v in known.items() if not SECRET_KEY.search(k)}
+    return {k: scrub(v) for k, v in known.items() if not SECRET_VARIABLE.search(k)}
 
 # %% ../../nbs/lab/03_provenance.ipynb #5296540c
 PLAIN = '--no-optional-locks -c core.fsmonitor=false -c core.safecrlf=false'.split()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REPORT_STYLE', 'rows_shown', 'samples_shown', 'change_shown', 'metrics_shown', 'checks_shown', 'gate_shown', 'number',
-           'curve_summary', 'curve_shown', 'hidden', 'mark_cell', 'publish_notebook', 'notebook_html', 'Evidence']
+           'curve_summary', 'curve_shown', 'hidden', 'mark_cell', 'text_of', 'bound_data', 'bound_output',
+           'bound_notebook', 'publish_log', 'publish_notebook', 'notebook_html', 'Evidence']
 
 # %% ../../nbs/lab/09_show.ipynb #9a3862ad
 import contextlib
@@ -16,8 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import cast
 
+from .config import setting
 from .display import Html, Picture, Table, draw, short
-from .files import as_json, mask, read_lines, scrub, write_text
+from .files import as_json, cut, mask, read_lines, scrub, trim, write_text
 
 # %% ../../nbs/lab/09_show.ipynb #a8abd357
 def rows_shown(folder: Path, n: int) -> Table | Html:
@@ -150,12 +152,73 @@ def mark_cell(nb: dict, why: str):
         }
     )
 
+# %% ../../nbs/lab/09_show.ipynb #be890f50
+def text_of(value) -> str:
+    "A text of a notebook, which may be kept as lines."
+    return value if isinstance(value, str) else ''.join(value)
+
+
+def bound_data(data: dict, most: int) -> dict:
+    "What an output shows, each form of it in at most `most` characters: text cut in the middle, others left out whole."
+    kept, notes = {}, []
+    for kind, value in data.items():
+        value = ''.join(value) if isinstance(value, list) else value
+        size = len(value if isinstance(value, str) else json.dumps(value))
+        if size > most and kind == 'text/plain':
+            value = cut(value, most)
+        elif size > most:
+            notes.append(f'[{size:,} characters of {kind} left out: see output_mb]')
+            continue
+        text = isinstance(value, str) and not kind.startswith('image/')
+        kept[kind] = scrub(value) if text else value if isinstance(value, str) else mask(value)
+    if notes:
+        kept['text/plain'] = '\n'.join([*notes, *filter(None, [kept.get('text/plain')])])
+    return kept
+
+
+def bound_output(out: dict, most: int) -> dict:
+    "An output with its texts masked, and of at most `most` characters each."
+    if out['output_type'] == 'stream':
+        return out | {'text': scrub(cut(text_of(out['text']), most))}
+    if out['output_type'] == 'error':
+        lines = '\n'.join(out['traceback'])
+        return out | {
+            'evalue': scrub(cut(out['evalue'], min(most, 10_000))),
+            'traceback': scrub(cut(lines, min(most, 50_000))).split('\n'),
+        }
+    return out | {'data': bound_data(out['data'], most)}
+
+
+def bound_notebook(nb: dict, output: int, notebook: int) -> dict:
+    "An executed notebook with its texts masked; one output keeps `output` characters, all of them `notebook`."
+    left = notebook
+    for cell in nb['cells']:
+        cell['source'] = scrub(text_of(cell['source']))
+        kept, cell_outputs = [], cell.get('outputs', [])
+        for out in cell_outputs:
+            if left > 0 or out['output_type'] == 'error':
+                kept.append(bound_output(out, max(min(output, left), 2_000)))
+                left -= len(json.dumps(kept[-1]))
+        if lost := len(cell_outputs) - len(kept):
+            note = f'[{lost} more outputs left out: see notebook_mb]\n'
+            kept.append({'output_type': 'stream', 'name': 'stderr', 'text': note})
+        if 'outputs' in cell:
+            cell['outputs'] = kept
+    told = nb['metadata'].get('papermill', {})
+    told |= {k: mask(told[k]) for k in ('parameters',) if k in told}
+    return nb
+
+# %% ../../nbs/lab/09_show.ipynb #364acdd5
+def publish_log(log: Path):
+    "Write a run's log again, masked, and with its middle cut if it is longer than the settings allow."
+    if log.exists():
+        trim(log, setting('run', 'log_mb') * 10**6)
+        write_text(log, scrub(log.read_text(encoding='utf-8', errors='replace')))
+
 
 def publish_notebook(folder: Path, why: str = ''):
     "Publish the executed notebook and report.html with secrets masked; `why` marks the cell that never ended."
-    log = folder / 'log.txt'
-    if log.exists():
-        write_text(log, scrub(log.read_text(encoding='utf-8', errors='replace')))
+    publish_log(folder / 'log.txt')
     part = folder / '.notebook.ipynb'
     try:
         nb = json.loads(part.read_text(encoding='utf-8'))
@@ -165,7 +228,9 @@ def publish_notebook(folder: Path, why: str = ''):
         mark_cell(nb, why)
     for key in ('input_path', 'output_path'):
         nb['metadata'].get('papermill', {}).pop(key, None)
-    write_text(folder / 'notebook.ipynb', scrub(as_json(nb, indent=1)) + '\n')
+    most = (setting('run', key) * 10**6 for key in ('output_mb', 'notebook_mb'))
+    text = json.dumps(bound_notebook(nb, *most), ensure_ascii=False, indent=1) + '\n'
+    write_text(folder / 'notebook.ipynb', text.encode('utf-8', 'backslashreplace').decode())
     part.unlink()
     write_text(folder / 'report.html', notebook_html(folder))
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from k2lab.lab.config import LabError, fill, lab_path, read_yaml, resolve, root, setting
+from k2lab.lab.files import mask
 from k2lab.lab.job import open_job, prepare, stage_module
 from k2lab.lab.records import amend, read_run
 
@@ -54,6 +55,12 @@ def cluster() -> Cluster:
     config = fill(Cluster, [(path, read_yaml(path))])
     for key in config.extra.keys() & DECIDED.keys():
         raise LabError(f'{path}: extra: {key} cannot be set: {DECIDED[key]}')
+    told = {'setup': config.setup, 'extra': config.extra}
+    if mask(told) != told:
+        raise LabError(
+            f'{path}: a secret in plain text, and the script stays in the run folder; export it '
+            'where you submit: Slurm hands the environment on'
+        )
     if not shutil.which('sbatch'):
         raise LabError('no sbatch on this machine: submit from a login node of the cluster')
     return config

@@ -556,7 +556,7 @@ def fetched(place, files=MODEL_FILES) -> Path:
 
 def _offline_reason() -> str:
     "Why the hub was not asked, and the switch for it."
-    if setting('hub', 'offline') == 'true':
+    if setting('hub', 'offline'):
         switch = 'set offline = false under [hub] in settings.ini'
     else:
         switch = 'unset HF_HUB_OFFLINE, which is in the environment'

@@ -61,8 +61,9 @@ def code_version(code: dict) -> str:
     "The commit of a run's code, and whether it had local changes."
     if not code.get('commit'):
         return 'no commit'
-    known = {True: ' with local changes', False: ''}
-    return code['commit'][:10] + known.get(code.get('dirty'), ', local changes unknown')
+    dirty = code.get('dirty')
+    changed = ', local changes unknown' if dirty is None else ' with local changes' if dirty else ''
+    return code['commit'][:10] + changed
 
 
 def machine_text(hardware: dict) -> str:

@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 from ..lab.config import LabError, did_you_mean, one_of, yaml_value
-from ..lab.files import WORDS, as_json, read_lines, scrub, spelled, write_text
+from ..lab.files import WORDS, as_json, mask, read_lines, spelled, write_text
 
 # %% ../../nbs/serving/02_harness.ipynb #4ff3ef4c
 BACKENDS = ('checkpoint', 'endpoint', 'vllm')
@@ -542,10 +542,10 @@ def keep(home: Path, result: Result, samples: list):
     "Write a task's samples, then its scores."
     home.mkdir(parents=True, exist_ok=True)
     lines = ''.join(
-        json.dumps(spelled(s, WORDS), ensure_ascii=False, allow_nan=False, default=str) + '\n'
+        json.dumps(mask(spelled(s, WORDS)), ensure_ascii=False, allow_nan=False, default=str) + '\n'
         for s in samples
     )
-    write_text(result_place(home, result.task, 'jsonl'), scrub(lines))
+    write_text(result_place(home, result.task, 'jsonl'), lines)
     write_text(
         result_place(home, result.task, 'json'),
         as_json(spelled(dataclasses.asdict(result), WORDS), indent=1),
@@ -814,7 +814,7 @@ def put_items(job, rows: list[dict]):
     new = {row['key'] for row in rows}
     place = job.folder / 'items.jsonl'
     lines = [*(row for row in read_lines(place) if row['key'] not in new), *rows]
-    write_text(place, scrub(''.join(as_json(line) + '\n' for line in lines)))
+    write_text(place, ''.join(as_json(mask(line)) + '\n' for line in lines))
 
 
 def report(job, session: Session, result: Result):

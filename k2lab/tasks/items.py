@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..lab.config import LabError
-from ..lab.files import as_json, disk_errors, read_lines, scrub
+from ..lab.files import as_json, disk_errors, mask, read_lines
 from k2lab.tasks.stats import (
     Estimate,
     by_family,
@@ -188,9 +188,9 @@ FILE = 'items.jsonl'
 
 def write_items(folder: Path, key: str, items: list):
     "Append the items of a score to the items.jsonl of a run folder, under its key; secrets in them are masked."
-    text = ''.join(as_json(dict(i, key=key)) + '\n' for i in items)
+    text = ''.join(as_json(mask(dict(i, key=key))) + '\n' for i in items)
     with disk_errors(FILE), open(Path(folder) / FILE, 'a', encoding='utf-8') as f:
-        f.write(scrub(text))
+        f.write(text)
 
 
 def read_items(folder: str | Path) -> dict[str, list]:
