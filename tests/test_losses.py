@@ -220,7 +220,7 @@ def test_a_loss_that_is_no_number_stops_the_training(kind, accumulate, tok, pair
 
 def test_a_rate_that_ruins_the_weights_stops_the_training(tok, tmp_path):
     trainer = options(4, 1) | dict(learning_rate=1e30, num_train_epochs=9, max_grad_norm=0.0)
-    with pytest.raises(LabError, match='Lower trainer.learning_rate'):
+    with pytest.raises(LabError, match='at step 1. Lower trainer.learning_rate'):
         supervise(tmp_path, tok, trainer, 0)
 
 
