@@ -566,7 +566,7 @@ def test_outputs_without_end_stay_bounded_and_say_so(lab, monkeypatch, kind):
         'html': 'from IPython.display import HTML; HTML("<p>" * 2_000_000)',
         'bar': 'import sys; [sys.stdout.write("\\r%50d" % i) for i in range(100_000)];',
         'error': 'raise ValueError("long " * 600_000)',
-        'many': 'for i in range(6_000): display("x" * 900)',
+        'many': 'for i in range(1_500): display("x" * 900)',
     }[kind]
     lab.stage(20, 'train_toy', 'saves: k2_toy\n', cells=[*RUN_HALF, cell])
     folder = execute('train_toy')

@@ -188,8 +188,9 @@ def test_a_run_whose_parent_and_campaign_were_renamed_can_be_done_again(two):
 # ---- one pipeline at a time ----------------------------------------------------------------------
 
 WAIT = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
 from k2lab.cli.steps import alone, plan_of, reason, steps_of
 with alone(Path(sys.argv[1])):
     print('mine', flush=True)

@@ -188,7 +188,7 @@ FILE = 'items.jsonl'
 
 def write_items(folder: Path, key: str, items: list):
     "Append the items of a score to the items.jsonl of a run folder, under its key; secrets in them are masked."
-    text = ''.join(as_json(mask(dict(i, key=key))) + '\n' for i in items)
+    text = ''.join(as_json(dict(mask(i), key=key)) + '\n' for i in items)
     with disk_errors(FILE), open(Path(folder) / FILE, 'a', encoding='utf-8') as f:
         f.write(text)
 
