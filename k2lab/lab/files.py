@@ -389,7 +389,7 @@ def is_secret(key: str, value: str) -> bool:
     return is_strong(value) or bool(SURE_KEY.search(key))
 
 
-def mask(value, key: str = ''):
+def mask(value: Any, key: str = '') -> Any:
     "`value` with secrets replaced by `***`: text under a key that sounds like one, and secrets within other text."
     if isinstance(value, dict):
         return {k: mask(v, str(k)) for k, v in value.items()}
