@@ -47,7 +47,8 @@ def wait_for(found, seconds: float = 60):
         (
             ['train_toi'],
             "unknown command 'train_toi' (did you mean 'train_toy'?); valid: "
-            'pipeline, runs, show, watch, resume, reproduce, diff, tag, note, promote, new, convert, completion, train_toy',
+            'pipeline, runs, show, watch, resume, reproduce, diff, tag, note, promote, new, convert, '
+            'completion, train_toy',
         ),
         (
             ['train_toy', '--scale', 'nan'],
