@@ -132,7 +132,7 @@ def test_a_name_means_the_newest_promoted_run(gated, capsys):
     more = run('train_more')
     assert more['parents'][0]['run'] == name(good)
     check = next(c for c in more['checks'] if 'passed over' in c['name'])
-    assert f'{name(bad)} was not promoted (keeps value: -3.000 [-4.000, -2.000]' in check['detail']
+    assert f'{name(bad)}: not promoted: keeps value: -3.000 [-4.000, -2.000]' in check['detail']
     pinned = run('train_more', init_from=f'k2_toy@{name(bad)}')
     assert pinned['parents'][0]['run'] == name(bad)
     assert not [c for c in pinned['checks'] if 'passed over' in c['name']]
@@ -162,6 +162,22 @@ def test_promotion_by_hand_keeps_its_reason(gated, capsys):
     assert 'complete, promoted by hand: the old grader was wrong' in capsys.readouterr().out
     newest = run('train_toy', steps=5)
     assert run('train_more')['parents'][0]['run'] == name(newest)
+
+
+def test_a_damaged_run_is_told_and_nothing_stands_in_for_the_only_one(gated):
+    first, second = (Path(run('train_toy')['folder']) for _ in range(2))
+    (second / 'k2_toy.txt').unlink()
+    more = run('train_more')
+    check = next(c for c in more['checks'] if 'passed over' in c['name'])
+    assert more['parents'][0]['run'] == first.name
+    assert check['detail'].startswith(f'{second.name}: k2_toy: k2_toy.txt is missing')
+    (first / 'k2_toy.txt').write_text('')  # now env.yaml's place of that name would be left
+    gated.write('configs/env.yaml', 'scales: {smoke: {models: {k2_toy: zero.txt}}}')
+    failed = run('train_more')
+    assert failed['status'] == 'failed'
+    assert (
+        f"'k2_toy': {second.name} saved it, and k2_toy: k2_toy.txt is missing" in failed['reason']
+    )
 
 
 def test_what_cannot_be_promoted(gated):

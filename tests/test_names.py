@@ -4,12 +4,12 @@ import json
 import math
 import random
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from test_losses import Bench
 
 from k2lab.lab.config import LabError, resolve
 from k2lab.lab.files import as_json, check_output
@@ -19,22 +19,6 @@ from k2lab.lab.runner import execute
 from k2lab.lab.show import Evidence
 
 # ---- numbers that are none: training -------------------------------------------------------------
-
-
-@dataclass
-class Bench:
-    "What a training needs of a job, in a folder."
-
-    folder: Path
-    seed: int = 0
-    record: dict = field(default_factory=dict)
-    lines: list = field(default_factory=list)
-
-    def log(self, **row):
-        self.lines.append(row)
-
-    def check(self, name, ok, detail=''):
-        assert ok
 
 
 TEXT = 'the graph G has nodes and edges, the path from a to b'.split()

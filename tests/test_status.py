@@ -167,7 +167,7 @@ def test_a_newer_run_that_was_edited_is_passed_over_by_name(lab):
     more = by_hand(stage='train_more')
     assert more.record['parents'][0]['run'] == good.name
     check = next(c for c in more.record['checks'] if 'passed over' in c['name'])
-    assert f'{edited.name} was not promoted (its record was edited by hand)' in check['detail']
+    assert f'{edited.name}: its record was edited by hand' in check['detail']
 
 
 def test_a_pipeline_does_not_skip_a_step_whose_record_was_edited(lab):

@@ -10,8 +10,8 @@ __all__ = ['UNSUPPORTED', 'DISK_FULL', 'LARGE', 'SETTLED', 'SECRET_KEY', 'SURE_K
            'read_sha256', 'sha256', 'inventory', 'manifest_files', 'added_files', 'check_published', 'is_random',
            'is_strong', 'spellings', 'held_secrets', 'scrub', 'scrub_line', 'is_suspect', 'thrown', 'is_secret', 'mask',
            'folded', 'check_name', 'reserved', 'check_output', 'check_no_secret', 'is_reference', 'looked_up', 'plain',
-           'fault_in', 'as_json', 'from_json', 'spelled', 'read_lines', 'following', 'one_line', 'cut', 'trim',
-           'trimming']
+           'fault_in', 'as_json', 'from_json', 'spelled', 'read_lines', 'beside', 'following', 'one_line', 'cut',
+           'trim', 'trimming']
 
 # %% ../../nbs/lab/01_files.ipynb #35cbcc42
 import contextlib
@@ -562,11 +562,23 @@ def read_lines(path: Path) -> list:
 
 # %% ../../nbs/lab/01_files.ipynb #3b1aa330
 @contextlib.contextmanager
+def beside(work):
+    "Do `work(stop)` in a thread while the block runs; the event `stop` is set when it ends."
+    stop = threading.Event()
+    thread = threading.Thread(target=work, args=(stop,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextlib.contextmanager
 def following(path: Path, on_line, every: float = 0.5):
     "Call `on_line` with each complete JSON line that appears in `path` while the block runs."
-    stop = threading.Event()
 
-    def tail(at=0, last=False):
+    def tail(stop, at=0, last=False):
         while not last:
             last = stop.wait(every)
             if not path.exists():
@@ -579,13 +591,8 @@ def following(path: Path, on_line, every: float = 0.5):
             for line in whole.splitlines():
                 on_line(from_json(line))
 
-    thread = threading.Thread(target=tail, daemon=True)
-    thread.start()
-    try:
+    with beside(tail):
         yield
-    finally:
-        stop.set()
-        thread.join()
 
 # %% ../../nbs/lab/01_files.ipynb #fe0bc8d7
 CUT = '\n[... {:,} {} cut here ...]\n'  # a note in place of what is left out
@@ -627,18 +634,12 @@ def trim(path: Path, most: int):
 @contextlib.contextmanager
 def trimming(path: Path, most: int, every: float = 1.0):
     "Keep a file that grows to about twice `most` bytes while the block runs."
-    stop = threading.Event()
 
-    def watch():
+    def watch(stop):
         while not stop.wait(every):
             with contextlib.suppress(OSError):
                 if path.stat().st_size > 2 * most:
                     trim(path, most)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with beside(watch):
         yield
-    finally:
-        stop.set()
-        thread.join()

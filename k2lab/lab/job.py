@@ -92,9 +92,9 @@ from k2lab.lab.records import (
     OLD_LINES,
     check_campaign,
     drop_resume_files,
-    gate_failures,
     lacks,
     new_folder,
+    not_taken,
     read_run,
     refuse_edited,
     relocated,
@@ -247,12 +247,12 @@ class Job(Evidence):
         self.write()
 
     def tell_passed_over(self, parent: dict):
-        "Enter as a check which newer runs of a parent's name were not promoted, and why."
+        "Enter as a check which newer runs of a parent's name were passed over, and why."
         name = parent['name']
         if parent['run'] and '@' not in name:
             for record in passed_over_here(self, name):
-                run, why = Path(record['folder']).name, gate_failures(record)
-                detail = f'{run} was not promoted ({why}); read is {parent["run"]}'
+                run, why = Path(record['folder']).name, not_taken(record, name)
+                detail = f'{run}: {why}; read is {parent["run"]}'
                 self.check(f'{name}: a newer run is passed over', True, detail)
 
     def publishing(self, name: str, suffix: str = ''):

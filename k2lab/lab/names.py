@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HUB_ID', 'COMMIT', 'open_place', 'at_commit', 'snapshot', 'snapshot_flaw', 'blob_sha', 'smoke_folder', 'content_at',
-           'commands', 'maker', 'missing_parent', 'not_promoted', 'passed_over_here', 'parent_run', 'parent_in_env',
+           'commands', 'maker', 'missing_parent', 'none_stands', 'passed_over_here', 'parent_run', 'parent_in_env',
            'parent_of', 'content_now', 'data_value', 'flaw_of', 'place_of', 'is_path_like', 'matching',
            'matching_sha256', 'named_files']
 
@@ -22,7 +22,9 @@ from .inputs import content_sha256, files_sha256
 from k2lab.lab.records import (
     find_run,
     gate_failures,
+    not_taken,
     passed_over,
+    promoted,
     read_run,
     refuse_edited,
     saved_by,
@@ -143,13 +145,18 @@ def missing_parent(name: str, job) -> LabError:
     )
 
 # %% ../../nbs/lab/08_names.ipynb #d93c6a49
-def not_promoted(name: str, record: dict) -> LabError:
-    "The `LabError` for a name that only runs which were not promoted have left, the newest in `record`."
+def none_stands(name: str, record: dict) -> LabError:
+    "The `LabError` for a name that only runs have left which cannot stand for it, the newest in `record`."
     run = Path(record['folder']).name
     if record.get('edited'):
         return LabError(
             f"'{name}': the record of {run} was edited by hand after it was closed, and no run "
             f'before it left {name}; put its run.json back as it was, or run the stage again'
+        )
+    if promoted(record):
+        return LabError(
+            f"'{name}': {run} saved it, and {not_taken(record, name)}; no run before it left {name}: "
+            'put the file back, or run the stage again'
         )
     return LabError(
         f"'{name}': {run} is complete, not promoted ({gate_failures(record)}), and no run before it "
@@ -159,7 +166,7 @@ def not_promoted(name: str, record: dict) -> LabError:
 
 
 def passed_over_here(job, bare: str) -> list[dict]:
-    "The newer runs of the job's campaign that left a name and were not promoted, newest first."
+    "The newer runs of the job's campaign that left a name and cannot stand for it, newest first."
     alone = (job.campaign, job.scale) == ('scratch', 'smoke')
     return [] if alone else passed_over(job.folder.parent, bare, job.scale)
 
@@ -195,7 +202,7 @@ def parent_of(job, name: str) -> dict:
     folder = parent_run(job, bare, run)
     if not folder:
         if refused := passed_over_here(job, bare):
-            raise not_promoted(bare, refused[0])
+            raise none_stands(bare, refused[0])
         place = {**job.env['models'], **job.env['data']}.get(bare)
         if place is None:
             raise missing_parent(bare, job)

@@ -7,8 +7,8 @@ __all__ = ['RUN_NAME', 'OLD_LINES', 'OPEN', 'WHY', 'READ', 'SHAPES', 'GONE', 'ne
            'edited', 'write_record', 'refuse_unknown', 'refuse_edited', 'whole', 'read_record', 'state_now', 'read_run',
            'amending', 'amend', 'iso_time', 'started_at', 'run_order', 'start_time', 'siblings', 'campaign_of',
            'unreadable_record', 'changed_at', 'read_or_mark', 'visible_folders', 'run_folders', 'runs', 'find_run',
-           'promoted', 'standing', 'gate_line_text', 'gate_failures', 'savers', 'saved_by', 'passed_over', 'relocated',
-           'check_promotable', 'promote', 'lacks', 'drop_resume_files']
+           'promoted', 'standing', 'gate_line_text', 'gate_failures', 'savers', 'not_taken', 'saved_by', 'passed_over',
+           'relocated', 'check_promotable', 'promote', 'lacks', 'drop_resume_files']
 
 # %% ../../nbs/lab/07_records.ipynb #48a0e45c
 import contextlib
@@ -349,37 +349,43 @@ def gate_line_text(line: dict) -> str:
 
 
 def gate_failures(record: dict) -> str:
-    "What a run's gate refused (or that its record was edited by hand) in one line, or an empty string."
-    if record.get('edited'):
-        return 'its record was edited by hand'
+    "What a run's gate refused, in one line, or an empty string."
     lines = (record.get('gate') or {}).get('lines', [])
     return '; '.join(gate_line_text(line) for line in lines if not line['passed'])
 
 # %% ../../nbs/lab/07_records.ipynb #51b3497c
 def savers(home: Path, name: str, scale: str) -> Iterator[dict]:
-    "The complete (and the edited) runs of the campaign folder `home` that saved `name` at this scale, newest first."
+    "The complete runs of the campaign folder `home` that saved `name` at this scale, whole or not, newest first."
     records = [read_or_mark(p.parent) for p in home.glob('*/run.json')]
     for record in sorted(records, key=run_order, reverse=True):
-        folder = Path(record['folder'])
         if record['status'] == 'unreadable':
             raise LabError(record['reason'])
         if (
             (record['status'] == 'complete' or record.get('edited'))
             and record['scale'] == scale
             and name in record['saves']
-            and not check_published(folder, name)
         ):
             yield record
 
 
+def not_taken(record: dict, name: str) -> str:
+    "Why a run that saved `name` cannot stand for it (edited, damaged, not promoted), or an empty string."
+    if record.get('edited'):
+        return 'its record was edited by hand'
+    if not promoted(record):
+        return f'not promoted: {gate_failures(record)}'
+    return check_published(Path(record['folder']), name)
+
+
 def saved_by(home: Path, name: str, scale: str) -> Path | None:
-    "The newest promoted run in the campaign folder `home` that saved `name` at this scale, or None."
-    return next((Path(r['folder']) for r in savers(home, name, scale) if promoted(r)), None)
+    "The newest promoted run in the campaign folder `home` that saved `name` at this scale and holds it, or None."
+    found = (r for r in savers(home, name, scale) if not not_taken(r, name))
+    return next((Path(r['folder']) for r in found), None)
 
 
 def passed_over(home: Path, name: str, scale: str) -> list[dict]:
-    "The runs that saved `name` after the newest promoted one and were not promoted themselves, newest first."
-    return list(takewhile(lambda r: not promoted(r), savers(home, name, scale)))
+    "The runs that saved `name` after the one that stands for it and cannot do so themselves, newest first."
+    return list(takewhile(lambda r: not_taken(r, name), savers(home, name, scale)))
 
 # %% ../../nbs/lab/07_records.ipynb #4c329754
 def relocated(parent: dict, home: Path) -> dict:
