@@ -6,7 +6,7 @@ import re
 import textwrap
 
 from k2lab.cli.running import resolved_config, stage_command
-from k2lab.cli.tables import wrapped_table
+from k2lab.cli.tables import text_width, wrapped_table
 from k2lab.cli.words import Command, Option
 from k2lab.lab.config import SCALES, LabError, setting, stage_names
 
@@ -26,7 +26,7 @@ def usage(commands: dict[str, Command]) -> str:
         'Every stage is a notebook. A run is an executed notebook in a folder of its own.\n\n'
         f'{lab_here()}\n'
         '--debug shows the traceback of an error.\n'
-        f'{textwrap.fill(EXIT_CODES, 100)}'
+        f'{textwrap.fill(EXIT_CODES, text_width())}'
     )
 
 
@@ -35,13 +35,13 @@ def lab_here() -> str:
     try:
         names, scale = f'stages: {", ".join(stage_names()) or "none here"}', setting('lab', 'scale')
     except LabError as e:
-        return textwrap.fill(str(e), 100, break_long_words=False)
-    stages = textwrap.fill(names, 100, subsequent_indent='        ')
+        return textwrap.fill(str(e), text_width(), break_long_words=False)
+    stages = textwrap.fill(names, text_width(), subsequent_indent='        ')
     return f'{stages}\nscales: {", ".join(SCALES)} (default here: {scale})'
 
 
 def two_columns(rows: list[tuple[str, str]]) -> str:
-    "Two columns as text of at most 100 columns."
+    "Two columns as text that fits the terminal."
     return wrapped_table([(*row, '') for row in rows])
 
 
@@ -54,12 +54,12 @@ def in_usage(option: Option) -> str:
 def command_help(name: str, command: Command) -> str:
     "What `k2lab COMMAND --help` prints: usage, meaning, options, an example."
     words = ' '.join(filter(None, [name, command.takes, *map(in_usage, command.options)]))
-    head = textwrap.fill(f'usage: k2lab {words}', 100, subsequent_indent=' ' * 8)
+    head = textwrap.fill(f'usage: k2lab {words}', text_width(), subsequent_indent=' ' * 8)
     rows = [(f'  --{o.name} {o.value}'.rstrip(), o.meaning) for o in command.options]
-    parts = [head, textwrap.fill(command.meaning[0].upper() + command.meaning[1:] + '.', 100)]
+    parts = [head, textwrap.fill(command.meaning[0].upper() + command.meaning[1:] + '.', text_width())]
     parts += ['options\n' + two_columns(rows)] if rows else []
     parts += [f'example: {command.example}'] if command.example else []
-    return '\n\n'.join([*parts, textwrap.fill(EXIT_CODES, 100)])
+    return '\n\n'.join([*parts, textwrap.fill(EXIT_CODES, text_width())])
 
 
 def stage_help(stage: str) -> str:

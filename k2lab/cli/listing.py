@@ -52,7 +52,10 @@ FIELDS: dict[str, Callable] = {
 def first_measure(record: dict) -> str:
     "A run's first measure, before and after."
     m = next(iter(record['metrics']), None)
-    return f"{m['measure']} {short(m['before'])} -> {short(m['after'])}" if m else ''
+    if not m:
+        return ''
+    before = '' if m['before'] is None else f'{short(m["before"])} -> '
+    return f'{m["measure"]} {before}{short(m["after"])}'
 
 
 def parents(record: dict) -> list[str]:

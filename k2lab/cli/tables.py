@@ -91,11 +91,16 @@ def fitting_table(header: list[str], rows: list[list], room: int = 0) -> str:
     return '\n'.join(aligned(row, width) for row in shortened)
 
 
+def text_width() -> int:
+    "The columns of a text to read: the terminal's (80 where there is none), at most 100."
+    return min(100, shutil.get_terminal_size().columns)
+
+
 def wrapped_table(rows: list[tuple[str, str, str]]) -> str:
-    "Three columns as text of at most 100 columns; long meanings and values are wrapped."
+    "Three columns as text that fits the terminal; long meanings and values are wrapped."
     first = max(len(row[0]) for row in rows) + 2
     last = min(max(len(row[2]) for row in rows), 30)
-    middle = min(max(len(row[1]) for row in rows) + 2, 100 - first - last)
+    middle = min(max(len(row[1]) for row in rows) + 2, max(24, text_width() - first - last))
     lines = []
     for name, meaning, value in rows:
         columns = textwrap.wrap(meaning, middle - 2), textwrap.wrap(value, max(last, 1))
