@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from k2lab.cli.listing import first_measure
 from k2lab.cli.looking import gate_text
 from k2lab.cli.progress import Progress, outcome
 from k2lab.cli.running import resolved_config
-from k2lab.cli.tables import text_table
+from k2lab.cli.tables import fitting_table
 from k2lab.lab.config import SCALES, LabError, lab_path, one_of, read_yaml, setting, stage_names
+from k2lab.lab.display import clock, short
 
 
 @dataclass(frozen=True)
@@ -232,13 +234,19 @@ def closing(records: list, campaign: str) -> str:
 
 
 def summary(done: list[tuple[dict, str]]) -> str:
-    "The pipeline's table: stage, status, first measure before and after, wall seconds, peak GiB, why it ran or not."
-    rows = []
-    for r, why in done:
-        m = next(iter(r['metrics']), {'measure': '-', 'before': None, 'after': None})
-        measured = [m['measure'], m['before'], m['after'], r.get('wall_s'), r.get('peak_gib')]
-        rows.append([r['stage'], outcome(r), *measured, why])
-    wall = sum(r.get('wall_s', 0) for r, _ in done)
-    peak = max(r.get('peak_gib', 0) for r, _ in done)
-    head = ['stage', 'status', 'measure', 'before', 'after', 'wall s', 'peak GiB', '']
-    return '\n' + text_table(head, [*rows, ['all', '', '', '', '', wall, peak, '']])
+    "The pipeline's table: stage, status, first measure before and after, wall time, peak GiB, why it ran or not."
+    rows = [
+        [
+            r['stage'],
+            outcome(r),
+            first_measure(r),
+            clock(r.get('wall_s', 0)),
+            short(r.get('peak_gib')),
+            why,
+        ]
+        for r, why in done
+    ]
+    wall = clock(sum(r.get('wall_s', 0) for r, _ in done))
+    peak = short(max(r.get('peak_gib', 0) for r, _ in done))
+    head = ['stage', 'status', 'measure', 'wall', 'GiB', '']
+    return '\n' + fitting_table(head, [*rows, ['all', '', '', wall, peak, '']])
