@@ -56,7 +56,10 @@ def command_help(name: str, command: Command) -> str:
     words = ' '.join(filter(None, [name, command.takes, *map(in_usage, command.options)]))
     head = textwrap.fill(f'usage: k2lab {words}', text_width(), subsequent_indent=' ' * 8)
     rows = [(f'  --{o.name} {o.value}'.rstrip(), o.meaning) for o in command.options]
-    parts = [head, textwrap.fill(command.meaning[0].upper() + command.meaning[1:] + '.', text_width())]
+    parts = [
+        head,
+        textwrap.fill(command.meaning[0].upper() + command.meaning[1:] + '.', text_width()),
+    ]
     parts += ['options\n' + two_columns(rows)] if rows else []
     parts += [f'example: {command.example}'] if command.example else []
     return '\n\n'.join([*parts, textwrap.fill(EXIT_CODES, text_width())])
