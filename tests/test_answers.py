@@ -1,4 +1,4 @@
-"""Servers that break, garble, refuse and stay away: each prompt is one row or one reject, and nothing paid for is lost."""
+"""Servers that break, garble, refuse, stay away: each prompt is one row or one reject, and nothing paid for is lost."""
 
 import json
 import multiprocessing

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from ..lab.config import LabError
 from ..lab.files import as_json, one_line
@@ -184,7 +185,7 @@ def _answer_in(response, seconds: float, read: Callable):
         return Failed(named if named in OF_THE_REQUEST else 200, f'with {e}')
 
 
-def _once(teacher: 'Teacher', request, read: Callable | None):
+def _once(teacher: 'Teacher', request, read: Callable | None) -> Any:
     "What `read` makes of the answer to one request, the open response where there is no `read`, or how it failed."
     import httpx
 
@@ -198,7 +199,7 @@ def _once(teacher: 'Teacher', request, read: Callable | None):
         return Failed(None, str(e) or type(e).__name__)
 
 
-def post(teacher: 'Teacher', path: str, body: dict, read: Callable | None = None):
+def post(teacher: 'Teacher', path: str, body: dict, read: Callable | None = None) -> Any:
     """What `read` makes of the JSON object that the server answers a POST with; without it the open response.
 
     Retried while the failure may be temporary. `Unanswered`, `Refused` or another `LabError` if it is not."""
