@@ -1,0 +1,207 @@
+"""Where every model of every stage is: one function says which accelerator there is, and all phases follow.
+
+There is no GPU in these tests. `accelerator` stands for one: models that are told to go there stay in main
+memory and carry its name, which is what the record must show. What it cannot show is a tensor that was left
+behind on the CPU; that takes a GPU (`k2lab selftest gpu`)."""
+
+import os
+import sys
+
+import pytest
+
+torch = pytest.importorskip('torch')
+from transformers import PreTrainedModel
+
+from k2lab.lab.config import LabError
+from k2lab.lab.job import stage_module, start
+from k2lab.models import placement
+from k2lab.models.load import Loading, as_stored, open_model, shipped, smoke_model
+
+GPU = 'cuda:0'
+
+
+def everywhere(patch, name: str, new):
+    "Put `new` in the place of a function of the placement, in each module that imported it by name."
+    old = getattr(placement, name)
+    for module in [m for n, m in sys.modules.items() if n.startswith('k2lab')]:
+        if getattr(module, name, None) is old:
+            patch.setattr(module, name, new)
+
+
+class Accelerator:
+    "A GPU of `free` bytes that is not there; `opened` lists the device of each model that was opened."
+
+    def __init__(self, patch, free: int = 2**40):
+        self.opened, self.free = [], free
+        patch.setattr(placement, 'device_here', lambda: GPU)
+        patch.setattr(placement, 'free_bytes', lambda device: self.free)
+        everywhere(patch, 'put', self.tag)
+        everywhere(patch, 'where', lambda model: getattr(model, 'tag', 'cpu'))
+        real = PreTrainedModel.from_pretrained.__func__
+
+        def from_pretrained(kind, *args, device_map=None, **options):
+            model, *info = real(kind, *args, **options)
+            device = (device_map or {'': 'cpu'})['']
+            self.opened.append(device)
+            return self.tag(model, device), *info
+
+        patch.setattr(PreTrainedModel, 'from_pretrained', classmethod(from_pretrained))
+
+    def tag(self, model, device):
+        model.tag = device
+        return model
+
+
+@pytest.fixture
+def accelerator(monkeypatch, tmp_path):
+    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
+    return Accelerator(monkeypatch)
+
+
+FEW = {'trainer.max_steps': 2, 'trainer.bf16': False}
+MEASURED = FEW | {'measures': ['domain_bits_per_byte']}
+# stage -> (changes at smoke scale, the phases that open a model)
+STAGES = {
+    'prepare_corpus': ({}, []),
+    'make_nano_models': (FEW | {'saves': 'tiny'}, ['train']),
+    'train_continual_pretrain': (MEASURED, ['before', 'train', 'certificate', 'after']),
+    'train_sft_domain': (
+        MEASURED | {'measures': ['domain_questions'], 'control_from': 'Kimi-K2-Base'},
+        ['before', 'few-shot', 'train', 'certificate', 'after', 'control', 'control, after'],
+    ),
+    'train_sft_reasoning': (
+        MEASURED | {'load.lora_rank': 2},
+        ['before', 'train', 'certificate', 'after'],
+    ),
+    'sample_teacher': ({'replay': '', 'mode': 'distill'}, ['sample']),
+    'run_dpo_reasoning': (
+        MEASURED,
+        'before reference train certificate after control'.split() + ['control, after'],
+    ),
+    'distill_to_student': (
+        FEW | {'measures': ['domain_questions']},
+        ['before', 'train', 'certificate', 'after', 'teacher'],
+    ),
+    'evaluate': ({}, [f'evaluate {name}' for name in ('k2_domain_instruct', 'k2_student_7b')]),
+    'agentic_demo': ({}, []),
+    'report': ({}, []),
+}
+
+
+def phases(stage: str, changes: dict) -> dict:
+    "The placement that a stage records at smoke scale."
+    job = start(stage, 'smoke', None, changes)
+    try:
+        stage_module(stage).work(job)
+    except LabError as why:  # random models answer nothing right
+        assert 'nothing to keep' in str(why), why
+    return job.record.get('placement', {})
+
+
+SHORT = [stage for stage, (_, wanted) in STAGES.items() if wanted]
+FULL = os.environ.get('K2LAB_FAULTS') == 'full'
+
+
+@pytest.mark.parametrize('stage', STAGES if FULL else SHORT)
+def test_every_phase_of_every_stage_follows_the_one_placement(stage, accelerator):
+    changes, wanted = STAGES[stage]
+    found = phases(stage, changes)
+    assert [name for name in wanted if name not in found] == []
+    assert bool(found) == bool(wanted)
+    assert {name: p['device'] for name, p in found.items()} == dict.fromkeys(found, GPU)
+    assert set(accelerator.opened) <= {GPU}
+
+
+def test_without_a_gpu_all_is_on_the_cpu_and_recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
+    found = phases('train_continual_pretrain', MEASURED)
+    line = dict(model='Kimi-K2-Base', device='cpu', dtype='float32', attention='sdpa')
+    assert found['before'] == found['train'] == line
+    assert set(found) == {'before', 'train', 'certificate', 'after'}
+
+
+def test_a_launch_file_or_a_trainer_that_says_cpu_is_obeyed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    assert placement.device_for() == GPU
+    assert placement.device_for({'use_cpu': True}) == 'cpu'
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    assert placement.device_for() == 'cuda:1'
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)  # Slurm shows each task its own
+    assert placement.device_for() == GPU
+    monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
+    assert placement.device_for() == 'cpu'
+
+
+def test_a_model_larger_than_the_gpu_is_refused_before_it_is_opened(accelerator):
+    accelerator.free = 2**20
+    with pytest.raises(
+        LabError, match='its weights take .* and cuda:0 has 0.0 GiB free.*load.dtype'
+    ):
+        open_model(shipped('k2'))
+    assert accelerator.opened == []
+    assert open_model(shipped('k2'), device='cpu').device.type == 'cpu'
+
+
+def test_the_certificate_moves_to_the_cpu_where_a_copy_does_not_fit(accelerator):
+    from k2lab.training.stage import probe_device
+
+    job, model = start('train_sft_domain', 'smoke'), open_model('smoke:k2')
+    assert probe_device(job, model) == GPU
+    accelerator.free = 10
+    assert probe_device(job, model) == 'cpu'
+    assert 'GiB free' in job.record['checks'][-1]['detail']
+
+
+def test_the_embedded_server_computes_on_the_gpu_in_the_dtype_of_the_files(
+    accelerator, monkeypatch
+):
+    import uvicorn
+    from fastapi.testclient import TestClient
+
+    from k2lab.serving import server
+
+    apps = []
+    monkeypatch.setattr(uvicorn, 'run', lambda app, **options: apps.append(app))
+    server.serve(shipped('k2'), 'tiny', key='secret')
+    bearer = {'authorization': 'Bearer secret'}
+    (model,) = TestClient(apps[0]).get('/v1/models', headers=bearer).json()['data']
+    assert model['placement'] == dict(device=GPU, dtype='bfloat16', attention='sdpa')
+    assert as_stored(shipped('k2'), 'cpu') == Loading()
+    assert as_stored(smoke_model('k2'), GPU).dtype == 'float32'
+
+
+def speed_of(job, teacher: Loading, student: Loading) -> dict:
+    "The line of generated tokens per second for a teacher and a student opened like this."
+    from k2lab.distill_to_student import compare_speed
+    from k2lab.models.load import open_tokenizer
+    from k2lab.training.scores import Opened
+    from k2lab.training.stage import Trained
+
+    a, b = open_model('smoke:k2', teacher), open_model('smoke:qwen', student)
+    tok, other = open_tokenizer('smoke:k2'), open_tokenizer('smoke:qwen')
+    compare_speed(job, Opened(a, tok, '', ''), Trained(b, other, [], {}))
+    return job.record['metrics'][-1]
+
+
+def test_speed_is_compared_on_equal_terms_or_not_at_all(tmp_path, monkeypatch):
+    from k2lab.reports.goals import ratio_of_points
+
+    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
+    job, half = start('distill_to_student', 'smoke'), Loading(dtype='bfloat16')
+    line = speed_of(job, Loading(), half)
+    assert line['before'] is None and line['after'] > 0
+    assert line['note'] == 'not compared: the teacher on cpu float32 against cpu bfloat16'
+    assert ratio_of_points(line, 'ratio_at_least') is None  # so the goal does not pass
+    line = speed_of(job, Loading(), Loading())
+    assert ratio_of_points(line, 'ratio_at_least').value > 0
+
+
+def test_one_process_with_two_gpus_uses_one_and_says_so(accelerator, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    job = start('train_continual_pretrain', 'smoke', None, FEW | {'measures': []})
+    stage_module('train_continual_pretrain').work(job)
+    (told,) = [c for c in job.record['checks'] if c['name'] == 'train: one GPU of several']
+    assert 'processes=2 uses all 2' in told['detail']
+    rows = job.record['training']['train']['rows']
+    assert rows == 2 * job.cfg.trainer['per_device_train_batch_size']  # not twice as many
