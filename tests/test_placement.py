@@ -205,3 +205,68 @@ def test_one_process_with_two_gpus_uses_one_and_says_so(accelerator, monkeypatch
     assert 'processes=2 uses all 2' in told['detail']
     rows = job.record['training']['train']['rows']
     assert rows == 2 * job.cfg.trainer['per_device_train_batch_size']  # not twice as many
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    "Keeps the number of entries of the largest tensor that was computed in the block."
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = [t for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t)]
+        self.entries = max([self.entries, *(t.numel() for t in tensors)])
+        return out
+
+
+def tiny(kind: str = 'Qwen2', vocabulary: int = 163_840, **more):
+    "A model of one narrow layer with K2's vocabulary."
+    import transformers
+
+    size = dict(hidden_size=16, num_hidden_layers=1, intermediate_size=16, head_dim=8)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1)
+    config = getattr(transformers, f'{kind}Config')(**size, **heads, vocab_size=vocabulary, **more)
+    return getattr(transformers, f'{kind}ForCausalLM')(config).eval()
+
+
+def whole_table(model, row: list) -> list:
+    "The log-probabilities of a row from all its logits at once, as a reference."
+    ids = torch.tensor([row])
+    with torch.no_grad():
+        logps = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+    return logps.gather(-1, ids[0, 1:, None])[:, 0].tolist()
+
+
+def test_a_table_of_logits_is_never_whole_when_measuring():
+    from k2lab.models.adapters import probe_logits
+    from k2lab.training.metrics import TABLE, row_logps
+
+    model, row = tiny(), [7 * i for i in range(300)]
+    assert len(row) * model.config.vocab_size > TABLE
+    with Largest() as seen:
+        (logps,) = row_logps(model, [row], 0)
+    assert model.config.vocab_size < seen.entries <= TABLE
+    assert logps == pytest.approx(whole_table(model, row), abs=1e-5)
+    with Largest() as seen:
+        probe_logits(model)  # of the certificate: one position of each prompt
+    assert seen.entries <= 64 * model.config.vocab_size < TABLE
+    assert 'forward' not in vars(model.lm_head)
+
+
+def test_a_table_in_parts_gives_the_same_numbers(monkeypatch):
+    from k2lab.training import metrics
+
+    model = open_model(shipped('k2'))
+    rows = [[(7 * i + n) % 2000 for i in range(40 + n)] for n in range(8)]
+    whole = metrics.row_logps(model, rows, 0)
+    monkeypatch.setattr(metrics.narrow_head.__wrapped__, '__defaults__', (2**15,))
+    assert metrics.row_logps(model, rows, 0) == whole
+
+
+def test_a_model_that_caps_its_logits_is_measured_on_what_it_caps():
+    from k2lab.training.metrics import row_logps
+
+    model, row = tiny('Gemma2', 320, final_logit_softcapping=0.1), [3 * i for i in range(40)]
+    (logps,) = row_logps(model, [row], 0)
+    assert logps == pytest.approx(whole_table(model, row), abs=1e-5)
+    assert max(logps) - min(logps) < 0.21
