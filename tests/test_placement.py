@@ -270,3 +270,42 @@ def test_a_model_that_caps_its_logits_is_measured_on_what_it_caps():
     (logps,) = row_logps(model, [row], 0)
     assert logps == pytest.approx(whole_table(model, row), abs=1e-5)
     assert max(logps) - min(logps) < 0.21
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_packing_reads_the_positions_of_a_batch_once(checkpointing, monkeypatch):
+    from k2lab.text import packing
+
+    model, read = open_model(shipped('k2')).train(), []  # four layers
+    if checkpointing:
+        model.gradient_checkpointing_enable({'use_reentrant': False})
+    real = packing.borders
+    monkeypatch.setattr(packing, 'borders', lambda row: read.append(len(row)) or real(row))
+    rows = [dict(input_ids=[5] * 9, labels=[5] * 9, seq_lengths=[4, 5]) for _ in range(3)]
+    with packing.samples_apart(model):
+        for step in (1, 2):
+            model(**packing.packed_batch(rows, 0), use_cache=False).loss.backward()
+            assert len(read) == 3 * step  # three rows, whatever the layers
+
+
+def test_an_attention_that_is_unknown_or_not_there_is_refused_before_the_model_is_opened(
+    accelerator,
+):
+    with pytest.raises(
+        LabError, match="load: unknown attention 'flash_attention2'.*flash_attention_2"
+    ):
+        Loading(attention='flash_attention2')
+    with pytest.raises(
+        LabError, match='flash_attention_2 needs flash_attn, which is not installed'
+    ):
+        open_model('smoke:k2', Loading(attention='flash_attention_2'))
+    with pytest.raises(LabError, match='backend unsloth brings its own attention'):
+        Loading(attention='sdpa', backend='unsloth', lora_rank=4)
+    assert accelerator.opened == []
+    assert open_model('smoke:k2', Loading(attention='eager')).config._attn_implementation == 'eager'
+
+
+def test_flash_attention_is_refused_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(placement, 'find_spec', lambda name: True)
+    with pytest.raises(LabError, match='runs on a GPU, and this model is on the CPU'):
+        open_model('smoke:k2', Loading(attention='flash_attention_2'))
