@@ -1076,6 +1076,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'k2lab/models/placement.py'),
                                         'k2lab.models.placement.device_here': ( 'models/placement.html#device_here',
                                                                                 'k2lab/models/placement.py'),
+                                        'k2lab.models.placement.exact_attention': ( 'models/placement.html#exact_attention',
+                                                                                    'k2lab/models/placement.py'),
                                         'k2lab.models.placement.free_bytes': ( 'models/placement.html#free_bytes',
                                                                                'k2lab/models/placement.py'),
                                         'k2lab.models.placement.is_split_on_opening': ( 'models/placement.html#is_split_on_opening',

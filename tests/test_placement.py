@@ -298,7 +298,9 @@ def test_an_attention_that_is_unknown_or_not_there_is_refused_before_the_model_i
     with pytest.raises(
         LabError, match='flash_attention_2 needs flash_attn, which is not installed'
     ):
-        open_model('smoke:k2', Loading(attention='flash_attention_2'))
+        open_model('smoke:k2', Loading(attention='flash_attention_2', dtype='bfloat16'))
+    with pytest.raises(LabError, match='computes in 16 bits; write dtype=bfloat16'):
+        Loading(attention='flash_attention_2')
     with pytest.raises(LabError, match='backend unsloth brings its own attention'):
         Loading(attention='sdpa', backend='unsloth', lora_rank=4)
     assert accelerator.opened == []
@@ -308,4 +310,12 @@ def test_an_attention_that_is_unknown_or_not_there_is_refused_before_the_model_i
 def test_flash_attention_is_refused_on_a_cpu(monkeypatch):
     monkeypatch.setattr(placement, 'find_spec', lambda name: True)
     with pytest.raises(LabError, match='runs on a GPU, and this model is on the CPU'):
-        open_model('smoke:k2', Loading(attention='flash_attention_2'))
+        open_model('smoke:k2', Loading(attention='flash_attention_2', dtype='bfloat16'))
+
+
+def test_the_certificate_does_without_flash_attention(monkeypatch):
+    model = open_model('smoke:k2')
+    model.config._attn_implementation = 'flash_attention_2'
+    with placement.exact_attention(model):
+        assert model.config._attn_implementation == 'sdpa'
+    assert model.config._attn_implementation == 'flash_attention_2'

@@ -258,6 +258,11 @@ class Loading:
         one_of('attention', self.attention, ('', *ATTENTION), 'load')
         if self.attention and self.backend == 'unsloth':
             raise LabError('load: backend unsloth brings its own attention; leave attention out')
+        if self.attention.startswith('flash') and self.dtype == 'float32':
+            raise LabError(
+                f'load: attention {self.attention} computes in 16 bits; write dtype=bfloat16 beside '
+                'it, or leave attention out'
+            )
         if isinstance(self.adapt, str) and self.adapt != 'auto':
             raise LabError(f"load: adapt is auto or a list, [{self.adapt}], not '{self.adapt}'")
         for part in self.named_parts:
@@ -418,7 +423,10 @@ def as_published(folder, load: Loading) -> Loading:
             f'{folder}: trained on 4-bit weights, and rounding it to 4 bits again would undo that; '
             'set load.four_bit=false'
         )
-    return dataclasses.replace(load, dtype='float32') if known.get('dtype') == 'float32' else load
+    if known.get('dtype') != 'float32':
+        return load
+    kept = '' if load.attention.startswith('flash') else load.attention  # flash has 16 bits only
+    return dataclasses.replace(load, dtype='float32', attention=kept)
 
 # %% ../../nbs/models/04_load.ipynb #46191087
 def _loaded(kind, folder: Path | None, tensors: dict | None, config, load: Loading, device: str):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BYTES', 'FOUR_BITS', 'WIDE', 'ATTENTION', 'device_here', 'device_for', 'one_gpu', 'is_split_on_opening', 'put',
-           'weights_onto', 'weight_bytes', 'free_bytes', 'lacking', 'no_room', 'check_attention', 'attention_option',
-           'where', 'placement_of', 'phase_of', 'unequal_terms']
+           'weights_onto', 'weight_bytes', 'free_bytes', 'lacking', 'no_room', 'check_attention', 'exact_attention',
+           'attention_option', 'where', 'placement_of', 'phase_of', 'unequal_terms']
 
 # %% ../../nbs/models/01_placement.ipynb #f6262574
 import contextlib
@@ -117,6 +117,18 @@ def check_attention(name: str, device: str):
         raise LabError(
             f'load: attention {name} runs on a GPU, and this model is on the CPU; use sdpa'
         )
+
+
+@contextlib.contextmanager
+def exact_attention(model):
+    "In the block a model can compute in float32: flash attention, which cannot, gives way to sdpa."
+    kept = model.config._attn_implementation
+    if 'flash' in kept:
+        model.config._attn_implementation = 'sdpa'
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = kept
 
 
 def attention_option(name: str) -> dict:

@@ -49,7 +49,7 @@ from k2lab.models.load import (
     save_checkpoint,
     write_certificate,
 )
-from ..models.placement import phase_of, where
+from ..models.placement import exact_attention, phase_of, where
 from ..text.layouts import Spec, read_corpus
 from ..text.masks import REPLIES, encode_rows, mask_html
 from ..text.rows import read_rows
@@ -463,7 +463,7 @@ def log_samples(job, before: Scored, after: Scored):
 # %% ../../nbs/training/05_stage.ipynb #bf58b0fd
 def open_base(job, device: str = 'cpu'):
     "The checkpoint that a run started from, opened again in 16 or 32 bits."
-    load = dataclasses.replace(Loading(**job.cfg.load), four_bit=False)
+    load = dataclasses.replace(Loading(**job.cfg.load), four_bit=False, attention='')
     return open_model(job.find(job.cfg.init_from), load, device)
 
 
@@ -549,7 +549,8 @@ def publish_merged(job, model, tok, weights: dict, split: bool):
 def publish_whole(job, model, tok):
     "Publish a model all of whose weights were trained, as it is; `LabError` if the saved one is another."
     dtype, device = dtype_of(model), where(model)
-    trained = check_logits(probe_logits(model.float()), 'the trained model')
+    with exact_attention(model):
+        trained = check_logits(probe_logits(model.float()), 'the trained model')
     base = probe_logits(open_base(job, device).float())
     with job.publishing(job.cfg.saves) as place:
         save_checkpoint(narrowed(model, dtype), tok, place)
