@@ -15,7 +15,15 @@ from transformers import PreTrainedModel
 from k2lab.lab.config import LabError
 from k2lab.lab.job import stage_module, start
 from k2lab.models import placement
-from k2lab.models.load import Loading, as_stored, open_model, shipped, smoke_model
+from k2lab.models.load import (
+    Loading,
+    as_stored,
+    open_model,
+    open_tokenizer,
+    shipped,
+    smoke_model,
+)
+from k2lab.training import metrics
 
 GPU = 'cuda:0'
 
@@ -174,7 +182,6 @@ def test_the_embedded_server_computes_on_the_gpu_in_the_dtype_of_the_files(
 def speed_of(job, teacher: Loading, student: Loading) -> dict:
     "The line of generated tokens per second for a teacher and a student opened like this."
     from k2lab.distill_to_student import compare_speed
-    from k2lab.models.load import open_tokenizer
     from k2lab.training.scores import Opened
     from k2lab.training.stage import Trained
 
@@ -254,8 +261,6 @@ def test_a_table_of_logits_is_never_whole_when_measuring():
 
 
 def test_a_table_in_parts_gives_the_same_numbers(monkeypatch):
-    from k2lab.training import metrics
-
     model = open_model(shipped('k2'))
     rows = [[(7 * i + n) % 2000 for i in range(40 + n)] for n in range(8)]
     whole = metrics.row_logps(model, rows, 0)
@@ -319,3 +324,62 @@ def test_the_certificate_does_without_flash_attention(monkeypatch):
     with placement.exact_attention(model):
         assert model.config._attn_implementation == 'sdpa'
     assert model.config._attn_implementation == 'flash_attention_2'
+
+
+RANK = """
+import json, os, sys
+from k2lab.lab.job import start
+from k2lab.models import placement
+from k2lab.models.load import open_model, open_tokenizer
+from k2lab.training import metrics
+split, rank = sys.argv[1] == 'split', int(os.environ['RANK'])
+model, tok = open_model('smoke:k2'), open_tokenizer('smoke:k2')
+metrics.is_split = lambda model: split
+seen = []
+for name in ('batched_logps', 'generate'):
+    def counted(*args, real=getattr(metrics, name), at=1 if name == 'batched_logps' else 2):
+        seen.append(len(args[at]))
+        return real(*args)
+    setattr(metrics, name, counted)
+texts = [dict(text='def f(x): return x' * n) for n in range(1, 6)]
+asked = [dict(prompt=f'{n} + 1?', final=str(n + 1)) for n in range(5)]
+bits = [i['bits'] for i in metrics.bits_per_byte(model, tok, texts)]
+replies = [i['reply'] for i in metrics.answers(model, tok, asked, '', 4)]
+first = placement.agreed(f'from {rank}')
+placement.together()
+print(json.dumps(dict(seen=seen, bits=bits, replies=replies, first=first)))
+"""
+
+
+def in_ranks(count: int, way: str) -> list[dict]:
+    "What each of `count` processes printed at the end of `RANK`."
+    import json
+    import socket
+    import subprocess
+
+    with socket.create_server(('127.0.0.1', 0)) as s:
+        port = s.getsockname()[1]
+    told = dict(WORLD_SIZE=count, MASTER_ADDR='127.0.0.1', MASTER_PORT=port, OMP_NUM_THREADS=1)
+    ranks = []
+    for rank in range(count):
+        env = {k: str(v) for k, v in (told | dict(RANK=rank, LOCAL_RANK=rank)).items()}
+        words = [sys.executable, '-c', RANK, way]
+        ranks.append(
+            subprocess.Popen(words, env=os.environ | env, stdout=subprocess.PIPE, text=True)
+        )
+    return [json.loads(p.communicate(timeout=120)[0].splitlines()[-1]) for p in ranks]
+
+
+def test_two_processes_share_what_they_measure_and_of_a_split_model_take_all():
+    model, tok = open_model('smoke:k2'), open_tokenizer('smoke:k2')
+    texts = [dict(text='def f(x): return x' * n) for n in range(1, 6)]
+    asked = [dict(prompt=f'{n} + 1?', final=str(n + 1)) for n in range(5)]
+    bits = [i['bits'] for i in metrics.bits_per_byte(model, tok, texts)]
+    replies = [i['reply'] for i in metrics.answers(model, tok, asked, '', 4)]
+    shared = in_ranks(2, 'whole')
+    assert [one['seen'] for one in shared] == [[3, 3], [2, 2]]
+    step = in_ranks(2, 'split')
+    assert [one['seen'] for one in step] == [[5, 5], [5, 5]]
+    for one in (*shared, *step):
+        assert one['bits'] == pytest.approx(bits, rel=1e-5)
+        assert one['replies'] == replies and one['first'] == 'from 0'

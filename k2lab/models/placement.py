@@ -5,11 +5,14 @@
 # %% auto #0
 __all__ = ['BYTES', 'FOUR_BITS', 'WIDE', 'ATTENTION', 'device_here', 'device_for', 'one_gpu', 'is_split_on_opening', 'put',
            'weights_onto', 'weight_bytes', 'free_bytes', 'lacking', 'no_room', 'check_attention', 'exact_attention',
-           'attention_option', 'where', 'placement_of', 'phase_of', 'unequal_terms']
+           'attention_option', 'where', 'placement_of', 'phase_of', 'unequal_terms', 'processes', 'waiting_group',
+           'together', 'agreed', 'in_parts']
 
 # %% ../../nbs/models/01_placement.ipynb #f6262574
 import contextlib
+import functools
 import os
+from datetime import timedelta
 from importlib.util import find_spec
 
 from ..lab.config import LabError
@@ -164,3 +167,63 @@ def unequal_terms(one: dict, two: dict) -> str:
     "How two placements (of `placement_of`) differ in device or dtype, or an empty string."
     terms = [f'{p["device"]} {p["dtype"]}' for p in (one, two)]
     return '' if terms[0] == terms[1] else f'{terms[0]} against {terms[1]}'
+
+# %% ../../nbs/models/01_placement.ipynb #3b389418
+def processes() -> int:
+    "How many processes work on this run together, as `accelerate launch` told them."
+    return int(os.environ.get('WORLD_SIZE', 1))
+
+
+@functools.cache
+def waiting_group():
+    "The group in which processes wait for each other, as long as it takes; they meet here if they have not yet."
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    if not dist.is_initialized():
+        PartialState(cpu=device_here() == 'cpu')
+    return dist.new_group(backend='gloo', timeout=timedelta(days=7))
+
+
+def together():
+    "Go on when all processes are here."
+    if processes() > 1:
+        import torch.distributed as dist
+
+        dist.barrier(waiting_group())
+
+
+def agreed(value):
+    "The value of the first process, in all of them."
+    if processes() == 1:
+        return value
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box, 0, waiting_group())
+    return box[0]
+
+
+def _shares() -> int:
+    "Among how many processes items are shared out: one where only the first has the weights."
+    from transformers.integrations import is_fsdp_enabled
+
+    return 1 if is_fsdp_enabled() else processes()
+
+
+def in_parts(items: list, work, split: bool) -> list:
+    """`work(items)`, a list of results in their order, with the items shared out among the processes.
+
+    Of a model that is `split` every process works on all items, in step."""
+    if processes() == 1 or split:
+        return work(items)
+    import torch.distributed as dist
+
+    group, rank, shares = waiting_group(), int(os.environ['RANK']), _shares()
+    mine = items[rank::shares] if rank < shares else []
+    parts: list = [None] * processes()
+    dist.all_gather_object(parts, work(mine) if mine else [], group)
+    results: list = [None] * len(items)
+    for i, part in enumerate(parts[:shares]):
+        results[i::shares] = part
+    return results

@@ -27,7 +27,7 @@ from ..lab.records import runs
 from ..models import load as load_module
 from ..models.adapters import dtype_of
 from ..models.load import DEFAULT_LOADING, Loading, smoke_model
-from ..models.placement import phase_of
+from ..models.placement import agreed, phase_of
 from k2lab.tasks.items import (
     bounds,
     compare,
@@ -371,8 +371,12 @@ def known(job, model: Opened, asked: Asked) -> Scored | None:
 
 
 def score(job, model: Opened, asked: Asked) -> Scored:
-    "The score of a model: the known one of an equal key, else measured now."
-    return known(job, model, asked) or keep(job, key_of(job, model, asked), take(job, model, asked))
+    """The score of a model: the known one of an equal key, else measured now.
+
+    Of several processes the first looks for it, so that all measure, or none."""
+    found = agreed(known(job, model, asked) if job.first else None)
+    items = found.items if found else take(job, model, asked)
+    return keep(job, key_of(job, model, asked), items)
 
 
 def part_of(items: list, name: str) -> list[dict]:

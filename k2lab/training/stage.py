@@ -9,8 +9,8 @@ __all__ = ['LEDGER_COLUMNS', 'check_steps', 'Training', 'repeated', 'document_pi
            'with_examples', 'helped_before', 'scores_after', 'Compared', 'report_all', 'judge', 'shown_items',
            'log_samples', 'open_base', 'probe_device', 'probe_adapter', 'probe_saved', 'record_export',
            'publish_adapter', 'computes_alone', 'save_merged', 'publish_merged', 'publish_whole', 'publish_gathered',
-           'publish_model', 'to_measure', 'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture', 'asked_of',
-           'scores_of_control', 'check_control', 'run_control', 'Trained', 'supervised']
+           'publish_model', 'publish_first', 'to_measure', 'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture',
+           'asked_of', 'scores_of_control', 'check_control', 'run_control', 'Trained', 'supervised']
 
 # %% ../../nbs/training/05_stage.ipynb #2ff10f03
 import dataclasses
@@ -49,7 +49,7 @@ from k2lab.models.load import (
     save_checkpoint,
     write_certificate,
 )
-from ..models.placement import exact_attention, phase_of, where
+from ..models.placement import exact_attention, phase_of, together, where
 from ..text.layouts import Spec, read_corpus
 from ..text.masks import REPLIES, encode_rows, mask_html
 from ..text.rows import read_rows
@@ -574,10 +574,15 @@ def publish_model(job, model, tok):
     split, adapted = is_split(model), hasattr(model, 'peft_config')
     wanted = 'lora_' if adapted else ''
     weights = gather_tensors(model, wanted, job.first) if split or adapted else {}
-    if not job.first:
-        return
+    if job.first:
+        publish_first(job, model, tok, weights, split)
+    together()
+
+
+def publish_first(job, model, tok, weights: dict, split: bool):
+    "Publish a trained model from the first process; `weights` are the tensors that were gathered for it."
     with one_process():
-        if adapted:
+        if hasattr(model, 'peft_config'):
             publish_adapter(job, model, weights)
             publish_merged(job, model, tok, weights, split)
         elif split:
@@ -598,7 +603,7 @@ def to_measure(job, model, tok):
     model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
     same = computes_alone(job, model, split) and not hasattr(model, 'peft_config')
     publish_model(job, model, tok)
-    if same or not job.first:
+    if same:
         return model
     job.record['measured'], device = 'the published model', where(model)
     if not load.four_bit:
