@@ -11,6 +11,7 @@ __all__ = ['BYTES', 'FOUR_BITS', 'WIDE', 'ATTENTION', 'device_here', 'device_for
 # %% ../../nbs/models/01_placement.ipynb #f6262574
 import contextlib
 import functools
+import gc
 import os
 from datetime import timedelta
 from importlib.util import find_spec
@@ -77,6 +78,7 @@ def free_bytes(device: str) -> int:
     "The memory of a GPU that this process could still take."
     import torch
 
+    gc.collect()  # a trainer that has ended holds its optimizer in a circle
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
 
@@ -154,6 +156,7 @@ def placement_of(model, four_bit: bool = False) -> dict:
 def phase_of(job, phase: str, name: str, model, four_bit: bool = False):
     "In the block the model `name` is used for a phase, which is recorded with its peak of the GPU's memory."
     entry = dict(model=name) | placement_of(model, four_bit)
+    entry |= dict(processes=processes()) if processes() > 1 else {}
     job.record.setdefault('placement', {})[phase] = entry
     reset_gpu_peak()
     try:
@@ -171,7 +174,7 @@ def unequal_terms(one: dict, two: dict) -> str:
 # %% ../../nbs/models/01_placement.ipynb #3b389418
 def processes() -> int:
     "How many processes work on this run together, as `accelerate launch` told them."
-    return int(os.environ.get('WORLD_SIZE', 1))
+    return int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else 1
 
 
 @functools.cache

@@ -7,7 +7,7 @@ __all__ = ['LEDGER_COLUMNS', 'check_steps', 'Training', 'repeated', 'document_pi
            'too_long', 'check_epochs', 'show_epochs', 'question_of', 'kept_out', 'Mixture', 'heldout_rows',
            'heldout_examples', 'examples_of', 'corpus_of', 'read_mixture', 'mixed', 'asked_by', 'scores_before',
            'with_examples', 'helped_before', 'scores_after', 'Compared', 'report_all', 'judge', 'shown_items',
-           'log_samples', 'open_base', 'probe_device', 'probe_adapter', 'probe_saved', 'record_export',
+           'log_samples', 'open_base', 'with_room', 'probe_device', 'probe_adapter', 'probe_saved', 'record_export',
            'publish_adapter', 'computes_alone', 'save_merged', 'publish_merged', 'publish_whole', 'publish_gathered',
            'publish_model', 'publish_first', 'to_measure', 'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture',
            'asked_of', 'scores_of_control', 'check_control', 'run_control', 'Trained', 'supervised']
@@ -467,13 +467,17 @@ def open_base(job, device: str = 'cpu'):
     return open_model(job.find(job.cfg.init_from), load, device)
 
 
-def probe_device(job, model) -> str:
-    "Where copies in float32 are compared: beside the trained model, or on the CPU if there is no room, which is shown."
-    place, device = job.find(job.cfg.init_from), where(model)
-    why = lacks_room(place, Loading(), device)
+def with_room(job, what: str, place, load: Loading, device: str) -> str:
+    "A device if the model at `place` fits there beside what it holds, else the CPU, which is shown."
+    why = lacks_room(place, load, device)
     if why:
-        job.check('certificate on the CPU', True, f'in float32 {why}')
+        job.check(f'{what} on the CPU', True, f'in {load.dtype} {why}')
     return 'cpu' if why else device
+
+
+def probe_device(job, model) -> str:
+    "Where copies in float32 are compared: beside the trained model, if there is room."
+    return with_room(job, 'certificate', job.find(job.cfg.init_from), Loading(), where(model))
 
 
 def probe_adapter(model) -> tuple:
@@ -608,8 +612,8 @@ def to_measure(job, model, tok):
     job.record['measured'], device = 'the published model', where(model)
     if not load.four_bit:
         model.cpu()  # makes room
-    load = Loading(dtype=load.dtype, attention=load.attention)
-    return open_model(job.folder / job.cfg.saves, load, device)
+    load, place = Loading(dtype=load.dtype, attention=load.attention), job.folder / job.cfg.saves
+    return open_model(place, load, with_room(job, 'measures after', place, load, device))
 
 # %% ../../nbs/training/05_stage.ipynb #ff010e18
 LEDGER_COLUMNS = [
