@@ -383,3 +383,63 @@ def test_two_processes_share_what_they_measure_and_of_a_split_model_take_all():
     for one in (*shared, *step):
         assert one['bits'] == pytest.approx(bits, rel=1e-5)
         assert one['replies'] == replies and one['first'] == 'from 0'
+
+
+def test_the_gpus_peak_is_counted_for_each_phase_and_is_not_the_hosts(tmp_path, monkeypatch):
+    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
+    held, model = [], open_model('smoke:qwen')
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda: max(held, default=0))
+    monkeypatch.setattr(torch.cuda, 'reset_peak_memory_stats', held.clear)
+    job = start('train_sft_domain', 'smoke')
+    for phase, peaks in {'before': [2**30], 'train': [2**30, 3 * 2**30], 'after': [2**29]}.items():
+        with placement.phase_of(job, phase, 'a student', model):
+            held.extend(peaks)
+    found = {name: p['gpu_peak_gib'] for name, p in job.record['placement'].items()}
+    assert found == dict(before=1, train=3, after=0.5)
+    assert job.gpu_peak() == dict(gpu_peak_gib=3)
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: False)
+    job.record.pop('placement')
+    assert job.gpu_peak() == {}
+
+
+def test_a_trainer_on_the_cpu_takes_all_phases_along(accelerator):
+    changes = MEASURED | {'trainer.use_cpu': True}
+    found = phases('train_continual_pretrain', changes)
+    assert {p['device'] for p in found.values()} == {'cpu'} and len(found) == 4
+
+
+def test_evaluate_opens_all_checkpoints_in_one_dtype_and_refuses_an_adapter(tmp_path, monkeypatch):
+    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
+    few = {'measures': {'k2_think_dpo': ['domain_bits_per_byte']}, 'load.dtype': 'bfloat16'}
+    pair = {'checkpoints': {'k2_think_dpo': ['Kimi-K2-Base']}}
+    with pytest.raises(LabError, match='lora_rank is for training'):
+        start('evaluate', 'smoke', None, {'load.lora_rank': 4})
+    cfg = stage_module('evaluate').Config(
+        **pair, measures=few['measures'], load={'dtype': 'bfloat16'}
+    )
+    job = start('evaluate', 'smoke')
+    job.cfg = cfg
+    stage_module('evaluate').work(job)
+    assert {p['dtype'] for p in job.record['placement'].values()} == {'bfloat16'}
+    assert len(job.record['placement']) == 2
+    assert {key['device'] for key in job.record['score_keys'].values()} == {'cpu bfloat16'}
+
+
+@pytest.mark.parametrize('way', ['an adapter on the head', 'a forward that passes the head by'])
+def test_a_head_is_measured_as_it_is_called(way):
+    from peft import LoraConfig, get_peft_model
+    from transformers.modeling_outputs import CausalLMOutput
+
+    model, row = tiny(vocabulary=320), [3 * i for i in range(60)]
+    if way.startswith('an adapter'):
+        model = get_peft_model(
+            model, LoraConfig(target_modules=['lm_head'], init_lora_weights=False)
+        )
+    else:  # as Unsloth's does
+        body, weight = model.model, model.lm_head.weight
+        model.forward = lambda input_ids, **options: CausalLMOutput(
+            logits=body(input_ids=input_ids).last_hidden_state @ weight.T
+        )
+    (logps,) = metrics.row_logps(model, [row], 0)
+    assert logps == pytest.approx(whole_table(model, row), abs=1e-5)
