@@ -15,6 +15,7 @@ import gc
 import os
 from datetime import timedelta
 from importlib.util import find_spec
+from typing import Any
 
 from ..lab.config import LabError
 from ..lab.provenance import gpu_peak_gib, reset_gpu_peak
@@ -178,7 +179,7 @@ def processes() -> int:
 
 
 @functools.cache
-def waiting_group():
+def waiting_group() -> Any:
     "The group in which processes wait for each other, as long as it takes; they meet here if they have not yet."
     import torch.distributed as dist
     from accelerate import PartialState
