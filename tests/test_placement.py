@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip('torch')
 from transformers import PreTrainedModel
 
+from k2lab.cli.looking import placed
 from k2lab.lab.config import LabError
 from k2lab.lab.job import stage_module, start
 from k2lab.models import placement
@@ -399,6 +400,9 @@ def test_the_gpus_peak_is_counted_for_each_phase_and_is_not_the_hosts(tmp_path, 
     found = {name: p['gpu_peak_gib'] for name, p in job.record['placement'].items()}
     assert found == dict(before=1, train=3, after=0.5)
     assert job.gpu_peak() == dict(gpu_peak_gib=3)
+    assert placed(job.record['placement']['train']).endswith(
+        'on cpu in float32, sdpa, at most 3.0 GiB'
+    )
     monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: False)
     job.record.pop('placement')
     assert job.gpu_peak() == {}
