@@ -262,11 +262,26 @@ def test_a_table_of_logits_is_never_whole_when_measuring():
     assert 'forward' not in vars(model.lm_head)
 
 
+def test_the_server_keeps_no_table_of_its_prompt_and_none_of_its_answer():
+    from k2lab.serving.server import ChatAsk, CompletionAsk, Engine, write
+
+    model, tok, row = tiny(), open_tokenizer('smoke:qwen'), [7 * i for i in range(300)]
+    engine = Engine(model, tok, 'tiny')
+    with Largest() as seen:
+        kept = engine.prompt_odds(row, 2)
+    assert seen.entries <= metrics.TABLE < len(row) * model.config.vocab_size
+    assert [one.own for one in kept] == pytest.approx(whole_table(model, row), abs=1e-5)
+    assert all(len(one.best) == 2 and max(one.best.values()) >= one.own for one in kept)
+    *_, (chat,) = write(engine, row[:4], ChatAsk(messages=[]), 3)
+    *_, (plain,) = write(engine, row[:4], CompletionAsk(prompt='', logprobs=1), 3)
+    assert chat.odds == [None] * 3 and [len(one.best) for one in plain.odds] == [1, 1, 1]
+
+
 def test_a_table_in_parts_gives_the_same_numbers(monkeypatch):
     model = open_model(shipped('k2'))
     rows = [[(7 * i + n) % 2000 for i in range(40 + n)] for n in range(8)]
     whole = metrics.row_logps(model, rows, 0)
-    monkeypatch.setattr(metrics.narrow_head.__wrapped__, '__defaults__', (2**15,))
+    monkeypatch.setattr(metrics, 'TABLE', 2**15)
     assert metrics.row_logps(model, rows, 0) == whole
 
 
