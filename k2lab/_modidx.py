@@ -1047,6 +1047,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'k2lab.models.load.as_published': ('models/load.html#as_published', 'k2lab/models/load.py'),
                                    'k2lab.models.load.as_stored': ('models/load.html#as_stored', 'k2lab/models/load.py'),
                                    'k2lab.models.load.check_opening': ('models/load.html#check_opening', 'k2lab/models/load.py'),
+                                   'k2lab.models.load.check_room': ('models/load.html#check_room', 'k2lab/models/load.py'),
                                    'k2lab.models.load.check_window': ('models/load.html#check_window', 'k2lab/models/load.py'),
                                    'k2lab.models.load.counted': ('models/load.html#counted', 'k2lab/models/load.py'),
                                    'k2lab.models.load.generate': ('models/load.html#generate', 'k2lab/models/load.py'),
