@@ -464,7 +464,7 @@ def lacks_room(place, load: Loading, device: str) -> str:
 
 
 def check_room(place, load: Loading, device: str):
-    "`LabError` if the weights of the model at `place` do not fit on a device; where processes split them it is not asked."
+    "`LabError` if the weights of the model at `place` do not fit on a device; not asked of weights that are split."
     if not is_split_on_opening() and (why := lacks_room(place, load, device)):
         raise no_room(place, why)
 
