@@ -9,6 +9,7 @@ __all__ = ['SHAPES', 'GROUPS', 'DEFAULT_LOADING', 'SHIPPED', 'CERTIFICATE', 'reg
            'open_tokenizer', 'check_window', 'shipped', 'smoke_model', 'Reply', 'left_padded', 'generate']
 
 # %% ../../nbs/models/01_load.ipynb #ecff08ba
+import contextlib
 import dataclasses
 import json
 import math
@@ -25,11 +26,21 @@ from .mla import from_latents
 from k2lab.models.quantized import (
     MODEL_FILES,
     TOKENIZER_FILES,
+    Checkpoint,
     backbone,
     dequantised,
     fetched,
     read_config,
     stored,
+)
+from k2lab.models.stacks import (
+    Packing,
+    check_packed,
+    has_stacks,
+    kind_of_stacks,
+    packing,
+    promised,
+    write_stacked,
 )
 from ..text.chat import end_ids
 from ..text.tokenizer import tokenizer_in
@@ -207,7 +218,10 @@ def save_checkpoint(model, tok, folder, dtype=None, weights: dict | None = None)
     )
     if dtype:
         model = model.to(dtype)
-    model.save_pretrained(folder, state_dict=weights)
+    if kind_of_stacks(model):
+        write_stacked(model, folder)
+    else:
+        model.save_pretrained(folder, state_dict=weights)
     tok.save_pretrained(folder)
     readable_config(Path(folder) / 'config.json')
 
@@ -225,8 +239,8 @@ class Loading:
     "How a model is opened at a scale."
 
     dtype: str = 'float32'  # float32 | bfloat16
-    # NF4 by bitsandbytes: linear layers only, fused experts stay as they are
-    four_bit: bool = False
+    # NF4 by bitsandbytes: true for linear layers and stacked experts, `experts` for the latter only
+    four_bit: bool | Literal['experts'] = False
     lora_rank: int = 0  # 0: train all weights
     # an adapter is added times alpha / rank; None: twice the rank, so times 2
     lora_alpha: int | None = None
@@ -241,6 +255,7 @@ class Loading:
     def __post_init__(self):
         one_of('dtype', self.dtype, ('float32', 'bfloat16'), 'load')
         one_of('backend', self.backend, ('transformers', 'unsloth'), 'load')
+        one_of('four_bit', self.four_bit, (True, False, 'experts'), 'load')
         if isinstance(self.adapt, str) and self.adapt != 'auto':
             raise LabError(f"load: adapt is auto or a list, [{self.adapt}], not '{self.adapt}'")
         for part in self.named_parts:
@@ -267,6 +282,11 @@ class Loading:
             )
         if self.adapt != 'auto' and not self.adapt:
             raise LabError('load: adapt names no part; leave it out for all linear layers')
+        if self.four_bit and 'routed' in self.named_parts:
+            raise LabError(
+                'load: adapt names routed, and four_bit packs the stacked experts, which cannot have '
+                'an adapter then; leave routed out, or set load.four_bit=false'
+            )
 
     @property
     def named_parts(self) -> tuple[str, ...]:
@@ -300,7 +320,7 @@ def _check_keys(place, info: dict):
 
 def quantization(load: Loading):
     "The bitsandbytes config of a 4-bit load, or None."
-    if not load.four_bit:
+    if load.four_bit is not True:
         return None
     import torch
     from transformers import BitsAndBytesConfig
@@ -331,7 +351,8 @@ def _four_bit_options(load: Loading) -> dict:
     if not load.four_bit:
         return {}
     device = int(os.environ.get('LOCAL_RANK', 0)) if torch.cuda.is_available() else 'cpu'
-    return dict(quantization_config=quantization(load), device_map={'': device})
+    how = {'quantization_config': quantization(load)} if load.four_bit is True else {}
+    return how | {'device_map': {'': device}}
 
 # %% ../../nbs/models/01_load.ipynb #793de56a
 def architecture_of(folder: Path):
@@ -386,13 +407,16 @@ def _certificate(folder) -> dict:
 def as_published(folder, load: Loading) -> Loading:
     """`load`, in float32 if the checkpoint's certificate says so.
 
-    `LabError` for 4 bits where the checkpoint was trained on 4-bit weights already."""
+    Of a checkpoint that was trained on 4-bit weights only the experts are opened in 4 bits again: they are as they
+    were, and the other parts carry its training. `LabError` for 4 bits where it has no such experts."""
     known = _certificate(folder)
     if load.four_bit and known.get('four_bit'):
-        raise LabError(
-            f'{folder}: trained on 4-bit weights, and rounding it to 4 bits again would undo that; '
-            'set load.four_bit=false'
-        )
+        if not known.get('stacks'):
+            raise LabError(
+                f'{folder}: trained on 4-bit weights, and rounding it to 4 bits again would undo that; '
+                'set load.four_bit=false'
+            )
+        load = dataclasses.replace(load, four_bit='experts')
     return dataclasses.replace(load, dtype='float32') if known.get('dtype') == 'float32' else load
 
 # %% ../../nbs/models/01_load.ipynb #46191087
@@ -411,6 +435,19 @@ def _loaded(kind, folder: Path | None, tensors: dict | None, config, load: Loadi
     )
 
 
+def _packed_here(folder: Path, config, load: Loading, device) -> tuple:
+    """`(weights to open a model with, or None for its files, context to open it in)`.
+
+    With 4 bits the weights of a mixture of experts are read one at a time, and its stacks are packed at once."""
+    if not load.four_bit or not has_stacks(config):
+        if load.four_bit == 'experts':
+            raise LabError(f'{folder}: has no experts for load.four_bit=experts; write true')
+        return dequantised(folder), contextlib.nullcontext()
+    checkpoint = Checkpoint(folder)
+    pack = Packing(checkpoint, device, _certificate(folder).get('stacks') == 'nf4')
+    return promised(checkpoint), packing(pack)
+
+
 def open_model(place, load: Loading = DEFAULT_LOADING):
     """A causal language model from a folder or hub id (`org/name` or `org/name@revision`).
 
@@ -419,13 +456,15 @@ def open_model(place, load: Loading = DEFAULT_LOADING):
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     folder = local_folder(place)
-    config, tensors = architecture_of(folder), dequantised(folder)
+    load, config = as_published(folder, load), architecture_of(folder)
+    device = _four_bit_options(load).get('device_map', {}).get('')
+    tensors, context = _packed_here(folder, config, load, device)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class takes no state_dict
     if tensors is None:
         stored(folder)  # all files are there and complete
-    load = as_published(folder, load)
     try:
-        model, info = _loaded(kind, folder if tensors is None else None, tensors, config, load)
+        with context:
+            model, info = _loaded(kind, folder if tensors is None else None, tensors, config, load)
     except RuntimeError as e:
         reason = str(e).splitlines()[0]
         raise LabError(
@@ -434,6 +473,7 @@ def open_model(place, load: Loading = DEFAULT_LOADING):
     _check_keys(place, info)
     if load.four_bit:
         _repack_nothing(model)
+        check_packed(model)
     return ready(model)
 
 # %% ../../nbs/models/01_load.ipynb #def7cf32

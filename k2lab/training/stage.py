@@ -7,7 +7,7 @@ __all__ = ['LEDGER_COLUMNS', 'check_steps', 'Training', 'repeated', 'document_pi
            'too_long', 'check_epochs', 'show_epochs', 'question_of', 'kept_out', 'Mixture', 'heldout_rows',
            'heldout_examples', 'examples_of', 'corpus_of', 'read_mixture', 'mixed', 'asked_by', 'scores_before',
            'with_examples', 'helped_before', 'scores_after', 'Compared', 'report_all', 'judge', 'shown_items',
-           'log_samples', 'open_base', 'probe_adapter', 'probe_saved', 'record_export', 'publish_adapter',
+           'log_samples', 'open_base', 'probe_adapter', 'as_saved', 'probe_saved', 'record_export', 'publish_adapter',
            'computes_alone', 'save_merged', 'publish_merged', 'publish_whole', 'publish_gathered', 'publish_model',
            'to_measure', 'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture', 'asked_of', 'scores_of_control',
            'check_control', 'run_control', 'Trained', 'supervised']
@@ -42,7 +42,16 @@ from k2lab.models.adapters import (
     same_tensors,
     unequal,
 )
-from ..models.load import Loading, open_model, save_checkpoint, write_certificate
+from k2lab.models.load import (
+    DEFAULT_LOADING,
+    Loading,
+    architecture_of,
+    local_folder,
+    open_model,
+    save_checkpoint,
+    write_certificate,
+)
+from ..models.stacks import has_stacks, kind_of_stacks
 from ..text.layouts import Spec, read_corpus
 from ..text.masks import REPLIES, encode_rows, mask_html
 from ..text.rows import read_rows
@@ -450,9 +459,11 @@ def log_samples(job, before: Scored, after: Scored):
 
 # %% ../../nbs/training/05_stage.ipynb #bf58b0fd
 def open_base(job):
-    "The checkpoint that a run started from, opened again in 16 or 32 bits."
-    load = dataclasses.replace(Loading(**job.cfg.load), four_bit=False)
-    return open_model(job.find(job.cfg.init_from), load)
+    "The checkpoint that a run started from, opened again in 16 or 32 bits; experts that were packed are so again."
+    load, place = Loading(**job.cfg.load), job.find(job.cfg.init_from)
+    config = architecture_of(local_folder(place, ['config.json']))
+    packed = 'experts' if load.four_bit and has_stacks(config) else False
+    return open_model(place, dataclasses.replace(load, four_bit=packed))
 
 
 def probe_adapter(model) -> tuple:
@@ -462,9 +473,14 @@ def probe_adapter(model) -> tuple:
     return base, check_logits(probe_logits(model), 'the trained model')
 
 
-def probe_saved(place, device='cpu'):
+def as_saved(model, dtype: str = 'float32') -> Loading:
+    "How what is published of a trained model is opened: with its experts packed, if it was trained on them."
+    return Loading(dtype=dtype, four_bit='experts' if kind_of_stacks(model) else False)
+
+
+def probe_saved(place, device='cpu', load: Loading = DEFAULT_LOADING):
     "Logits of the model in a folder, computed in float32."
-    return probe_logits(open_model(place).to(device))
+    return probe_logits(open_model(place, load).to(device))
 
 
 def record_export(job, report: dict):
@@ -493,10 +509,14 @@ def computes_alone(job, model, split: bool) -> bool:
 
 
 def save_merged(job, model, tok, weights: dict, place, dtype: str):
-    "Merge a trained adapter into another copy of its base in float32, and save that in `dtype`."
+    """Merge a trained adapter into another copy of its base in float32, and save that in `dtype`.
+
+    Packed experts are saved as they were in training: INT4 as it was read, NF4 as the values it stands for."""
     merged = merge_adapter(in_float32(model, open_base(job), weights))
     shutil.rmtree(place, ignore_errors=True)
     save_checkpoint(narrowed(merged, dtype), tok, place)
+    if stacks := kind_of_stacks(model):
+        write_certificate(place, dict(four_bit=True, stacks=stacks))  # checked as it is opened
 
 
 def publish_merged(job, model, tok, weights: dict, split: bool):
@@ -510,16 +530,18 @@ def publish_merged(job, model, tok, weights: dict, split: bool):
     del copy
     with job.publishing(job.cfg.saves) as place:
         save_merged(job, model, tok, weights, place, dtype)
-        report = export_report(base, trained, probe_saved(place, device))
+        saved = as_saved(model)
+        report = export_report(base, trained, probe_saved(place, device, saved))
         if dtype != 'float32' and not report['lost'] <= LOST_LIMIT:
             lost, dtype = {f'lost_in_{dtype}': report['lost']}, 'float32'
             save_merged(job, model, tok, weights, place, dtype)
-            report = lost | export_report(base, trained, probe_saved(place, device))
+            report = lost | export_report(base, trained, probe_saved(place, device, saved))
         report = certified_export(report, dtype)
         if not alone and not split:
             report['live'] = apart(trained, probe_logits(model))
         if load.four_bit or dtype != load.dtype:
-            write_certificate(place, dict(report, four_bit=load.four_bit))
+            stacks = kind_of_stacks(model)
+            write_certificate(place, dict(report, four_bit=bool(load.four_bit), stacks=stacks))
     record_export(job, report)
 
 # %% ../../nbs/training/05_stage.ipynb #4e59eaac
@@ -579,7 +601,7 @@ def to_measure(job, model, tok):
     job.record['measured'], device = 'the published model', model.device
     if not load.four_bit:
         model.cpu()  # makes room
-    return open_model(job.folder / job.cfg.saves, Loading(dtype=load.dtype)).to(device)
+    return open_model(job.folder / job.cfg.saves, as_saved(model, load.dtype)).to(device)
 
 # %% ../../nbs/training/05_stage.ipynb #ff010e18
 LEDGER_COLUMNS = [
