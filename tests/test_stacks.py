@@ -274,7 +274,10 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path):
         Config(load=dict(four_bit=True, lora_rank=4, adapt=['attention', 'routed']))
     with pytest.raises(LabError, match="four_bit 'linear'"):
         Loading(four_bit='linear')  # type: ignore[arg-type]
-    with pytest.raises(LabError, match='has no experts for load.four_bit=experts; write true'):
+    with pytest.raises(
+        LabError,
+        match='a dense model, and load.four_bit=experts is for stacked experts; write true',
+    ):
         open_model(shipped('qwen'), Loading(four_bit='experts'))
     shutil.copytree(smoke_model('k2'), tmp_path / 'odd')
     held = load_file(tmp_path / 'odd/model.safetensors')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BY_NAME', 'STEPS_LOST', 'LINEAR', 'ROUNDING', 'LOST_LIMIT', 'adaptable', 'parts_to_adapt', 'lora', 'check_parts',
-           'check_recomputed', 'dtype_of', 'step_in_float32', 'adapters', 'coverage', 'wrong_part', 'certified',
+           'check_four_bit', 'dtype_of', 'step_in_float32', 'adapters', 'coverage', 'wrong_part', 'certified',
            'with_gradient', 'check_saved', 'storage', 'weight_bits', 'parts_in_four_bits', 'check_bits',
            'bits_of_config', 'is_split', 'whole_tensor', 'gather_tensors', 'one_process', 'moved_adapter',
            'merge_adapter', 'narrowed', 'dequantised_layers', 'in_float32', 'odd_weight', 'probe_logits',
@@ -14,10 +14,18 @@ __all__ = ['BY_NAME', 'STEPS_LOST', 'LINEAR', 'ROUNDING', 'LOST_LIMIT', 'adaptab
 import contextlib
 import dataclasses
 import random
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..lab.config import LabError
-from .load import Loading, architecture_of, group_of, left_padded, local_folder
+from k2lab.models.load import (
+    Loading,
+    architecture_of,
+    check_experts,
+    group_of,
+    left_padded,
+    local_folder,
+)
 from .stacks import has_stacks, packed_storage, stacks_in
 
 # %% ../../nbs/models/02_adapters.ipynb #41349877
@@ -103,13 +111,20 @@ def check_parts(place, load: Loading):
     lora(model, load)
 
 
-def check_recomputed(place, load: Loading, trainer: dict):
-    """`LabError` for training over packed experts without gradient checkpointing.
+def check_four_bit(place, load: Loading, trainer: dict):
+    """`LabError` if the model at `place` cannot be trained in 4 bits as asked; only its config.json is read.
 
-    Each layer's experts would be kept unpacked until its backward pass, and 4 bits would save nothing."""
-    if not (load.four_bit and load.lora_rank) or trainer.get('gradient_checkpointing'):
+    Without gradient checkpointing each layer's experts would be kept unpacked until its backward pass, and 4 bits
+    would save nothing."""
+    if not load.four_bit:
         return
-    if has_stacks(architecture_of(local_folder(place, ['config.json']))):
+    if not find_spec('bitsandbytes'):
+        raise LabError(
+            "load: four_bit needs bitsandbytes, which is not installed; pip install 'k2lab[gpu]'"
+        )
+    config = architecture_of(local_folder(place, ['config.json']))
+    check_experts(place, config, load)
+    if has_stacks(config) and load.lora_rank and not trainer.get('gradient_checkpointing'):
         raise LabError(
             'load: four_bit packs the stacked experts, and without recomputing all of them would be '
             'held unpacked for the backward pass; set trainer.gradient_checkpointing=true'

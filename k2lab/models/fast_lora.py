@@ -140,6 +140,8 @@ def check_fast(load: Loading, packed: bool = False, processes: int = 1):
     if load.backend != 'unsloth':
         return
     other = [part for part in load.named_parts if part not in DENSE]
+    if load.four_bit == 'experts':
+        raise LabError('load: backend unsloth is for dense models; four_bit is true or false there')
     if not load.lora_rank:
         raise LabError('load: backend unsloth trains an adapter here; give lora_rank as well')
     if other:

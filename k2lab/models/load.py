@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHAPES', 'GROUPS', 'DEFAULT_LOADING', 'SHIPPED', 'CERTIFICATE', 'register_kimi_k2', 'small_config', 'small_model',
            'ready', 'group_of', 'parameter_counts', 'trained_counts', 'save_checkpoint', 'readable_config', 'Loading',
-           'quantization', 'architecture_of', 'local_folder', 'write_certificate', 'as_published', 'open_model',
-           'open_tokenizer', 'check_window', 'shipped', 'smoke_model', 'Reply', 'left_padded', 'generate']
+           'quantization', 'architecture_of', 'local_folder', 'write_certificate', 'as_published', 'check_experts',
+           'open_model', 'open_tokenizer', 'check_window', 'shipped', 'smoke_model', 'Reply', 'left_padded', 'generate']
 
 # %% ../../nbs/models/01_load.ipynb #ecff08ba
 import contextlib
@@ -435,13 +435,21 @@ def _loaded(kind, folder: Path | None, tensors: dict | None, config, load: Loadi
     )
 
 
+def check_experts(place, config, load: Loading):
+    "`LabError` for 4-bit experts of a model that has none."
+    if load.four_bit == 'experts' and not has_stacks(config):
+        raise LabError(
+            f'{place}: a dense model, and load.four_bit=experts is for stacked experts; '
+            'write true for its linear layers, or false'
+        )
+
+
 def _packed_here(folder: Path, config, load: Loading, device) -> tuple:
     """`(weights to open a model with, or None for its files, context to open it in)`.
 
     With 4 bits the weights of a mixture of experts are read one at a time, and its stacks are packed at once."""
+    check_experts(folder, config, load)
     if not load.four_bit or not has_stacks(config):
-        if load.four_bit == 'experts':
-            raise LabError(f'{folder}: has no experts for load.four_bit=experts; write true')
         return dequantised(folder), contextlib.nullcontext()
     checkpoint = Checkpoint(folder)
     pack = Packing(checkpoint, device, _certificate(folder).get('stacks') == 'nf4')
@@ -471,8 +479,9 @@ def open_model(place, load: Loading = DEFAULT_LOADING):
             f'{place}: its weights do not fit the model that its config.json describes ({reason})'
         ) from e
     _check_keys(place, info)
-    if load.four_bit:
+    if load.four_bit is True:
         _repack_nothing(model)
+    if load.four_bit:
         check_packed(model)
     return ready(model)
 

@@ -252,11 +252,11 @@ def _plain_experts(model, stack: str, form) -> dict:
 
 def _packed_experts(stack: str, form) -> dict:
     "The experts of an INT4 stack by their stored names, each in three pieces."
-    rows, sizes, out = int(form[0].sizes[0]), form[0].sizes, {}
-    experts, both = len(form.original), form.original.shape[1] == 2 * int(form[0].sizes[0])
+    sizes, out = form[0].sizes, {}
+    rows, (experts, high, _) = int(sizes[0]), form.original.shape
     codes, scale = (t.flatten(0, 1).cpu().split(rows) for t in (form.original, form[0].scale))
-    for name, one, factors in zip(_matrices(stack, experts, both), codes, scale):
-        pieces = {'weight_packed': one, 'weight_scale': factors, 'weight_shape': sizes}
+    for name, one, factors in zip(_matrices(stack, experts, high == 2 * rows), codes, scale):
+        pieces = {'weight_packed': one, 'weight_scale': factors, 'weight_shape': sizes.clone()}
         out |= {f'{name.removesuffix("weight")}{piece}': t for piece, t in pieces.items()}
     return out
 

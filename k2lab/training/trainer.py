@@ -22,8 +22,8 @@ from ..lab.checkpoint import newest_checkpoint, step_of
 from ..lab.config import LabError, did_you_mean, one_of
 from k2lab.models.adapters import (
     check_bits,
+    check_four_bit,
     check_parts,
-    check_recomputed,
     dtype_of,
     lora,
     odd_weight,
@@ -613,7 +613,7 @@ def tokenizer_for(job, name: str, load: Loading = DEFAULT_LOADING):
     if load.backend == 'unsloth':
         unsloth_first()
     log_notices(job.folder / 'log.txt')
-    check_recomputed(job.find(name), load, vars(job.cfg).get('trainer', {}))
+    check_four_bit(job.find(name), load, vars(job.cfg).get('trainer', {}))
     return open_tokenizer(job.find(name))
 
 
