@@ -2,6 +2,7 @@
 
 `make test` runs one training of each kind; the peak of loading is measured in child processes."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -340,10 +341,16 @@ def test_a_chain_of_stages_in_four_bits_keeps_what_the_first_one_learned(first):
         probe_logits(open_model(first.folder)),
         probe_logits(open_model(shipped('k2'))),
     )
-    with second.model.disable_adapter():
-        began = probe_logits(
-            second.model.float() if second.model.dtype == torch.float32 else second.model
-        )
+    began = probe_logits(
+        open_model(first.folder, dataclasses.replace(second.load, dtype='float32'))
+    )
+    held = {
+        n.replace('.base_layer', ''): p for n, p in second.model.get_base_model().named_parameters()
+    }
+    stored = {n: t for n, t in tensors(first.folder).items() if n in held}
+    assert len(stored) > 40 and all(
+        torch.equal(held[n].float(), t.float()) for n, t in stored.items()
+    )
     report = export_report(base, published, began)
     print('\nof the first stage the second one lacks', report['lost'])
     assert report['lost'] < 0.02
