@@ -36,7 +36,7 @@ from k2lab.models.load import (
     small_model,
     smoke_model,
 )
-from k2lab.models.stacks import kind_of_stacks, stacks
+from k2lab.models.stacks import kind_of_stacks, pack_nf4, stacks
 from k2lab.train_sft_domain import Config
 
 FULL = os.environ.get('K2LAB_FAULTS') == 'full'
@@ -107,6 +107,22 @@ def test_logits_are_those_of_the_weights_that_the_codes_stand_for(load):
             assert torch.equal(stack(packed, name), weight)
     assert len(stacks(packed)) == 6 and torch.equal(probe_logits(packed), probe_logits(plain))
     assert packed(torch.arange(9)[None]).logits.dtype == getattr(torch, load.dtype)
+
+
+@pytest.mark.parametrize('columns', [96, 104, 33, 64])
+def test_columns_that_64_does_not_divide_are_not_garbled(columns):
+    "bitsandbytes 0.50 on a CPU garbles a stack of 96 columns (error .24); NF4's own error is .09."
+    torch.manual_seed(0)
+    weight = torch.randn(4, 32, columns).bfloat16()
+    module = torch.nn.Module()
+    pack_nf4(module, 'weight', weight, torch.float32)
+    assert module.weight.shape == weight.shape and module.weight.dtype == torch.float32
+    assert 0.085 < float((module.weight - weight).norm() / weight.norm()) < 0.1
+    again = torch.nn.Module()
+    pack_nf4(again, 'weight', module.weight.bfloat16(), torch.float32, exact=True)
+    assert torch.equal(again.weight, module.weight)
+    with pytest.raises(LabError, match='does not hold values of 4 bits'):
+        pack_nf4(torch.nn.Module(), 'weight', weight, torch.float32, exact=True)
 
 
 def test_int4_is_kept_as_it_is_stored(four):

@@ -30,12 +30,12 @@ class Int4(nn.Module):
 
 
 class Cast(nn.Module):
-    "A weight in the dtype that the model computes in, where it was quantised from another."
+    "A weight in the shape and the dtype that the model computes with, where it was quantised in others."
 
-    def __init__(self, dtype):
+    def __init__(self, dtype, shape=None):
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.shape = dtype, shape
 
     @torch.no_grad()
     def forward(self, weight):
-        return weight.to(self.dtype)
+        return weight.view(self.shape or weight.shape).to(self.dtype)

@@ -78,15 +78,20 @@ def pack_nf4(module, name: str, stack, dtype, exact: bool = False):
 
     if not stack.isfinite().all():
         raise LabError('holds values that are no numbers')
-    setattr(module, name, torch.nn.Parameter(stack, requires_grad=False))
+    if stack.device.type != 'cpu' and stack.numel() >= 2**31:
+        raise LabError(
+            f'has {stack.numel():,} weights, and bitsandbytes counts to 2,147,483,647 on a GPU; '
+            'take a checkpoint in INT4, which the lab keeps packed itself'
+        )
+    # in one row: where 64 does not divide the columns, bitsandbytes 0.50 garbles some shapes on a CPU
+    setattr(module, name, torch.nn.Parameter(stack.reshape(1, -1), requires_grad=False))
     replace_parameter_4bit(module, name, quant_type='nf4')
-    if exact and not torch.equal(getattr(module, name), stack):
+    register_parametrization(module, name, Cast(dtype, stack.shape), unsafe=True)
+    if exact and not torch.equal(getattr(module, name), stack.to(dtype)):
         raise LabError(
             'was published from 4 bits, and does not hold values of 4 bits; '
             'it was changed since: set load.four_bit=false'
         )
-    if stack.dtype != dtype:
-        register_parametrization(module, name, Cast(dtype), unsafe=True)
 
 
 def _matrices(stack: str, experts: int, both: bool) -> list[str]:
@@ -247,7 +252,9 @@ def _plain_experts(model, stack: str, form) -> dict:
     "The experts of an NF4 stack by their stored names, in the dtype they were quantised from."
     from transformers.core_model_loading import revert_weight_conversion
 
-    return revert_weight_conversion(model, {stack: form[0](form.original).cpu()})
+    return revert_weight_conversion(
+        model, {stack: form[0](form.original).view(form[1].shape).cpu()}
+    )
 
 
 def _packed_experts(stack: str, form) -> dict:
