@@ -1161,6 +1161,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'k2lab.models.stacks._filled': ('models/stacks.html#_filled', 'k2lab/models/stacks.py'),
                                      'k2lab.models.stacks._in_stack': ('models/stacks.html#_in_stack', 'k2lab/models/stacks.py'),
                                      'k2lab.models.stacks._matrices': ('models/stacks.html#_matrices', 'k2lab/models/stacks.py'),
+                                     'k2lab.models.stacks._nf4': ('models/stacks.html#_nf4', 'k2lab/models/stacks.py'),
                                      'k2lab.models.stacks._packed_experts': ( 'models/stacks.html#_packed_experts',
                                                                               'k2lab/models/stacks.py'),
                                      'k2lab.models.stacks._plain_experts': ('models/stacks.html#_plain_experts', 'k2lab/models/stacks.py'),

@@ -483,6 +483,7 @@ def open_model(place, load: Loading = DEFAULT_LOADING):
         _repack_nothing(model)
     if load.four_bit:
         check_packed(model)
+        model.name_or_path = str(folder)  # PEFT looks there for the vocabulary
     return ready(model)
 
 # %% ../../nbs/models/04_load.ipynb #def7cf32

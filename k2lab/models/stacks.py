@@ -50,8 +50,11 @@ class Stored:
             return torch.empty(sizes, dtype=dtype, device='meta')
         quantized, name = self.checkpoint.way, self.name
         tensor = self.checkpoint[name] if quantized else self.checkpoint.read(name)
-        half = _in_stack(self.name) and tensor.dtype == torch.bfloat16
-        return tensor.to(device=device, dtype=tensor.dtype if half else dtype)
+        if _in_stack(name):
+            return tensor.to(device, tensor.dtype if tensor.dtype == torch.bfloat16 else dtype)
+        return tensor.to(
+            device, dtype, copy=True
+        )  # lets go of the file, which would stay in memory
 
 
 def keeps_packed(checkpoint: Checkpoint) -> bool:
@@ -66,12 +69,27 @@ def promised(checkpoint: Checkpoint) -> dict:
     return {name: Stored(checkpoint, name, kept and _in_stack(name)) for name in checkpoint.pieces}
 
 # %% ../../nbs/models/02_stacks.ipynb #9e833473
+def _nf4(stack, piece: int = 2**18) -> tuple:
+    """bitsandbytes' `(codes, state)` of a stack in one row, from pieces of so many weights.
+
+    On a CPU bitsandbytes 0.50 takes some 70 bytes for each weight that it packs at once, and it garbles some shapes
+    whose columns 64 does not divide."""
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+
+    row = stack.reshape(-1)
+    codes, states = zip(*(quantize_4bit(part, quant_type='nf4') for part in row.split(piece)))
+    state = states[0]
+    state.absmax, state.shape = torch.cat([s.absmax for s in states]), torch.Size([1, len(row)])
+    return torch.cat(codes), state
+
+
 def pack_nf4(module, name: str, stack, dtype, exact: bool = False):
     """Replace the weight `name` of a module by `stack` [experts, rows, columns] in NF4; it is computed with in `dtype`.
 
     `LabError` with `exact` if NF4 does not hold the stack to the bit."""
     import torch
-    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
     from torch.nn.utils.parametrize import register_parametrization
 
     from k2lab.models.packed import Cast
@@ -83,9 +101,9 @@ def pack_nf4(module, name: str, stack, dtype, exact: bool = False):
             f'has {stack.numel():,} weights, and bitsandbytes counts to 2,147,483,647 on a GPU; '
             'take a checkpoint in INT4, which the lab keeps packed itself'
         )
-    # in one row: where 64 does not divide the columns, bitsandbytes 0.50 garbles some shapes on a CPU
-    setattr(module, name, torch.nn.Parameter(stack.reshape(1, -1), requires_grad=False))
-    replace_parameter_4bit(module, name, quant_type='nf4')
+    codes, state = _nf4(stack)
+    setattr(module, name, torch.nn.Parameter(codes, requires_grad=False))
+    replace_parameter_4bit_prequantized(module, name, state.as_dict(packed=True), stack.device)
     register_parametrization(module, name, Cast(dtype, stack.shape), unsafe=True)
     if exact and not torch.equal(getattr(module, name), stack.to(dtype)):
         raise LabError(
