@@ -291,7 +291,10 @@ print(kept('VmHWM') - before)
 def peak(folder: Path, four_bit) -> int:
     "Bytes by which the peak of a process grows when it opens a model."
     words = [sys.executable, '-c', PEAK, str(folder), str(smoke_model('k2')), repr(four_bit)]
-    return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1])
+    env = os.environ | {'MALLOC_MMAP_THRESHOLD_': '65536'}  # what is freed goes back at once
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-500:]
+    return int(done.stdout.split()[-1])
 
 
 def large(folder: Path, layers: int) -> Path:
@@ -312,14 +315,13 @@ def large(folder: Path, layers: int) -> Path:
 
 
 def test_the_whole_is_never_held_in_16_bits(tmp_path):
-    "The peak of opening is that of what is kept, and two stacks in 16 bits; opening in 16 bits needs all of it."
-    folder = large(tmp_path / 'large', 20)
+    "The peak of opening is that of what is kept and of two stacks; in 16 bits it is all of it, and the files."
+    folder = large(tmp_path / 'large', 32 if FULL else 8)
     whole = sum(f.stat().st_size for f in folder.glob('*.safetensors'))
     plain, packed = peak(folder, False), peak(folder, True)
-    print(
-        f'\n{whole / 1e6:.0f} MB in 16 bits: peak {plain / 1e6:.0f} MB plain, {packed / 1e6:.0f} MB packed'
-    )
-    assert plain > 0.9 * whole and packed < 0.6 * whole
+    mb = [f'{n / 1e6:.0f} MB' for n in (whole, plain, packed)]
+    print('\n{} in 16 bits: peak {} plain, {} packed'.format(*mb))
+    assert plain > whole and packed < (0.5 if FULL else 0.9) * whole
 
 
 # ---- refused -----------------------------------------------------------------------------------------------
@@ -497,23 +499,23 @@ def test_int4_goes_in_and_out(four):
     )
 
 
-def test_resumed_it_is_the_same_to_the_bit(monkeypatch):
+def test_resumed_it_is_the_same_to_the_bit(monkeypatch, tmp_path):
     "From the middle of a training: the same adapter as without a stop, and the same checkpoint."
     monkeypatch.setitem(SETTINGS, 'saved', SETTINGS['4-bit LoRA'] | {'trainer.save_steps': 4})
     whole = Run('saved', 1e-3)
     place, _ = newest_checkpoint(whole.job.folder / 'trainer' / 'train')
     assert place and place.name.endswith('-8')
+    shutil.copytree(place.with_name('checkpoint-4'), tmp_path / 'checkpoint-4')
+    whole.publish()
 
     def stopped(job):
-        part = job.folder / 'trainer' / 'train'
-        shutil.copytree(place.with_name('checkpoint-4'), part / 'checkpoint-4')
+        shutil.copytree(tmp_path / 'checkpoint-4', job.folder / 'trainer/train/checkpoint-4')
 
     resumed = Run('saved', 1e-3, before=stopped)
-    assert resumed.job.record['training']['train']['steps'] == 8
+    resumed.publish()
+    log = (resumed.job.folder / 'metrics.jsonl').read_text()
+    assert resumed.job.record['training']['train']['steps'] == 8 and '"step": 1,' not in log
     one, two = (
         {n: p for n, p in run.model.named_parameters() if 'lora_' in n} for run in (whole, resumed)
     )
-    assert one and equal(one, two)
-    for run in (whole, resumed):
-        run.publish()
-    assert equal(tensors(whole.folder), tensors(resumed.folder))
+    assert one and equal(one, two) and equal(tensors(whole.folder), tensors(resumed.folder))
