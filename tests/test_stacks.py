@@ -381,6 +381,31 @@ def first():
     return run
 
 
+def test_an_adapter_that_is_dropped_in_merging_is_refused(first, monkeypatch):
+    monkeypatch.setattr('k2lab.training.stage.merge_adapter', lambda model: model.unload())
+    with pytest.raises(LabError, match='it lacks 100% of the way that training moved'):
+        first.publish()
+
+
+@pytest.mark.parametrize('fault', ['plain', 'float32', 'float16'])
+def test_experts_that_are_not_those_of_the_training_are_refused(first, fault, monkeypatch):
+    "Published are the plain ones, on which nobody trained, or the right ones in a dtype they were not packed from."
+    from transformers.core_model_loading import revert_weight_conversion
+
+    plain = open_model(shipped('k2'), Loading(dtype='bfloat16'))
+
+    def wrong(model, name, form):
+        weight = form[0](form.original).view(form[1].shape)
+        kept = plain.get_parameter(name).detach() if fault == 'plain' else weight
+        return revert_weight_conversion(
+            model, {name: kept if fault == 'plain' else kept.to(getattr(torch, fault))}
+        )
+
+    monkeypatch.setattr('k2lab.models.stacks._plain_experts', wrong)
+    with pytest.raises(LabError, match='does not hold values of 4 bits'):
+        first.publish()
+
+
 def test_published_experts_are_those_of_the_training_and_pack_to_the_same_bits(first):
     packed = open_model(shipped('k2'), Loading(four_bit='experts', dtype='bfloat16'))
     published = open_model(first.folder, Loading(dtype='bfloat16'))
@@ -448,29 +473,6 @@ def test_experts_that_were_changed_after_training_are_refused(first):
     ):
         open_model(changed, Loading(four_bit=True))
     open_model(changed)
-
-
-def test_an_adapter_that_is_dropped_in_merging_is_refused(first, monkeypatch):
-    monkeypatch.setattr('k2lab.training.stage.merge_adapter', lambda model: model.unload())
-    with pytest.raises(LabError, match='it lacks 100% of the way that training moved'):
-        first.publish()
-
-
-def test_a_stack_of_another_rounding_is_refused(first, monkeypatch):
-    "The published experts are the plain ones, on which nobody trained."
-    from k2lab.models import stacks as module
-
-    plain = open_model(shipped('k2'), Loading(dtype='bfloat16'))
-    monkeypatch.setattr(
-        module,
-        '_plain_experts',
-        lambda model, name, form: real(model, name, lambda _: plain.get_parameter(name)),
-    )
-    from transformers.core_model_loading import revert_weight_conversion
-
-    real = lambda model, name, weight: revert_weight_conversion(model, {name: weight(0)})
-    with pytest.raises(LabError, match='does not hold values of 4 bits'):
-        first.publish()
 
 
 def test_int4_goes_in_and_out(four):
