@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,7 +152,7 @@ def mixtures() -> list:
     "Configs of small mixtures of other families, with widths that 64 does not divide."
     from transformers import GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
-    small = dict(
+    small: dict[str, Any] = dict(
         hidden_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -161,7 +162,7 @@ def mixtures() -> list:
     )
     return [
         MixtralConfig(**small, num_local_experts=4),
-        GptOssConfig(**small, num_local_experts=4, head_dim=32),
+        GptOssConfig(**small | dict(num_local_experts=4, head_dim=32)),
         Qwen3MoeConfig(
             **small, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, head_dim=32
         ),

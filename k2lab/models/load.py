@@ -269,7 +269,8 @@ class Loading:
     def __post_init__(self):
         one_of('dtype', self.dtype, ('float32', 'bfloat16'), 'load')
         one_of('backend', self.backend, ('transformers', 'unsloth'), 'load')
-        one_of('four_bit', self.four_bit, (True, False, 'experts'), 'load')
+        if isinstance(self.four_bit, str):
+            one_of('four_bit', self.four_bit, ('experts',), 'load')
         one_of('attention', self.attention, ('', *ATTENTION), 'load')
         if self.attention and self.backend == 'unsloth':
             raise LabError('load: backend unsloth brings its own attention; leave attention out')

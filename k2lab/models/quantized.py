@@ -90,10 +90,10 @@ def _int4_group(quant: dict) -> int | None:
     return one['group_size'] if one | FOUR_BITS == one and not one.get('actorder') else None
 
 
-def quantization_of(config: dict) -> dict | None:
-    "The `quantization_config` of a checkpoint, or of the language model in it."
+def quantization_of(config: dict) -> dict:
+    "The `quantization_config` of a checkpoint, or of the language model in it; empty if there is none."
     inner = config.get('text_config', {})
-    return config.get('quantization_config') or inner.get('quantization_config')
+    return config.get('quantization_config') or inner.get('quantization_config') or {}
 
 
 def scheme(config: dict) -> dict:
