@@ -152,6 +152,25 @@ def test_a_model_larger_than_the_gpu_is_refused_before_it_is_opened(accelerator)
     assert open_model(shipped('k2'), device='cpu').device.type == 'cpu'
 
 
+def test_evaluate_refuses_a_checkpoint_that_does_not_fit_before_it_opens_any(
+    accelerator, monkeypatch
+):
+    from k2lab.models import load
+
+    lacking = lambda place, *_: 'too large' if 'qwen' in str(place) else ''
+    monkeypatch.setattr(load, 'lacks_room', lacking)
+    job = start('evaluate', 'smoke')
+    with pytest.raises(LabError, match='smoke:qwen: too large'):
+        stage_module('evaluate').work(job)
+    assert accelerator.opened == []
+
+
+def test_a_served_model_is_in_the_record(tmp_path, monkeypatch):
+    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
+    line = dict(model='k2_think_dpo', device='cpu', dtype='float32', attention='sdpa')
+    assert phases('launch_teacher_vllm', {}) == dict(serve=line)
+
+
 def test_the_certificate_moves_to_the_cpu_where_a_copy_does_not_fit(accelerator):
     from k2lab.training.stage import probe_device
 

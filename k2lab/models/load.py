@@ -6,8 +6,8 @@
 __all__ = ['SHAPES', 'GROUPS', 'DEFAULT_LOADING', 'SHIPPED', 'CERTIFICATE', 'register_kimi_k2', 'small_config', 'small_model',
            'ready', 'group_of', 'parameter_counts', 'trained_counts', 'save_checkpoint', 'readable_config', 'Loading',
            'check_opening', 'quantization', 'architecture_of', 'local_folder', 'write_certificate', 'as_published',
-           'counted', 'lacks_room', 'as_stored', 'check_experts', 'open_model', 'open_tokenizer', 'check_window',
-           'shipped', 'smoke_model', 'Reply', 'left_padded', 'generate']
+           'counted', 'lacks_room', 'check_room', 'as_stored', 'check_experts', 'open_model', 'open_tokenizer',
+           'check_window', 'shipped', 'smoke_model', 'Reply', 'left_padded', 'generate']
 
 # %% ../../nbs/models/04_load.ipynb #ecff08ba
 import contextlib
@@ -489,6 +489,12 @@ def lacks_room(place, load: Loading, device: str) -> str:
     return lacking(weight_bytes(counted(folder), as_published(folder, load)), device)
 
 
+def check_room(place, load: Loading, device: str):
+    "`LabError` if the weights of the model at `place` do not fit on a device; not asked of weights that are split."
+    if not is_split_on_opening() and (why := lacks_room(place, load, device)):
+        raise no_room(place, why)
+
+
 def as_stored(place, device: str) -> Loading:
     "How the model at `place` is opened to be used as it is: in float32 on a CPU, else in the dtype of its files."
     config = read_config(local_folder(place, ['config.json']))
@@ -528,8 +534,7 @@ def open_model(place, load: Loading = DEFAULT_LOADING, device: str | None = None
 
     device = device or device_for()
     check_attention(load.attention, device)
-    if not is_split_on_opening() and (why := lacks_room(place, load, device)):
-        raise no_room(place, why)
+    check_room(place, load, device)
     folder = local_folder(place)
     load = as_published(folder, load)
     config = architecture_of(folder)
