@@ -528,7 +528,8 @@ def open_model(place, load: Loading = DEFAULT_LOADING, device: str | None = None
     """A causal language model from a folder or hub id (`org/name` or `org/name@revision`), ready on a device.
 
     Without `device` it is that of this process; weights that processes split are left to their engine.
-    Weights stored in 8 or 4 bits are dequantised, those that had to be published in float32 are opened in float32.
+    Weights stored in 8 or 4 bits are dequantised, but with `load.four_bit` the stacked experts are packed as they are
+    read; those that had to be published in float32 are opened in float32.
     `LabError` if there is no such folder, its keys do not fit, or its weights are larger than the GPU."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
