@@ -160,13 +160,12 @@ def mixtures() -> list:
         intermediate_size=96,
         vocab_size=340,
     )
-    return [
-        MixtralConfig(**small, num_local_experts=4),
-        GptOssConfig(**small | dict(num_local_experts=4, head_dim=32)),
-        Qwen3MoeConfig(
-            **small, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, head_dim=32
-        ),
+    kinds: list[tuple[Any, dict]] = [
+        (MixtralConfig, dict(num_local_experts=4)),
+        (GptOssConfig, dict(num_local_experts=4, head_dim=32)),
+        (Qwen3MoeConfig, dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)),
     ]
+    return [kind(**small, **more) for kind, more in kinds]
 
 
 def test_mixtures_of_other_families_are_packed_and_saved(tmp_path):
