@@ -362,6 +362,21 @@ def test_the_certificate_does_without_flash_attention(monkeypatch):
     assert model.config._attn_implementation == 'flash_attention_2'
 
 
+def test_no_process_publishes_a_whole_model_twice(tmp_path, monkeypatch):
+    "One that is not the first knows nothing of what was published; if it came by again it would wait for ever."
+    from k2lab.training import stage
+
+    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
+    job, model = start('train_sft_domain', 'smoke'), open_model('smoke:k2')
+    job.first, published = False, []
+    monkeypatch.setattr(stage, 'publish_model', lambda *args: published.append(args))
+    stage.scores_after(job, model, open_tokenizer('smoke:k2'), [])
+    assert published == [] and 'saves' in job.record
+    monkeypatch.setattr(stage, 'is_split', lambda model: True)
+    stage.scores_after(job, model, open_tokenizer('smoke:k2'), [])
+    assert len(published) == 1
+
+
 RANK = """
 import json, os, sys
 from k2lab.lab.job import start

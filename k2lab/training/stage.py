@@ -404,7 +404,7 @@ def scores_after(job, model, tok, asked: list[Asked]) -> dict[str, Scored]:
     measured = lambda one: (one, take(job, model_now, one))
     with measuring(job, 'after', model_now):
         taken = tried(job, name, measured, asked)
-    if job.cfg.saves not in job.record['saves']:  # a split model, measured by all processes
+    if is_split(model):  # all processes measured it; a whole one was published before
         publish_model(job, model, tok)
     saved = job.record['saves'].get(job.cfg.saves, {}).get('sha256', '')
     published = Opened(model, tok, saved, model_now.device)
