@@ -22,6 +22,7 @@ SLOW = [
     'run',
     'traces',
     'paths',
+    'stacks',
     'placement',
     'harness',
     'unsloth',
