@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECIDED', 'PARSERS', 'work', 'Config', 'flags', 'command', 'environment', 'check_port', 'free_port', 'stop_server',
-           'last_line', 'wait_healthy', 'Served', 'serving', 'parity_messages', 'own_count', 'Answer', 'ask_once',
-           'serve_model', 'record_answer', 'check_tokens', 'reachable', 'stay']
+           'last_line', 'wait_healthy', 'Served', 'serving', 'parity_messages', 'own_count', 'note_placement', 'Answer',
+           'ask_once', 'serve_model', 'record_answer', 'check_tokens', 'reachable', 'stay']
 
 # %% ../nbs/60_launch_teacher_vllm.ipynb #f2df49aa
 import contextlib
@@ -252,6 +252,16 @@ def own_count(place, messages: list[dict]) -> int:
     return len(prompt_ids(tok, messages))
 
 # %% ../nbs/60_launch_teacher_vllm.ipynb #399bcfbe
+def note_placement(job, served: Served):
+    "Enter in the record where the served model is, as the lab's server says; vLLM decides that for itself."
+    import httpx
+
+    key = {'Authorization': f'Bearer {served.key}'}
+    found = httpx.get(f'{served.url}/v1/models', headers=key, timeout=30).json()['data'][0]
+    placement = found.get('placement') or dict.fromkeys(('device', 'dtype', 'attention'), 'vLLM')
+    job.record.setdefault('placement', {})['serve'] = dict(model=served.model) | placement
+
+
 @dataclass(frozen=True)
 class Answer:
     "The server's reply to the check's question."
@@ -275,6 +285,7 @@ def serve_model(job):
         job.log(phase='serving', url=served.url, ready_s=served.ready_s)
         answer = ask_once(served, messages, cfg.max_tokens)
         record_answer(job, served, answer)
+        note_placement(job, served)
         if cfg.parity:
             check_tokens(job, place, served, answer)
         stay(job, served, cfg.stay)

@@ -70,7 +70,8 @@ COMMANDS = {
             Option(
                 'where',
                 'only runs that pass a test: FIELD and =, !=, <, <=, > or >= and a value. Fields: campaign, run, '
-                'stage, scale, seed, status, reason, promoted, started, wall, peak_gib, tag, measure.NAME, config.KEY',
+                'stage, scale, seed, status, reason, promoted, started, wall, peak_gib, gpu_peak_gib, tag, '
+                'measure.NAME, config.KEY',
                 'TEST',
                 many=True,
             ),

@@ -182,5 +182,7 @@ def leave_together():
     dist = sys.modules.get('torch.distributed')
     if not (dist and dist.is_available() and dist.is_initialized()):
         return
-    dist.barrier()
+    from k2lab.models.placement import together
+
+    together()
     dist.destroy_process_group()

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SHAPES', 'GROUPS', 'DEFAULT_LOADING', 'SHIPPED', 'CERTIFICATE', 'register_kimi_k2', 'small_config', 'small_model',
            'ready', 'group_of', 'parameter_counts', 'trained_counts', 'save_checkpoint', 'readable_config', 'Loading',
-           'quantization', 'architecture_of', 'local_folder', 'write_certificate', 'as_published', 'open_model',
-           'open_tokenizer', 'check_window', 'shipped', 'smoke_model', 'Reply', 'left_padded', 'generate']
+           'check_opening', 'quantization', 'architecture_of', 'local_folder', 'write_certificate', 'as_published',
+           'counted', 'lacks_room', 'as_stored', 'open_model', 'open_tokenizer', 'check_window', 'shipped',
+           'smoke_model', 'Reply', 'left_padded', 'generate']
 
 # %% ../../nbs/models/04_load.ipynb #ecff08ba
 import dataclasses
@@ -22,6 +23,17 @@ from ..lab.config import LabError, one_of
 from ..lab.files import as_json
 from ..lab.names import smoke_folder
 from .mla import from_latents
+from k2lab.models.placement import (
+    ATTENTION,
+    attention_option,
+    check_attention,
+    device_for,
+    is_split_on_opening,
+    lacking,
+    no_room,
+    weight_bytes,
+    weights_onto,
+)
 from k2lab.models.quantized import (
     MODEL_FILES,
     TOKENIZER_FILES,
@@ -237,10 +249,20 @@ class Loading:
     adapt: Literal['auto'] | list[str] | tuple[str, ...] = 'auto'
     # transformers | unsloth: the adapter of a dense model on one GPU
     backend: str = 'transformers'
+    # sdpa | eager | flash_attention_2 | ...; empty: the library's choice
+    attention: str = ''
 
     def __post_init__(self):
         one_of('dtype', self.dtype, ('float32', 'bfloat16'), 'load')
         one_of('backend', self.backend, ('transformers', 'unsloth'), 'load')
+        one_of('attention', self.attention, ('', *ATTENTION), 'load')
+        if self.attention and self.backend == 'unsloth':
+            raise LabError('load: backend unsloth brings its own attention; leave attention out')
+        if self.attention.startswith('flash') and self.dtype == 'float32':
+            raise LabError(
+                f'load: attention {self.attention} computes in 16 bits; write dtype=bfloat16 beside '
+                'it, or leave attention out'
+            )
         if isinstance(self.adapt, str) and self.adapt != 'auto':
             raise LabError(f"load: adapt is auto or a list, [{self.adapt}], not '{self.adapt}'")
         for part in self.named_parts:
@@ -286,6 +308,16 @@ class Loading:
 
 DEFAULT_LOADING = Loading()
 
+
+def check_opening(load: Loading):
+    "`LabError` for options of a training where nothing is trained."
+    if load.lora_rank:
+        raise LabError('load: lora_rank is for training, and nothing is trained here; leave it out')
+    if load.backend != 'transformers':
+        raise LabError(
+            f'load: backend {load.backend} is for training, and nothing is trained here; leave it out'
+        )
+
 # %% ../../nbs/models/04_load.ipynb #1a3a394f
 def _check_keys(place, info: dict):
     "`LabError` if a load left weights at random, or weights unused."
@@ -324,14 +356,12 @@ def _repack_nothing(model):
             m.support_avx512bf16_for_cpu = False  # bitsandbytes 0.50, `Linear4bit.forward`
 
 
-def _four_bit_options(load: Loading) -> dict:
-    "Options of `from_pretrained` for a 4-bit load: how, and on which device; each launched process has its own."
-    import torch
-
-    if not load.four_bit:
-        return {}
-    device = int(os.environ.get('LOCAL_RANK', 0)) if torch.cuda.is_available() else 'cpu'
-    return dict(quantization_config=quantization(load), device_map={'': device})
+def _loading_options(load: Loading, device: str) -> dict:
+    "Options of `from_pretrained`: 4 bits, attention, and the device that weights are read onto."
+    options = weights_onto(device) | attention_option(load.attention)
+    if load.four_bit:
+        options = dict(quantization_config=quantization(load), device_map={'': device}) | options
+    return options
 
 # %% ../../nbs/models/04_load.ipynb #793de56a
 def architecture_of(folder: Path):
@@ -393,10 +423,13 @@ def as_published(folder, load: Loading) -> Loading:
             f'{folder}: trained on 4-bit weights, and rounding it to 4 bits again would undo that; '
             'set load.four_bit=false'
         )
-    return dataclasses.replace(load, dtype='float32') if known.get('dtype') == 'float32' else load
+    if known.get('dtype') != 'float32':
+        return load
+    kept = '' if load.attention.startswith('flash') else load.attention  # flash has 16 bits only
+    return dataclasses.replace(load, dtype='float32', attention=kept)
 
 # %% ../../nbs/models/04_load.ipynb #46191087
-def _loaded(kind, folder: Path | None, tensors: dict | None, config, load: Loading):
+def _loaded(kind, folder: Path | None, tensors: dict | None, config, load: Loading, device: str):
     "`from_pretrained` of a folder or of tensors: the model and its loading info."
     import torch
 
@@ -407,30 +440,67 @@ def _loaded(kind, folder: Path | None, tensors: dict | None, config, load: Loadi
         dtype=getattr(torch, load.dtype),
         output_loading_info=True,
         use_safetensors=True,
-        **_four_bit_options(load),
+        **_loading_options(load, device),
     )
 
 
-def open_model(place, load: Loading = DEFAULT_LOADING):
-    """A causal language model from a folder or hub id (`org/name` or `org/name@revision`).
+def counted(folder) -> dict:
+    "`{part: parameters}` of a checkpoint, from its config.json alone."
+    import torch
+    from transformers import AutoModelForCausalLM
 
+    with torch.device('meta'):
+        model = AutoModelForCausalLM.from_config(architecture_of(folder))
+    counts = parameter_counts(model)
+    return {part: n for part, n in counts.items() if part not in ('total', 'active')}
+
+
+def lacks_room(place, load: Loading, device: str) -> str:
+    "Why the weights of the model at `place` do not fit on a device, or an empty string; its config.json is read."
+    if device == 'cpu':
+        return ''
+    folder = local_folder(place, ['config.json', 'certificate.json'])
+    return lacking(weight_bytes(counted(folder), as_published(folder, load)), device)
+
+
+def as_stored(place, device: str) -> Loading:
+    "How the model at `place` is opened to be used as it is: in float32 on a CPU, else in the dtype of its files."
+    config = read_config(local_folder(place, ['config.json']))
+    config = config.get('text_config', config)
+    wide = 'float32' in (config.get('dtype'), config.get('torch_dtype'))
+    return Loading(dtype='float32' if wide or device == 'cpu' else 'bfloat16')
+
+
+def open_model(place, load: Loading = DEFAULT_LOADING, device: str | None = None):
+    """A causal language model from a folder or hub id (`org/name` or `org/name@revision`), ready on a device.
+
+    Without `device` it is that of this process; weights that processes split are left to their engine.
     Weights stored in 8 or 4 bits are dequantised, those that had to be published in float32 are opened in float32.
-    `LabError` if there is no such folder or its keys do not fit."""
+    `LabError` if there is no such folder, its keys do not fit, or its weights are larger than the GPU."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    device = device or device_for()
+    check_attention(load.attention, device)
+    if not is_split_on_opening() and (why := lacks_room(place, load, device)):
+        raise no_room(place, why)
     folder = local_folder(place)
+    load = as_published(folder, load)
     config, tensors = architecture_of(folder), dequantised(folder)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class takes no state_dict
     if tensors is None:
         stored(folder)  # all files are there and complete
-    load = as_published(folder, load)
+    source = folder if tensors is None else None
     try:
-        model, info = _loaded(kind, folder if tensors is None else None, tensors, config, load)
+        model, info = _loaded(kind, source, tensors, config, load, device)
     except RuntimeError as e:
         reason = str(e).splitlines()[0]
         raise LabError(
             f'{place}: its weights do not fit the model that its config.json describes ({reason})'
         ) from e
+    except (ValueError, ImportError) as e:
+        if not load.attention:
+            raise
+        raise LabError(f'load: attention {load.attention}: {str(e).splitlines()[0]}') from e
     _check_keys(place, info)
     if load.four_bit:
         _repack_nothing(model)

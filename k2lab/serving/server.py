@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from k2lab.lab.config import LabError
+from k2lab.models.placement import device_for, placement_of
 from k2lab.text.chat import end_ids, prompt_ids, reply_message
 
 TAGS = ('<think>', '</think>', '<|tool_calls_section_begin|>', '<tool_call>')
@@ -363,12 +364,8 @@ def add_routes(app: FastAPI, engine: Engine, guard: list):
 
     @app.get('/v1/models', dependencies=guard)
     def models():
-        return dict(
-            object='list',
-            data=[
-                dict(id=engine.name, object='model', owned_by='k2lab', max_model_len=engine.length)
-            ],
-        )
+        about = dict(id=engine.name, object='model', owned_by='k2lab', max_model_len=engine.length)
+        return dict(object='list', data=[about | dict(placement=placement_of(engine.model))])
 
     @app.post('/v1/completions', dependencies=guard)
     def completions(ask: CompletionAsk):
@@ -404,10 +401,12 @@ def serve(place, name: str, host: str = '127.0.0.1', port: int = 8000, key: str 
     "Serve the checkpoint at `place` until stopped (SIGTERM or Ctrl-C)."
     import uvicorn
 
-    from k2lab.models.load import open_model, open_tokenizer
+    from k2lab.models.load import as_stored, open_model, open_tokenizer
 
+    device = device_for()
+    model = open_model(place, as_stored(place, device), device)
     uvicorn.run(
-        create_app(open_model(place), open_tokenizer(place), name, key),
+        create_app(model, open_tokenizer(place), name, key),
         host=host,
         port=port,
         log_level='warning',

@@ -7,10 +7,10 @@ __all__ = ['LEDGER_COLUMNS', 'check_steps', 'Training', 'repeated', 'document_pi
            'too_long', 'check_epochs', 'show_epochs', 'question_of', 'kept_out', 'Mixture', 'heldout_rows',
            'heldout_examples', 'examples_of', 'corpus_of', 'read_mixture', 'mixed', 'asked_by', 'scores_before',
            'with_examples', 'helped_before', 'scores_after', 'Compared', 'report_all', 'judge', 'shown_items',
-           'log_samples', 'open_base', 'probe_adapter', 'probe_saved', 'record_export', 'publish_adapter',
-           'computes_alone', 'save_merged', 'publish_merged', 'publish_whole', 'publish_gathered', 'publish_model',
-           'to_measure', 'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture', 'asked_of', 'scores_of_control',
-           'check_control', 'run_control', 'Trained', 'supervised']
+           'log_samples', 'open_base', 'probe_device', 'probe_adapter', 'probe_saved', 'record_export',
+           'publish_adapter', 'computes_alone', 'save_merged', 'publish_merged', 'publish_whole', 'publish_gathered',
+           'publish_model', 'publish_first', 'to_measure', 'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture',
+           'asked_of', 'scores_of_control', 'check_control', 'run_control', 'Trained', 'supervised']
 
 # %% ../../nbs/training/05_stage.ipynb #2ff10f03
 import dataclasses
@@ -42,7 +42,14 @@ from k2lab.models.adapters import (
     same_tensors,
     unequal,
 )
-from ..models.load import Loading, open_model, save_checkpoint, write_certificate
+from k2lab.models.load import (
+    Loading,
+    lacks_room,
+    open_model,
+    save_checkpoint,
+    write_certificate,
+)
+from ..models.placement import exact_attention, phase_of, together, where
 from ..text.layouts import Spec, read_corpus
 from ..text.masks import REPLIES, encode_rows, mask_html
 from ..text.rows import read_rows
@@ -58,6 +65,7 @@ from k2lab.training.scores import (
     device_of,
     keep,
     key_of,
+    measuring,
     opened,
     parts_of,
     read_all,
@@ -355,8 +363,9 @@ def asked_by(job) -> list[Asked]:
 
 def scores_before(job, model, tok, asked: list[Asked]) -> dict[str, Scored]:
     "`{measure: score}` of the checkpoint that the stage starts from."
-    load = Loading(**job.cfg.load)
-    return scores(job, opened(job, model, tok, job.cfg.init_from, load), asked)
+    before = opened(job, model, tok, job.cfg.init_from, Loading(**job.cfg.load))
+    with measuring(job, 'before', before):
+        return scores(job, before, asked)
 
 # %% ../../nbs/training/05_stage.ipynb #7ad6929b
 def with_examples(job, asked: Asked, examples: str, n: int = 150) -> Asked:
@@ -378,14 +387,17 @@ def helped_before(job, model, tok, asked: list[Asked], headline: str, examples: 
         job.check('few-shot baseline left out', True, str(why))
         return {}
     before = opened(job, model, tok, job.cfg.init_from, Loading(**job.cfg.load))
-    return {headline: score(job, before, helped)}
+    with measuring(job, 'few-shot', before):
+        return {headline: score(job, before, helped)}
 
 # %% ../../nbs/training/05_stage.ipynb #4641688d
 def scores_after(job, model, tok, asked: list[Asked]) -> dict[str, Scored]:
     "`{measure: score}` of the trained model, whose weights are the published ones."
-    model_now = Opened(model, tok, '', device_of(model))
+    name, attention = job.cfg.saves, job.cfg.load.get('attention', '')
+    model_now = Opened(model, tok, '', device_of(model, Loading(attention=attention)), name)
     measured = lambda one: (one, take(job, model_now, one))
-    taken = tried(job, job.cfg.saves, measured, asked)
+    with measuring(job, 'after', model_now):
+        taken = tried(job, name, measured, asked)
     if job.cfg.saves not in job.record['saves']:  # a split model, measured by all processes
         publish_model(job, model, tok)
     saved = job.record['saves'].get(job.cfg.saves, {}).get('sha256', '')
@@ -449,10 +461,19 @@ def log_samples(job, before: Scored, after: Scored):
             job.sample(when=when, **said)
 
 # %% ../../nbs/training/05_stage.ipynb #bf58b0fd
-def open_base(job):
+def open_base(job, device: str = 'cpu'):
     "The checkpoint that a run started from, opened again in 16 or 32 bits."
-    load = dataclasses.replace(Loading(**job.cfg.load), four_bit=False)
-    return open_model(job.find(job.cfg.init_from), load)
+    load = dataclasses.replace(Loading(**job.cfg.load), four_bit=False, attention='')
+    return open_model(job.find(job.cfg.init_from), load, device)
+
+
+def probe_device(job, model) -> str:
+    "Where copies in float32 are compared: beside the trained model, or on the CPU if there is no room, which is shown."
+    place, device = job.find(job.cfg.init_from), where(model)
+    why = lacks_room(place, Loading(), device)
+    if why:
+        job.check('certificate on the CPU', True, f'in float32 {why}')
+    return 'cpu' if why else device
 
 
 def probe_adapter(model) -> tuple:
@@ -462,9 +483,11 @@ def probe_adapter(model) -> tuple:
     return base, check_logits(probe_logits(model), 'the trained model')
 
 
-def probe_saved(place, device='cpu'):
+def probe_saved(job, place, device: str = 'cpu'):
     "Logits of the model in a folder, computed in float32."
-    return probe_logits(open_model(place).to(device))
+    saved = open_model(place, device=device)
+    with phase_of(job, 'certificate', job.cfg.saves, saved):
+        return probe_logits(saved)
 
 
 def record_export(job, report: dict):
@@ -492,9 +515,9 @@ def computes_alone(job, model, split: bool) -> bool:
     return not split and backend == 'transformers' and dtype_of(model) == 'float32'
 
 
-def save_merged(job, model, tok, weights: dict, place, dtype: str):
-    "Merge a trained adapter into another copy of its base in float32, and save that in `dtype`."
-    merged = merge_adapter(in_float32(model, open_base(job), weights))
+def save_merged(job, model, tok, weights: dict, place, dtype: str, device: str):
+    "Merge a trained adapter into another copy of its base in float32 on a device, and save that in `dtype`."
+    merged = merge_adapter(in_float32(model, open_base(job, device), weights))
     shutil.rmtree(place, ignore_errors=True)
     save_checkpoint(narrowed(merged, dtype), tok, place)
 
@@ -504,17 +527,17 @@ def publish_merged(job, model, tok, weights: dict, split: bool):
 
     `LabError` if neither is the trained model."""
     load, alone = Loading(**job.cfg.load), computes_alone(job, model, split)
-    copy = model if alone else in_float32(model, open_base(job), weights)
-    device, dtype = model.device if alone else 'cpu', dtype_of(model)
+    device, dtype = where(model) if alone else probe_device(job, model), dtype_of(model)
+    copy = model if alone else in_float32(model, open_base(job, device), weights)
     base, trained = probe_adapter(copy)
     del copy
     with job.publishing(job.cfg.saves) as place:
-        save_merged(job, model, tok, weights, place, dtype)
-        report = export_report(base, trained, probe_saved(place, device))
+        save_merged(job, model, tok, weights, place, dtype, device)
+        report = export_report(base, trained, probe_saved(job, place, device))
         if dtype != 'float32' and not report['lost'] <= LOST_LIMIT:
             lost, dtype = {f'lost_in_{dtype}': report['lost']}, 'float32'
-            save_merged(job, model, tok, weights, place, dtype)
-            report = lost | export_report(base, trained, probe_saved(place, device))
+            save_merged(job, model, tok, weights, place, dtype, device)
+            report = lost | export_report(base, trained, probe_saved(job, place, device))
         report = certified_export(report, dtype)
         if not alone and not split:
             report['live'] = apart(trained, probe_logits(model))
@@ -525,12 +548,13 @@ def publish_merged(job, model, tok, weights: dict, split: bool):
 # %% ../../nbs/training/05_stage.ipynb #4e59eaac
 def publish_whole(job, model, tok):
     "Publish a model all of whose weights were trained, as it is; `LabError` if the saved one is another."
-    dtype, device = dtype_of(model), model.device
-    trained = check_logits(probe_logits(model.float()), 'the trained model')
-    base = probe_logits(open_base(job).float().to(device))
+    dtype, device = dtype_of(model), where(model)
+    with exact_attention(model):
+        trained = check_logits(probe_logits(model.float()), 'the trained model')
+    base = probe_logits(open_base(job, device).float())
     with job.publishing(job.cfg.saves) as place:
         save_checkpoint(narrowed(model, dtype), tok, place)
-        report = export_report(base, trained, probe_saved(place, device))
+        report = export_report(base, trained, probe_saved(job, place, device))
         record_export(job, certified_export(report, dtype))
 
 
@@ -539,7 +563,7 @@ def publish_gathered(job, model, tok, weights: dict):
     moved = len(unequal(weights, open_base(job)))
     with job.publishing(job.cfg.saves) as place:
         save_checkpoint(model, tok, place, weights=weights)
-        saved = open_model(place, Loading(dtype=dtype_of(model)))
+        saved = open_model(place, Loading(dtype=dtype_of(model)), 'cpu')
         record_export(job, same_tensors(weights, saved, moved))
 
 # %% ../../nbs/training/05_stage.ipynb #515d6efe
@@ -550,10 +574,15 @@ def publish_model(job, model, tok):
     split, adapted = is_split(model), hasattr(model, 'peft_config')
     wanted = 'lora_' if adapted else ''
     weights = gather_tensors(model, wanted, job.first) if split or adapted else {}
-    if not job.first:
-        return
+    if job.first:
+        publish_first(job, model, tok, weights, split)
+    together()
+
+
+def publish_first(job, model, tok, weights: dict, split: bool):
+    "Publish a trained model from the first process; `weights` are the tensors that were gathered for it."
     with one_process():
-        if adapted:
+        if hasattr(model, 'peft_config'):
             publish_adapter(job, model, weights)
             publish_merged(job, model, tok, weights, split)
         elif split:
@@ -574,12 +603,13 @@ def to_measure(job, model, tok):
     model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
     same = computes_alone(job, model, split) and not hasattr(model, 'peft_config')
     publish_model(job, model, tok)
-    if same or not job.first:
+    if same:
         return model
-    job.record['measured'], device = 'the published model', model.device
+    job.record['measured'], device = 'the published model', where(model)
     if not load.four_bit:
         model.cpu()  # makes room
-    return open_model(job.folder / job.cfg.saves, Loading(dtype=load.dtype)).to(device)
+    load = Loading(dtype=load.dtype, attention=load.attention)
+    return open_model(job.folder / job.cfg.saves, load, device)
 
 # %% ../../nbs/training/05_stage.ipynb #ff010e18
 LEDGER_COLUMNS = [
@@ -669,9 +699,11 @@ def asked_of(job, mixture: Mixture) -> list[Asked]:
 def scores_of_control(job, model, tok, asked: list[Asked]) -> dict[str, Scored]:
     "`{measure: score}` of a model that is not kept: no other run can take its scores over."
     weights = f'control of {job.folder.name}, not kept'
-    control = Opened(model, tok, weights, device_of(model, Loading(**job.cfg.load)))
+    load = Loading(**job.cfg.load)
+    control = Opened(model, tok, weights, device_of(model, load), 'the control', load.four_bit)
     measured = lambda one: keep(job, key_of(job, control, one), take(job, control, one))
-    return with_parts(job, tried(job, 'the control', measured, asked))
+    with measuring(job, 'control, after', control):
+        return with_parts(job, tried(job, 'the control', measured, asked))
 
 
 def check_control(job, tok):

@@ -7,8 +7,8 @@ __all__ = ['TRL_OPTIONS', 'REFUSED_OPTIONS', 'LAB_DEFAULTS', 'HEAD_RATES', 'LOSS
            'options', 'optimizer_for', 'check_trainable', 'check_together', 'check_losses', 'balance_router',
            'expert_load', 'with_labels', 'collator_for', 'Adapted', 'adapted_for', 'fit_options', 'supervised_trainer',
            'fit_sft', 'loads_onto', 'own_ledger', 'resumed_from', 'attach_callbacks', 'trained_summary',
-           'coverage_line', 'finish_fit', 'check_cut', 'with_length', 'usable_pairs', 'preference_trainer', 'fit_dpo',
-           'Notices', 'log_notices', 'tokenizer_for', 'open_for']
+           'coverage_line', 'trained_from', 'finish_fit', 'check_cut', 'with_length', 'usable_pairs',
+           'preference_trainer', 'fit_dpo', 'Notices', 'log_notices', 'tokenizer_for', 'open_for']
 
 # %% ../../nbs/training/02_trainer.ipynb #250829bf
 import contextlib
@@ -44,6 +44,7 @@ from k2lab.models.load import (
     open_tokenizer,
     trained_counts,
 )
+from ..models.placement import device_for, one_gpu, phase_of
 from ..text.ledger import Ledger
 from ..text.packing import check_alone, pack, packed_batch, samples_apart
 from k2lab.training.callbacks import (
@@ -165,10 +166,8 @@ LAB_DEFAULTS = dict(
 
 def options(kind, trainer: dict, **ours):
     "A config of class `kind`: lab defaults, `ours`, then the stage's `trainer`; `LabError` for a value it refuses."
-    import torch
-
     check_options(trainer, kind.__name__.removesuffix('Config'))
-    gpu = torch.cuda.is_available()
+    gpu = device_for(trainer) != 'cpu'
     values = {**LAB_DEFAULTS, 'use_cpu': not gpu, 'bf16': gpu, **ours, **trainer}
     try:
         return kind(**values)
@@ -344,7 +343,7 @@ def adapted_for(model, load: Loading, trainer: dict, seed: int) -> Adapted:
 # %% ../../nbs/training/02_trainer.ipynb #b7b7c0f7
 def fit_options(job, kind, trainer: dict, phase: str, sampling: str, **more):
     "Trainer options of one phase: its folder, the stage's seed, nothing cut off or hidden, and how rows are drawn."
-    return options(
+    opts = options(
         kind,
         trainer,
         output_dir=str(job.folder / 'trainer' / phase),
@@ -354,6 +353,9 @@ def fit_options(job, kind, trainer: dict, phase: str, sampling: str, **more):
         logging_nan_inf_filter=False,
         **more,
     )
+    if told := one_gpu(opts):
+        job.check(f'{phase}: one GPU of several', True, told)
+    return opts
 
 
 def supervised_trainer(
@@ -473,13 +475,21 @@ def coverage_line(coverage: dict) -> str:
     )
 
 
+def trained_from(job, phase: str) -> str:
+    "The name of the checkpoint that a phase of training starts from, or of what the stage leaves if there is none."
+    cfg = job.cfg
+    other = getattr(cfg, 'control_from', '') if phase == 'control' else ''
+    return other or getattr(cfg, 'init_from', '') or getattr(cfg, 'saves', '')
+
+
 def finish_fit(job, fit, ledger, phase: str, load: Loading = DEFAULT_LOADING):
     "The model after training, from the newest checkpoint if there is one; the job's record gets what was trained."
     resumed = resumed_from(job, fit, ledger, phase)
     record = job.record.setdefault('training', {}).setdefault(phase, {})
     loads_onto(fit.args)
     attach_callbacks(job, fit, ledger, phase, resumed, record, load)
-    with contextlib.suppress(Finished):
+    name = trained_from(job, phase)
+    with phase_of(job, phase, name, fit.model, load.four_bit), contextlib.suppress(Finished):
         fit.train(resume_from_checkpoint=str(resumed.place) if resumed.place else None)
     check_weights(fit.model, fit.state.global_step, fit.state.log_history)
     seconds = round(resumed.seconds(), 3)
@@ -622,7 +632,10 @@ def open_for(job, name: str, load: Loading = DEFAULT_LOADING):
         torch.set_num_threads(job.env['threads'])
     place = job.find(name)
     check_parts(place, load)
-    model = (open_fast if load.backend == 'unsloth' else open_model)(place, load)
+    if load.backend == 'unsloth':
+        model = open_fast(place, load)
+    else:
+        model = open_model(place, load, device_for(getattr(job.cfg, 'trainer', None)))
     if odd := odd_weight(model):
         raise LabError(f'{name}: {odd} holds a value that is no number; this checkpoint is ruined')
     if (dtype := dtype_of(model)) != load.dtype:
