@@ -6,12 +6,10 @@
 __all__ = ['BY_NAME', 'STEPS_LOST', 'LINEAR', 'ROUNDING', 'LOST_LIMIT', 'adaptable', 'parts_to_adapt', 'lora', 'check_parts',
            'dtype_of', 'step_in_float32', 'adapters', 'coverage', 'wrong_part', 'certified', 'with_gradient',
            'check_saved', 'storage', 'weight_bits', 'check_bits', 'is_split', 'whole_tensor', 'gather_tensors',
-           'one_process', 'moved_adapter', 'merge_adapter', 'narrowed', 'dequantised_layers', 'in_float32',
-           'odd_weight', 'probe_logits', 'check_logits', 'apart', 'export_report', 'certified_export', 'unequal',
-           'same_tensors']
+           'moved_adapter', 'merge_adapter', 'narrowed', 'dequantised_layers', 'in_float32', 'odd_weight',
+           'probe_logits', 'check_logits', 'apart', 'export_report', 'certified_export', 'unequal', 'same_tensors']
 
 # %% ../../nbs/models/05_adapters.ipynb #1843799f
-import contextlib
 import dataclasses
 import random
 from pathlib import Path
@@ -331,18 +329,6 @@ def gather_tensors(model, wanted: str = '', keep: bool = True) -> dict:
         if wanted in name and (tensor := whole_tensor(p)) is not None and keep:
             tensors[name] = tensor
     return tensors
-
-
-@contextlib.contextmanager
-def one_process():
-    "Inside, models open whole; under a DeepSpeed configuration transformers would split each of them."
-    from transformers.integrations import deepspeed as ds
-
-    kept, ds._hf_deepspeed_config_weak_ref = ds._hf_deepspeed_config_weak_ref, None
-    try:
-        yield
-    finally:
-        ds._hf_deepspeed_config_weak_ref = kept
 
 # %% ../../nbs/models/05_adapters.ipynb #91ab407a
 def moved_adapter(model, base, weights: dict):

@@ -43,6 +43,7 @@ from k2lab.models.quantized import (
     read_config,
     stored,
 )
+from .sharded import open_split, split_by
 from ..text.chat import end_ids
 from ..text.tokenizer import tokenizer_in
 
@@ -471,16 +472,32 @@ def as_stored(place, device: str) -> Loading:
     return Loading(dtype='float32' if wide or device == 'cpu' else 'bfloat16')
 
 
-def open_model(place, load: Loading = DEFAULT_LOADING, device: str | None = None):
+def _in_slices(place, load: Loading, adapter):
+    "A model that the processes hold together, each its slice; `LabError` if the keys of its files do not fit."
+    folder = local_folder(place)
+    load = as_published(folder, load)
+    model, info = open_split(
+        folder, architecture_of(folder), load.dtype, adapter, attention_option(load.attention)
+    )
+    _check_keys(place, info)
+    return ready(model)
+
+
+def open_model(
+    place, load: Loading = DEFAULT_LOADING, device: str | None = None, adapter=lambda model: model
+):
     """A causal language model from a folder or hub id (`org/name` or `org/name@revision`), ready on a device.
 
-    Without `device` it is that of this process; weights that processes split are left to their engine.
+    Without `device` it is that of this process. Where processes split it (ZeRO-3, FSDP2) each opens its slice;
+    `adapter` puts an adapter on before FSDP2 does.
     Weights stored in 8 or 4 bits are dequantised, those that had to be published in float32 are opened in float32.
     `LabError` if there is no such folder, its keys do not fit, or its weights are larger than the GPU."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     device = device or device_for()
     check_attention(load.attention, device)
+    if split_by() and not load.four_bit:
+        return _in_slices(place, load, adapter)
     if not is_split_on_opening() and (why := lacks_room(place, load, device)):
         raise no_room(place, why)
     folder = local_folder(place)

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..lab.config import LabError
+from .placement import device_here, waiting_group
 from .quantized import Checkpoint
 
 # %% ../../nbs/models/03_sharded.ipynb #7ce6edd2
@@ -237,27 +238,25 @@ def _zero3_options() -> dict:
     return options | dict(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1)
 
 
-def _unfilled(config, dtype: str):
+def _unfilled(config, dtype: str, attention: dict):
     "A model of a config whose weights are memory that was never written."
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **attention)
 
 
-def _in_zero3(config, adapter: Callable):
-    "The model split by DeepSpeed, with its adapter, and able to compute."
+def _in_zero3(config, attention: dict):
+    "The model split by DeepSpeed, and able to compute."
     import deepspeed
-    from accelerate import PartialState
 
-    PartialState()  # connects the processes
+    waiting_group()  # connects the processes
     options = _zero3_options()
     dtype = 'bfloat16' if options.get('bf16', {}).get('enabled') else 'float32'
     with deepspeed.zero.Init(config_dict_or_path=options):
-        model = _unfilled(config, dtype)
-    model = adapter(model)
+        model = _unfilled(config, dtype, attention)
     engine, *_ = deepspeed.initialize(model=model, config=options)
     model.__dict__['zero3_engine'] = engine  # past nn.Module, which would take it for a layer
     return model
@@ -277,7 +276,7 @@ def _onto(model, place: Callable):
                 module._parameters[key] = made[id(p)]
 
 
-def _fully_sharded(model, state):
+def _fully_sharded(model, device: str):
     "The model split by FSDP2 as `accelerate` would, its empty tensors left empty."
     from accelerate.utils import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -292,29 +291,29 @@ def _fully_sharded(model, state):
         SimpleNamespace(
             state=shared,
             mixed_precision=mixed,
-            is_main_process=state.is_main_process,
-            device=state.device,
+            is_main_process=os.environ['RANK'] == '0',
+            device=device,
         ),
         model,
     )
 
 
-def _in_fsdp2(config, dtype: str, adapter: Callable):
+def _in_fsdp2(config, dtype: str, adapter: Callable, attention: dict):
     "The model split by FSDP2, with its adapter."
     import torch
     import torch.distributed as dist
-    from accelerate import PartialState
 
-    state, model = PartialState(), _unfilled(config, dtype)
+    waiting_group()  # connects the processes
+    device, model = device_here(), _unfilled(config, dtype, attention)
     base = {id(p) for p in model.parameters()}
     model = adapter(model)
     for p in model.parameters():
         if id(p) not in base:  # an adapter, and each process made its own
-            p.data = p.data.to(state.device)
+            p.data = p.data.to(device)
             dist.broadcast(p.data, 0)
     _onto(model, lambda p: p.detach().to('meta') if id(p) in base else p)
-    model = _fully_sharded(model, state)
-    _onto(model, lambda p: torch.empty_like(p.detach(), device=state.device) if p.is_meta else p)
+    model = _fully_sharded(model, device)
+    _onto(model, lambda p: torch.empty_like(p.detach(), device=device) if p.is_meta else p)
     return model
 
 # %% ../../nbs/models/03_sharded.ipynb #82826b05
@@ -331,16 +330,18 @@ def _numbers_of(model, tensors: dict, checkpoint: Checkpoint):
             )
 
 
-def open_split(folder: Path, config, dtype: str, adapter: Callable = lambda model: model):
+def open_split(folder: Path, config, dtype: str, adapter: Callable, attention: dict):
     """`(model, info)`: a model whose tensors are split over the processes, and the keys that do not fit.
 
-    `adapter` puts an adapter on the model before it is split. Under ZeRO-3 the launch file decides the dtype."""
+    `adapter` puts an adapter on before FSDP2 splits the model; under ZeRO-3 a trainer can do it later, and the
+    launch file decides the dtype. `attention` is an option of transformers, or empty."""
     import torch
 
     checkpoint = Checkpoint(folder)
-    split = (
-        _in_zero3(config, adapter) if split_by() == 'zero3' else _in_fsdp2(config, dtype, adapter)
-    )
+    if split_by() == 'zero3':
+        split = _in_zero3(config, attention)
+    else:
+        split = _in_fsdp2(config, dtype, adapter, attention)
     tensors = base_tensors(split)
     info = unfitting(tensors, checkpoint)
     if any(info.values()):

@@ -37,7 +37,6 @@ from k2lab.models.adapters import (
     is_split,
     merge_adapter,
     narrowed,
-    one_process,
     probe_logits,
     same_tensors,
     unequal,
@@ -50,6 +49,7 @@ from k2lab.models.load import (
     write_certificate,
 )
 from ..models.placement import exact_attention, phase_of, together, where
+from ..models.sharded import one_process
 from ..text.layouts import Spec, read_corpus
 from ..text.masks import REPLIES, encode_rows, mask_html
 from ..text.rows import read_rows
