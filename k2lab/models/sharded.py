@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STACKS', 'CODES', 'LEFT_PLAIN', 'one_process', 'deepspeed_options', 'split_by', 'stored_names', 'stored_shape',
            'plain_name', 'base_tensors', 'whole_shape', 'Part', 'part_of', 'slices', 'unfitting', 'fill', 'open_split',
-           'fill_again', 'release', 'Planned', 'code_of', 'write_tensors', 'shards_of', 'write_shards', 'whole_tensor',
-           'to_be_stored', 'gathered', 'save_split', 'differing', 'Change', 'adapted_tensors', 'changes_by',
-           'weight_of', 'kept_in', 'merged_tensors', 'merged_shards', 'merge_into_files', 'merged_config']
+           'let_go', 'fill_again', 'release', 'Planned', 'code_of', 'write_tensors', 'shards_of', 'write_shards',
+           'whole_tensor', 'to_be_stored', 'gathered', 'save_split', 'differing', 'Change', 'adapted_tensors',
+           'changes_by', 'weight_of', 'kept_in', 'merged_tensors', 'merged_shards', 'merge_into_files', 'merged_config']
 
 # %% ../../nbs/models/03_sharded.ipynb #f109dfdd
 import contextlib
@@ -206,8 +206,6 @@ def fill(tensors: dict, checkpoint: Checkpoint):
 
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if hasattr(tensor, 'ds_tensor'):
-                tensor.partition()  # a whole copy that DeepSpeed kept would outlive what is read now
             part = part_of(name, tensor)
             for mine, stored in slices(checkpoint, part):
                 mine.copy_(stored)
@@ -343,6 +341,16 @@ def _numbers_of(model, tensors: dict, checkpoint: Checkpoint):
             )
 
 
+def _computed_once(model):
+    """Let a model compute once, so that FSDP2 makes the memory that it gathers weights into.
+
+    Measures compute in inference mode, and memory that was made there cannot be used in training."""
+    import torch
+
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+
+
 def open_split(folder: Path, config, dtype: str, adapter: Callable, attention: dict):
     """`(model, info)`: a model whose tensors are split over the processes, and the keys that do not fit.
 
@@ -362,28 +370,37 @@ def open_split(folder: Path, config, dtype: str, adapter: Callable, attention: d
     parameters = {n: t for n, t in tensors.items() if isinstance(t, torch.nn.Parameter)}
     fill(parameters, checkpoint)
     _numbers_of(split, tensors, checkpoint)
-    return split.eval(), info
+    _computed_once(split.eval())
+    return split, info
 
 
-def fill_again(model, tensors: dict, checkpoint: Checkpoint):
-    "Read some tensors of a model that has computed from other files; copies that were gathered are let go first."
+def let_go(model):
+    "Give up the copies of tensors that a split model gathered to compute."
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+    for p in model.parameters():
+        if hasattr(p, 'ds_tensor'):
+            p.partition()
+
+
+def fill_again(model, tensors: dict, checkpoint: Checkpoint):
+    "Read some tensors of a model that has computed from other files."
+    let_go(model)
     fill(tensors, checkpoint)
 
 
 def release(model):
-    "Let go of what a split model computed with before training, so that a trainer can take it over."
+    """Let go of what a split model computed with before training, so that a trainer can take it over.
+
+    A trainer that found gathered copies would train those."""
     engine = getattr(model, '__dict__', {}).pop('zero3_engine', None)
-    if engine is None:
-        return
-    engine.destroy()
-    for p in model.parameters():
-        if hasattr(p, 'ds_tensor'):
-            p.partition()
+    if engine:
+        engine.destroy()
+    if model is not None:
+        let_go(model)
 
 # %% ../../nbs/models/03_sharded.ipynb #9c421b8f
 CODES = {

@@ -335,7 +335,10 @@ class Adapted:
 
 def adapted_for(model, load: Loading, trainer: dict, seed: int) -> Adapted:
     "The model, adapter and options for a supervised training with this backend."
+    import torch
+
     release(model)
+    torch.manual_seed(seed)  # an adapter begins with random numbers
     if load.backend != 'unsloth':
         adapter = None if hasattr(model, 'peft_config') else lora(model, load)
         return Adapted(model, adapter, {'loss_type': 'chunked_nll', **trainer})
@@ -547,11 +550,13 @@ def preference_trainer(
     model, reference, tok, pairs: list, ledger, opts, load: Loading, optimizer: str
 ):
     "TRL's DPO trainer on our own ids; `reference` is the frozen model, or None with an adapter."
+    import torch
     from datasets import Dataset
     from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
     for split in (model, reference):
         release(split)
+    torch.manual_seed(opts.seed)  # an adapter begins with random numbers
     fit = DPOTrainer(
         model,
         reference,
@@ -630,8 +635,6 @@ def tokenizer_for(job, name: str, load: Loading = DEFAULT_LOADING):
 
 def open_to_train(job, name: str, load: Loading, method: str = 'SFT'):
     "A model found by name for a trainer of TRL; what FSDP2 splits has its adapter on."
-    from peft import get_peft_model
-
     place, device = job.find(name), device_for(getattr(job.cfg, 'trainer', None))
     if load.backend == 'unsloth':
         return open_fast(place, load)
@@ -640,7 +643,16 @@ def open_to_train(job, name: str, load: Loading, method: str = 'SFT'):
     if method == 'DPO' and split_by() == 'fsdp2':
         with one_process():  # TRL puts the adapter on, and splits the model afterwards
             return open_model(place, load, device)
-    return open_model(place, load, device, lambda model: get_peft_model(model, lora(model, load)))
+    return open_model(place, load, device, lambda model: _seeded(job.seed, model, load))
+
+
+def _seeded(seed: int, model, load: Loading):
+    "A model with an adapter whose first numbers follow from a seed."
+    import torch
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
+    return get_peft_model(model, lora(model, load))
 
 
 def open_for(job, name: str, load: Loading = DEFAULT_LOADING):
