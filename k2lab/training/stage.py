@@ -612,8 +612,8 @@ def _write_merged(job, model, tok, base: Checkpoint, weights: dict, place) -> di
     changes, dtype = changes_by(model, weights), dtype_of(model)
     kept = kept_in(dtype, base, changes)
     lost = {}
-    if dtype != 'float32' and not 1 - kept <= LOST_LIMIT:
-        lost, dtype = {f'lost_in_{dtype}': 1 - kept}, 'float32'
+    if dtype != 'float32' and not abs(1 - kept) <= LOST_LIMIT:
+        lost, dtype = {f'lost_in_{dtype}': abs(1 - kept)}, 'float32'
     merge_into_files(base, changes, dtype, place)
     config = as_json(merged_config(base, changes, dtype), indent=2)
     (place / 'config.json').write_text(config + '\n')
