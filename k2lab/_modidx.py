@@ -2723,6 +2723,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'k2lab/training/stage.py'),
                                       'k2lab.training.stage._write_merged': ( 'training/stage.html#_write_merged',
                                                                               'k2lab/training/stage.py'),
+                                      'k2lab.training.stage._zero_stage': ('training/stage.html#_zero_stage', 'k2lab/training/stage.py'),
                                       'k2lab.training.stage.asked_by': ('training/stage.html#asked_by', 'k2lab/training/stage.py'),
                                       'k2lab.training.stage.asked_of': ('training/stage.html#asked_of', 'k2lab/training/stage.py'),
                                       'k2lab.training.stage.base_files': ('training/stage.html#base_files', 'k2lab/training/stage.py'),

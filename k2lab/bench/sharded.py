@@ -165,7 +165,7 @@ def train(home: Path, way: str, model_gib: float, *words: str) -> Outcome:
         load='{dtype: bfloat16, lora_rank: 8, adapt: [attention, shared, dense]}',
     )
     options = dict(max_steps=2, per_device_train_batch_size=1, learning_rate='1e-2')
-    options |= dict(gradient_checkpointing='true', save_steps=2)
+    options |= dict(gradient_checkpointing='true', save_steps=2, bf16='true')
     told = [f'{k}={v}' for k, v in fields.items()] + [
         f'trainer.{k}={v}' for k, v in options.items()
     ]

@@ -59,7 +59,11 @@ def deepspeed_options() -> dict:
     from accelerate.utils import DeepSpeedPlugin
 
     plugin = DeepSpeedPlugin()
-    plugin.set_mixed_precision(os.environ.get('ACCELERATE_MIXED_PRECISION', 'no'))
+    mixed = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
+    open_ended = plugin.deepspeed_config.get('bf16', {}).get('enabled') == 'auto'
+    if open_ended and mixed == 'no' and device_here() != 'cpu':
+        mixed = 'bf16'  # as the trainer will say
+    plugin.set_mixed_precision(mixed)
     return copy.deepcopy(plugin.deepspeed_config)
 
 

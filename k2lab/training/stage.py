@@ -104,12 +104,19 @@ from k2lab.training.trainer import (
 )
 
 # %% ../../nbs/training/05_stage.ipynb #b8dca80f
+def _zero_stage(options: dict) -> int | None:
+    "The stage of ZeRO in a launch file's options for DeepSpeed, or in the file that they name."
+    if path := options.get('deepspeed_config_file'):
+        return json.loads(Path(path).read_text())['zero_optimization']['stage']
+    return options.get('zero_stage')
+
+
 def check_steps(load: Loading, processes: int, accelerate: str):
     "`LabError` for all weights in bfloat16 with no float32 copies of them, or 4-bit weights split over processes."
     path = lab_path('configs') / 'accelerate' / f'{accelerate}.yaml'
     launched = read_yaml(path) if processes > 1 and path.exists() else {}
     kind = launched.get('distributed_type')
-    stage = launched.get('deepspeed_config', {}).get('zero_stage')
+    stage = _zero_stage(launched.get('deepspeed_config', {}))
     if load.four_bit and (kind == 'FSDP' or stage == 3):
         raise LabError(
             f'load: four_bit weights cannot be split over processes, as accelerate {accelerate} '
