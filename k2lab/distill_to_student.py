@@ -17,7 +17,7 @@ from k2lab.models.load import (
     open_model,
     open_tokenizer,
 )
-from .models.placement import placement_of, unequal_terms, where
+from .models.placement import agreed, placement_of, unequal_terms, where
 from .tasks.items import ratio_line
 from .training.metrics import generation_speed
 from .training.scores import Opened, Scored, measuring, opened, score, tried, with_parts
@@ -70,7 +70,7 @@ def compare(job, student: Trained):
     place, load = job.find(name), Loading(dtype=dtype_of(model))
     sizes = [sum(counted(local_folder(p)).values()) for p in (place, job.folder / job.cfg.saves)]
     job.measure('parameters', *sizes, note=SIDES)
-    if why := lacks_room(place, load, where(model)):
+    if why := agreed(lacks_room(place, load, where(model))):
         job.check('comparison with the teacher left out', True, f'{name}: {why}')
         return
     teacher, tok = open_model(place, load, where(model)), open_tokenizer(place)

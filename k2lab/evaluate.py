@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 from .lab.config import LabError, one_of
-from .models.load import Loading, check_opening
+from .models.load import Loading, check_opening, check_room
+from .models.placement import device_for
 from .serving.harness import Asking, prepared, run_elsewhere, run_on_checkpoint
 from .tasks.items import compared_line, read_items
 from k2lab.training.scores import (
@@ -132,7 +133,7 @@ def evaluate(job):
     "Measure every checkpoint and compare it; leaves metrics and items."
     cfg, wanted = job.cfg, measures_of(job.cfg)
     for name in wanted:
-        job.find(name)
+        check_room(job.find(name), Loading(**cfg.load), device_for())
     asked = {a.measure: a for a in read_all(job, list(dict.fromkeys(sum(wanted.values(), []))))}
     tasks = prepared(job)
     run_elsewhere(job, tasks)

@@ -22,6 +22,7 @@ SLOW = [
     'run',
     'traces',
     'paths',
+    'placement',
     'harness',
     'unsloth',
     'vllm',

@@ -39,7 +39,12 @@ FULL = os.environ.get('K2LAB_FAULTS') == 'full'
 RATES = (5e-6, 1e-5, 1e-4, 3e-4, 1e-3)
 SETTINGS = {
     'bfloat16 LoRA': {'load.dtype': 'bfloat16', 'load.lora_rank': 8},
-    '4-bit LoRA': {'load.dtype': 'bfloat16', 'load.lora_rank': 8, 'load.four_bit': True},
+    '4-bit LoRA': {
+        'load.dtype': 'bfloat16',
+        'load.lora_rank': 8,
+        'load.four_bit': True,
+        'trainer.gradient_checkpointing': True,
+    },
     'float32 LoRA': {'load.lora_rank': 8},
     'full, bfloat16 arithmetic': {'trainer.bf16': True},
 }
@@ -58,7 +63,7 @@ def runs(tmp_path_factory):
 class Run:
     "A short training of the nano K2, not yet published."
 
-    def __init__(self, setting: str, rate: float, place: Path | None = None, **load):
+    def __init__(self, setting: str, rate: float, place: Path | None = None, before=None, **load):
         options = SETTINGS[setting] | {f'load.{k}': v for k, v in load.items()}
         if options.get('load.four_bit') and not find_spec('bitsandbytes'):
             pytest.skip('4-bit weights need bitsandbytes: pip install "k2lab[gpu]"')
@@ -66,6 +71,8 @@ class Run:
         self.job = start('train_sft_domain', 'smoke', changes=changes)
         self.job.env['models'][self.job.cfg.init_from] = str(place or shipped('k2'))
         self.load = Loading(**self.job.cfg.load)
+        if before:
+            before(self.job)
         model, self.tok = open_for(self.job, self.job.cfg.init_from, self.load)
         mixture = mixed(self.job, self.tok, read_mixture(self.job))
         self.model: Any = fit_mixture(self.job, model, self.tok, mixture, self.load)
@@ -232,10 +239,19 @@ def test_a_model_trained_on_four_bits_is_published_as_it_was_trained(four_bit):
 
 
 def test_it_is_not_rounded_to_four_bits_again(four_bit):
+    "Of experts that were packed in training the next stage packs those alone, and of a dense model nothing."
     for load in (Loading(four_bit=True, lora_rank=4), Loading(four_bit=True)):
-        with pytest.raises(LabError, match='set load.four_bit=false'):
-            open_model(four_bit.folder, load)
+        assert as_published(four_bit.folder, load).four_bit == 'experts'
+        model = open_model(four_bit.folder, load)
+        assert not any(type(m).__name__ == 'Linear4bit' for m in model.modules())
+        assert torch.equal(probe_logits(model), probe_logits(open_model(four_bit.folder)))
     assert open_model(four_bit.folder).dtype == torch.float32
+    known = json.loads((four_bit.folder / 'certificate.json').read_text())
+    dense = four_bit.folder.with_name('dense')
+    dense.mkdir()
+    write_certificate(dense, {k: v for k, v in known.items() if k != 'stacks'})
+    with pytest.raises(LabError, match='set load.four_bit=false'):
+        as_published(dense, Loading(four_bit=True))
 
 
 @pytest.mark.parametrize('setting', ['bfloat16 LoRA', '4-bit LoRA'])

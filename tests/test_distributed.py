@@ -162,6 +162,13 @@ def test_two_processes_train_what_one_trains(way, home, alone):
         k: b[k] for k in ('rows', 'tokens', 'trained_tokens', 'ends_of_turn', 'steps')
     }
     assert a['trained_parameters'] == b['trained_parameters']
+    for here, there in zip(told(one)['metrics'], told(two)['metrics'], strict=True):
+        assert there['n'] == here['n'] and there['before'] == pytest.approx(
+            here['before'], rel=1e-5
+        )
+        assert there['after'] == pytest.approx(here['after'], rel=1e-4)
+    phases = told(two)['placement']
+    assert {phases[name]['processes'] for name in ('before', 'train', 'after')} == {2}
     export = read_run(two)['export']
     # else the weights were not split, and the test is one of plain data parallelism
     assert ('tensors' in export) == (name in ('zero3', 'fsdp2')) and not export.get('differing')

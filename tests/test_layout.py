@@ -34,6 +34,7 @@ PLAIN = {
     'tasks.sandbox',
     'lab.slurm',
     'models.mla',
+    'models.packed',
     'serving.server',
     'text.typescript',
     'training.muon',
@@ -302,6 +303,7 @@ LIGHT = sorted(
         'k2lab.bench.peers',
         'k2lab.corpus.kernels',
         'k2lab.corpus.signals',
+        'k2lab.models.packed',
         'k2lab.training.muon',
     }
 )

@@ -19,6 +19,7 @@ OTHER = {
     'dtype': {'bfloat16': 'float32', 'float32': 'bfloat16'},
     'lr_scheduler_type': {'cosine': 'linear', 'warmup_stable_decay': 'cosine'},
     'save_strategy': {'steps': 'epoch'},
+    'four_bit': {'experts': True, True: False, False: True},
 }
 
 
@@ -303,7 +304,7 @@ LOADS = [
         "load: unknown dtype 'bf16' (did you mean 'bfloat16'?); valid: float32, bfloat16",
     ),
     ({'load.dtype': 'float16'}, "load: unknown dtype 'float16'"),
-    ({'load.four_bit': 'maybe'}, "load.four_bit must be bool, not 'maybe'"),
+    ({'load.four_bit': 'maybe'}, "load.four_bit must be bool or one of 'experts', not 'maybe'"),
     ({'load.lora_rank': '-4'}, 'lora_rank from 0 on'),
     ({'load.lora_rank': '4', 'load.lora_alpha': '0'}, 'lora_alpha above 0'),
     ({'load.lora_rank': '4', 'load.lora_dropout': '1'}, 'lora_dropout from 0 to below 1'),

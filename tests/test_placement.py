@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip('torch')
 from transformers import PreTrainedModel
 
+from k2lab.cli.looking import placed
 from k2lab.lab.config import LabError
 from k2lab.lab.job import stage_module, start
 from k2lab.models import placement
@@ -151,6 +152,25 @@ def test_a_model_larger_than_the_gpu_is_refused_before_it_is_opened(accelerator)
     assert open_model(shipped('k2'), device='cpu').device.type == 'cpu'
 
 
+def test_evaluate_refuses_a_checkpoint_that_does_not_fit_before_it_opens_any(
+    accelerator, monkeypatch
+):
+    from k2lab.models import load
+
+    lacking = lambda place, *_: 'too large' if 'qwen' in str(place) else ''
+    monkeypatch.setattr(load, 'lacks_room', lacking)
+    job = start('evaluate', 'smoke')
+    with pytest.raises(LabError, match='smoke:qwen: too large'):
+        stage_module('evaluate').work(job)
+    assert accelerator.opened == []
+
+
+def test_a_served_model_is_in_the_record(tmp_path, monkeypatch):
+    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
+    line = dict(model='k2_think_dpo', device='cpu', dtype='float32', attention='sdpa')
+    assert phases('launch_teacher_vllm', {}) == dict(serve=line)
+
+
 def test_the_certificate_moves_to_the_cpu_where_a_copy_does_not_fit(accelerator):
     from k2lab.training.stage import probe_device
 
@@ -201,7 +221,8 @@ def test_speed_is_compared_on_equal_terms_or_not_at_all(tmp_path, monkeypatch):
     assert line['note'] == 'not compared: the teacher on cpu float32 against cpu bfloat16'
     assert ratio_of_points(line, 'ratio_at_least') is None  # so the goal does not pass
     line = speed_of(job, Loading(), Loading())
-    assert ratio_of_points(line, 'ratio_at_least').value > 0
+    ratio = ratio_of_points(line, 'ratio_at_least')
+    assert ratio and ratio.value > 0
 
 
 def test_one_process_with_two_gpus_uses_one_and_says_so(accelerator, monkeypatch):
@@ -260,11 +281,26 @@ def test_a_table_of_logits_is_never_whole_when_measuring():
     assert 'forward' not in vars(model.lm_head)
 
 
+def test_the_server_keeps_no_table_of_its_prompt_and_none_of_its_answer():
+    from k2lab.serving.server import ChatAsk, CompletionAsk, Engine, write
+
+    model, tok, row = tiny(), open_tokenizer('smoke:qwen'), [7 * i for i in range(300)]
+    engine = Engine(model, tok, 'tiny')
+    with Largest() as seen:
+        kept = engine.prompt_odds(row, 2)
+    assert seen.entries <= metrics.TABLE < len(row) * model.config.vocab_size
+    assert [one.own for one in kept] == pytest.approx(whole_table(model, row), abs=1e-5)
+    assert all(len(one.best) == 2 and max(one.best.values()) >= one.own for one in kept)
+    *_, (chat,) = write(engine, row[:4], ChatAsk(messages=[]), 3)
+    *_, (plain,) = write(engine, row[:4], CompletionAsk(prompt='', logprobs=1), 3)
+    assert chat.odds == [None] * 3 and [len(one.best) for one in plain.odds] == [1, 1, 1]
+
+
 def test_a_table_in_parts_gives_the_same_numbers(monkeypatch):
     model = open_model(shipped('k2'))
     rows = [[(7 * i + n) % 2000 for i in range(40 + n)] for n in range(8)]
     whole = metrics.row_logps(model, rows, 0)
-    monkeypatch.setattr(metrics.narrow_head.__wrapped__, '__defaults__', (2**15,))
+    monkeypatch.setattr(metrics, 'TABLE', 2**15)
     assert metrics.row_logps(model, rows, 0) == whole
 
 
@@ -326,6 +362,21 @@ def test_the_certificate_does_without_flash_attention(monkeypatch):
     assert model.config._attn_implementation == 'flash_attention_2'
 
 
+def test_no_process_publishes_a_whole_model_twice(tmp_path, monkeypatch):
+    "One that is not the first knows nothing of what was published; if it came by again it would wait for ever."
+    from k2lab.training import stage
+
+    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
+    job, model = start('train_sft_domain', 'smoke'), open_model('smoke:k2')
+    job.first, published = False, []
+    monkeypatch.setattr(stage, 'publish_model', lambda *args: published.append(args))
+    stage.scores_after(job, model, open_tokenizer('smoke:k2'), [])
+    assert published == [] and 'saves' in job.record
+    monkeypatch.setattr(stage, 'is_split', lambda model: True)
+    stage.scores_after(job, model, open_tokenizer('smoke:k2'), [])
+    assert len(published) == 1
+
+
 RANK = """
 import json, os, sys
 from k2lab.lab.job import start
@@ -383,3 +434,66 @@ def test_two_processes_share_what_they_measure_and_of_a_split_model_take_all():
     for one in (*shared, *step):
         assert one['bits'] == pytest.approx(bits, rel=1e-5)
         assert one['replies'] == replies and one['first'] == 'from 0'
+
+
+def test_the_gpus_peak_is_counted_for_each_phase_and_is_not_the_hosts(tmp_path, monkeypatch):
+    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
+    held, model = [], open_model('smoke:qwen')
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda: max(held, default=0))
+    monkeypatch.setattr(torch.cuda, 'reset_peak_memory_stats', held.clear)
+    job = start('train_sft_domain', 'smoke')
+    for phase, peaks in {'before': [2**30], 'train': [2**30, 3 * 2**30], 'after': [2**29]}.items():
+        with placement.phase_of(job, phase, 'a student', model):
+            held.extend(peaks)
+    found = {name: p['gpu_peak_gib'] for name, p in job.record['placement'].items()}
+    assert found == dict(before=1, train=3, after=0.5)
+    assert job.gpu_peak() == dict(gpu_peak_gib=3)
+    assert placed(job.record['placement']['train']).endswith(
+        'on cpu in float32, sdpa, at most 3.0 GiB'
+    )
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: False)
+    job.record.pop('placement')
+    assert job.gpu_peak() == {}
+
+
+def test_a_trainer_on_the_cpu_takes_all_phases_along(accelerator):
+    changes = MEASURED | {'trainer.use_cpu': True}
+    found = phases('train_continual_pretrain', changes)
+    assert {p['device'] for p in found.values()} == {'cpu'} and len(found) == 4
+
+
+def test_evaluate_opens_all_checkpoints_in_one_dtype_and_refuses_an_adapter(tmp_path, monkeypatch):
+    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
+    few = {'measures': {'k2_think_dpo': ['domain_bits_per_byte']}, 'load.dtype': 'bfloat16'}
+    pair = {'checkpoints': {'k2_think_dpo': ['Kimi-K2-Base']}}
+    with pytest.raises(LabError, match='lora_rank is for training'):
+        start('evaluate', 'smoke', None, {'load.lora_rank': 4})
+    cfg = stage_module('evaluate').Config(
+        **pair, measures=few['measures'], load={'dtype': 'bfloat16'}
+    )
+    job = start('evaluate', 'smoke')
+    job.cfg = cfg
+    stage_module('evaluate').work(job)
+    assert {p['dtype'] for p in job.record['placement'].values()} == {'bfloat16'}
+    assert len(job.record['placement']) == 2
+    assert {key['device'] for key in job.record['score_keys'].values()} == {'cpu bfloat16'}
+
+
+@pytest.mark.parametrize('way', ['an adapter on the head', 'a forward that passes the head by'])
+def test_a_head_is_measured_as_it_is_called(way):
+    from peft import LoraConfig, get_peft_model
+    from transformers.modeling_outputs import CausalLMOutput
+
+    model, row = tiny(vocabulary=320), [3 * i for i in range(60)]
+    if way.startswith('an adapter'):
+        model = get_peft_model(
+            model, LoraConfig(target_modules=['lm_head'], init_lora_weights=False)
+        )
+    else:  # as Unsloth's does
+        body, weight = model.model, model.lm_head.weight
+        model.forward = lambda input_ids, **options: CausalLMOutput(
+            logits=body(input_ids=input_ids).last_hidden_state @ weight.T
+        )
+    (logps,) = metrics.row_logps(model, [row], 0)
+    assert logps == pytest.approx(whole_table(model, row), abs=1e-5)

@@ -60,10 +60,10 @@ def timed(work: Callable) -> float:
 
 
 def on_gpu() -> bool:
-    "Whether there is a GPU."
-    import torch
+    "Whether models are on a GPU."
+    from k2lab.models.placement import device_for
 
-    return torch.cuda.is_available()
+    return device_for() != 'cpu'
 
 
 def trl_options() -> dict[str, Any]:

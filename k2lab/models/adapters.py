@@ -4,20 +4,29 @@
 
 # %% auto #0
 __all__ = ['BY_NAME', 'STEPS_LOST', 'LINEAR', 'ROUNDING', 'LOST_LIMIT', 'NOISE', 'adaptable', 'parts_to_adapt', 'lora',
-           'check_parts', 'dtype_of', 'step_in_float32', 'adapters', 'coverage', 'wrong_part', 'certified',
-           'with_gradient', 'check_saved', 'storage', 'weight_bits', 'check_bits', 'is_split', 'gather_tensors',
-           'moved_adapter', 'merge_adapter', 'narrowed', 'dequantised_layers', 'in_float32', 'odd_weight',
-           'probe_logits', 'check_logits', 'apart', 'export_report', 'certified_export', 'same_tensors',
-           'certified_split']
+           'check_parts', 'check_four_bit', 'dtype_of', 'step_in_float32', 'adapters', 'coverage', 'wrong_part',
+           'certified', 'with_gradient', 'check_saved', 'storage', 'weight_bits', 'parts_in_four_bits', 'check_bits',
+           'bits_of_config', 'is_split', 'gather_tensors', 'moved_adapter', 'merge_adapter', 'narrowed',
+           'dequantised_layers', 'in_float32', 'odd_weight', 'probe_logits', 'check_logits', 'apart', 'export_report',
+           'certified_export', 'same_tensors', 'certified_split']
 
 # %% ../../nbs/models/05_adapters.ipynb #1843799f
 import dataclasses
 import random
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..lab.config import LabError
-from .load import Loading, architecture_of, group_of, left_padded, local_folder
+from k2lab.models.load import (
+    Loading,
+    architecture_of,
+    check_experts,
+    group_of,
+    left_padded,
+    local_folder,
+)
 from .sharded import whole_tensor
+from .stacks import has_stacks, packed_storage, stacks_in
 
 # %% ../../nbs/models/05_adapters.ipynb #41349877
 def adaptable(model) -> dict:
@@ -100,6 +109,26 @@ def check_parts(place, load: Loading):
     with torch.device('meta'):
         model = AutoModelForCausalLM.from_config(config)
     lora(model, load)
+
+
+def check_four_bit(place, load: Loading, trainer: dict):
+    """`LabError` if the model at `place` cannot be trained in 4 bits as asked; only its config.json is read.
+
+    Without gradient checkpointing each layer's experts would be kept unpacked until its backward pass, and 4 bits
+    would save nothing."""
+    if not load.four_bit:
+        return
+    if not find_spec('bitsandbytes'):
+        raise LabError(
+            "load: four_bit needs bitsandbytes, which is not installed; pip install 'k2lab[gpu]'"
+        )
+    config = architecture_of(local_folder(place, ['config.json']))
+    check_experts(place, config, load)
+    if has_stacks(config) and load.lora_rank and not trainer.get('gradient_checkpointing'):
+        raise LabError(
+            'load: four_bit packs the stacked experts, and without recomputing all of them would be '
+            'held unpacked for the backward pass; set trainer.gradient_checkpointing=true'
+        )
 
 # %% ../../nbs/models/05_adapters.ipynb #a9cd4d89
 STEPS_LOST = (
@@ -269,11 +298,11 @@ def storage(p) -> tuple[int, int]:
 
 def weight_bits(model) -> dict:
     "`{part: {'weights', 'bytes', 'bits'}}`: what the weights of a model take in memory, adapters left out."
-    parts = {}
+    parts, packed = {}, packed_storage(model)
     for name, p in model.named_parameters():
         if 'lora_' in name:
             continue
-        n, size = storage(p)
+        n, size = packed.get(id(p)) or storage(p)
         c = parts.setdefault(group_of(name), dict(weights=0, bytes=0))
         c['weights'] += n
         c['bytes'] += size
@@ -285,12 +314,17 @@ def weight_bits(model) -> dict:
 LINEAR = ('attention', 'shared', 'dense')
 
 
+def parts_in_four_bits(load: Loading) -> tuple[str, ...]:
+    "The parts of a model that `load` opens in 4 bits, if it has them."
+    return {True: (*LINEAR, 'routed'), 'experts': ('routed',), False: ()}[load.four_bit]
+
+
 def check_bits(parts: dict, load: Loading) -> str | None:
-    "Which parts of a 4-bit model stayed wider, in words, or None; `LabError` if their linear layers should not."
+    "Which parts of a 4-bit model stayed wider, in words, or None; `LabError` for parts that should not have."
     if not load.four_bit:
         return None
-    wide = {part: c for part, c in parts.items() if c['bits'] > 6}
-    if wrong := [f'{part} has {wide[part]["bits"]} bits' for part in LINEAR if part in wide]:
+    wide, asked = {part: c for part, c in parts.items() if c['bits'] > 6}, parts_in_four_bits(load)
+    if wrong := [f'{part} has {wide[part]["bits"]} bits' for part in asked if part in wide]:
         raise LabError(f'load: four_bit was asked for, but {", ".join(wrong)}')
     total = sum(c['bytes'] for c in parts.values())
     return ', '.join(
@@ -298,6 +332,31 @@ def check_bits(parts: dict, load: Loading) -> str | None:
         for part, c in wide.items()
         if part != 'norm'
     )
+
+
+def _packed_bytes(n: int, nested: bool) -> int:
+    "Bytes of n weights in NF4: blocks of 64 with a factor in 32 bits, or (nested) in 8 with 32 for 256 of them."
+    blocks = -(-n // 64)
+    return -(-n // 2) + (blocks + 4 * -(-blocks // 256) if nested else 4 * blocks)
+
+
+def bits_of_config(config, load: Loading) -> dict:
+    "`weight_bits` of a model that is not opened, from its config: its weights are counted on the meta device."
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device('meta'):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, load.dtype))
+    parts, packed = {}, parts_in_four_bits(load)
+    for name, p in model.named_parameters():
+        part = group_of(name)
+        small = part in packed and p.ndim > 1
+        c = parts.setdefault(part, dict(weights=0, bytes=0))
+        c['weights'] += p.numel()
+        c['bytes'] += _packed_bytes(p.numel(), part != 'routed') if small else p.nbytes
+    return {
+        part: dict(c, bits=round(8 * c['bytes'] / c['weights'], 2)) for part, c in parts.items()
+    }
 
 # %% ../../nbs/models/05_adapters.ipynb #bb46ec01
 def is_split(model) -> bool:
@@ -339,7 +398,8 @@ def narrowed(model, dtype: str):
     import torch
 
     for p in model.parameters():
-        p.data = p.data.to(getattr(torch, dtype))
+        if p.is_floating_point():
+            p.data = p.data.to(getattr(torch, dtype))
     return model
 
 # %% ../../nbs/models/05_adapters.ipynb #0b61d691
@@ -357,8 +417,12 @@ def dequantised_layers(model) -> dict:
 
 
 def in_float32(model, base, weights: dict):
-    "The adapter of `model`, with `weights` by name, on its base in float32, of which `base` is a plain copy."
-    base = base.float()
+    """The adapter of `model`, with `weights` by name, on its base in float32, of which `base` is a plain copy.
+
+    Stacks of experts that are packed in `base` stay packed: none of them has an adapter."""
+    import torch
+
+    base = stacks_in(base.float(), torch.float32)
     if getattr(model, 'is_loaded_in_4bit', False):
         left = base.load_state_dict(dequantised_layers(model), strict=False).unexpected_keys
         if left:

@@ -6,10 +6,11 @@
 __all__ = ['SHAPES', 'GROUPS', 'DEFAULT_LOADING', 'SHIPPED', 'CERTIFICATE', 'register_kimi_k2', 'small_config', 'small_model',
            'ready', 'group_of', 'parameter_counts', 'trained_counts', 'save_checkpoint', 'readable_config', 'Loading',
            'check_opening', 'quantization', 'architecture_of', 'local_folder', 'write_certificate', 'as_published',
-           'counted', 'lacks_room', 'as_stored', 'open_model', 'open_tokenizer', 'check_window', 'shipped',
-           'smoke_model', 'Reply', 'left_padded', 'generate']
+           'counted', 'lacks_room', 'check_room', 'as_stored', 'check_experts', 'open_model', 'open_tokenizer',
+           'check_window', 'shipped', 'smoke_model', 'Reply', 'left_padded', 'generate']
 
 # %% ../../nbs/models/04_load.ipynb #ecff08ba
+import contextlib
 import dataclasses
 import json
 import math
@@ -37,6 +38,7 @@ from k2lab.models.placement import (
 from k2lab.models.quantized import (
     MODEL_FILES,
     TOKENIZER_FILES,
+    Checkpoint,
     backbone,
     dequantised,
     fetched,
@@ -44,6 +46,15 @@ from k2lab.models.quantized import (
     stored,
 )
 from .sharded import open_split, split_by
+from k2lab.models.stacks import (
+    Packing,
+    check_packed,
+    has_stacks,
+    kind_of_stacks,
+    packing,
+    promised,
+    write_stacked,
+)
 from ..text.chat import end_ids
 from ..text.tokenizer import tokenizer_in
 
@@ -220,7 +231,10 @@ def save_checkpoint(model, tok, folder, dtype=None, weights: dict | None = None)
     )
     if dtype:
         model = model.to(dtype)
-    model.save_pretrained(folder, state_dict=weights)
+    if kind_of_stacks(model):
+        write_stacked(model, folder)
+    else:
+        model.save_pretrained(folder, state_dict=weights)
     tok.save_pretrained(folder)
     readable_config(Path(folder) / 'config.json')
 
@@ -238,8 +252,8 @@ class Loading:
     "How a model is opened at a scale."
 
     dtype: str = 'float32'  # float32 | bfloat16
-    # NF4 by bitsandbytes: linear layers only, fused experts stay as they are
-    four_bit: bool = False
+    # NF4 by bitsandbytes: true for linear layers and stacked experts, `experts` for the latter only
+    four_bit: bool | Literal['experts'] = False
     lora_rank: int = 0  # 0: train all weights
     # an adapter is added times alpha / rank; None: twice the rank, so times 2
     lora_alpha: int | None = None
@@ -256,6 +270,8 @@ class Loading:
     def __post_init__(self):
         one_of('dtype', self.dtype, ('float32', 'bfloat16'), 'load')
         one_of('backend', self.backend, ('transformers', 'unsloth'), 'load')
+        if isinstance(self.four_bit, str):
+            one_of('four_bit', self.four_bit, ('experts',), 'load')
         one_of('attention', self.attention, ('', *ATTENTION), 'load')
         if self.attention and self.backend == 'unsloth':
             raise LabError('load: backend unsloth brings its own attention; leave attention out')
@@ -290,6 +306,11 @@ class Loading:
             )
         if self.adapt != 'auto' and not self.adapt:
             raise LabError('load: adapt names no part; leave it out for all linear layers')
+        if self.four_bit and 'routed' in self.named_parts:
+            raise LabError(
+                'load: adapt names routed, and four_bit packs the stacked experts, which cannot have '
+                'an adapter then; leave routed out, or set load.four_bit=false'
+            )
 
     @property
     def named_parts(self) -> tuple[str, ...]:
@@ -333,7 +354,7 @@ def _check_keys(place, info: dict):
 
 def quantization(load: Loading):
     "The bitsandbytes config of a 4-bit load, or None."
-    if not load.four_bit:
+    if load.four_bit is not True:
         return None
     import torch
     from transformers import BitsAndBytesConfig
@@ -361,7 +382,9 @@ def _loading_options(load: Loading, device: str) -> dict:
     "Options of `from_pretrained`: 4 bits, attention, and the device that weights are read onto."
     options = weights_onto(device) | attention_option(load.attention)
     if load.four_bit:
-        options = dict(quantization_config=quantization(load), device_map={'': device}) | options
+        options = {'device_map': {'': device}} | options
+    if load.four_bit is True:
+        options['quantization_config'] = quantization(load)
     return options
 
 # %% ../../nbs/models/04_load.ipynb #793de56a
@@ -417,13 +440,16 @@ def _certificate(folder) -> dict:
 def as_published(folder, load: Loading) -> Loading:
     """`load`, in float32 if the checkpoint's certificate says so.
 
-    `LabError` for 4 bits where the checkpoint was trained on 4-bit weights already."""
+    Of a checkpoint that was trained on 4-bit weights only the experts are opened in 4 bits again: they are as they
+    were, and the other parts carry its training. `LabError` for 4 bits where it has no such experts."""
     known = _certificate(folder)
     if load.four_bit and known.get('four_bit'):
-        raise LabError(
-            f'{folder}: trained on 4-bit weights, and rounding it to 4 bits again would undo that; '
-            'set load.four_bit=false'
-        )
+        if not known.get('stacks'):
+            raise LabError(
+                f'{folder}: trained on 4-bit weights, and rounding it to 4 bits again would undo that; '
+                'set load.four_bit=false'
+            )
+        load = dataclasses.replace(load, four_bit='experts')
     if known.get('dtype') != 'float32':
         return load
     kept = '' if load.attention.startswith('flash') else load.attention  # flash has 16 bits only
@@ -464,12 +490,39 @@ def lacks_room(place, load: Loading, device: str) -> str:
     return lacking(weight_bytes(counted(folder), as_published(folder, load)), device)
 
 
+def check_room(place, load: Loading, device: str):
+    "`LabError` if the weights of the model at `place` do not fit on a device; not asked of weights that are split."
+    if not is_split_on_opening() and (why := lacks_room(place, load, device)):
+        raise no_room(place, why)
+
+
 def as_stored(place, device: str) -> Loading:
     "How the model at `place` is opened to be used as it is: in float32 on a CPU, else in the dtype of its files."
     config = read_config(local_folder(place, ['config.json']))
     config = config.get('text_config', config)
     wide = 'float32' in (config.get('dtype'), config.get('torch_dtype'))
     return Loading(dtype='float32' if wide or device == 'cpu' else 'bfloat16')
+
+
+def check_experts(place, config, load: Loading):
+    "`LabError` for 4-bit experts of a model that has none."
+    if load.four_bit == 'experts' and not has_stacks(config):
+        raise LabError(
+            f'{place}: a dense model, and load.four_bit=experts is for stacked experts; '
+            'write true for its linear layers, or false'
+        )
+
+
+def _packed_here(folder: Path, config, load: Loading, device: str) -> tuple:
+    """`(weights to open a model with, or None for its files, context to open it in)`.
+
+    With 4 bits the weights of a mixture of experts are read one at a time, and its stacks are packed at once."""
+    check_experts(folder, config, load)
+    if not load.four_bit or not has_stacks(config):
+        return dequantised(folder), contextlib.nullcontext()
+    checkpoint = Checkpoint(folder)
+    pack = Packing(checkpoint, device, _certificate(folder).get('stacks') == 'nf4')
+    return promised(checkpoint), packing(pack)
 
 
 def _in_slices(place, load: Loading, adapter):
@@ -490,7 +543,8 @@ def open_model(
 
     Without `device` it is that of this process. Where processes split it (ZeRO-3, FSDP2) each opens its slice;
     `adapter` puts an adapter on before FSDP2 does.
-    Weights stored in 8 or 4 bits are dequantised, those that had to be published in float32 are opened in float32.
+    Weights stored in 8 or 4 bits are dequantised, but with `load.four_bit` the stacked experts are packed as they are
+    read; those that had to be published in float32 are opened in float32.
     `LabError` if there is no such folder, its keys do not fit, or its weights are larger than the GPU."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -498,17 +552,18 @@ def open_model(
     check_attention(load.attention, device)
     if split_by() and not load.four_bit:
         return _in_slices(place, load, adapter)
-    if not is_split_on_opening() and (why := lacks_room(place, load, device)):
-        raise no_room(place, why)
+    check_room(place, load, device)
     folder = local_folder(place)
     load = as_published(folder, load)
-    config, tensors = architecture_of(folder), dequantised(folder)
+    config = architecture_of(folder)
+    tensors, context = _packed_here(folder, config, load, device)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class takes no state_dict
     if tensors is None:
         stored(folder)  # all files are there and complete
     source = folder if tensors is None else None
     try:
-        model, info = _loaded(kind, source, tensors, config, load, device)
+        with context:
+            model, info = _loaded(kind, source, tensors, config, load, device)
     except RuntimeError as e:
         reason = str(e).splitlines()[0]
         raise LabError(
@@ -519,8 +574,11 @@ def open_model(
             raise
         raise LabError(f'load: attention {load.attention}: {str(e).splitlines()[0]}') from e
     _check_keys(place, info)
-    if load.four_bit:
+    if load.four_bit is True:
         _repack_nothing(model)
+    if load.four_bit:
+        check_packed(model)
+        model.name_or_path = str(folder)  # PEFT looks there for the vocabulary
     return ready(model)
 
 # %% ../../nbs/models/04_load.ipynb #def7cf32

@@ -28,6 +28,7 @@ from ..models import load as load_module
 from ..models.adapters import dtype_of
 from ..models.load import DEFAULT_LOADING, Loading, smoke_model
 from ..models.placement import agreed, phase_of
+from ..models.stacks import kind_of_stacks
 from k2lab.tasks.items import (
     bounds,
     compare,
@@ -226,12 +227,13 @@ class Opened:
     weights: str
     device: str
     name: str = ''  # of the checkpoint
-    four_bit: bool = False
+    four_bit: bool | str = False
 
 
 def device_of(model, load: Loading = DEFAULT_LOADING) -> str:
     "Where and in what numbers a model computes, such as `cpu float32`."
-    parts = [model.device.type, '4 bits' if load.four_bit else dtype_of(model)]
+    parts = [model.device.type, '4 bits' if load.four_bit is True else dtype_of(model)]
+    parts += [f'with {kind} experts' for kind in [kind_of_stacks(model)] if kind]
     parts += [load.backend] if load.backend != 'transformers' else []
     return ' '.join(parts + ([load.attention] if load.attention else []))
 

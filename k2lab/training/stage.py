@@ -7,9 +7,9 @@ __all__ = ['LEDGER_COLUMNS', 'check_steps', 'Training', 'repeated', 'document_pi
            'too_long', 'check_epochs', 'show_epochs', 'question_of', 'kept_out', 'Mixture', 'heldout_rows',
            'heldout_examples', 'examples_of', 'corpus_of', 'read_mixture', 'mixed', 'asked_by', 'scores_before',
            'with_examples', 'helped_before', 'scores_after', 'Compared', 'report_all', 'judge', 'shown_items',
-           'log_samples', 'open_base', 'probe_device', 'probe_adapter', 'probe_saved', 'record_export',
-           'publish_adapter', 'computes_alone', 'save_merged', 'publish_merged', 'publish_whole', 'save_sides',
-           'base_files', 'publish_slices', 'published_logits', 'publish_merged_slices', 'publish_model',
+           'log_samples', 'open_base', 'as_saved', 'with_room', 'probe_device', 'probe_adapter', 'probe_saved',
+           'record_export', 'publish_adapter', 'computes_alone', 'save_merged', 'publish_merged', 'publish_whole',
+           'save_sides', 'base_files', 'publish_slices', 'published_logits', 'publish_merged_slices', 'publish_model',
            'publish_first', 'to_measure', 'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture', 'asked_of',
            'scores_of_control', 'check_control', 'run_control', 'Trained', 'supervised']
 
@@ -45,7 +45,9 @@ from k2lab.models.adapters import (
     same_tensors,
 )
 from k2lab.models.load import (
+    DEFAULT_LOADING,
     Loading,
+    architecture_of,
     lacks_room,
     local_folder,
     open_model,
@@ -67,6 +69,7 @@ from k2lab.models.sharded import (
     one_process,
     save_split,
 )
+from ..models.stacks import has_stacks, kind_of_stacks
 from ..text.chat import end_ids
 from ..text.layouts import Spec, read_corpus
 from ..text.masks import REPLIES, encode_rows, mask_html
@@ -419,11 +422,12 @@ def helped_before(job, model, tok, asked: list[Asked], headline: str, examples: 
 def scores_after(job, model, tok, asked: list[Asked]) -> dict[str, Scored]:
     "`{measure: score}` of the trained model, whose weights are the published ones."
     name, attention = job.cfg.saves, job.cfg.load.get('attention', '')
-    model_now = Opened(model, tok, '', device_of(model, Loading(attention=attention)), name)
+    load = as_saved(model, attention=attention)
+    model_now = Opened(model, tok, '', device_of(model, load), name, load.four_bit)
     measured = lambda one: (one, take(job, model_now, one))
     with measuring(job, 'after', model_now):
         taken = tried(job, name, measured, asked)
-    if job.cfg.saves not in job.record['saves']:  # a split model, measured by all processes
+    if is_split(model):  # all processes measured it; a whole one was published before
         publish_model(job, model, tok)
     saved = job.record['saves'].get(job.cfg.saves, {}).get('sha256', '')
     published = Opened(model, tok, saved, model_now.device)
@@ -487,18 +491,31 @@ def log_samples(job, before: Scored, after: Scored):
 
 # %% ../../nbs/training/05_stage.ipynb #bf58b0fd
 def open_base(job, device: str = 'cpu'):
-    "The checkpoint that a run started from, opened again in 16 or 32 bits."
-    load = dataclasses.replace(Loading(**job.cfg.load), four_bit=False, attention='')
-    return open_model(job.find(job.cfg.init_from), load, device)
+    "The checkpoint that a run started from, opened again in 16 or 32 bits; experts that were packed are so again."
+    load, place = Loading(**job.cfg.load), job.find(job.cfg.init_from)
+    config = architecture_of(local_folder(place, ['config.json']))
+    packed = 'experts' if load.four_bit and has_stacks(config) else False
+    return open_model(place, dataclasses.replace(load, four_bit=packed, attention=''), device)
+
+
+def as_saved(model, dtype: str = 'float32', attention: str = '') -> Loading:
+    "How what is published of a trained model is opened: with its experts packed, if it was trained on them."
+    packed = 'experts' if kind_of_stacks(model) else False
+    return Loading(dtype=dtype, attention=attention, four_bit=packed)
+
+
+def with_room(job, what: str, place, load: Loading, device: str) -> str:
+    "A device if the model at `place` fits there beside what it holds, else the CPU, which is shown."
+    why = lacks_room(place, load, device)
+    if why:
+        job.check(f'{what} on the CPU', True, f'in {load.dtype} {why}')
+    return 'cpu' if why else device
 
 
 def probe_device(job, model) -> str:
-    "Where copies in float32 are compared: beside the trained model, or on the CPU if there is no room, which is shown."
-    place, device = job.find(job.cfg.init_from), where(model)
-    why = lacks_room(place, Loading(), device)
-    if why:
-        job.check('certificate on the CPU', True, f'in float32 {why}')
-    return 'cpu' if why else device
+    "Where copies in float32 are compared: beside the trained model, if there is room."
+    place = job.find(job.cfg.init_from)
+    return with_room(job, 'certificate', place, as_saved(model), where(model))
 
 
 def probe_adapter(model) -> tuple:
@@ -508,9 +525,9 @@ def probe_adapter(model) -> tuple:
     return base, check_logits(probe_logits(model), 'the trained model')
 
 
-def probe_saved(job, place, device: str = 'cpu'):
+def probe_saved(job, place, device: str = 'cpu', load: Loading = DEFAULT_LOADING):
     "Logits of the model in a folder, computed in float32."
-    saved = open_model(place, device=device)
+    saved = open_model(place, load, device)
     with phase_of(job, 'certificate', job.cfg.saves, saved):
         return probe_logits(saved)
 
@@ -541,10 +558,14 @@ def computes_alone(job, model, split: bool) -> bool:
 
 
 def save_merged(job, model, tok, weights: dict, place, dtype: str, device: str):
-    "Merge a trained adapter into another copy of its base in float32 on a device, and save that in `dtype`."
+    """Merge a trained adapter into another copy of its base in float32 on a device, and save that in `dtype`.
+
+    Packed experts are saved as they were in training: INT4 as it was read, NF4 as the values it stands for."""
     merged = merge_adapter(in_float32(model, open_base(job, device), weights))
     shutil.rmtree(place, ignore_errors=True)
     save_checkpoint(narrowed(merged, dtype), tok, place)
+    if stacks := kind_of_stacks(model):
+        write_certificate(place, dict(four_bit=True, stacks=stacks))  # checked as it is opened
 
 
 def publish_merged(job, model, tok, weights: dict, split: bool):
@@ -558,16 +579,18 @@ def publish_merged(job, model, tok, weights: dict, split: bool):
     del copy
     with job.publishing(job.cfg.saves) as place:
         save_merged(job, model, tok, weights, place, dtype, device)
-        report = export_report(base, trained, probe_saved(job, place, device))
+        saved = as_saved(model)
+        report = export_report(base, trained, probe_saved(job, place, device, saved))
         if dtype != 'float32' and not report['lost'] <= LOST_LIMIT:
             lost, dtype = {f'lost_in_{dtype}': report['lost']}, 'float32'
             save_merged(job, model, tok, weights, place, dtype, device)
-            report = lost | export_report(base, trained, probe_saved(job, place, device))
+            report = lost | export_report(base, trained, probe_saved(job, place, device, saved))
         report = certified_export(report, dtype)
         if not alone and not split:
             report['live'] = apart(trained, probe_logits(model))
         if load.four_bit or dtype != load.dtype:
-            write_certificate(place, dict(report, four_bit=load.four_bit))
+            stacks = kind_of_stacks(model)
+            write_certificate(place, dict(report, four_bit=bool(load.four_bit), stacks=stacks))
     record_export(job, report)
 
 # %% ../../nbs/training/05_stage.ipynb #4e59eaac
@@ -701,8 +724,8 @@ def to_measure(job, model, tok):
     job.record['measured'], device = 'the published model', where(model)
     if not load.four_bit:
         model.cpu()  # makes room
-    load = Loading(dtype=load.dtype, attention=load.attention)
-    return open_model(job.folder / job.cfg.saves, load, device)
+    load, place = as_saved(model, load.dtype, load.attention), job.folder / job.cfg.saves
+    return open_model(place, load, with_room(job, 'measures after', place, load, device))
 
 # %% ../../nbs/training/05_stage.ipynb #ff010e18
 LEDGER_COLUMNS = [

@@ -22,10 +22,12 @@ from ..lab.checkpoint import newest_checkpoint, step_of
 from ..lab.config import LabError, did_you_mean, one_of
 from k2lab.models.adapters import (
     check_bits,
+    check_four_bit,
     check_parts,
     dtype_of,
     lora,
     odd_weight,
+    parts_in_four_bits,
     step_in_float32,
     weight_bits,
 )
@@ -39,6 +41,7 @@ from k2lab.models.fast_lora import (
 from k2lab.models.load import (
     DEFAULT_LOADING,
     Loading,
+    as_published,
     check_window,
     open_model,
     open_tokenizer,
@@ -630,6 +633,7 @@ def tokenizer_for(job, name: str, load: Loading = DEFAULT_LOADING):
     if load.backend == 'unsloth':
         unsloth_first()
     log_notices(job.folder / 'log.txt')
+    check_four_bit(job.find(name), load, vars(job.cfg).get('trainer', {}))
     return open_tokenizer(job.find(name))
 
 
@@ -674,6 +678,8 @@ def open_for(job, name: str, load: Loading = DEFAULT_LOADING):
     sizes = weight_bits(model)
     job.record.setdefault('weights', {})[name] = {part: c['bytes'] for part, c in sizes.items()}
     if load.four_bit:
-        job.check(f'{name}: linear layers in 4 bits', True, check_bits(sizes, load))
+        packed = as_published(place, load)
+        asked = ', '.join(part for part in parts_in_four_bits(packed) if part in sizes)
+        job.check(f'{name}: {asked} in 4 bits', True, check_bits(sizes, packed))
     check_window(model, tok, place, vars(job.cfg).get('length', 0))
     return model, tok
