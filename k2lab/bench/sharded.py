@@ -18,7 +18,7 @@ WAYS = ('zero3', 'fsdp2')
 SHIM = '''
 import atexit, os, sys
 from pathlib import Path
-if os.environ.get('ACCELERATE_USE_FSDP') and os.environ.get('ACCELERATE_USE_CPU'):
+if os.environ.get('ACCELERATE_USE_FSDP'):
     import accelerate.state as s
     real = s.PartialState.__init__
     def init(self, *a, **k):
