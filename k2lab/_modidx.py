@@ -1239,6 +1239,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'k2lab.models.sharded.fill': ('models/sharded.html#fill', 'k2lab/models/sharded.py'),
                                       'k2lab.models.sharded.fill_again': ('models/sharded.html#fill_again', 'k2lab/models/sharded.py'),
                                       'k2lab.models.sharded.gathered': ('models/sharded.html#gathered', 'k2lab/models/sharded.py'),
+                                      'k2lab.models.sharded.in_all': ('models/sharded.html#in_all', 'k2lab/models/sharded.py'),
                                       'k2lab.models.sharded.kept_in': ('models/sharded.html#kept_in', 'k2lab/models/sharded.py'),
                                       'k2lab.models.sharded.let_go': ('models/sharded.html#let_go', 'k2lab/models/sharded.py'),
                                       'k2lab.models.sharded.merge_into_files': ( 'models/sharded.html#merge_into_files',

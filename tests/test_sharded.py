@@ -203,7 +203,7 @@ def test_a_merge_in_the_files_is_the_merge_of_peft(tuned, tmp_path):
     assert max(float((got[n] - want[n]).abs().max()) for n in want) < 1e-6
     copied = set(base.pieces) - changes.keys()
     merged = Checkpoint(tmp_path / 'merged')
-    assert copied and all(torch.equal(base._read(n), merged._read(n)) for n in copied)
+    assert copied and all(torch.equal(base.read(n), merged.read(n)) for n in copied)
 
 
 @pytest.mark.parametrize('name', ['eight', 'four', 'seeing'])
@@ -224,7 +224,7 @@ def test_what_was_stored_in_8_or_4_bits_stays_so_unless_it_was_adapted(name, mad
     for weight in kept:
         assert merged.kinds[weight] == base.kinds[weight]
         for piece, raw in base.pieces[weight].items():
-            one, two = base._read(raw), merged._read(merged.pieces[weight][piece])
+            one, two = base.read(raw), merged.read(merged.pieces[weight][piece])
             assert torch.equal(one.view(torch.uint8), two.view(torch.uint8)), weight
     assert all(merged.kinds[weight] == 'plain' for weight in changes)
     got = open_model(tmp_path / 'merged', Loading(dtype='bfloat16')).state_dict()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STACKS', 'ENGINES_OWN', 'CODES', 'LEFT_PLAIN', 'one_process', 'deepspeed_options', 'split_by', 'stored_names',
            'stored_shape', 'plain_name', 'base_tensors', 'whole_shape', 'Part', 'part_of', 'slices', 'unfitting',
-           'fill', 'open_split', 'let_go', 'fill_again', 'release', 'Planned', 'code_of', 'write_tensors', 'shards_of',
-           'write_shards', 'whole_tensor', 'to_be_stored', 'gathered', 'save_split', 'differing', 'Change',
+           'in_all', 'fill', 'open_split', 'let_go', 'fill_again', 'release', 'Planned', 'code_of', 'write_tensors',
+           'shards_of', 'write_shards', 'whole_tensor', 'to_be_stored', 'gathered', 'save_split', 'differing', 'Change',
            'adapted_tensors', 'changes_by', 'weight_of', 'kept_in', 'merged_tensors', 'merged_shards',
            'merge_into_files', 'merged_config']
 
@@ -173,7 +173,7 @@ def _size_of(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
 def _flat(checkpoint: Checkpoint, name: str):
     "A stored weight laid flat; a plain one is mapped, and nothing of it is read yet."
     if checkpoint.kinds[name] == 'plain':
-        return checkpoint._read(checkpoint.pieces[name]['weight']).view(-1)
+        return checkpoint.read(checkpoint.pieces[name]['weight']).view(-1)
     return checkpoint[name].flatten()
 
 
@@ -205,17 +205,33 @@ def unfitting(tensors: dict, checkpoint: Checkpoint) -> dict:
     )
 
 # %% ../../nbs/models/03_sharded.ipynb #080b3d9e
+def in_all(names: list[str]) -> list[str]:
+    "The names that any of the processes gives, sorted; every process must call it."
+    if processes() == 1:
+        return sorted(names)
+    import torch.distributed as dist
+
+    everywhere: list = [None] * processes()
+    dist.all_gather_object(everywhere, names, waiting_group())
+    return sorted({name for one in everywhere for name in one})
+
+
 def fill(tensors: dict, checkpoint: Checkpoint):
-    "Read this process's part of each tensor from a checkpoint; `LabError` for a value that is no number."
+    """Read this process's part of each tensor from a checkpoint; every process must call it.
+
+    `LabError`, in all of them, for a value that is no number."""
     import torch
 
+    odd = []
     with torch.no_grad():
         for name, tensor in tensors.items():
             part = part_of(name, tensor)
             for mine, stored in slices(checkpoint, part):
                 mine.copy_(stored)
             if not torch.isfinite(part.flat).all():
-                raise LabError(f'{checkpoint.folder}: {name} holds a value that is no number')
+                odd.append(name)
+    if odd := in_all(odd):
+        raise LabError(f'{checkpoint.folder}: {odd[0]} holds a value that is no number')
 
 # %% ../../nbs/models/03_sharded.ipynb #c8e387ac
 def _settled(options):
@@ -341,7 +357,7 @@ def _numbers_of(model, tensors: dict, checkpoint: Checkpoint):
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.nn.Parameter):
             dtype = torch.float32 if any(k in name for k in strict) else tensor.dtype
-            tensor.data = checkpoint._read(checkpoint.pieces[name]['weight']).to(
+            tensor.data = checkpoint.read(checkpoint.pieces[name]['weight']).to(
                 tensor.device, dtype
             )
 
@@ -559,13 +575,7 @@ def differing(tensors: dict, checkpoint: Checkpoint) -> list[str]:
 
     Every process must call it, compares its own slices, and gets the names of all."""
     mine = [n for n, t in tensors.items() if not _is_stored(part_of(n, t), checkpoint)]
-    if processes() == 1:
-        return sorted(mine)
-    import torch.distributed as dist
-
-    everywhere: list = [None] * processes()
-    dist.all_gather_object(everywhere, mine, waiting_group())
-    return sorted({name for names in everywhere for name in names})
+    return in_all(mine)
 
 # %% ../../nbs/models/03_sharded.ipynb #0ea68e8e
 @dataclass(frozen=True)
@@ -676,7 +686,7 @@ def merged_tensors(
             yield name, changed.to(getattr(torch, dtype))
             continue
         for planned, raw in zip(_copied(checkpoint, name), checkpoint.pieces[name].values()):
-            yield planned.name, checkpoint._read(raw)
+            yield planned.name, checkpoint.read(raw)
 
 
 def merged_shards(checkpoint: Checkpoint, changes: dict, dtype: str) -> list[list[Planned]]:
