@@ -51,12 +51,12 @@ class Outcome:
 
 
 def k2_config(layers: int, tok):
-    "The config of a K2 of about 84 M weights a layer."
+    "The config of a K2 of about 43 M weights a layer."
     from k2lab.models.load import small_config
 
     config = small_config('k2', 'smoke', tok)
     shape = dict(
-        hidden_size=1024, n_routed_experts=48, moe_intermediate_size=512, num_attention_heads=8
+        hidden_size=1024, n_routed_experts=24, moe_intermediate_size=512, num_attention_heads=8
     )
     more = dict(num_key_value_heads=8, intermediate_size=2048, q_lora_rank=256, kv_lora_rank=128)
     for key, value in (shape | more | dict(num_hidden_layers=layers)).items():
@@ -89,7 +89,7 @@ def write_model(folder: Path, megabytes: float):
     from k2lab.models.sharded import Planned, shards_of, stored_names, stored_shape, write_shards
 
     tok = open_tokenizer(shipped('k2'))
-    layers = max(2, round(megabytes / 150))
+    layers = max(2, round(megabytes / 82))
     config = k2_config(layers, tok)
     with torch.device('meta'):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -98,7 +98,7 @@ def write_model(folder: Path, megabytes: float):
         for name, t in model.state_dict().items()
         for stored in stored_names(name, t.shape)
     ]
-    write_shards(folder, shards_of(planned, 200 * 2**20), _random(planned))
+    write_shards(folder, shards_of(planned, 100 * 2**20), _random(planned))
     config.dtype = 'bfloat16'
     config.save_pretrained(folder)
     readable_config(folder / 'config.json')
@@ -164,8 +164,8 @@ def train(home: Path, way: str, model_gib: float, *words: str) -> Outcome:
         accelerate=way,
         load='{dtype: bfloat16, lora_rank: 8, adapt: [attention, shared, dense]}',
     )
-    options = dict(max_steps=2, per_device_train_batch_size=1, learning_rate='1e-2')
-    options |= dict(gradient_checkpointing='true', save_steps=2, bf16='true')
+    options = dict(max_steps=1, per_device_train_batch_size=1, learning_rate='1e-2')
+    options |= dict(gradient_checkpointing='true', save_steps=1, bf16='true')
     told = [f'{k}={v}' for k, v in fields.items()] + [
         f'trainer.{k}={v}' for k, v in options.items()
     ]
