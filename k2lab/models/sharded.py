@@ -173,7 +173,7 @@ def _size_of(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
 def _flat(checkpoint: Checkpoint, name: str):
     "A stored weight laid flat; a plain one is mapped, and nothing of it is read yet."
     if checkpoint.kinds[name] == 'plain':
-        return checkpoint.read(checkpoint.pieces[name]['weight']).view(-1)
+        return checkpoint.read(name).view(-1)
     return checkpoint[name].flatten()
 
 
@@ -357,9 +357,7 @@ def _numbers_of(model, tensors: dict, checkpoint: Checkpoint):
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.nn.Parameter):
             dtype = torch.float32 if any(k in name for k in strict) else tensor.dtype
-            tensor.data = checkpoint.read(checkpoint.pieces[name]['weight']).to(
-                tensor.device, dtype
-            )
+            tensor.data = checkpoint.read(name).to(tensor.device, dtype)
 
 
 def _computed_once(model):
@@ -685,8 +683,8 @@ def merged_tensors(
             changed = weight_of(checkpoint, name).float() + changes[name].delta()
             yield name, changed.to(getattr(torch, dtype))
             continue
-        for planned, raw in zip(_copied(checkpoint, name), checkpoint.pieces[name].values()):
-            yield planned.name, checkpoint.read(raw)
+        for planned, piece in zip(_copied(checkpoint, name), checkpoint.pieces[name]):
+            yield planned.name, checkpoint.read(name, piece)
 
 
 def merged_shards(checkpoint: Checkpoint, changes: dict, dtype: str) -> list[list[Planned]]:
