@@ -1006,6 +1006,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'k2lab.models.adapters.step_in_float32': ( 'models/adapters.html#step_in_float32',
                                                                                   'k2lab/models/adapters.py'),
                                        'k2lab.models.adapters.storage': ('models/adapters.html#storage', 'k2lab/models/adapters.py'),
+                                       'k2lab.models.adapters.way': ('models/adapters.html#way', 'k2lab/models/adapters.py'),
                                        'k2lab.models.adapters.weight_bits': ( 'models/adapters.html#weight_bits',
                                                                               'k2lab/models/adapters.py'),
                                        'k2lab.models.adapters.with_gradient': ( 'models/adapters.html#with_gradient',

@@ -402,6 +402,7 @@ def let_go(model):
             module.reshard()
     for p in model.parameters():
         if hasattr(p, 'ds_tensor'):
+            p.ds_active_sub_modules.clear()
             p.partition()
 
 

@@ -43,6 +43,7 @@ from k2lab.models.adapters import (
     narrowed,
     probe_logits,
     same_tensors,
+    way,
 )
 from k2lab.models.load import (
     DEFAULT_LOADING,
@@ -671,7 +672,8 @@ def publish_merged_slices(job, model, tok, weights: dict):
         written = _write_merged(job, model, tok, base, weights, place) if job.first else None
         written, saved = agreed(written), Checkpoint(place)
         wrong = set(differing(base_tensors(model), saved)) - adapted_tensors(model)
-        logits = export_report(before, trained, published_logits(model, base, saved))
+        theirs = published_logits(model, base, saved)
+        logits = export_report(before, trained, theirs) | dict(way=way(before, trained, theirs))
         report = written | logits | dict(differing=sorted(wrong))
         report = certified_split(report, dtype_of(model))
         if job.first and report['dtype'] != load.dtype:
