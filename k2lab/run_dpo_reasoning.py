@@ -36,6 +36,7 @@ from k2lab.training.trainer import (
     fit_dpo,
     fit_sft,
     open_for,
+    open_to_train,
     tokenizer_for,
     usable_pairs,
 )
@@ -113,7 +114,7 @@ def rejected_example(pair: dict) -> dict:
 def fit_control(job, tok, pairs: list):
     "The starting point after SFT on the chosen answers of the pairs (ids) alone, for as many steps as DPO."
     cfg, load = job.cfg, Loading(**job.cfg.load)
-    model = open_model(job.find(cfg.init_from), load, device_for(cfg.trainer))
+    model = open_to_train(job, cfg.init_from, load)
     examples = [chosen_example(pair) for pair in pairs]
     trainer, optimizer = cfg.control_options(), cfg.optimizer
     return fit_sft(job, model, tok, examples, trainer, optimizer, load, phase='control')

@@ -52,6 +52,7 @@ PLAIN = {
             'readers',
             'runner',
             'scores',
+            'sharded',
             'tokens',
             'training',
         )

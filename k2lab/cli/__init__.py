@@ -7,7 +7,7 @@ from k2lab.cli.completion import candidates, completion
 from k2lab.cli.help import command_help, stage_help, usage
 from k2lab.cli.listing import show_runs
 from k2lab.cli.looking import diff, show_run
-from k2lab.cli.making import convert, new_lab
+from k2lab.cli.making import convert, export, new_lab
 from k2lab.cli.marking import note_run, promote_run, tag_run
 from k2lab.cli.running import (
     CAMPAIGN,
@@ -139,6 +139,17 @@ COMMANDS = {
         'write a published checkpoint (name, folder or hub id) as bfloat16',
         'NAME FOLDER',
         example='k2lab convert Kimi-K2-Base kimi-k2-base-bf16',
+    ),
+    'export': Command(
+        export,
+        'write a model and its training rows for NeMo AutoModel or Megatron-Bridge',
+        'RUN|CHECKPOINT FOLDER',
+        (
+            Option('to', 'the stack: nemo or megatron', 'STACK'),
+            Option('data', 'files of rows, instead of those of the run', 'FILE,...'),
+            Option('length', 'the longest packed row in tokens', 'N'),
+        ),
+        f'k2lab export {RUN} k2-for-nemo --to nemo',
     ),
     'completion': Command(
         completion,

@@ -6,12 +6,11 @@
 __all__ = ['BY_NAME', 'STEPS_LOST', 'LINEAR', 'ROUNDING', 'LOST_LIMIT', 'adaptable', 'parts_to_adapt', 'lora', 'check_parts',
            'check_four_bit', 'dtype_of', 'step_in_float32', 'adapters', 'coverage', 'wrong_part', 'certified',
            'with_gradient', 'check_saved', 'storage', 'weight_bits', 'parts_in_four_bits', 'check_bits',
-           'bits_of_config', 'is_split', 'whole_tensor', 'gather_tensors', 'one_process', 'moved_adapter',
-           'merge_adapter', 'narrowed', 'dequantised_layers', 'in_float32', 'odd_weight', 'probe_logits',
-           'check_logits', 'apart', 'export_report', 'certified_export', 'unequal', 'same_tensors']
+           'bits_of_config', 'is_split', 'gather_tensors', 'moved_adapter', 'merge_adapter', 'narrowed',
+           'dequantised_layers', 'in_float32', 'odd_weight', 'probe_logits', 'check_logits', 'apart', 'export_report',
+           'certified_export', 'same_tensors', 'way', 'certified_split']
 
 # %% ../../nbs/models/05_adapters.ipynb #1843799f
-import contextlib
 import dataclasses
 import random
 from importlib.util import find_spec
@@ -26,6 +25,7 @@ from k2lab.models.load import (
     left_padded,
     local_folder,
 )
+from .sharded import whole_tensor
 from .stacks import has_stacks, packed_storage, stacks_in
 
 # %% ../../nbs/models/05_adapters.ipynb #41349877
@@ -366,21 +366,6 @@ def is_split(model) -> bool:
     return any(isinstance(p, DTensor) or hasattr(p, 'ds_numel') for p in model.parameters())
 
 
-def whole_tensor(p):
-    "A tensor with all its slices, in main memory."
-    from torch.distributed.tensor import DTensor
-
-    whole = p.detach()
-    if isinstance(whole, DTensor):
-        return whole.full_tensor().cpu()
-    if not hasattr(p, 'ds_numel'):
-        return whole.cpu()
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([p]):
-        return p.detach().cpu().clone()
-
-
 def gather_tensors(model, wanted: str = '', keep: bool = True) -> dict:
     """`{name: whole tensor}` of the tensors with `wanted` in their name.
 
@@ -390,18 +375,6 @@ def gather_tensors(model, wanted: str = '', keep: bool = True) -> dict:
         if wanted in name and (tensor := whole_tensor(p)) is not None and keep:
             tensors[name] = tensor
     return tensors
-
-
-@contextlib.contextmanager
-def one_process():
-    "Inside, models open whole; under a DeepSpeed configuration transformers would split each of them."
-    from transformers.integrations import deepspeed as ds
-
-    kept, ds._hf_deepspeed_config_weak_ref = ds._hf_deepspeed_config_weak_ref, None
-    try:
-        yield
-    finally:
-        ds._hf_deepspeed_config_weak_ref = kept
 
 # %% ../../nbs/models/05_adapters.ipynb #91ab407a
 def moved_adapter(model, base, weights: dict):
@@ -537,30 +510,46 @@ def certified_export(report: dict, dtype: str) -> dict:
     return dict(report, dtype=dtype)
 
 # %% ../../nbs/models/05_adapters.ipynb #856d2683
-def unequal(weights: dict, model) -> list[str]:
-    "The names of tensors that are not the same, bit for bit, in `weights` and in a model."
-    import torch
+def same_tensors(tensors: int, moved: int, wrong: list[str]) -> dict:
+    """`{'tensors', 'moved', 'differing': 0}` of a model that was saved from its slices.
 
-    got = model.state_dict()
-
-    def equal(n: str) -> bool:
-        return n in weights and n in got and torch.equal(weights[n], got[n].to(weights[n].dtype))
-
-    return [n for n in sorted(weights.keys() | got.keys()) if not equal(n)]
-
-
-def same_tensors(weights: dict, saved, moved: int) -> dict:
-    """`{'tensors', 'moved', 'differing': 0}` of gathered weights, `moved` of which training changed.
-
-    `LabError` if that is none, or if a model opened again differs from them."""
+    `LabError` if training changed (`moved`) none of its tensors, or if files hold others (`wrong`)."""
     if not moved:
         raise LabError(
             'export: training changed no tensor; there is nothing to publish: '
             'train longer, or raise trainer.learning_rate'
         )
-    if wrong := unequal(weights, saved):
+    if wrong:
         raise LabError(
-            f'export: {len(wrong)} of {len(weights)} saved tensors '
-            f'are not the trained ones ({wrong[0]}...)'
+            f'export: {len(wrong)} of {tensors} saved tensors are not the trained ones ({wrong[0]}...)'
         )
-    return dict(tensors=len(weights), moved=moved, differing=0)
+    return dict(tensors=tensors, moved=moved, differing=0)
+
+# %% ../../nbs/models/05_adapters.ipynb #c8f8a954
+def way(base, trained, saved) -> float:
+    "How far the saved model's logits went from the base's along the way of the trained one's: 1 is all of it."
+    went, goal = (saved - base).double(), (trained - base).double()
+    return float((went * goal).sum() / (goal * goal).sum()) if goal.any() else 0.0
+
+
+def certified_split(report: dict, computed: str) -> dict:
+    "A report on an adapter that was merged in the files, computed in a dtype; `LabError` if it is not the trained one."
+    wrong, moved, off, lost = (report[k] for k in ('differing', 'moved', 'saved', 'lost'))
+    if wrong:
+        raise LabError(
+            f'export: {len(wrong)} tensors without an adapter are not as trained ({wrong[0]}...)'
+        )
+    if not moved >= ROUNDING:
+        raise LabError(
+            f'export: training moved the logits by {moved:.0e} of their size, which is rounding; '
+            'there is nothing to publish: train longer, or raise trainer.learning_rate'
+        )
+    arrived = (
+        lost <= 1e-3 or off <= ROUNDING if computed == 'float32' else 0.5 <= report['way'] <= 1.5
+    )
+    if not arrived:
+        raise LabError(
+            f'export: the saved model is not the trained one: it goes {report["way"]:.0%} of the way '
+            f'that training moved the logits, and lacks {lost:.0%} of it'
+        )
+    return dict(report, differing=0)

@@ -45,6 +45,7 @@ from k2lab.models.quantized import (
     read_config,
     stored,
 )
+from .sharded import open_split, split_by
 from k2lab.models.stacks import (
     Packing,
     check_packed,
@@ -524,10 +525,24 @@ def _packed_here(folder: Path, config, load: Loading, device: str) -> tuple:
     return promised(checkpoint), packing(pack)
 
 
-def open_model(place, load: Loading = DEFAULT_LOADING, device: str | None = None):
+def _in_slices(place, load: Loading, adapter):
+    "A model that the processes hold together, each its slice; `LabError` if the keys of its files do not fit."
+    folder = local_folder(place)
+    load = as_published(folder, load)
+    model, info = open_split(
+        folder, architecture_of(folder), load.dtype, adapter, attention_option(load.attention)
+    )
+    _check_keys(place, info)
+    return ready(model)
+
+
+def open_model(
+    place, load: Loading = DEFAULT_LOADING, device: str | None = None, adapter=lambda model: model
+):
     """A causal language model from a folder or hub id (`org/name` or `org/name@revision`), ready on a device.
 
-    Without `device` it is that of this process; weights that processes split are left to their engine.
+    Without `device` it is that of this process. Where processes split it (ZeRO-3, FSDP2) each opens its slice;
+    `adapter` puts an adapter on before FSDP2 does.
     Weights stored in 8 or 4 bits are dequantised, but with `load.four_bit` the stacked experts are packed as they are
     read; those that had to be published in float32 are opened in float32.
     `LabError` if there is no such folder, its keys do not fit, or its weights are larger than the GPU."""
@@ -535,6 +550,8 @@ def open_model(place, load: Loading = DEFAULT_LOADING, device: str | None = None
 
     device = device or device_for()
     check_attention(load.attention, device)
+    if split_by() and not load.four_bit:
+        return _in_slices(place, load, adapter)
     check_room(place, load, device)
     folder = local_folder(place)
     load = as_published(folder, load)

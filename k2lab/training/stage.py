@@ -9,9 +9,9 @@ __all__ = ['LEDGER_COLUMNS', 'check_steps', 'Training', 'repeated', 'document_pi
            'with_examples', 'helped_before', 'scores_after', 'Compared', 'report_all', 'judge', 'shown_items',
            'log_samples', 'open_base', 'as_saved', 'with_room', 'probe_device', 'probe_adapter', 'probe_saved',
            'record_export', 'publish_adapter', 'computes_alone', 'save_merged', 'publish_merged', 'publish_whole',
-           'publish_gathered', 'publish_model', 'publish_first', 'to_measure', 'ledger_line', 'ledger_table',
-           'Supervised', 'fit_mixture', 'asked_of', 'scores_of_control', 'check_control', 'run_control', 'Trained',
-           'supervised']
+           'save_sides', 'base_files', 'publish_slices', 'published_logits', 'publish_merged_slices', 'publish_model',
+           'publish_first', 'to_measure', 'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture', 'asked_of',
+           'scores_of_control', 'check_control', 'run_control', 'Trained', 'supervised']
 
 # %% ../../nbs/training/05_stage.ipynb #2ff10f03
 import dataclasses
@@ -20,15 +20,18 @@ import random
 import shutil
 from dataclasses import dataclass, field, fields
 from itertools import takewhile
+from pathlib import Path
 from typing import Annotated, Any
 
 from ..lab.config import LabError, lab_path, one_of, read_yaml
 from ..lab.display import Table
+from ..lab.files import as_json
 from k2lab.models.adapters import (
     LOST_LIMIT,
     STEPS_LOST,
     apart,
     certified_export,
+    certified_split,
     check_logits,
     check_saved,
     dtype_of,
@@ -38,10 +41,9 @@ from k2lab.models.adapters import (
     is_split,
     merge_adapter,
     narrowed,
-    one_process,
     probe_logits,
     same_tensors,
-    unequal,
+    way,
 )
 from k2lab.models.load import (
     DEFAULT_LOADING,
@@ -50,11 +52,26 @@ from k2lab.models.load import (
     lacks_room,
     local_folder,
     open_model,
+    readable_config,
     save_checkpoint,
     write_certificate,
 )
-from ..models.placement import exact_attention, phase_of, together, where
+from ..models.placement import agreed, exact_attention, phase_of, together, where
+from ..models.quantized import Checkpoint
+from k2lab.models.sharded import (
+    adapted_tensors,
+    base_tensors,
+    changes_by,
+    differing,
+    fill_again,
+    kept_in,
+    merge_into_files,
+    merged_config,
+    one_process,
+    save_split,
+)
 from ..models.stacks import has_stacks, kind_of_stacks
+from ..text.chat import end_ids
 from ..text.layouts import Spec, read_corpus
 from ..text.masks import REPLIES, encode_rows, mask_html
 from ..text.rows import read_rows
@@ -91,12 +108,19 @@ from k2lab.training.trainer import (
 )
 
 # %% ../../nbs/training/05_stage.ipynb #b8dca80f
+def _zero_stage(options: dict) -> int | None:
+    "The stage of ZeRO in a launch file's options for DeepSpeed, or in the file that they name."
+    if path := options.get('deepspeed_config_file'):
+        return json.loads(Path(path).read_text())['zero_optimization']['stage']
+    return options.get('zero_stage')
+
+
 def check_steps(load: Loading, processes: int, accelerate: str):
     "`LabError` for all weights in bfloat16 with no float32 copies of them, or 4-bit weights split over processes."
     path = lab_path('configs') / 'accelerate' / f'{accelerate}.yaml'
     launched = read_yaml(path) if processes > 1 and path.exists() else {}
     kind = launched.get('distributed_type')
-    stage = launched.get('deepspeed_config', {}).get('zero_stage')
+    stage = _zero_stage(launched.get('deepspeed_config', {}))
     if load.four_bit and (kind == 'FSDP' or stage == 3):
         raise LabError(
             f'load: four_bit weights cannot be split over processes, as accelerate {accelerate} '
@@ -582,36 +606,105 @@ def publish_whole(job, model, tok):
         report = export_report(base, trained, probe_saved(job, place, device))
         record_export(job, certified_export(report, dtype))
 
+# %% ../../nbs/training/05_stage.ipynb #ad9bfc47
+def save_sides(tok, place):
+    "Write what belongs to a checkpoint beside its weights and its config: tokenizer and ends of a turn."
+    from transformers import GenerationConfig
 
-def publish_gathered(job, model, tok, weights: dict):
-    "Publish a model whose weights were split over processes, from the gathered tensors."
-    moved = len(unequal(weights, open_base(job)))
-    with job.publishing(job.cfg.saves) as place:
-        save_checkpoint(model, tok, place, weights=weights)
-        saved = open_model(place, Loading(dtype=dtype_of(model)), 'cpu')
-        record_export(job, same_tensors(weights, saved, moved))
+    ends = GenerationConfig(eos_token_id=end_ids(tok), pad_token_id=tok.pad_token_id)
+    ends.save_pretrained(place)
+    tok.save_pretrained(place)
+    readable_config(place / 'config.json')
+
+
+def base_files(job) -> Checkpoint:
+    "The files of the checkpoint that a run started from."
+    return Checkpoint(local_folder(job.find(job.cfg.init_from)))
+
+
+def publish_slices(job, model, tok):
+    "Publish all weights of a split model; every process proves its slices."
+    tensors = base_tensors(model)
+    moved = differing(tensors, base_files(job))
+    with job.publishing(job.cfg.saves) as unshared:
+        place = Path(agreed(str(unshared)))
+        save_split(model, place)
+        if job.first:
+            model.config.dtype = dtype_of(model)
+            model.config.save_pretrained(place)
+            save_sides(tok, place)
+        together()
+        wrong = differing(base_tensors(model), Checkpoint(place))
+        record_export(job, same_tensors(len(tensors), len(moved), wrong))
+
+
+def _write_merged(job, model, tok, base: Checkpoint, weights: dict, place) -> dict:
+    "Merge an adapter, gathered as `weights`, into the files of its base; what was kept of it, and in which dtype."
+    changes, dtype = changes_by(model, weights), dtype_of(model)
+    kept = kept_in(dtype, base, changes)
+    lost = {}
+    if dtype != 'float32' and not abs(1 - kept) <= LOST_LIMIT:
+        lost, dtype = {f'lost_in_{dtype}': abs(1 - kept)}, 'float32'
+    merge_into_files(base, changes, dtype, place)
+    config = as_json(merged_config(base, changes, dtype), indent=2)
+    (place / 'config.json').write_text(config + '\n')
+    save_sides(tok, place)
+    return dict(lost, dtype=dtype, tensors=len(base), adapted=len(changes))
+
+
+def published_logits(model, base: Checkpoint, saved: Checkpoint):
+    "Logits of what was published, computed in the split model in place of its base, which is put back."
+    tensors = base_tensors(model)
+    adapted = {n: t for n, t in tensors.items() if n in adapted_tensors(model)}
+    fill_again(model, adapted, saved)
+    with model.disable_adapter():
+        logits = probe_logits(model)
+    fill_again(model, adapted, base)
+    return logits
+
+
+def publish_merged_slices(job, model, tok, weights: dict):
+    "Publish a split model with its adapter merged into the files of its base; `weights` are with the first process."
+    base, load = base_files(job), Loading(**job.cfg.load)
+    before, trained = probe_adapter(model)
+    with job.publishing(job.cfg.saves) as unshared:
+        place = Path(agreed(str(unshared)))
+        written = _write_merged(job, model, tok, base, weights, place) if job.first else None
+        written, saved = agreed(written), Checkpoint(place)
+        wrong = set(differing(base_tensors(model), saved)) - adapted_tensors(model)
+        theirs = published_logits(model, base, saved)
+        logits = export_report(before, trained, theirs) | dict(way=way(before, trained, theirs))
+        report = written | logits | dict(differing=sorted(wrong))
+        report = certified_split(report, dtype_of(model))
+        if job.first and report['dtype'] != load.dtype:
+            write_certificate(place, dict(report, four_bit=False))
+    record_export(job, report)
 
 # %% ../../nbs/training/05_stage.ipynb #515d6efe
 def publish_model(job, model, tok):
     """The trained model as a checkpoint that the next stage opens, with its certificate.
 
     All processes contribute their slices; the first one writes."""
-    split, adapted = is_split(model), hasattr(model, 'peft_config')
-    wanted = 'lora_' if adapted else ''
-    weights = gather_tensors(model, wanted, job.first) if split or adapted else {}
-    if job.first:
-        publish_first(job, model, tok, weights, split)
+    adapted = hasattr(model, 'peft_config')
+    weights = gather_tensors(model, 'lora_', job.first) if adapted else {}
+    if adapted and job.first:
+        with one_process():
+            publish_adapter(job, model, weights)
+    if is_split(model):
+        if adapted:
+            publish_merged_slices(job, model, tok, weights)
+        else:
+            publish_slices(job, model, tok)
+    elif job.first:
+        publish_first(job, model, tok, weights)
     together()
 
 
-def publish_first(job, model, tok, weights: dict, split: bool):
-    "Publish a trained model from the first process; `weights` are the tensors that were gathered for it."
+def publish_first(job, model, tok, weights: dict):
+    "Publish a trained model that this process holds whole; `weights` are those of its adapter."
     with one_process():
         if hasattr(model, 'peft_config'):
-            publish_adapter(job, model, weights)
-            publish_merged(job, model, tok, weights, split)
-        elif split:
-            publish_gathered(job, model, tok, weights)
+            publish_merged(job, model, tok, weights, False)
         else:
             publish_whole(job, model, tok)
 

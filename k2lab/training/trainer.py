@@ -8,7 +8,7 @@ __all__ = ['TRL_OPTIONS', 'REFUSED_OPTIONS', 'LAB_DEFAULTS', 'HEAD_RATES', 'LOSS
            'expert_load', 'with_labels', 'collator_for', 'Adapted', 'adapted_for', 'fit_options', 'supervised_trainer',
            'fit_sft', 'loads_onto', 'own_ledger', 'resumed_from', 'attach_callbacks', 'trained_summary',
            'coverage_line', 'trained_from', 'finish_fit', 'check_cut', 'with_length', 'usable_pairs',
-           'preference_trainer', 'fit_dpo', 'Notices', 'log_notices', 'tokenizer_for', 'open_for']
+           'preference_trainer', 'fit_dpo', 'Notices', 'log_notices', 'tokenizer_for', 'open_to_train', 'open_for']
 
 # %% ../../nbs/training/02_trainer.ipynb #250829bf
 import contextlib
@@ -48,6 +48,7 @@ from k2lab.models.load import (
     trained_counts,
 )
 from ..models.placement import device_for, one_gpu, phase_of
+from ..models.sharded import one_process, release, split_by
 from ..text.ledger import Ledger
 from ..text.packing import check_alone, pack, packed_batch, samples_apart
 from k2lab.training.callbacks import (
@@ -337,8 +338,13 @@ class Adapted:
 
 def adapted_for(model, load: Loading, trainer: dict, seed: int) -> Adapted:
     "The model, adapter and options for a supervised training with this backend."
+    import torch
+
+    release(model)
+    torch.manual_seed(seed)  # an adapter begins with random numbers
     if load.backend != 'unsloth':
-        return Adapted(model, lora(model, load), {'loss_type': 'chunked_nll', **trainer})
+        adapter = None if hasattr(model, 'peft_config') else lora(model, load)
+        return Adapted(model, adapter, {'loss_type': 'chunked_nll', **trainer})
     model = with_fast_adapter(model, load, trainer.get('gradient_checkpointing', False), seed)
     options = {'loss_type': 'nll', **trainer, 'gradient_checkpointing': False}
     return Adapted(model, None, options)
@@ -547,9 +553,13 @@ def preference_trainer(
     model, reference, tok, pairs: list, ledger, opts, load: Loading, optimizer: str
 ):
     "TRL's DPO trainer on our own ids; `reference` is the frozen model, or None with an adapter."
+    import torch
     from datasets import Dataset
     from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
+    for split in (model, reference):
+        release(split)
+    torch.manual_seed(opts.seed)  # an adapter begins with random numbers
     fit = DPOTrainer(
         model,
         reference,
@@ -627,6 +637,28 @@ def tokenizer_for(job, name: str, load: Loading = DEFAULT_LOADING):
     return open_tokenizer(job.find(name))
 
 
+def open_to_train(job, name: str, load: Loading, method: str = 'SFT'):
+    "A model found by name for a trainer of TRL; what FSDP2 splits has its adapter on."
+    place, device = job.find(name), device_for(getattr(job.cfg, 'trainer', None))
+    if load.backend == 'unsloth':
+        return open_fast(place, load)
+    if not load.lora_rank:
+        return open_model(place, load, device)
+    if method == 'DPO' and split_by() == 'fsdp2':
+        with one_process():  # TRL puts the adapter on, and splits the model afterwards
+            return open_model(place, load, device)
+    return open_model(place, load, device, lambda model: _seeded(job.seed, model, load))
+
+
+def _seeded(seed: int, model, load: Loading):
+    "A model with an adapter whose first numbers follow from a seed."
+    import torch
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
+    return get_peft_model(model, lora(model, load))
+
+
 def open_for(job, name: str, load: Loading = DEFAULT_LOADING):
     "`(model, tokenizer)` of a checkpoint found by name; the bytes of its weights go into the job's record."
     tok = tokenizer_for(job, name, load)
@@ -636,14 +668,13 @@ def open_for(job, name: str, load: Loading = DEFAULT_LOADING):
         torch.set_num_threads(job.env['threads'])
     place = job.find(name)
     check_parts(place, load)
-    if load.backend == 'unsloth':
-        model = open_fast(place, load)
-    else:
-        model = open_model(place, load, device_for(getattr(job.cfg, 'trainer', None)))
+    model = open_to_train(job, name, load, getattr(job.cfg, 'method', 'SFT'))
     if odd := odd_weight(model):
         raise LabError(f'{name}: {odd} holds a value that is no number; this checkpoint is ruined')
     if (dtype := dtype_of(model)) != load.dtype:
-        job.check(f'{name}: opened in {dtype}', True, f'{load.dtype} cannot hold its training')
+        why = f'{load.dtype} cannot hold its training'
+        why = 'the launch file of ZeRO-3 says so' if split_by() == 'zero3' else why
+        job.check(f'{name}: opened in {dtype}', True, why)
     sizes = weight_bits(model)
     job.record.setdefault('weights', {})[name] = {part: c['bytes'] for part, c in sizes.items()}
     if load.four_bit:
