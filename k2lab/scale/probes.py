@@ -32,7 +32,7 @@ from ..lab.files import trouble
 from ..lab.locks import file_system
 
 # %% ../../nbs/scale/09_probes.ipynb #b47d3b54
-LIMIT = 20.0  # seconds that a child process may take
+LIMIT = 60.0  # seconds that a child process may take: torch from a slow disk takes half of that
 
 
 @dataclass(frozen=True)
