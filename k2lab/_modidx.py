@@ -1753,6 +1753,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'k2lab.scale.selftest.die_with_parent': ( 'scale/selftest.html#die_with_parent',
                                                                                 'k2lab/scale/selftest.py'),
                                       'k2lab.scale.selftest.ended': ('scale/selftest.html#ended', 'k2lab/scale/selftest.py'),
+                                      'k2lab.scale.selftest.first_gpu': ('scale/selftest.html#first_gpu', 'k2lab/scale/selftest.py'),
                                       'k2lab.scale.selftest.in_child': ('scale/selftest.html#in_child', 'k2lab/scale/selftest.py'),
                                       'k2lab.scale.selftest.lines_of': ('scale/selftest.html#lines_of', 'k2lab/scale/selftest.py'),
                                       'k2lab.scale.selftest.opened': ('scale/selftest.html#opened', 'k2lab/scale/selftest.py'),

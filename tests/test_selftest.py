@@ -11,9 +11,9 @@ import pytest
 from k2lab.cli import main
 from k2lab.lab.config import LabError
 from k2lab.lab.records import find_run, read_run
-from k2lab.scale import blocks, selftest as s
+from k2lab.scale import blocks, probes, selftest as s
 from k2lab.scale.blocks import Bench, Config, Row
-from k2lab.scale.probes import Answer
+from k2lab.scale.probes import Answer, Driver, Gpu
 
 
 @pytest.fixture(autouse=True)
@@ -103,10 +103,21 @@ def test_a_block_that_fails_is_a_line_and_the_others_go_on(monkeypatch, capsys):
 
 def test_no_gpu_is_one_line_with_the_remedy(runs, monkeypatch):
     facts = '{"version": "2.13.0", "cuda": "13.0", "gpus": [], "why": "Found no NVIDIA driver"}'
-    monkeypatch.setattr(s, 'try_package', lambda *a: Answer(0, facts))
+    monkeypatch.setattr(probes, 'try_package', lambda *a: Answer(0, facts))
     with pytest.raises(LabError) as e:
         main(['selftest', 'gpu'])
     assert 'Found no NVIDIA driver' in str(e.value) and 'k2lab doctor --scale qlora' in str(e.value)
+    assert '\n' not in str(e.value) and not list(runs.iterdir())
+
+
+def test_a_gpu_in_use_is_one_line_with_the_remedy(runs, monkeypatch):
+    facts = '{"gpus": [{"uuid": "1", "name": "H100"}]}'
+    taken = Gpu('H100', 'GPU-1', 79.6, 12.0, ('4711 (python)',))
+    monkeypatch.setattr(probes, 'try_package', lambda *a: Answer(0, facts))
+    monkeypatch.setattr(probes, 'driver', lambda: Driver('580.95', '13.0', (taken,), there=True))
+    with pytest.raises(LabError) as e:
+        main(['selftest', 'gpu'])
+    assert '4711 (python)' in str(e.value) and 'wait for process 4711' in str(e.value)
     assert '\n' not in str(e.value) and not list(runs.iterdir())
 
 

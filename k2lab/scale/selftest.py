@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'PRELOADED', 'OK', 'FAILED', 'LEFT_OUT', 'COLUMNS', 'CARD', 'Block', 'plan_against_outcome',
-           'die_with_parent', 'said_by', 'in_child', 'ended', 'run_block', 'cells', 'table_of', 'lines_of',
+           'die_with_parent', 'said_by', 'first_gpu', 'in_child', 'ended', 'run_block', 'cells', 'table_of', 'lines_of',
            'card_facts', 'check_device', 'opened', 'closed', 'selftest']
 
 # %% ../../nbs/scale/12_selftest.ipynb #8bef8f25
@@ -33,9 +33,9 @@ from ..lab.job import Job, enter_inputs
 from ..lab.locks import lock
 from ..lab.provenance import owner, peak_gib
 from ..lab.records import lacks, new_folder, read_run, siblings, start_time
-from . import blocks
+from . import blocks, probes
 from .blocks import Absent, Bench, Config, Row, new_job
-from .probes import quiet_environment, try_package
+from .doctor import Needs, check_busy
 
 # %% ../../nbs/scale/12_selftest.ipynb #51de3181
 @dataclass(frozen=True)
@@ -99,6 +99,11 @@ def said_by(block: Block, bench: Bench) -> dict:
     return dict(status=FAILED if wrong else OK, rows=[vars(row) for row in rows], reason=reason)
 
 
+def first_gpu() -> str:
+    "The first of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names it: one is tested."
+    return os.environ.get('CUDA_VISIBLE_DEVICES', '0').partition(',')[0]
+
+
 def in_child(block: Block, bench: Bench):
     "Do a block's work in this process and leave what it says in its folder; all output goes into its log."
     die_with_parent()
@@ -106,8 +111,7 @@ def in_child(block: Block, bench: Bench):
     with open(folder / 'log.txt', 'a') as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    if bench.device == 'cpu':
-        os.environ['CUDA_VISIBLE_DEVICES'] = ''
+    os.environ['CUDA_VISIBLE_DEVICES'] = '' if bench.device == 'cpu' else first_gpu()
     gc.freeze()  # what was imported is never looked through again: a collection took seconds
     write_text(folder / 'said.json', as_json(said_by(block, bench)))
 
@@ -198,17 +202,20 @@ def card_facts() -> list[dict]:
 
 
 def check_device(device: str):
-    "`LabError` if there is no GPU that torch can use, where one is to be tested."
+    "`LabError` if there is no GPU that torch can use, or another process uses it, where one is to be tested."
     if one_of('device', device, ('gpu', 'cpu')) == 'cpu':
         return
-    with quiet_environment() as env:
-        answer = try_package('torch', env)
+    with probes.quiet_environment() as env:
+        answer = probes.try_package('torch', env)
     if not answer.facts.get('gpus'):
         why = answer.facts.get('why') or ('' if answer.facts else answer.reason)
         raise LabError(
             f'selftest gpu: torch sees no GPU here{f" ({why})" if why else ""}; '
             '`k2lab doctor --scale qlora` says what is missing, `k2lab selftest cpu` tests this CPU'
         )
+    busy = check_busy(Needs('qlora', gpus={'selftest': 1}), answer, probes.driver())
+    if busy.status != 'ok':
+        raise LabError(f'selftest gpu: {busy.found}; speeds would be those of both: {busy.mend}')
 
 
 def opened(config: Config) -> Job:
