@@ -11,8 +11,8 @@ __all__ = ['STATUSES', 'GPU_SCALES', 'EXTRAS', 'DRIVERS', 'ALWAYS', 'LINKS', 'FL
            'check_health', 'check_arithmetic', 'check_links', 'gpu_findings', 'check_memory', 'check_shared', 'number',
            'check_limits', 'check_sizes', 'published_gib', 'check_runs', 'check_sharing', 'switches', 'to_fetch',
            'let_ask', 'check_hub', 'check_model', 'remote_model', 'check_models', 'check_room', 'data_fault',
-           'check_data', 'check_sandbox', 'check_configs', 'check_slurm', 'examine', 'quick_findings', 'verdict',
-           'as_report']
+           'check_data', 'check_sandbox', 'check_configs', 'check_slurm', 'checked', 'examine', 'software', 'hardware',
+           'quick_findings', 'verdict', 'as_report']
 
 # %% ../../nbs/scale/10_doctor.ipynb #21dde490
 import importlib.metadata
@@ -20,7 +20,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,6 +42,7 @@ from ..lab.job import config_of, stage_module
 from ..lab.names import HUB_ID, commands, is_path_like, matching, open_place
 from ..lab.provenance import installed
 from ..lab.slurm import Cluster, check_spread
+from ..models.load import SHIPPED
 from . import probes
 from .probes import LIMIT, Answer, Driver
 
@@ -145,7 +146,8 @@ def made_here() -> frozenset:
 def gpus_of(config: dict, scale: str) -> int:
     "How many GPUs a stage works on."
     if config.get('engine') == 'vllm':
-        return int((config.get('vllm') or {}).get('tensor_parallel_size', 1))
+        asked = (config.get('vllm') or {}).get('tensor_parallel_size', 1)
+        return asked if isinstance(asked, int) else 1
     if scale not in GPU_SCALES or not models_of(config):
         return 0
     processes = config.get('processes', 1) if config.get('init_from') else 1
@@ -694,7 +696,11 @@ def check_model(names: list[str], place: str, users: list[str]) -> Finding:
             f'change models: {names[0]} in configs/env.yaml',
         )
     if str(where).startswith('smoke:'):
-        return ok('model', f'{label}: built on the spot')
+        kind = str(where).removeprefix('smoke:')
+        mend = f'change models: {names[0]} in configs/env.yaml to smoke:k2 or smoke:qwen'
+        known = kind in SHIPPED
+        found = f'{label}: ' + ('built on the spot' if known else f'no smoke model {kind!r}')
+        return judged('model', known, found, 'a model', mend, bool(users))
     folder = where if isinstance(where, Path) else probes.cached(place)
     flaw = probes.checkpoint_flaw(folder) if folder else ''
     if folder and not flaw:
@@ -848,6 +854,16 @@ def check_slurm(needs: Needs, here: int) -> Finding:
     )
 
 # %% ../../nbs/scale/10_doctor.ipynb #497281d5
+def checked(name: str, check: Callable, *facts) -> list[Finding]:
+    "The findings of a check; one that cannot be made, because a folder may not be read for example, is a failure."
+    try:
+        found = check(*facts)
+    except Exception as e:
+        why = f'cannot be checked: {type(e).__name__}: {(str(e).splitlines() or [""])[0]}'
+        return [bad(name, True, why, '', 'k2lab doctor --debug shows where, if it is not plain')]
+    return found if isinstance(found, list) else [found]
+
+
 def examine(scale: str, limit: float = LIMIT) -> list[Finding]:
     "The findings of every check for a scale; no probe takes longer than `limit` seconds."
     with probes.quiet_environment() as env, ThreadPoolExecutor(len(EXTRAS) + 2) as pool:
@@ -858,27 +874,47 @@ def examine(scale: str, limit: float = LIMIT) -> list[Finding]:
         asked |= ask(p for p in tried_here(needs) if p not in early)
         quick = quick_findings(needs)
         answers = {name: future.result() for name, future in asked.items()}
-    driver, torch = said.result(), answers['torch']
-    here = len(seen_gpus(torch, driver))
-    extras = [check_extra(needs, p, answers.get(p)) for p in EXTRAS]
-    software = [check_python(), check_packages(), check_torch(needs, torch, driver), *extras]
-    hardware = [*gpu_findings(needs, torch, driver), check_shared(needs, here)]
-    return [*software, *hardware, *quick, check_slurm(needs, here)]
+    return [
+        *software(needs, answers, said.result()),
+        *hardware(needs, answers, said.result()),
+        *quick,
+    ]
+
+
+def software(needs: Needs, answers: dict[str, Answer], said: Driver) -> list[Finding]:
+    "What Python, packages and extras are found to be."
+    return [
+        *checked('python', check_python),
+        *checked('packages', check_packages),
+        *checked('torch', check_torch, needs, answers['torch'], said),
+        *(f for p in EXTRAS for f in checked(p, check_extra, needs, p, answers.get(p))),
+    ]
+
+
+def hardware(needs: Needs, answers: dict[str, Answer], said: Driver) -> list[Finding]:
+    "What depends on the GPUs."
+    here = len(seen_gpus(answers['torch'], said))
+    return [
+        *checked('gpus', gpu_findings, needs, answers['torch'], said),
+        *checked('/dev/shm', check_shared, needs, here),
+        *checked('slurm', check_slurm, needs, here),
+    ]
 
 
 def quick_findings(needs: Needs) -> list[Finding]:
     "The checks that need no other process."
-    return [
-        check_memory(needs),
-        *check_limits(needs),
-        *check_runs(needs),
-        *check_hub(),
-        *check_models(needs),
-        check_room(needs),
-        *check_data(needs),
-        check_sandbox(),
-        *check_configs(needs),
-    ]
+    checks = {
+        'memory': check_memory,
+        'limits': check_limits,
+        'disk of runs': check_runs,
+        'hub': lambda _: check_hub(),
+        'model': check_models,
+        'disk of models': check_room,
+        'data': check_data,
+        'sandbox': lambda _: check_sandbox(),
+        'configs': check_configs,
+    }
+    return [f for name, check in checks.items() for f in checked(name, check, needs)]
 
 
 def verdict(scale: str, findings: list[Finding]) -> str:
