@@ -27,8 +27,8 @@ def selftest(words: list, options: dict) -> int:
     only = tuple(filter(None, named.replace(' ', '').split(','))) if named else ()
     if named is not None and not only:
         raise LabError(f"--blocks names no block; there are: {', '.join(s.BLOCKS)}")
-    quiet = lambda line: None
-    record = s.selftest(words[0], only=only, tell=quiet if options['json'] else print)
+    tell = lambda line: None if options['json'] else print(line, flush=True)
+    record = s.selftest(words[0], only=only, tell=tell)
     if options['json']:
         print(as_json(record))
     else:

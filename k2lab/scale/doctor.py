@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATUSES', 'GPU_SCALES', 'EXTRAS', 'DRIVERS', 'ALWAYS', 'LINKS', 'FLOORS', 'ROOM', 'PUBLISHED', 'Finding', 'ok',
-           'bad', 'judged', 'Needs', 'needs_of', 'made_here', 'gpus_of', 'launch_of', 'uses_extra', 'words_in',
+           'bad', 'judged', 'Demand', 'demand_of', 'made_here', 'gpus_of', 'launch_of', 'uses_extra', 'words_in',
            'models_of', 'data_of', 'users_of', 'plain_name', 'required', 'constraints', 'pins', 'install_command',
            'check_python', 'few', 'check_packages', 'major', 'torch_unfit', 'check_torch', 'tried_here', 'remedy',
            'check_extra', 'cluster_here', 'requested', 'seen_gpus', 'check_gpus', 'visible', 'check_busy',
@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from k2lab.lab.config import (
     LabError,
@@ -94,7 +95,7 @@ EXTRAS = {
 
 
 @dataclass(frozen=True)
-class Needs:
+class Demand:
     "What the stages of a scale ask of a machine."
 
     scale: str
@@ -123,7 +124,7 @@ class Needs:
         return [name for name, config in self.stages.items() if config.get('init_from')]
 
 
-def needs_of(scale: str) -> Needs:
+def demand_of(scale: str) -> Demand:
     "What the stages of this lab need at a scale, from their files."
     stages, faults = {}, {}
     for name in stage_names():
@@ -135,7 +136,7 @@ def needs_of(scale: str) -> Needs:
     gpus = {s: n for s, c in stages.items() if (n := gpus_of(c, scale))}
     env = load_env(scale)
     models, data = users_of(stages, models_of), users_of(stages, data_of)
-    return Needs(scale, stages, faults, env, gpus, extras, models, data, made_here())
+    return Demand(scale, stages, faults, env, gpus, extras, models, data, made_here())
 
 
 def made_here() -> frozenset:
@@ -316,7 +317,7 @@ def torch_unfit(facts: dict, said: Driver) -> tuple[str, str]:
     return '', ''
 
 
-def check_torch(needs: Needs, answer: Answer, said: Driver) -> Finding:
+def check_torch(needs: Demand, answer: Answer, said: Driver) -> Finding:
     "Whether torch works, and fits the driver."
     if answer.code is None:
         mend = 'python -X importtime -c "import torch" shows where it waits'
@@ -336,7 +337,7 @@ def check_torch(needs: Needs, answer: Answer, said: Driver) -> Finding:
 ALWAYS = ('bitsandbytes', 'deepspeed')  # imported by others wherever they are installed
 
 
-def tried_here(needs: Needs) -> list[str]:
+def tried_here(needs: Demand) -> list[str]:
     "The optional packages that are to be tried on this machine."
     have = installed()
     return [p for p in EXTRAS if p in have and (p in ALWAYS or needs.extras[p])]
@@ -349,7 +350,7 @@ def remedy(package: str) -> str:
     return checkout if constraints().exists() else f"pip install 'k2lab[{extra}]'"
 
 
-def check_extra(needs: Needs, package: str, answer: Answer | None) -> Finding:
+def check_extra(needs: Demand, package: str, answer: Answer | None) -> Finding:
     "Whether an optional package works, if it is there; `answer` is None where it was not tried."
     users, version = needs.extras[package], installed().get(package)
     all_of_them = bool(needs.trained) and set(needs.trained) <= set(users)
@@ -379,13 +380,16 @@ def cluster_here() -> Cluster:
     return fill(Cluster, [(path, read_yaml(path))]) if path.exists() else Cluster()
 
 
-def requested() -> int:
-    "The GPUs that a job of this lab would get from Slurm; 0 where nothing can be submitted."
+def requested() -> float:
+    "The GPUs that a job of this lab would get from Slurm; infinite where the stage decides, 0 without sbatch."
     try:
         asked = cluster_here()
     except LabError:
         return 0
-    return asked.nodes * (asked.gpus_per_node or 0) if shutil.which('sbatch') else 0
+    if not shutil.which('sbatch'):
+        return 0
+    numbers: list[Any] = [asked.nodes, asked.gpus_per_node]
+    return float('inf') if 'auto' in numbers else asked.nodes * asked.gpus_per_node
 
 
 def seen_gpus(answer: Answer, said: Driver) -> list[str]:
@@ -395,7 +399,7 @@ def seen_gpus(answer: Answer, said: Driver) -> list[str]:
     return [] if answer.facts else [gpu.name for gpu in said.gpus]
 
 
-def check_gpus(needs: Needs, answer: Answer, said: Driver) -> Finding:
+def check_gpus(needs: Demand, answer: Answer, said: Driver) -> Finding:
     "Whether there are as many GPUs as the stages of the scale work on."
     here, wanted = seen_gpus(answer, said), needs.most
     kinds = ', '.join(f'{here.count(name)} x {name}' for name in dict.fromkeys(here)) or 'none'
@@ -408,8 +412,8 @@ def check_gpus(needs: Needs, answer: Answer, said: Driver) -> Finding:
         one = 'CUDA_VISIBLE_DEVICES names those of one kind'
         return bad('gpus', False, kinds, 'GPUs of one kind', one) if mixed else ok('gpus', kinds)
     if requested() >= wanted:
-        return ok('gpus', f'{kinds} here; Slurm is asked for {requested()}')
-    lacking = [s for s, n in needs.gpus.items() if n > max(len(here), requested())]
+        return ok('gpus', f'{kinds} here; Slurm is asked for those of a stage')
+    lacking = [s for s, n in needs.gpus.items() if n > len(here)]
     fewer, plural = 'lower processes in configs, ' if here else '', 's' * (wanted > 1)
     mend = f'{fewer}use a machine with {wanted} GPU{plural}, or submit with --on slurm (configs/slurm.yaml)'
     if needs.scale in GPU_SCALES and not here:
@@ -424,7 +428,7 @@ def visible(answer: Answer, said: Driver) -> list[int]:
     return found or list(range(len(said.gpus)))
 
 
-def check_busy(needs: Needs, answer: Answer, said: Driver) -> Finding:
+def check_busy(needs: Demand, answer: Answer, said: Driver) -> Finding:
     "Whether enough GPUs are free of other processes."
     shown = visible(answer, said)
     taken = [i for i in shown if not said.gpus[i].is_free]
@@ -454,7 +458,7 @@ def check_busy(needs: Needs, answer: Answer, said: Driver) -> Finding:
     return bad('gpu memory', needs.on_gpu and not enough, few(said_of), f'{wanted} free', mend)
 
 
-def check_health(needs: Needs, answer: Answer, said: Driver) -> Finding:
+def check_health(needs: Demand, answer: Answer, said: Driver) -> Finding:
     "Whether a GPU has broken memory, or refuses the processes that would work on it."
     shown = [(i, said.gpus[i]) for i in visible(answer, said)]
     if broken := [f'GPU {i}: {g.errors} uncorrectable memory errors' for i, g in shown if g.errors]:
@@ -472,7 +476,7 @@ def check_health(needs: Needs, answer: Answer, said: Driver) -> Finding:
     return ok('gpu health', 'no memory errors')
 
 
-def check_arithmetic(needs: Needs, answer: Answer) -> Finding:
+def check_arithmetic(needs: Demand, answer: Answer) -> Finding:
     "Whether the GPUs compute in bfloat16, and multiply grouped matrices, as the experts of K2 need it."
     facts = answer.facts
     old = (
@@ -505,7 +509,7 @@ LINKS = {
 }
 
 
-def check_links(needs: Needs, answer: Answer, said: Driver) -> Finding:
+def check_links(needs: Demand, answer: Answer, said: Driver) -> Finding:
     "How the GPUs are joined."
     kind = LINKS.get(said.links, 'unknown links')
     if said.links == 'SYS' and needs.most > 1 and not answer.facts.get('peers', True):
@@ -520,7 +524,7 @@ def check_links(needs: Needs, answer: Answer, said: Driver) -> Finding:
     return ok('gpu links', f'the slowest goes over {kind}')
 
 
-def gpu_findings(needs: Needs, answer: Answer, said: Driver) -> list[Finding]:
+def gpu_findings(needs: Demand, answer: Answer, said: Driver) -> list[Finding]:
     "All that is known of the GPUs; of none, that there are none."
     found = [check_gpus(needs, answer, said)]
     if said.gpus and not said.fault:
@@ -548,7 +552,7 @@ PUBLISHED = {
 }
 
 
-def check_memory(needs: Needs) -> Finding:
+def check_memory(needs: Demand) -> Finding:
     "Whether there is memory for the smallest run of the scale."
     free, least, limit = probes.memory_gib(), FLOORS[needs.scale], probes.memory_limit()
     held = limit is not None and limit <= free
@@ -561,7 +565,7 @@ def check_memory(needs: Needs) -> Finding:
     return judged('memory', free >= least, found, f'{least:g} GiB', mend)
 
 
-def check_shared(needs: Needs, here: int) -> Finding:
+def check_shared(needs: Demand, here: int) -> Finding:
     "Whether the processes of several GPUs can talk through /dev/shm."
     size, several = probes.shared_gib(), min(needs.most, here) > 1
     found = 'none' if size is None else f'{size:.2f} GiB'
@@ -575,7 +579,7 @@ def number(n: float) -> str:
     return 'unlimited' if n == float('inf') else f'{n:,.0f}'
 
 
-def check_limits(needs: Needs) -> list[Finding]:
+def check_limits(needs: Demand) -> list[Finding]:
     "Whether files and processes are limited below what a run needs."
     least = 4096 if needs.on_gpu else 256
     mends = {
@@ -589,7 +593,7 @@ def check_limits(needs: Needs) -> list[Finding]:
     ] + check_sizes(needs)
 
 
-def check_sizes(needs: Needs) -> list[Finding]:
+def check_sizes(needs: Demand) -> list[Finding]:
     "A line for each limit on the size of files or of the address space that a run would meet; none without."
     space, size, found = probes.limit_of('AS'), probes.limit_of('FSIZE'), []
     if size < 5 * 2**30:
@@ -601,14 +605,14 @@ def check_sizes(needs: Needs) -> list[Finding]:
     return found
 
 
-def published_gib(needs: Needs) -> float:
+def published_gib(needs: Demand) -> float:
     "The size of the largest checkpoint that a training of the scale publishes, where it is known."
     names = [config['init_from'] for config in needs.stages.values() if config.get('init_from')]
     places = [needs.env['models'].get(name, name) for name in names]
     return max((PUBLISHED[p][1] for p in places if p in PUBLISHED), default=0.0)
 
 
-def check_runs(needs: Needs) -> list[Finding]:
+def check_runs(needs: Demand) -> list[Finding]:
     "Whether runs can be kept where they lie: room, permission, locks and renames."
     folder, least = probes.existing(lab_path('runs')), ROOM[needs.scale]
     free, wanted = probes.free_gib(folder), max(least, published_gib(needs))
@@ -729,7 +733,7 @@ def remote_model(label: str, place: str, flaw: str, users: list[str]) -> Finding
     return bad('model', bool(off), found + why, f'it for {few(users)}', to_fetch(place) + ways)
 
 
-def check_models(needs: Needs) -> list[Finding]:
+def check_models(needs: Demand) -> list[Finding]:
     "A line for each place that the names of the scale lead to, and for names that lead nowhere."
     known, made = needs.env['models'], needs.made
     by_place: dict[str, list] = {}
@@ -760,7 +764,7 @@ def check_models(needs: Needs) -> list[Finding]:
     return found
 
 
-def check_room(needs: Needs) -> Finding:
+def check_room(needs: Demand) -> Finding:
     "Whether the models that are still to be fetched find room where the hub keeps them."
     folder = probes.existing(probes.hub_cache())
     places = {needs.env['models'].get(name, name) for name in needs.models}
@@ -792,7 +796,7 @@ def data_fault(name: str, known: dict, made: frozenset) -> str:
     return f"unknown name '{name}'{did_you_mean(name, [*known, *made])}"
 
 
-def check_data(needs: Needs) -> list[Finding]:
+def check_data(needs: Demand) -> list[Finding]:
     "One line if all names of data lead somewhere, else one for each that does not."
     known, made = needs.env['data'], needs.made
     names = dict.fromkeys([*known, *needs.data])
@@ -827,7 +831,7 @@ def check_sandbox() -> Finding:
     return ok('sandbox', 'Landlock and seccomp')
 
 
-def check_configs(needs: Needs) -> list[Finding]:
+def check_configs(needs: Demand) -> list[Finding]:
     "Whether the stages' files can be read at this scale."
     wrong = [
         bad('configs', True, why, '', f'correct configs/{name}.yaml')
@@ -836,21 +840,30 @@ def check_configs(needs: Needs) -> list[Finding]:
     return wrong or [ok('configs', f'{len(needs.stages)} stages resolve at {needs.scale}')]
 
 
-def check_slurm(needs: Needs, here: int) -> Finding:
+def check_slurm(needs: Demand, here: int) -> Finding:
     "Whether the request to Slurm gives the stages what they need."
     try:
         asked = cluster_here()
-        check_spread(max(1, needs.most), asked.nodes if needs.on_gpu else 1)
+        check_spread(
+            max(1, needs.most), asked.nodes if needs.on_gpu and asked.nodes != 'auto' else 1
+        )
     except LabError as e:
         return bad('slurm', bool(shutil.which('sbatch')), str(e), '', 'correct configs/slurm.yaml')
     if not shutil.which('sbatch'):
         return ok('slurm', 'no sbatch here, nothing is submitted')
     if (got := requested()) >= needs.most:
-        return ok('slurm', f'{asked.nodes} nodes x {asked.gpus_per_node} GPUs')
+        return ok(
+            'slurm',
+            f'{number(got)} GPUs asked for' if got < float('inf') else 'as each stage needs',
+        )
     per_node = max(1, min(8, needs.most))
     mend = f'in configs/slurm.yaml: gpus_per_node: {per_node}, nodes: {-(-needs.most // per_node)}'
     return bad(
-        'slurm', here < needs.most, f'{got} GPUs asked for', f'{needs.most} at {needs.scale}', mend
+        'slurm',
+        here < needs.most,
+        f'{number(got)} GPUs asked for',
+        f'{needs.most} at {needs.scale}',
+        mend,
     )
 
 # %% ../../nbs/scale/10_doctor.ipynb #497281d5
@@ -870,7 +883,7 @@ def examine(scale: str, limit: float = LIMIT) -> list[Finding]:
         ask = lambda names: {n: pool.submit(probes.try_package, n, env, limit) for n in names}
         early = ['torch', *(p for p in ALWAYS if p in installed())]
         asked, said = ask(early), pool.submit(probes.driver, limit)
-        needs = needs_of(scale)
+        needs = demand_of(scale)
         asked |= ask(p for p in tried_here(needs) if p not in early)
         quick = quick_findings(needs)
         answers = {name: future.result() for name, future in asked.items()}
@@ -881,7 +894,7 @@ def examine(scale: str, limit: float = LIMIT) -> list[Finding]:
     ]
 
 
-def software(needs: Needs, answers: dict[str, Answer], said: Driver) -> list[Finding]:
+def software(needs: Demand, answers: dict[str, Answer], said: Driver) -> list[Finding]:
     "What Python, packages and extras are found to be."
     return [
         *checked('python', check_python),
@@ -891,7 +904,7 @@ def software(needs: Needs, answers: dict[str, Answer], said: Driver) -> list[Fin
     ]
 
 
-def hardware(needs: Needs, answers: dict[str, Answer], said: Driver) -> list[Finding]:
+def hardware(needs: Demand, answers: dict[str, Answer], said: Driver) -> list[Finding]:
     "What depends on the GPUs."
     here = len(seen_gpus(answers['torch'], said))
     return [
@@ -901,7 +914,7 @@ def hardware(needs: Needs, answers: dict[str, Answer], said: Driver) -> list[Fin
     ]
 
 
-def quick_findings(needs: Needs) -> list[Finding]:
+def quick_findings(needs: Demand) -> list[Finding]:
     "The checks that need no other process."
     checks = {
         'memory': check_memory,

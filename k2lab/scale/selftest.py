@@ -35,7 +35,7 @@ from ..lab.provenance import owner, peak_gib
 from ..lab.records import lacks, new_folder, read_run, siblings, start_time
 from . import blocks, probes
 from .blocks import Absent, Bench, Config, Row, new_job
-from .doctor import Needs, check_busy
+from .doctor import Demand, check_busy
 
 # %% ../../nbs/scale/12_selftest.ipynb #51de3181
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def check_device(device: str):
             f'selftest gpu: torch sees no GPU here{f" ({why})" if why else ""}; '
             '`k2lab doctor --scale qlora` says what is missing, `k2lab selftest cpu` tests this CPU'
         )
-    busy = check_busy(Needs('qlora', gpus={'selftest': 1}), answer, probes.driver())
+    busy = check_busy(Demand('qlora', gpus={'selftest': 1}), answer, probes.driver())
     if busy.status != 'ok':
         raise LabError(f'selftest gpu: {busy.found}; speeds would be those of both: {busy.mend}')
 
