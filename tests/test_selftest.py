@@ -82,6 +82,7 @@ FAULTS = {
     'is_wrong': (s.Block(is_wrong, 30), s.FAILED, 'not right: logits'),
     'needs': (s.Block(is_right, 30, 'no_such_package'), s.LEFT_OUT, 'no_such_package is not inst'),
     'needs_more': (s.Block(needs_more, 30), s.LEFT_OUT, 'not available: no stacks'),
+    'fresh': (s.Block(is_right, 30, fresh=True), s.OK, ''),
     'is_right': (s.Block(is_right, 30), s.OK, ''),
 }
 

@@ -8,10 +8,11 @@ __all__ = ['SIZES', 'KINDS', 'WORDS', 'SHEETS', 'OPTIONS', 'LIMITS', 'Size', 'co
            'Turn', 'timed', 'on_gpu', 'trl_options', 'plain_sft', 'plain_pair', 'plain_dpo', 'recorded', 'with_peak',
            'Training', 'ours', 'plain', 'in_turns', 'rate', 'most', 'line_of', 'beside', 'compared', 'shares', 'models',
            'gap', 'exact', 'phases', 'step_options', 'adapted', 'full', 'adapters', 'bits', 'four_bits', 'packed',
-           'preferences', 'experts', 'faster', 'train_in', 'killed', 'resume', 'generation']
+           'preferences', 'experts', 'faster', 'die_with_parent', 'train_in', 'killed', 'resume', 'generation']
 
 # %% ../../nbs/scale/11_blocks.ipynb #c086a399
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import json
@@ -20,6 +21,7 @@ import os
 import random
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,7 +33,7 @@ from typing import Any
 from ..lab.config import LabError
 from ..lab.job import Job, stage_module, start
 from ..lab.provenance import own_peak
-from ..models.fast_lora import open_fast
+from ..models.fast_lora import open_fast, unsloth_first
 from ..models.load import Loading, open_model, open_tokenizer, shipped
 
 # %% ../../nbs/scale/11_blocks.ipynb #f56f6a3b
@@ -509,9 +511,7 @@ def shares(bench: Bench, training: Training, tokens_s: float) -> tuple[float | N
     config = json.loads((bench.place(training.kind) / 'config.json').read_text())
     counts = parameters_of(training.kind, bench.size)
     per_token = operations(counts, not training.load.lora_rank, config['tie_word_embeddings'])
-    per_token *= (
-        4 / 3 if training.pairs and training.load.lora_rank else 1
-    )  # the reference reads too
+    per_token *= 1.5 if training.pairs and training.load.lora_rank else 1  # the reference reads too
     done = tokens_s * per_token
     sheet = sheet_rate(torch.cuda.get_device_name()) if bench.device == 'cuda' else None
     return sheet and done / sheet, done / matmul_rate(bench.device, bench.dtype)
@@ -679,12 +679,19 @@ def experts(bench: Bench) -> list[Row]:
 
 def faster(bench: Bench) -> list[Row]:
     "The adapter of the dense model with Unsloth's kernels, to be read beside the block lora."
+    unsloth_first()
     rows = texts(bench.size.rows, bench.size.words)
     load = dataclasses.replace(adapted(bench, 'qwen'), backend='unsloth')
     training = Training('qwen', load, rows, step_options(bench))
     return [compared(bench, 'qwen', training, peer=False)]
 
 # %% ../../nbs/scale/11_blocks.ipynb #d9e75f65
+def die_with_parent():
+    "Let Linux kill this process when the one that started it ends."
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def train_in(bench: Bench, name: str, killed_at: int = 0) -> Any:
     "The dense model after six steps in the folder `name`, from the newest checkpoint there; killed if asked."
     from k2lab.training.trainer import fit_sft
@@ -710,6 +717,7 @@ def killed(bench: Bench, name: str, step: int):
         child := os.fork()
     ):  # before this process has computed anything, so there are no threads
         with contextlib.suppress(BaseException):
+            die_with_parent()
             train_in(bench, name, step)
         os._exit(1)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
