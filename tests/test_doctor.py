@@ -709,3 +709,28 @@ def test_a_child_of_a_child_is_killed_with_it():
     began = time.monotonic()
     assert ask(['/bin/sh', '-c', '/bin/sleep 30 & /bin/sleep 30'], limit=0.2).code is None
     assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize('old', [False, True], ids=['cgroup v2', 'cgroup v1'])
+def test_what_a_container_may_still_take(old, tmp_path, monkeypatch):
+    names = [*probes.GROUPS.values()][old]
+    monkeypatch.setattr(probes, 'GROUPS', {tmp_path / 'none': names, tmp_path: names})
+    for name, text in zip(names, ('8589934592', '7516192768')):
+        (tmp_path / name).write_text(f'{text}\n')
+    (tmp_path / 'memory.stat').write_text(f'anon 5\n{names[2]} 1073741824\n')
+    assert probes.memory_limit() == 2.0  # 8 GiB, 7 taken, of which 1 is a cache of files
+    (tmp_path / names[0]).write_text('9223372036854771712' if old else 'max')
+    assert probes.memory_limit() is None
+
+
+def test_the_slowest_link_of_each_kind_of_machine():
+    table = lambda *rows: 'x\tGPU0\tGPU1\tNIC0\tCPU Affinity\n' + '\n'.join(rows)
+    assert (
+        probes.slowest_link(table('GPU0\t X \tNV18\tSYS\t0-31', 'GPU1\tNV18\t X \tSYS\t0-31'))
+        == 'NV'
+    )
+    assert (
+        probes.slowest_link(table('GPU0\t X \tPHB\tNODE\t0-31', 'GPU1\tPHB\t X \tNODE\t0-31'))
+        == 'PHB'
+    )
+    assert probes.slowest_link('nvidia-smi: no such option') == ''
