@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -62,7 +63,7 @@ class Answer:
 
 def ask(command: list, limit: float = LIMIT, env: dict | None = None) -> Answer:
     "The answer of a command; it and its children are killed after `limit` seconds, and not waited for."
-    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes: Any = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         child = subprocess.Popen(
             command, **pipes, text=True, errors='replace', start_new_session=True, env=env
