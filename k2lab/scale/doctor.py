@@ -11,8 +11,8 @@ __all__ = ['STATUSES', 'GPU_SCALES', 'EXTRAS', 'DRIVERS', 'ALWAYS', 'LINKS', 'FL
            'check_health', 'check_arithmetic', 'check_links', 'gpu_findings', 'check_memory', 'check_shared', 'number',
            'check_limits', 'check_sizes', 'published_gib', 'check_runs', 'check_sharing', 'switches', 'to_fetch',
            'let_ask', 'check_hub', 'check_model', 'remote_model', 'check_models', 'check_room', 'data_fault',
-           'check_data', 'check_sandbox', 'check_configs', 'check_slurm', 'checked', 'examine', 'software', 'hardware',
-           'quick_findings', 'verdict', 'as_report']
+           'check_data', 'check_sandbox', 'check_configs', 'check_slurm', 'Fit', 'fits', 'check_plan', 'checked',
+           'examine', 'software', 'hardware', 'quick_findings', 'verdict', 'as_report']
 
 # %% ../../nbs/scale/10_doctor.ipynb #21dde490
 import importlib.metadata
@@ -23,6 +23,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -866,6 +867,56 @@ def check_slurm(needs: Demand, here: int) -> Finding:
         mend,
     )
 
+# %% ../../nbs/scale/10_doctor.ipynb #f1e5c09f
+@dataclass(frozen=True)
+class Fit:
+    "What a stage takes by its plan, GiB."
+
+    stage: str
+    gpu: float  # of one process on its GPU
+    host: float  # of all its processes on one machine
+    disk: float
+
+
+def fits(needs: Demand, here: int) -> tuple[list[Fit], list[str]]:
+    "`(what each stage takes on a machine with `here` GPUs, the stages of which nothing is known)`."
+    from k2lab.scale.plan import needs as planned
+
+    found, unknown = [], []
+    for stage in needs.stages:
+        try:
+            cfg = resolve(stage_module(stage).Config, stage, needs.scale)
+            one = planned(stage, cfg, needs.env)
+        except LabError:
+            unknown.append(stage)
+            continue
+        together = max(1, min(one.gpus, here))
+        found.append(Fit(stage, one.gpu_gib, one.host_gib * together, one.disk_gib))
+    return found, unknown
+
+
+def check_plan(needs: Demand, answer: Answer) -> list[Finding] | Finding:
+    "Whether the stages fit this machine by their plans; memory counts only where they would run here."
+    if not find_spec('k2lab.scale.plan'):
+        return []
+    gpus = [gpu['gib'] for gpu in answer.facts.get('gpus', [])]
+    found, unknown = fits(needs, len(gpus))
+    elsewhere = needs.on_gpu and len(gpus) < needs.most  # said by the check of the GPUs
+    card, room = min(gpus, default=0.0), probes.free_gib(probes.existing(lab_path('runs')))
+    limits = {'disk': room} | ({} if elsewhere else {'host': probes.memory_gib(), 'gpu': card})
+    over = [
+        (fit.stage, f'{fit.stage} takes {getattr(fit, part):.1f} GiB of {part} (here {limit:.1f})')
+        for fit in found
+        for part, limit in limits.items()
+        if getattr(fit, part) > limit
+    ]
+    if over:
+        mend = f'k2lab plan {over[0][0]} --scale {needs.scale} says what makes it fit'
+        return bad('plan', True, few([text for _, text in over]), 'less, or more of it', mend)
+    most = lambda part: max((getattr(fit, part) for fit in found), default=0.0)
+    parts = ', '.join(f'{most(part):.1f} GiB of {part}' for part in ('gpu', 'host', 'disk'))
+    return ok('plan', f'at most {parts}' + (f'; unknown: {few(unknown)}' if unknown else ''))
+
 # %% ../../nbs/scale/10_doctor.ipynb #497281d5
 def checked(name: str, check: Callable, *facts) -> list[Finding]:
     "The findings of a check; one that cannot be made, because a folder may not be read for example, is a failure."
@@ -911,6 +962,7 @@ def hardware(needs: Demand, answers: dict[str, Answer], said: Driver) -> list[Fi
         *checked('gpus', gpu_findings, needs, answers['torch'], said),
         *checked('/dev/shm', check_shared, needs, here),
         *checked('slurm', check_slurm, needs, here),
+        *checked('plan', check_plan, needs, answers['torch']),
     ]
 
 
