@@ -250,6 +250,8 @@ def selftest(device: str, size: str = '', only: tuple = (), tell: Callable = pri
     config = Config(device, one_of('size', size or device, blocks.SIZES))
     job = opened(config)
     said: dict[str, dict] = {}
+    # Python's own tracker warns of locks that a killed block left, and removes them
+    os.environ.setdefault('PYTHONWARNINGS', 'ignore:resource_tracker:UserWarning')
     try:
         for name in [n for n in BLOCKS if not only or n in only or n == 'models']:
             said[name] = run_block(BLOCKS[name], Bench(job.folder, name, config))
