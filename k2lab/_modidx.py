@@ -1767,6 +1767,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'k2lab.scale.selftest.cells': ('scale/selftest.html#cells', 'k2lab/scale/selftest.py'),
                                       'k2lab.scale.selftest.check_device': ('scale/selftest.html#check_device', 'k2lab/scale/selftest.py'),
                                       'k2lab.scale.selftest.closed': ('scale/selftest.html#closed', 'k2lab/scale/selftest.py'),
+                                      'k2lab.scale.selftest.end_with_parent': ( 'scale/selftest.html#end_with_parent',
+                                                                                'k2lab/scale/selftest.py'),
                                       'k2lab.scale.selftest.ended': ('scale/selftest.html#ended', 'k2lab/scale/selftest.py'),
                                       'k2lab.scale.selftest.first_gpu': ('scale/selftest.html#first_gpu', 'k2lab/scale/selftest.py'),
                                       'k2lab.scale.selftest.in_child': ('scale/selftest.html#in_child', 'k2lab/scale/selftest.py'),

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -161,3 +163,48 @@ def test_a_lab_that_was_told_of_a_card_says_its_clocks(runs, monkeypatch):
     (card,) = s.card_facts()
     assert card['power.limit'] == '700.00 W' and card['clocks.max.sm'] == '1980 MHz'
     assert json.dumps(card)
+
+
+def test_ctrl_c_is_an_interrupted_run(runs, monkeypatch):
+    def stopped(block, bench):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(s, 'run_block', stopped)
+    with pytest.raises(KeyboardInterrupt):
+        s.selftest('cpu', 'tiny', tell=lambda line: None)
+    (record,) = [read_run(p.parent) for p in runs.glob('selftest/*/run.json')]
+    assert (record['status'], record['reason']) == ('interrupted', 'Ctrl-C')
+
+
+def waits(bench):
+    (bench.home / 'pid').write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+ALONE = """
+import test_selftest as t
+if __name__ == '__main__':
+    t.s.PRELOADED, t.s.BLOCKS = [], {'waits': t.s.Block(t.waits, 60)}
+    t.s.selftest('cpu', 'tiny')
+"""
+
+
+def until(found, seconds: float = 30):
+    "What `found` returns once it is something."
+    end = time.monotonic() + seconds
+    while not (it := found()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return it
+
+
+def test_a_block_does_not_outlive_a_killed_self_test(runs, tmp_path, monkeypatch):
+    here = Path(__file__).parent
+    monkeypatch.setenv('PYTHONPATH', f'{here}{os.pathsep}{here.parent}')
+    (tmp_path / 'alone.py').write_text(ALONE)
+    parent = subprocess.Popen([sys.executable, tmp_path / 'alone.py'], stdout=subprocess.DEVNULL)
+    written = lambda: [p for p in runs.glob('selftest/*/pid') if p.read_text()]
+    (path,) = until(written)
+    child = int(path.read_text())
+    parent.kill()
+    parent.wait()
+    assert until(lambda: not Path(f'/proc/{child}').exists(), 10)
