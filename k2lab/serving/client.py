@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -485,7 +485,7 @@ class Teacher:
         tools: list[dict] | None = None,
         seconds: float = math.inf,
         **options,
-    ) -> Iterator[tuple]:
+    ) -> Generator[tuple, None, None]:
         """Yield ('reasoning'|'content', piece of text) as they come, then ('reply', the whole reply).
 
         `Late` after so many seconds."""
