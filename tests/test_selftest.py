@@ -24,7 +24,6 @@ def runs(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.slow
 def test_every_block_on_a_cpu_is_a_run(runs, capsys, monkeypatch):
     monkeypatch.setenv('K2LAB_TEST_WITHOUT', 'scipy sklearn deepspeed')  # with 4 bits
     record = s.selftest('cpu', 'tiny')
