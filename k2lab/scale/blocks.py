@@ -6,9 +6,9 @@
 __all__ = ['SIZES', 'KINDS', 'WORDS', 'SHEETS', 'OPTIONS', 'LIMITS', 'OFF', 'Size', 'config_for', 'parameters_of', 'Absent',
            'Config', 'new_job', 'Bench', 'Row', 'texts', 'pairs_of', 'examples_of', 'operations', 'sheet_rate',
            'matmul_rate', 'Turn', 'timed', 'on_gpu', 'trl_options', 'plain_sft', 'plain_pair', 'plain_dpo', 'recorded',
-           'with_peak', 'Training', 'ours', 'plain', 'in_turns', 'rate', 'most', 'line_of', 'beside', 'compared',
-           'shares', 'models', 'gap', 'exact', 'phases', 'step_options', 'adapted', 'full', 'adapters', 'bits',
-           'four_bits', 'packed', 'preferences', 'experts', 'faster', 'die_with_parent', 'train_in', 'killed', 'resume',
+           'with_peak', 'Trial', 'ours', 'plain', 'in_turns', 'rate', 'most', 'line_of', 'beside', 'compared', 'shares',
+           'models', 'gap', 'exact', 'phases', 'step_options', 'adapted', 'full', 'adapters', 'bits', 'four_bits',
+           'packed', 'preferences', 'experts', 'faster', 'die_with_parent', 'train_in', 'killed', 'resume',
            'generation', 'even_rows', 'held', 'planned_gib', 'planned', 'plans']
 
 # %% ../../nbs/scale/11_blocks.ipynb #c086a399
@@ -288,7 +288,7 @@ def matmul_rate(device: str, dtype: str, tries: int = 5) -> float:
     for _ in range(tries):
         wait()
         began = time.perf_counter()
-        a @ a
+        torch.matmul(a, a)
         wait()
         best = min(best, time.perf_counter() - began)
     return 2 * n**3 / best
@@ -408,7 +408,7 @@ def with_peak(work: Callable[[], Turn]) -> Turn:
 
 
 @dataclass(frozen=True)
-class Training:
+class Trial:
     "A training that is measured, and its other side."
 
     kind: str  # of the model
@@ -424,7 +424,7 @@ class Training:
         return self.rows[: 2 * self.options['per_device_train_batch_size']]
 
 
-def ours(bench: Bench, training: Training, rows: list[dict], name: str) -> Turn:
+def ours(bench: Bench, training: Trial, rows: list[dict], name: str) -> Turn:
     "A training as the lab's stages do it."
     from k2lab.text.masks import pair_row
     from k2lab.training.trainer import fit_dpo, fit_sft
@@ -443,7 +443,7 @@ def ours(bench: Bench, training: Training, rows: list[dict], name: str) -> Turn:
     return recorded(job)
 
 
-def plain(bench: Bench, training: Training, rows: list[dict]) -> Turn:
+def plain(bench: Bench, training: Trial, rows: list[dict]) -> Turn:
     "The same training as a plain TRL script does it, with the same adapter; never packed."
     from k2lab.models.adapters import lora
 
@@ -456,7 +456,7 @@ def plain(bench: Bench, training: Training, rows: list[dict]) -> Turn:
     return plain_sft(model, tok, examples_of(tok, rows), adapter, **t.options)
 
 
-def in_turns(bench: Bench, training: Training, peer: bool = True) -> tuple[list, list]:
+def in_turns(bench: Bench, training: Trial, peer: bool = True) -> tuple[list, list]:
     "The trainings of both sides in turns, after a short one of each; without a peer the second list is empty."
     mine, theirs = [], []
     ours(bench, training, training.warm, 'warm')
@@ -479,7 +479,7 @@ def most(turns: list[Turn]) -> float | None:
     return max((t.peak_gib for t in turns if t.peak_gib is not None), default=None)
 
 
-def line_of(bench: Bench, what: str, training: Training, mine: list[Turn]) -> Row:
+def line_of(bench: Bench, what: str, training: Trial, mine: list[Turn]) -> Row:
     "The line of some trainings: speed, shares of what the device can do, memory."
     row = Row(what, rate(mine), peak_gib=most(mine))
     row.mfu, row.of_matmul = shares(bench, training, rate(mine))
@@ -498,14 +498,14 @@ def beside(row: Row, mine: list[Turn], theirs: list[Turn], name: str = 'plain TR
     return row
 
 
-def compared(bench: Bench, what: str, training: Training, peer: bool = True) -> Row:
+def compared(bench: Bench, what: str, training: Trial, peer: bool = True) -> Row:
     "The line of a training, with plain TRL beside it."
     mine, theirs = in_turns(bench, training, peer)
     row = line_of(bench, what, training, mine)
     return beside(row, mine, theirs) if theirs else row
 
 
-def shares(bench: Bench, training: Training, tokens_s: float) -> tuple[float | None, float]:
+def shares(bench: Bench, training: Trial, tokens_s: float) -> tuple[float | None, float]:
     "`(MFU by the data sheet or None, share of the measured product of matrices)` of a speed."
     import torch
 
@@ -613,13 +613,13 @@ def adapted(bench: Bench, kind: str, *parts: str, four_bit: bool = False) -> Loa
 def full(bench: Bench) -> list[Row]:
     "All weights of the dense model."
     rows = texts(bench.size.rows, bench.size.words)
-    return [compared(bench, 'qwen', Training('qwen', Loading(), rows, step_options(bench)))]
+    return [compared(bench, 'qwen', Trial('qwen', Loading(), rows, step_options(bench)))]
 
 
 def adapters(bench: Bench) -> list[Row]:
     "LoRA on both models."
     rows = texts(bench.size.rows, bench.size.words)
-    train = lambda kind: Training(kind, adapted(bench, kind), rows, step_options(bench))
+    train = lambda kind: Trial(kind, adapted(bench, kind), rows, step_options(bench))
     return [compared(bench, kind, train(kind)) for kind in KINDS]
 
 
@@ -646,7 +646,7 @@ def four_bits(bench: Bench) -> list[Row]:
     for kind in KINDS:
         load = adapted(bench, kind, four_bit=True)
         found.append(bits(bench, kind, load))
-        training = Training(kind, load, rows, step_options(bench, gradient_checkpointing=True))
+        training = Trial(kind, load, rows, step_options(bench, gradient_checkpointing=True))
         found.append(compared(bench, kind, training))
     return found
 
@@ -656,8 +656,8 @@ def packed(bench: Bench) -> list[Row]:
     rows = texts(2 * bench.size.rows, mixed=True, longest=2 * bench.size.words)
     lengths = [len(e['input_ids']) for e in examples_of(bench.tokenizer('qwen'), rows)]
     one = dict(per_device_train_batch_size=1)
-    packing = Training('qwen', Loading(), rows, one, room=2 * max(lengths))
-    padding = Training('qwen', Loading(), rows, step_options(bench))
+    packing = Trial('qwen', Loading(), rows, one, room=2 * max(lengths))
+    padding = Trial('qwen', Loading(), rows, step_options(bench))
     mine, _ = in_turns(bench, packing, peer=False)
     plain(bench, padding, padding.warm)
     theirs = [with_peak(lambda: plain(bench, padding, rows)) for _ in range(bench.size.rounds)]
@@ -667,14 +667,14 @@ def packed(bench: Bench) -> list[Row]:
 def preferences(bench: Bench) -> list[Row]:
     "DPO with an adapter on the dense model."
     rows = texts(bench.size.rows // 2, bench.size.words // 2)
-    training = Training('qwen', adapted(bench, 'qwen'), rows, step_options(bench), pairs=True)
+    training = Trial('qwen', adapted(bench, 'qwen'), rows, step_options(bench), pairs=True)
     return [compared(bench, 'qwen', training)]
 
 
 def experts(bench: Bench) -> list[Row]:
     "An adapter on the routed experts of the K2, with the coverage that every training certifies."
     rows = texts(bench.size.rows, bench.size.words)
-    training = Training('k2', adapted(bench, 'k2', 'routed'), rows, step_options(bench))
+    training = Trial('k2', adapted(bench, 'k2', 'routed'), rows, step_options(bench))
     return [compared(bench, 'k2, routed experts', training, peer=False)]
 
 
@@ -683,7 +683,7 @@ def faster(bench: Bench) -> list[Row]:
     unsloth_first()
     rows = texts(bench.size.rows, bench.size.words)
     load = dataclasses.replace(adapted(bench, 'qwen'), backend='unsloth')
-    training = Training('qwen', load, rows, step_options(bench))
+    training = Trial('qwen', load, rows, step_options(bench))
     return [compared(bench, 'qwen', training, peer=False)]
 
 # %% ../../nbs/scale/11_blocks.ipynb #d9e75f65
