@@ -17,6 +17,7 @@ SLOW = [
     'guard',
     'distributed',
     'cli',
+    'selftest',
     'refine',
     'resume',
     'run',

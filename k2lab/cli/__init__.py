@@ -7,6 +7,7 @@ from k2lab.cli.completion import candidates, completion
 from k2lab.cli.help import command_help, stage_help, usage
 from k2lab.cli.listing import show_runs
 from k2lab.cli.looking import diff, show_run
+from k2lab.cli.machine import doctor, selftest
 from k2lab.cli.making import convert, export, new_lab
 from k2lab.cli.marking import note_run, promote_run, tag_run
 from k2lab.cli.running import (
@@ -127,6 +128,19 @@ COMMANDS = {
         'RUN',
         (Option('because', 'why; the record keeps it', 'TEXT'),),
         f'k2lab promote {RUN} --because "as intended"',
+    ),
+    'doctor': Command(
+        doctor,
+        'check whether a scale can run on this machine, and say what mends what is wrong',
+        options=(SCALE, JSON),
+        example='k2lab doctor --scale qlora',
+    ),
+    'selftest': Command(
+        selftest,
+        'test and measure the GPU or the CPU of this machine with models made on the spot',
+        'DEVICE',
+        (Option('blocks', 'only these parts, such as exact,lora,resume', 'A,B'), JSON),
+        'k2lab selftest gpu',
     ),
     'new': Command(
         new_lab,
