@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'LATENT', 'PLAIN', 'NF4', 'WIDTH', 'known_shape', 'Matrix', 'head_size', 'matrices_of', 'counted',
-           'in_four_bits', 'weight_bytes', 'largest_layer', 'adapter_weights', 'state_bytes', 'activation_bytes',
-           'cache_bytes', 'config_at', 'small_shape']
+           'in_four_bits', 'weight_bytes', 'stored_bytes', 'largest_layer', 'adapter_weights', 'state_bytes',
+           'activation_bytes', 'cache_bytes', 'config_at', 'small_shape']
 
 # %% ../../nbs/scale/00_parts.ipynb #4388e206
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..lab.config import LabError, did_you_mean
 from ..models.adapters import LINEAR, parts_to_adapt
 from ..models.load import Loading
-from ..models.quantized import backbone, read_config
+from ..models.quantized import backbone, read_config, scheme
 
 # %% ../../nbs/scale/00_parts.ipynb #9affabe5
 _K2 = dict(
@@ -39,6 +40,17 @@ _K2 = dict(
     topk_group=1,
     tie_word_embeddings=False,
     max_position_embeddings=131072,
+)
+# how K2's weights lie on the hub: 8 bits in blocks; from K2-Thinking on, the routed experts in 4 bits
+_FP8 = dict(quant_method='fp8', fmt='e4m3', weight_block_size=[128, 128])
+_INT4 = dict(
+    quant_method='compressed-tensors',
+    format='pack-quantized',
+    config_groups=dict(
+        group_0=dict(
+            weights=dict(num_bits=4, type='int', symmetric=True, strategy='group', group_size=32)
+        )
+    ),
 )
 _MOONLIGHT = _K2 | dict(
     model_type='deepseek_v3',
@@ -73,7 +85,10 @@ def _qwen(hidden: int, layers: int, inner: int, heads: int, key_heads: int, tied
 
 # part of a hub id -> the lines of its config.json that decide a size
 KNOWN = {
-    'Kimi-K2': _K2,
+    'Kimi-K2': _K2 | dict(quantization_config=_FP8),
+    'Kimi-K2-Thinking': _K2 | dict(quantization_config=_INT4),
+    'Kimi-K2.5': _K2 | dict(quantization_config=_INT4),
+    'Kimi-K2.6': _K2 | dict(quantization_config=_INT4),
     'Moonlight-16B-A3B': _MOONLIGHT,
     'Qwen2.5-0.5B': _qwen(896, 24, 4864, 14, 2, True),
     'Qwen2.5-1.5B': _qwen(1536, 28, 8960, 12, 2, True),
@@ -222,6 +237,21 @@ def weight_bytes(matrices: list[Matrix], load: Loading) -> dict[str, int]:
         each = NF4 if in_four_bits(m, load) else WIDTH[load.dtype]
         found[m.part] = found.get(m.part, 0) + round(m.weights * each)
     return found
+
+
+def stored_bytes(config: dict) -> int:
+    "Bytes of the weights as they are published: in 16 bits, or as their quantization_config says."
+    matrices, kind = matrices_of(config), scheme(config)
+    if (
+        'block' in kind
+    ):  # fp8 with one float32 factor for each block; embedding, head and norms in 16 bits
+        narrow = 1 + 4 / math.prod(kind['block'])
+        each = lambda m: narrow if m.linear and m.part != 'head' else 2
+    elif 'group' in kind:  # 4 bits with a 16-bit factor for each group
+        each = lambda m: 0.5 + 2 / kind['group'] if m.part == 'routed' else 2
+    else:
+        each = lambda m: 2
+    return round(sum(m.weights * each(m) for m in matrices))
 
 
 def largest_layer(matrices: list[Matrix], linear: bool = False) -> int:
