@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SHELL_LINE', 'BY_HAND', 'check_sides', 'settle', 'published', 'check_line', 'Job', 'stage_module', 'config_of',
            'check_saves', 'folder_named', 'claimed', 'new_record', 'submission', 'check_told', 'whole_or_gone',
-           'prepare', 'open_job', 'settings_of', 'started_after', 'own_inputs', 'enter_inputs', 'keep_diff', 'since',
-           'verify_inputs', 'half_again', 'data_again', 'watch_failures', 'claim', 'supersede', 'start']
+           'asked_module', 'prepare', 'open_job', 'settings_of', 'started_after', 'own_inputs', 'enter_inputs',
+           'keep_diff', 'since', 'verify_inputs', 'half_again', 'data_again', 'watch_failures', 'claim', 'supersede',
+           'start']
 
 # %% ../../nbs/lab/10_job.ipynb #1e7d3efa
 import contextlib
@@ -476,6 +477,18 @@ def whole_or_gone(folder: Path):
             folder.parent.rmdir()  # a campaign without another run
         raise
 
+# %% ../../nbs/lab/10_job.ipynb #138170a7
+def asked_module(stage: str, cfg, env: dict, campaign: str, changes: dict, refuse: bool) -> dict:
+    "The plan of a run, `{}` of a stage without one; `LabError` for what its module refuses, or does not fit here."
+    module, told, names = stage_module(stage), looked_up(cfg), looked_up(env)
+    if check := getattr(module, 'check', None):
+        check(told, names)
+    plan = getattr(module, 'plan', None)
+    found = plan(told, names, campaign, changes) if plan else {}
+    if refuse and found.get('refusal'):
+        raise LabError(found['refusal'])
+    return {'plan': found} if found else {}
+
 # %% ../../nbs/lab/10_job.ipynb #2e302bc2
 def prepare(
     stage: str,
@@ -483,8 +496,11 @@ def prepare(
     campaign: str | None = None,
     changes: dict | None = None,
     run: str | None = None,
+    refuse: bool = True,
 ) -> Job:
-    "Resolve the configuration and create a run folder: stage.yaml, env.yaml and a record with the status `prepared`."
+    """Resolve the configuration and create a run folder: stage.yaml, env.yaml and a record with the status `prepared`.
+
+    `LabError` for a run that does not fit this machine, unless `refuse` is false: told to start, or runs elsewhere."""
     Config = stage_module(stage).Config
     scale = one_of('scale', scale or setting('lab', 'scale'), SCALES)
     cfg, env = resolve(Config, stage, scale, changes or {}), load_env(scale)
@@ -492,9 +508,11 @@ def prepare(
         check_saves(config['saves'], env)
     told = json.loads(as_json(spelled(changes or {})))
     check_told(config, env, told)
+    place = Path(run).parent.name if run else campaign or 'scratch'
+    plan = asked_module(stage, cfg, env, place, told, refuse)
     folder = claimed(stage, campaign, run)
     with whole_or_gone(folder):
-        record = new_record(stage, scale, folder.parent.name, cfg, env, told)
+        record = new_record(stage, scale, folder.parent.name, cfg, env, told) | plan
         for name, values in (('stage', record['config']), ('env', env)):
             text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
             write_text(folder / f'{name}.yaml', text)
@@ -684,12 +702,15 @@ def start(
     run: str | None = None,
     changes: dict | None = None,
     campaign: str | None = None,
+    anyway: bool = False,
 ) -> Job:
-    "The job of a new run, or of the folder `run` that the runner prepared; its status is now `running`."
+    """The job of a new run, or of the folder `run` that the runner prepared; its status is now `running`.
+
+    `anyway` starts one that does not fit this machine by its plan."""
     if run and (root() / run / 'run.json').exists():
         job = open_job(root() / run)
     else:
-        job = prepare(stage, scale, campaign, changes, run)
+        job = prepare(stage, scale, campaign, changes, run, not anyway)
     job.held = claim(job.folder)
     job.reload()
     if (job.stage, job.record['status']) != (stage, 'prepared'):

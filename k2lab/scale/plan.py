@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['GIB', 'KINDS', 'PHASES', 'LIBRARIES', 'CONTEXT', 'LINKS', 'MEASURED', 'ROWS', 'Machine', 'gpus_here', 'this_machine',
            'machine_named', 'maker_of', 'place_for', 'Work', 'split_of', 'for_gpu', 'work_of', 'Plan', 'plan_for',
-           'lacking', 'Needs', 'needs']
+           'lacking', 'Needs', 'needs', 'knobs', 'Question', 'estimated', 'remedy', 'as_words', 'Speed', 'speed_here',
+           'tokens_at_most', 'hours', 'traced_plan', 'refusal', 'as_record', 'planned', 'described', 'in_gib']
 
 # %% ../../nbs/scale/02_plan.ipynb #ab741323
-import dataclasses
-import functools
 import math
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from k2lab.lab.config import (
     lab_path,
     read_yaml,
     resolve,
-    root,
     stage_file,
     stage_names,
 )
@@ -37,9 +35,7 @@ from ..lab.records import runs, saved_by
 from ..models.load import Loading
 from k2lab.scale.parts import (
     WIDTH,
-    Matrix,
     activation_bytes,
-    adapter_weights,
     cache_bytes,
     config_at,
     counted,
@@ -47,6 +43,7 @@ from k2lab.scale.parts import (
     largest_layer,
     matrices_of,
     state_bytes,
+    stored_bytes,
     weight_bytes,
 )
 from .trace import CHUNK, Step
@@ -92,7 +89,8 @@ def this_machine() -> Machine:
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free / GIB
-    return Machine(len(found), min(found, default=0.0), _limit() / GIB, free)
+    nodes = int(os.environ.get('SLURM_JOB_NUM_NODES', 1))
+    return Machine(len(found) * nodes, min(found, default=0.0), _limit() / GIB, free)
 
 
 def machine_named(text: str) -> Machine:
@@ -152,6 +150,7 @@ class Work:
     kept: int = 2  # checkpoints of a training that stay on disk
     answers: int = 0  # longest answer in tokens when measuring; 0: nothing is answered
     beside: dict | None = None  # config.json of a model that is measured beside it: the teacher
+    served: bool = False  # by vLLM, with its weights as they are published
 
     @property
     def shards(self) -> int:
@@ -251,9 +250,8 @@ def _serving(stage: str, cfg, env: dict, campaign: str) -> Work | None:
     vllm = cfg.engine == 'vllm'
     answers = options.get('max_model_len', cfg.max_tokens) if vllm else cfg.max_tokens
     load = Loading(dtype='bfloat16' if vllm else 'float32')
-    return Work(
-        stage, config, load, processes=n, split='zero3' if n > 1 else '', gpu=vllm, answers=answers
-    )
+    split = 'zero3' if n > 1 else ''
+    return Work(stage, config, load, None, n, split, vllm, answers=answers, served=vllm)
 
 
 KINDS: dict[str, Callable] = {
@@ -297,6 +295,8 @@ class Plan:
 
 def _weights(work: Work) -> dict[str, int]:
     "The weights of one process by group and bits."
+    if work.served:
+        return {'weights, as published': stored_bytes(work.config) // work.shards}
     found = {}
     for m in matrices_of(work.config):
         narrow = in_four_bits(m, work.load)
@@ -330,25 +330,28 @@ def _logits(work: Work) -> int:
     return tokens * size * each
 
 
+def _gathered(work: Work) -> int:
+    "The module that ZeRO-3 or FSDP puts together to compute it, and its gradients where all of it is trained."
+    if work.shards == 1 or work.step is None:
+        return 0
+    largest, sizes = 0, {}
+    for m in matrices_of(work.config):
+        sizes[m.part] = sizes.get(m.part, 0) + m.weights // m.times
+    largest = max(sizes.values())
+    return largest * WIDTH[work.load.dtype] * (1 if work.load.lora_rank else 2)
+
+
 def _activations(work: Work, trace) -> dict[str, int]:
     "`{'activations', 'logits'}` of a step of training; what a trace found beyond the logits is activations."
     step, logits = work.step, _logits(work)
     if step is None:
         return {}
     if trace:
-        beyond = trace.kept + (
-            2 * largest_layer(matrices_of(work.config)) * WIDTH[work.load.dtype]
-            if work.shards > 1
-            else 0
-        )
-        return {'logits': min(logits, beyond), 'activations': max(0, beyond - logits)}
+        found = {'logits': min(logits, trace.kept), 'activations': max(0, trace.kept - logits)}
+        return found | {'gathered': _gathered(work)}
     rows = step.batch * (2 if step.method == 'DPO' else 1)
-    return {
-        'logits': logits,
-        'activations': activation_bytes(
-            work.config, rows, step.length, work.load, step.checkpointing
-        ),
-    }
+    kept = activation_bytes(work.config, rows, step.length, work.load, step.checkpointing)
+    return {'logits': logits, 'activations': kept, 'gathered': _gathered(work)}
 
 
 def _measuring(work: Work) -> dict[str, int]:
@@ -356,7 +359,7 @@ def _measuring(work: Work) -> dict[str, int]:
     c, width = work.config, WIDTH[work.load.dtype]
     found = {'logits': MEASURED * c['vocab_size'] * (8 + width) if work.step else 0}
     if work.answers:
-        found['caches'] = cache_bytes(c, ROWS, work.answers + 256, width)
+        found['caches'] = cache_bytes(c, 1 if work.served else ROWS, work.answers + 256, width)
     layers = c['num_hidden_layers']
     found['activations'] = activation_bytes(c, 1, MEASURED, work.load, False) // layers
     if work.beside:
@@ -401,7 +404,7 @@ def _phases(work: Work, trace, extra: dict) -> dict[str, dict[str, int]]:
     reference = {}
     if work.step and work.step.method == 'DPO' and not work.load.lora_rank:
         reference = {'reference': sum(weights.values())}
-    opening = largest_layer(matrices_of(work.config)) * WIDTH[work.load.dtype]
+    opening = 0 if work.served else largest_layer(matrices_of(work.config)) * WIDTH[work.load.dtype]
     found = {
         'load': weights | {'opening': opening},
         'measure': weights | _measuring(work),
@@ -424,7 +427,9 @@ def plan_for(work: Work, on_gpu: bool, trace=None) -> Plan:
     if not on_gpu:
         found = _phases(work, trace, {'libraries': LIBRARIES})
         return Plan(work, found, found, _disk(work), False, bool(trace))
-    extra = {'context': CONTEXT + (LINKS if work.processes > 1 else 0)}
+    device = _phases(work, trace, {'context': CONTEXT + (LINKS if work.processes > 1 else 0)})
+    if work.step:
+        device['export'].pop('certificate')  # on the CPU where the GPU has no room for it
     width = WIDTH[work.load.dtype]
     opening = {
         'opening': largest_layer(matrices_of(work.config)) * width,
@@ -434,7 +439,7 @@ def plan_for(work: Work, on_gpu: bool, trace=None) -> Plan:
     if work.step:
         host |= {phase: {'libraries': LIBRARIES * 2} for phase in ('train', 'save')}
         host['export'] = {'libraries': LIBRARIES * 2, 'certificate': _copies(work) // work.shards}
-    return Plan(work, _phases(work, trace, extra), host, _disk(work), True, bool(trace))
+    return Plan(work, device, host, _disk(work), True, bool(trace))
 
 # %% ../../nbs/scale/02_plan.ipynb #682c0193
 def _gib(size: float) -> str:
@@ -491,3 +496,276 @@ def needs(stage: str, cfg, env: dict, campaign: str = '') -> Needs:
     gpu = plan.peak() / GIB if work.gpu else 0.0
     sizes = gpu, plan.peak('host') / GIB, sum(plan.disk.values()) / GIB
     return Needs(work.processes if work.gpu else 0, *(round(size, 2) for size in sizes))
+
+# %% ../../nbs/scale/02_plan.ipynb #02dedafc
+def _batches(work: Work) -> list[dict]:
+    "Smaller batches, each with as many rows in an update as before."
+    found, size, before = [], work.step.batch // 2, work.step.batch
+    while size >= 1:
+        found.append(
+            {
+                'trainer.per_device_train_batch_size': size,
+                'trainer.gradient_accumulation_steps': before // size,
+            }
+        )
+        size //= 2
+    return found
+
+
+def knobs(work: Work, machine: Machine) -> list[dict]:
+    "Changes that could make a work smaller, the mildest first; some of them a stage may refuse."
+    found: list[dict] = []
+    if work.step:
+        found.append({'trainer.gradient_checkpointing': True})
+        found += (
+            [{'trainer.use_liger_kernel': True}]
+            if work.step.method == 'DPO'
+            else [{'trainer.loss_type': 'chunked_nll'}]
+        )
+        found += _batches(work)
+    if work.answers > 1024:
+        found += [{'answer_tokens': n} for n in (4096, 2048, 1024) if n < work.answers]
+    shared = [2**k for k in range(1, 20) if 1 < 2**k <= machine.gpus]
+    found += [{'processes': n, 'accelerate': 'zero3'} for n in shared if n != work.processes]
+    found += [{'processes': 1}] if work.processes > 1 else []
+    found += (
+        [{'load.dtype': 'bfloat16'}, {'load.dtype': 'bfloat16', 'load.four_bit': True}]
+        if work.load.lora_rank
+        else []
+    )
+    bare = {'load.dtype': 'bfloat16', 'load.lora_rank': 16, 'optimizer': 'adamw'}
+    found += (
+        []
+        if work.load.lora_rank
+        else [bare, bare | {'load.four_bit': True, 'trainer.gradient_checkpointing': True}]
+    )
+    length = work.step.length if work.step else 0
+    return found + [{'length': length // n} for n in (2, 4, 8) if length // n >= 128]
+
+
+@dataclass(frozen=True)
+class Question:
+    "A stage at a scale with changes: what a plan is asked for."
+
+    stage: str
+    scale: str
+    changes: dict
+    env: dict
+    campaign: str = ''
+
+    def work(self, more: dict | None = None) -> Work | None:
+        "The work with further changes; `LabError` for what the stage refuses."
+        cfg = resolve(
+            stage_module(self.stage).Config, self.stage, self.scale, self.changes | (more or {})
+        )
+        return work_of(self.stage, cfg, self.env, self.campaign)
+
+
+def _tried(asked: Question, changes: dict, machine: Machine, planned: Callable) -> list[str] | None:
+    "What is lacking with these changes; None where the stage refuses them."
+    try:
+        work = asked.work(changes)
+    except LabError:
+        return None
+    return lacking(planned(work, machine), machine) if work else []
+
+
+def estimated(work: Work, machine: Machine) -> Plan:
+    "The plan of a work on a machine, without a trace."
+    return plan_for(work, bool(machine.gpus))
+
+
+def remedy(asked: Question, machine: Machine, planned: Callable = estimated) -> dict | None:
+    "The mildest changes that make a stage fit, by trying; `{}` if it fits, None if nothing that the plan knows does."
+    work = asked.work()
+    if work is None or not lacking(planned(work, machine), machine):
+        return {}
+    tries = knobs(work, machine)
+    fits = lambda changes: all(
+        _tried(asked, changes, machine, by) == [] for by in (estimated, planned)
+    )
+    together: dict = {}
+    for change in tries:
+        if fits(change):
+            return _needed(change, fits)
+    for change in tries:
+        if _tried(asked, together | change, machine, estimated) is not None:
+            together |= change
+            if fits(together):
+                return _needed(together, fits)
+    return None
+
+
+def _needed(changes: dict, fits: Callable) -> dict:
+    "The changes without those that are not needed, the harshest left out first."
+    for key in reversed(list(changes)):
+        fewer = {k: v for k, v in changes.items() if k != key}
+        if fewer and fits(fewer):
+            changes = fewer
+    return changes
+
+
+def as_words(changes: dict) -> str:
+    "Changes as they are written on a command line."
+    return ' '.join(
+        f'{k}={str(v).lower() if isinstance(v, bool) else v}' for k, v in changes.items()
+    )
+
+# %% ../../nbs/scale/02_plan.ipynb #45ed31b3
+@dataclass(frozen=True)
+class Speed:
+    "Tokens per second, and the run that they were measured in."
+
+    tokens_s: float
+    run: str
+
+
+def _same_work(record: dict, work: Work, here: dict) -> bool:
+    "Whether a run trained this model in these bits, on a machine like this."
+    done = record.get('training', {}).get('train', {})
+    held = record.get('weights', {}).get(record['config'].get('init_from'), {})
+    hosts = record.get('inputs', {}).get('host', {})
+    same_host = all(hosts.get(k) == v for k, v in here.items())
+    ours = weight_bytes(matrices_of(work.config), work.load)
+    near = held.keys() == ours.keys() and all(abs(held[k] - n) <= 0.02 * n for k, n in ours.items())
+    lora = record['config'].get('load', {}).get('lora_rank', 0)
+    return bool(done.get('tokens_s')) and near and same_host and lora == work.load.lora_rank
+
+
+def speed_here(work: Work) -> Speed | None:
+    "The speed of the newest complete run like this one on this machine; None if there is none."
+    from k2lab.lab.provenance import accelerator, cpu_name
+
+    here = {'cpu': cpu_name()} | (
+        {'devices': devices} if (devices := accelerator().get('devices')) else {}
+    )
+    complete = [r for r in runs() if r['status'] == 'complete']
+    for record in reversed(complete):
+        if work.step and _same_work(record, work, here):
+            return Speed(record['training']['train']['tokens_s'], Path(record['folder']).name)
+    return None
+
+
+def tokens_at_most(cfg) -> int | None:
+    "The tokens that a stage trains on at most; None where its rows are not counted in its configuration."
+    options, length = cfg.trainer, cfg.length
+    per_step = (
+        options.get('per_device_train_batch_size', 8)
+        * options.get('gradient_accumulation_steps', 1)
+        * cfg.processes
+    )
+    if options.get('max_steps', -1) > 0:
+        return options['max_steps'] * per_step * length
+    rows = list(getattr(cfg, 'mix', {}).values())
+    if not rows or any(not isinstance(n, int) for n in rows):
+        return None
+    return round(sum(rows) * length * options.get('num_train_epochs', 3))
+
+
+def hours(work: Work, cfg, machine: Machine) -> str:
+    "How long the training takes at most, with the run that says so, or `unknown` and why."
+    if work.step is None:
+        return 'unknown: nothing is trained'
+    if machine.name != Machine.name:
+        return f'unknown: {machine.name} is not here to be measured'
+    speed, tokens = speed_here(work), tokens_at_most(cfg)
+    if speed is None:
+        return 'unknown: no run of this lab has trained this model like this on this machine'
+    if tokens is None:
+        return (
+            f'unknown: the rows are not counted yet; {speed.tokens_s:,.0f} tokens/s in {speed.run}'
+        )
+    return f'at most {tokens / speed.tokens_s / 3600:.2g} ({speed.tokens_s:,.0f} tokens/s in {speed.run})'
+
+# %% ../../nbs/scale/02_plan.ipynb #83615774
+def _certain(plan: Plan) -> Plan:
+    "A plan with only what needs no estimate."
+    sure = lambda parts: {
+        k: v
+        for k, v in parts.items()
+        if k not in ('activations', 'logits', 'caches', 'certificate', 'opening')
+    }
+    only = lambda phases: {phase: sure(parts) for phase, parts in phases.items()}
+    return replace(plan, device=only(plan.device), host=only(plan.host))
+
+
+def traced_plan(work: Work, machine: Machine) -> Plan:
+    "The plan of a work on a machine, its step of training traced; imports torch."
+    from k2lab.scale.trace import traced
+
+    on_gpu = bool(machine.gpus)
+    return plan_for(work, on_gpu, traced(replace(work.step, fused=on_gpu)) if work.step else None)
+
+
+def refusal(asked: Question, machine: Machine) -> str:
+    "Why a stage cannot run on a machine and what would let it, in one line; empty if it can."
+    work = asked.work()
+    if work is None:
+        return ''
+    plan = estimated(work, machine)
+    why = lacking(plan, machine)
+    if why and not lacking(_certain(plan), machine):
+        why = lacking(traced_plan(work, machine), machine)
+    if not why:
+        return ''
+    change = remedy(asked, machine)
+    ways = [as_words(change)] if change else []
+    ways += ['--on slurm for a machine that has it'] if work.gpu else []
+    ways.append('--anyway to start all the same')
+    return f'{asked.stage} does not fit at {asked.scale}: {why[0]}; {", or ".join(ways)}'
+
+
+def as_record(plan: Plan) -> dict:
+    "A plan as a run's record keeps it: GiB of each phase of one process, and of the disk."
+    sums = lambda phases: {
+        phase: round(sum(parts.values()) / GIB, 3) for phase, parts in phases.items()
+    }
+    return dict(
+        device='gpu' if plan.on_gpu else 'cpu',
+        processes=plan.work.processes,
+        traced=plan.traced,
+        gib=sums(plan.device),
+        host_gib=sums(plan.host),
+        disk_gib=round(sum(plan.disk.values()) / GIB, 3),
+    )
+
+
+def planned(stage: str, cfg, env: dict, campaign: str, changes: dict) -> dict:
+    """What a run of a stage is planned to take here, for its record, and under `refusal` why it cannot run.
+
+    Empty for a stage that opens no model; `unknown` says why nothing is known of one whose shape is not."""
+    asked, machine = Question(stage, env['scale'], changes, env, campaign), this_machine()
+    try:
+        work = work_of(stage, cfg, env, campaign)
+        if work is None:
+            return {}
+        return as_record(estimated(work, machine)) | {'refusal': refusal(asked, machine)}
+    except LabError as why:
+        return {'unknown': str(why)}
+
+# %% ../../nbs/scale/02_plan.ipynb #9d11c35f
+def described(work: Work) -> str:
+    "The model of a work, how it is trained and on what, in one line."
+    weights, load, step = sum(counted(matrices_of(work.config)).values()), work.load, work.step
+    size = f'{weights / 1e9:,.2f} B weights' if weights >= 1e8 else f'{weights / 1e6:.2f} M weights'
+    parts = [
+        f'{work.config["model_type"]}, {size}',
+        load.dtype + (' and 4 bits' if load.four_bit else ''),
+    ]
+    if work.served:
+        parts[1] = 'as published'
+    if step:
+        parts.append(f'LoRA of rank {load.lora_rank}' if load.lora_rank else 'all weights trained')
+        parts.append(
+            f'{step.batch} x {step.length} tokens'
+            + (', checkpointing' if step.checkpointing else '')
+        )
+        parts += [work.split] if work.split else []
+    return ', '.join(parts)
+
+
+def in_gib(phases: dict) -> dict:
+    "Bytes by phase and part in GiB."
+    return {
+        phase: {k: round(v / GIB, 4) for k, v in parts.items()} for phase, parts in phases.items()
+    }

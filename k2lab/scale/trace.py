@@ -76,6 +76,7 @@ class Step:
     padded: bool = True  # rows of several lengths: attention gets a mask
     half: bool = False  # arithmetic in bfloat16 where weights are float32 (autocast)
     answer: int = 0  # DPO: tokens of an answer; 0: the whole row
+    fused: bool = False  # attention as a GPU's kernels do it, without a table of scores
     device: str = 'cpu'
 
 
@@ -282,6 +283,18 @@ def _inputs(step: Step) -> tuple[dict, Any]:
     return inputs, make(rows, step.length)
 
 
+def _fused(module, query, key, value, mask, scaling=None, **options):
+    "Attention that keeps no table of scores, whatever the widths of keys and values."
+    from torch.nn.functional import pad, scaled_dot_product_attention
+
+    width, grouped = value.shape[-1], query.shape[1] != key.shape[1]
+    value = pad(value, (0, query.shape[-1] - width))
+    out = scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
+    )
+    return out[..., :width].transpose(1, 2), None
+
+
 def _within_rows(module, query, key, value, mask, scaling=None, **options):
     "Attention of packed rows, each row one sample: what the lab's own function holds at most."
     import torch
@@ -359,31 +372,32 @@ def _run(step: Step, model, reference, alive: Alive, weights: int) -> Traced:
 
     both = alive.now
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    if step.packed:
-        AttentionInterface.register('planned_rows', _within_rows)
-        model.config._attn_implementation = 'planned_rows'
+    if step.packed or step.fused:
+        AttentionInterface.register('planned', _within_rows if step.packed else _fused)
+        model.config._attn_implementation = 'planned'
     if step.checkpointing:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
         if step.load.lora_rank:
             model.enable_input_require_grads()
     model.train()
-    optimizer = _optimizer(model, step)
-    _backward(step, model, reference)
+    optimizer, moved = _optimizer(model, step), [p for p in model.parameters() if p.requires_grad]
+    for p in moved:
+        p.grad = torch.empty_like(p)
     optimizer.step()  # makes its averages
-    optimizer.zero_grad()
-    alive.peak, forward, averages = alive.now, 0, alive.now - both
-    for _ in range(2 if step.accumulate else 1):
-        forward = max(forward, _backward(step, model, reference, alive))
-    most = alive.peak
+    if not step.accumulate:
+        optimizer.zero_grad()
+    averages = alive.now - both - (gradients if step.accumulate else 0)
     alive.peak = alive.now
-    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    forward = _backward(step, model, reference, alive)
+    most, alive.peak = alive.peak, alive.now
+    torch.nn.utils.clip_grad_norm_(moved, 1.0)
     optimizer.step()
     return Traced(
         weights, both - weights, gradients, averages, max(most, alive.peak), forward, alive.peak
     )
 
 
-def _backward(step: Step, model, reference, alive: Alive | None = None) -> int:
+def _backward(step: Step, model, reference, alive: Alive) -> int:
     "A forward and a backward pass; the most bytes of the first."
     import torch
 
@@ -393,6 +407,6 @@ def _backward(step: Step, model, reference, alive: Alive | None = None) -> int:
             loss, kept = _pair_loss(model, reference, inputs, step)
         else:
             loss = (_whole_loss if step.whole_logits else _chunked_loss)(model, inputs, labels)
-    most = alive.peak if alive else 0
+    most = alive.peak
     loss.backward()
     return most
