@@ -3,10 +3,11 @@
 import contextlib
 import os
 import statistics
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +35,48 @@ class Case:
     rows: int  # in a batch
     length: int  # tokens of a row
     load: dict = field(default_factory=dict)  # fields of Loading
-    what: str = 'SFT'  # SFT | DPO
+    what: str = 'SFT'  # SFT | DPO | measure | export | ranks
     options: dict = field(default_factory=dict)  # further fields of Step
-    fitted: bool = False  # whether the plan was chosen on it
 
 
+LORA = dict(lora_rank=16)
+HALF = dict(lora_rank=16, dtype='bfloat16')
+FOUR = dict(lora_rank=16, dtype='bfloat16', four_bit=True)
+CHECK = dict(checkpointing=True)
+
+# the plan was chosen on the first eight, and is judged on the others
 CASES = {
-    'K2 nano, full': Case('k2', 32, 512, fitted=True),
-    'K2 nano, LoRA': Case('k2', 32, 512, dict(lora_rank=16), fitted=True),
-    'Qwen nano, full': Case('qwen', 32, 512, fitted=True),
-    'SmolLM2-135M, full': Case('smol', 4, 256, fitted=True),
-    'K2 nano, DPO': Case('k2', 12, 384, what='DPO', options=dict(answer=256), fitted=True),
-    'Qwen nano, 4 bits': Case('qwen', 32, 512, dict(lora_rank=16, four_bit=True, dtype='bfloat16'), fitted=True),
+    'K2, all weights': Case('k2', 16, 512),
+    'K2, LoRA': Case('k2', 16, 512, LORA),
+    'Qwen, all weights': Case('qwen', 32, 512),
+    'Qwen, 4 bits': Case('qwen', 32, 512, FOUR),
+    'SmolLM2, all weights': Case('smol', 2, 256),
+    'K2, pairs': Case('k2', 6, 384, {}, 'DPO', dict(answer=256)),
+    'K2, measured': Case('k2', 16, 512, {}, 'measure'),
+    'K2, exported': Case('k2', 16, 256, {}, 'export'),
+    'K2, all weights, short rows': Case('k2', 64, 128),
+    'K2, all weights, long rows': Case('k2', 4, 1024),
+    'K2, Muon': Case('k2', 16, 512, {}, 'SFT', dict(optimizer='muon')),
+    'K2, packed': Case('k2', 8, 1024, {}, 'SFT', dict(packed=True)),
+    'K2, checkpointing': Case('k2', 32, 512, {}, 'SFT', CHECK),
+    'K2, whole logits': Case('k2', 8, 512, {}, 'SFT', dict(whole_logits=True)),
+    'K2, two batches an update': Case('k2', 12, 512, {}, 'SFT', dict(accumulate=True)),
+    'K2, LoRA in 16 bits': Case('k2', 16, 512, HALF),
+    'K2, LoRA on routed experts': Case('k2', 16, 512, LORA | dict(adapt=['attention', 'routed'])),
+    'K2, LoRA, pairs': Case('k2', 6, 384, LORA, 'DPO', dict(answer=256)),
+    'Qwen, LoRA': Case('qwen', 32, 512, LORA),
+    'Qwen, packed': Case('qwen', 16, 1024, {}, 'SFT', dict(packed=True)),
+    'Qwen, pairs': Case('qwen', 12, 384, {}, 'DPO', dict(answer=256)),
+    'Qwen, 4 bits, checkpointing': Case('qwen', 96, 512, FOUR, 'SFT', CHECK),
+    'SmolLM2, LoRA': Case('smol', 4, 256, LORA),
+    'SmolLM2, LoRA in 16 bits': Case('smol', 4, 256, HALF),
+    'SmolLM2, all weights, checkpointing': Case('smol', 4, 512, {}, 'SFT', CHECK),
+    'SmolLM2, Muon': Case('smol', 2, 256, {}, 'SFT', dict(optimizer='muon')),
+    'Qwen, measured': Case('qwen', 16, 512, {}, 'measure'),
+    'Qwen, LoRA, exported': Case('qwen', 16, 256, LORA, 'export'),
+    'SmolLM2, measured': Case('smol', 16, 512, {}, 'measure'),
 }
+CHOSEN = list(CASES)[:8]
 
 
 def config_of(case: Case) -> dict:
@@ -67,15 +97,20 @@ def step_of(case: Case):
         Loading(**case.load),
         case.rows,
         case.length,
-        **{'method': case.what, 'padded': False, **case.options},
+        **{'method': 'DPO' if case.what == 'DPO' else 'SFT', 'padded': False, **case.options},
     )
 
 
 def planned_bytes(name: str) -> int:
     "The growth that the plan expects."
+    from k2lab.scale.plan import Work, plan_for
     from k2lab.scale.trace import traced
 
-    return traced(step_of(CASES[name])).peak
+    case, step = CASES[name], step_of(CASES[name])
+    plan = plan_for(Work(STAGE, step.config, step.load, step), False, traced(step))
+    phases = {'measure': ['measure'], 'export': ['train', 'export']}.get(case.what, ['train'])
+    sums = [sum(plan.device[phase].values()) - plan.device[phase]['libraries'] for phase in phases]
+    return max(sums)
 
 
 # ---- what a process really takes -----------------------------------------------------------------
@@ -118,7 +153,9 @@ def pairs_of(case: Case, n: int) -> list[dict]:
 
     rng, answer = random.Random(0), case.options['answer']
     ids = lambda k: [rng.randrange(2000) for _ in range(k)]
-    one = lambda: dict(prompt_ids=ids(case.length - answer), chosen_ids=ids(answer), rejected_ids=ids(answer))
+    one = lambda: dict(
+        prompt_ids=ids(case.length - answer), chosen_ids=ids(answer), rejected_ids=ids(answer)
+    )
     return [one() for _ in range(n)]
 
 
@@ -133,16 +170,10 @@ def warm():
     import trl.trainer.sft_trainer  # noqa: F401
 
 
-def work(case: Case):
-    "What a case does."
-    from k2lab.lab.job import start
-    from k2lab.models.load import Loading
-    from k2lab.training.trainer import fit_dpo, fit_sft
-
-    job = start(STAGE, 'smoke', campaign='bench-plan')
-    load, opts = Loading(**case.load), case.options
-    model, tok = opened(case)
-    trainer: dict[str, Any] = dict(
+def trainer_options(case: Case) -> dict[str, Any]:
+    "TRL's options for two updates."
+    opts = case.options
+    found: dict[str, Any] = dict(
         per_device_train_batch_size=case.rows,
         max_steps=2,
         learning_rate=1e-4,
@@ -150,36 +181,96 @@ def work(case: Case):
         gradient_checkpointing=opts.get('checkpointing', False),
         gradient_accumulation_steps=2 if opts.get('accumulate') else 1,
     )
-    n = case.rows * 2 * trainer['gradient_accumulation_steps']
-    kind = opts.get('optimizer', 'adamw')
+    if case.what == 'DPO':
+        found['loss_type'] = ['sigmoid_norm', 'sft']
+    elif opts.get('whole_logits'):
+        found['loss_type'] = 'nll'
+    return found
+
+
+def train(case: Case):
+    "Two updates of a case; `(job, model, tokenizer)`."
+    from k2lab.lab.job import start
+    from k2lab.models.load import Loading
+    from k2lab.training.trainer import fit_dpo, fit_sft
+
+    load, opts, options = Loading(**case.load), case.options, trainer_options(case)
+    told = {
+        'init_from': {'k2': 'Kimi-K2-Base', 'qwen': 'Qwen2.5-7B'}.get(case.model, 'Kimi-K2-Base')
+    }
+    job = start(
+        STAGE,
+        'nano',
+        campaign='bench-plan',
+        changes=told | {'load': case.load, 'optimizer': 'adamw'},
+    )
+    (model, tok), kind = opened(case), opts.get('optimizer', 'adamw')
+    n = case.rows * 2 * options['gradient_accumulation_steps']
     if case.what == 'DPO':
         reference = None if load.lora_rank else opened(case)[0]
-        trainer |= dict(loss_type=['sigmoid_norm', 'sft'])
-        return fit_dpo(job, model, reference, tok, pairs_of(case, n), trainer, load, kind)
-    if opts.get('whole_logits'):
-        trainer['loss_type'] = 'nll'
+        return job, fit_dpo(job, model, reference, tok, pairs_of(case, n), options, load, kind), tok
     room = case.length if opts.get('packed') else 0
-    fit_sft(job, model, tok, examples_of(case, n), trainer, kind, load, room=room)
+    return job, fit_sft(job, model, tok, examples_of(case, n), options, kind, load, room=room), tok
 
 
-def measured_bytes(name: str) -> int:
-    "The growth of this process while it does the work of a case; run it in a process of its own."
+def measure(case: Case):
+    "The log-probabilities of some rows."
+    from k2lab.training.metrics import row_logps
+
+    model, tok = opened(case)
+    row_logps(model, [e['input_ids'] for e in examples_of(case, case.rows)], tok.pad_token_id)
+
+
+def export(case: Case):
+    "A training whose model is published with its certificate."
+    from k2lab.training.stage import publish_model
+
+    publish_model(*train(case))
+
+
+WORK = {'SFT': train, 'DPO': train, 'measure': measure, 'export': export}
+
+
+def work(case: Case):
+    "What a case does."
+    WORK[case.what](case)
+
+
+def grown(name: str) -> int:
+    "The bytes by which this process grows while it does the work of a case."
     import torch
 
     torch.set_num_threads(1)
-    warm()
     Path('/proc/self/clear_refs').write_text('5')
     before = status('VmRSS')
     work(CASES[name])
     return status('VmHWM') - before
 
 
+def in_fork(function: Callable[[str], int], name: str) -> int:
+    "What `function` says of a name in a fork of this process, which has imported what it needs."
+    with ProcessPoolExecutor(1, mp_context=get_context('fork')) as pool:
+        return pool.submit(function, name).result()
+
+
+def figures(names: list[str]) -> dict[str, float]:
+    "Print the planned and the measured growth of each case; `{name: error}`."
+    warm()
+    offs = {}
+    for name in names:
+        planned, measured = in_fork(planned_bytes, name), in_fork(grown, name)
+        offs[name] = planned / measured - 1
+        print(line(name, planned, measured), flush=True)
+    return offs
+
+
 @contextlib.contextmanager
 def plain_malloc() -> Iterator[None]:
-    "New processes give freed blocks back at once, so that what they hold is what is alive; runs lie in a folder that goes."
+    "New processes give freed blocks back at once, and so hold what is alive; their runs lie in a folder that goes."
     kept = dict(os.environ)
     with tempfile.TemporaryDirectory() as runs:
         os.environ |= {
+            'TOKENIZERS_PARALLELISM': 'false',
             'MALLOC_MMAP_THRESHOLD_': '65536',
             'MALLOC_TRIM_THRESHOLD_': '65536',
             'OMP_NUM_THREADS': '1',
@@ -195,25 +286,25 @@ def plain_malloc() -> Iterator[None]:
 def line(name: str, planned: int, measured: int) -> str:
     "A line of the table."
     off = planned / measured - 1
-    kind = 'chosen on' if CASES[name].fitted else 'judged on'
+    kind = 'chosen on' if name in CHOSEN else 'judged on'
     return f'{name:44} {planned / 2**20:9.0f} {measured / 2**20:9.0f} {100 * off:+7.1f} %  {kind}'
 
 
 def plan(cases: str = ''):
     "Print planned and measured growth in MiB of a process for each case, and the errors' median, worst and most under."
-    offs = []
-    print(f'{"":44} {"planned":>9} {"measured":>9}   error', flush=True)
+    names = [name for name in CASES if cases in name]
+    print(f'{"":36} {"planned":>9} {"measured":>9}    error', flush=True)
     with plain_malloc():
-        for name in CASES:
-            if cases in name:
-                figures = planned, measured = planned_bytes(name), in_new_process(measured_bytes, name)
-                offs.append(planned / measured - 1)
-                print(line(name, *figures), flush=True)
-    print(
-        f'{len(offs)} cases: median error {100 * statistics.median(map(abs, offs)):.1f} %, worst '
-        f'{100 * max(map(abs, offs)):.1f} %, most under {100 * max(0, -min(offs)):.1f} %'
+        offs = in_new_process(figures, names)
+    for kind, chosen in (('chosen on', True), ('judged on', False)):
+        if some := [off for name, off in offs.items() if (name in CHOSEN) == chosen]:
+            print(summary(kind, some))
+
+
+def summary(kind: str, offs: list[float]) -> str:
+    "The errors of some cases in a line."
+    size = [100 * abs(off) for off in offs]
+    return (
+        f'{kind}: {len(offs)} cases, median error {statistics.median(size):.1f} %, '
+        f'worst {max(size):.1f} %, most under {100 * max(0, -min(offs)):.1f} %'
     )
-
-
-if __name__ == '__main__':
-    print(measured_bytes(sys.argv[1]))

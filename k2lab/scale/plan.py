@@ -527,18 +527,18 @@ def knobs(work: Work, machine: Machine) -> list[dict]:
         found += [{'answer_tokens': n} for n in (4096, 2048, 1024) if n < work.answers]
     shared = [2**k for k in range(1, 20) if 1 < 2**k <= machine.gpus]
     found += [{'processes': n, 'accelerate': 'zero3'} for n in shared if n != work.processes]
-    found += [{'processes': 1}] if work.processes > 1 else []
+    alone = [{'processes': 1}, {'processes': 1, 'load.dtype': 'float32'}]
+    found += alone if work.processes > 1 else []
     found += (
         [{'load.dtype': 'bfloat16'}, {'load.dtype': 'bfloat16', 'load.four_bit': True}]
         if work.load.lora_rank
         else []
     )
     bare = {'load.dtype': 'bfloat16', 'load.lora_rank': 16, 'optimizer': 'adamw'}
-    found += (
-        []
-        if work.load.lora_rank
-        else [bare, bare | {'load.four_bit': True, 'trainer.gradient_checkpointing': True}]
-    )
+    four = {'load.four_bit': True, 'trainer.gradient_checkpointing': True}
+    if not work.load.lora_rank:
+        one = {'processes': 1} if work.processes > 1 else {}
+        found += [bare, bare | four, bare | one, bare | four | one][: 4 if one else 2]
     length = work.step.length if work.step else 0
     return found + [{'length': length // n} for n in (2, 4, 8) if length // n >= 128]
 

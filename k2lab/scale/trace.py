@@ -204,17 +204,16 @@ def _grouped_by_shape():
     class Grouped(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, weight):
-            ctx.save_for_backward(x, weight)
+            ctx.sizes, ctx.stack, needed = x.shape, weight.shape, ctx.needs_input_grad
+            ctx.save_for_backward(x if needed[1] else None, weight if needed[0] else None)
             return x.new_empty(x.shape[0], weight.shape[-1])
 
         @staticmethod
         def backward(ctx, grad):
             x, weight = ctx.saved_tensors
-            needed = ctx.needs_input_grad
-            return (
-                x.new_empty(x.shape) if needed[0] else None,
-                weight.new_empty(weight.shape) if needed[1] else None,
-            )
+            of_x = None if weight is None else grad.new_empty(ctx.sizes)
+            of_weight = None if x is None else grad.new_empty(ctx.stack)
+            return of_x, of_weight
 
     kept = torch.nn.functional.grouped_mm
     torch.nn.functional.grouped_mm = lambda x, weight, *, offs=None, **more: Grouped.apply(
