@@ -1,8 +1,11 @@
 """The plan's figures against the memory that processes take: `python -m k2lab.bench plan`."""
 
 import contextlib
+import gc
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -13,6 +16,7 @@ from typing import Any
 
 from k2lab.bench.harness import in_new_process
 from k2lab.bench.runner import STAGE
+from k2lab.lab.config import LabError, lab_path, root
 
 SMOL = dict(
     model_type='llama',
@@ -75,6 +79,8 @@ CASES = {
     'Qwen, measured': Case('qwen', 16, 512, {}, 'measure'),
     'Qwen, LoRA, exported': Case('qwen', 16, 256, LORA, 'export'),
     'SmolLM2, measured': Case('smol', 16, 512, {}, 'measure'),
+    'K2, all weights, two ranks': Case('k2', 16, 512, {}, 'ranks'),
+    'Qwen, LoRA, two ranks': Case('qwen', 32, 512, LORA, 'ranks'),
 }
 CHOSEN = list(CASES)[:8]
 
@@ -104,10 +110,13 @@ def step_of(case: Case):
 def planned_bytes(name: str) -> int:
     "The growth that the plan expects."
     from k2lab.scale.plan import Work, plan_for
-    from k2lab.scale.trace import traced
+    from k2lab.scale.trace import traced, traced_measure
 
     case, step = CASES[name], step_of(CASES[name])
-    plan = plan_for(Work(STAGE, step.config, step.load, step), False, traced(step))
+    ranks = dict(processes=2, split='ddp') if case.what == 'ranks' else {}
+    measured = traced_measure(step) if case.what == 'measure' else 0
+    work = Work(STAGE, step.config, step.load, step, **ranks)
+    plan = plan_for(work, False, traced(step), measured)
     phases = {'measure': ['measure'], 'export': ['train', 'export']}.get(case.what, ['train'])
     sums = [sum(plan.device[phase].values()) - plan.device[phase]['libraries'] for phase in phases]
     return max(sums)
@@ -147,27 +156,31 @@ def examples_of(case: Case, n: int) -> list[dict]:
     return [dict(input_ids=ids(), completion_mask=[0] + [1] * (case.length - 1)) for _ in range(n)]
 
 
-def pairs_of(case: Case, n: int) -> list[dict]:
-    "`n` pairs of random ids."
+def pairs_of(case: Case, tok, n: int) -> list[dict]:
+    "`n` pairs of random ids: a question and two answers, each with its turn."
     import random
 
+    from k2lab.text.chat import prompt_ids
+
     rng, answer = random.Random(0), case.options['answer']
-    ids = lambda k: [rng.randrange(2000) for _ in range(k)]
-    one = lambda: dict(
-        prompt_ids=ids(case.length - answer), chosen_ids=ids(answer), rejected_ids=ids(answer)
-    )
-    return [one() for _ in range(n)]
+    ids = lambda k: [rng.randrange(300, 1500) for _ in range(k)]
+    lead, letter = prompt_ids(tok, [dict(role='user', content='a')]), tok('a')['input_ids'][0]
+    at, room = lead.index(letter), case.length - answer - len(lead)
+    end = tok.convert_tokens_to_ids('<|im_end|>')
+    said = lambda: [*ids(answer - 1), end]
+    asked = lambda: lead[:at] + ids(room) + lead[at:]
+    return [dict(prompt_ids=asked(), chosen_ids=said(), rejected_ids=said()) for _ in range(n)]
 
 
 def warm():
-    "Import what a training imports, so that it does not count as its memory."
-    import datasets  # noqa: F401
-    import peft  # noqa: F401
-    import transformers.models.deepseek_v3.modeling_deepseek_v3  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
-    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
-    import trl.trainer.dpo_trainer  # noqa: F401
-    import trl.trainer.sft_trainer  # noqa: F401
+    "Train a little, so that what a training imports and sets up once does not count as its memory."
+    import torch
+
+    torch.set_num_threads(1)
+    train(Case('k2', 1, 32, LORA))
+    train(Case('qwen', 1, 32, FOUR))
+    train(Case('k2', 1, 64, {}, 'DPO', dict(answer=16)))
+    gc.collect()
 
 
 def trainer_options(case: Case) -> dict[str, Any]:
@@ -208,7 +221,11 @@ def train(case: Case):
     n = case.rows * 2 * options['gradient_accumulation_steps']
     if case.what == 'DPO':
         reference = None if load.lora_rank else opened(case)[0]
-        return job, fit_dpo(job, model, reference, tok, pairs_of(case, n), options, load, kind), tok
+        return (
+            job,
+            fit_dpo(job, model, reference, tok, pairs_of(case, tok, n), options, load, kind),
+            tok,
+        )
     room = case.length if opts.get('packed') else 0
     return job, fit_sft(job, model, tok, examples_of(case, n), options, kind, load, room=room), tok
 
@@ -228,7 +245,7 @@ def export(case: Case):
     publish_model(*train(case))
 
 
-WORK = {'SFT': train, 'DPO': train, 'measure': measure, 'export': export}
+WORK = {'SFT': train, 'DPO': train, 'ranks': train, 'measure': measure, 'export': export}
 
 
 def work(case: Case):
@@ -238,9 +255,6 @@ def work(case: Case):
 
 def grown(name: str) -> int:
     "The bytes by which this process grows while it does the work of a case."
-    import torch
-
-    torch.set_num_threads(1)
     Path('/proc/self/clear_refs').write_text('5')
     before = status('VmRSS')
     work(CASES[name])
@@ -253,12 +267,26 @@ def in_fork(function: Callable[[str], int], name: str) -> int:
         return pool.submit(function, name).result()
 
 
+def in_ranks(name: str) -> int:
+    "The growth of the larger of two processes that `accelerate launch` starts on this machine."
+    config = str(lab_path('configs') / 'accelerate' / 'cpu.yaml')
+    launch = ['accelerate.commands.launch', '--config_file', config, '--num_processes', '2']
+    command = [sys.executable, '-m', *launch, '-m', 'k2lab.bench.plan', name]
+    done = subprocess.run(command, cwd=root(), capture_output=True, text=True)
+    found = [int(said.split()[1]) for said in done.stdout.splitlines() if said.startswith('grown ')]
+    if done.returncode or len(found) != 2:
+        raise LabError(f'{name}: {(done.stderr.strip().splitlines() or ["no figures"])[-1]}')
+    return max(found)
+
+
 def figures(names: list[str]) -> dict[str, float]:
     "Print the planned and the measured growth of each case; `{name: error}`."
     warm()
     offs = {}
     for name in names:
-        planned, measured = in_fork(planned_bytes, name), in_fork(grown, name)
+        planned = in_fork(planned_bytes, name)
+        ranks = CASES[name].what == 'ranks'
+        measured = in_ranks(name) if ranks else in_fork(grown, name)
         offs[name] = planned / measured - 1
         print(line(name, planned, measured), flush=True)
     return offs
@@ -308,3 +336,8 @@ def summary(kind: str, offs: list[float]) -> str:
         f'{kind}: {len(offs)} cases, median error {statistics.median(size):.1f} %, '
         f'worst {max(size):.1f} %, most under {100 * max(0, -min(offs)):.1f} %'
     )
+
+
+if __name__ == '__main__':
+    warm()
+    print('grown', grown(sys.argv[1]), flush=True)

@@ -39,7 +39,9 @@ def answer(asked, machine) -> dict:
 
     work = asked.work()
     if work is None:
-        raise LabError(f'{asked.stage}: no model is opened at {asked.scale}, so there is nothing to plan')
+        raise LabError(
+            f'{asked.stage}: no model is opened at {asked.scale}, so there is nothing to plan'
+        )
     plan = traced_plan(work, machine)
     why = lacking(plan, machine)
     change = remedy(asked, machine, traced_plan) if why else {}
@@ -61,24 +63,37 @@ def answer(asked, machine) -> dict:
     }
 
 
+SMALL = 0.005  # GiB: parts below it share a row
+
+
 def figure(size: float) -> str:
     "A size in GiB in at most seven columns; a dot for none."
     if not size:
         return '.'
+    if size < SMALL:
+        return '0.00'
     return f'{size:,.0f}' if size >= 1000 else f'{size:.1f}' if size >= 10 else f'{size:.2f}'
 
 
 def table(phases: dict[str, dict]) -> list[str]:
     "Parts in rows, phases in columns, the largest part first, sums last."
     parts = dict.fromkeys(part for one in phases.values() for part in one)
-    most = lambda part: max(one.get(part, 0) for one in phases.values())
+    most = {part: max(one.get(part, 0) for one in phases.values()) for part in parts}
+    small = [part for part in parts if most[part] < SMALL]
     rows = [
-        [part, *(figure(one.get(part, 0)) for one in phases.values())]
-        for part in sorted(parts, key=most, reverse=True)
-        if most(part) >= 0.005
+        (part, [part]) for part in sorted(parts, key=lambda part: -most[part]) if part not in small
     ]
-    sums = ['all', *(figure(sum(one.values())) for one in phases.values())]
-    cells = [['GiB', *phases], *rows, sums]
+    rows += [('smaller ones', small)] if small else []
+    total = lambda one, names: figure(sum(one.get(name, 0) for name in names))
+    cells = [
+        [name, *(total(one, names) for one in phases.values())]
+        for name, names in [*rows, ('all', parts)]
+    ]
+    return right_aligned([['GiB', *phases], *cells])
+
+
+def right_aligned(cells: list[list[str]]) -> list[str]:
+    "Rows of text with all columns but the first to the right."
     width = [max(map(wide, column)) for column in zip(*cells)]
     right = lambda row: [row[0], *(cell.rjust(w) for cell, w in zip(row[1:], width[1:]))]
     return [aligned(right(row), width) for row in cells]
@@ -101,7 +116,11 @@ def page(found: dict) -> list[str]:
 
 def wrapped(line: str) -> list[str]:
     "A line of text that fits the terminal."
-    return textwrap.wrap(line, text_width(), subsequent_indent='  ') if len(line) > text_width() else [line]
+    return (
+        textwrap.wrap(line, text_width(), subsequent_indent='  ')
+        if len(line) > text_width()
+        else [line]
+    )
 
 
 def verdict(found: dict) -> list[str]:
