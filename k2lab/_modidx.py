@@ -635,6 +635,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'k2lab.lab.job.folder_named': ('lab/job.html#folder_named', 'k2lab/lab/job.py'),
                                'k2lab.lab.job.half_again': ('lab/job.html#half_again', 'k2lab/lab/job.py'),
                                'k2lab.lab.job.keep_diff': ('lab/job.html#keep_diff', 'k2lab/lab/job.py'),
+                               'k2lab.lab.job.measured_peaks': ('lab/job.html#measured_peaks', 'k2lab/lab/job.py'),
                                'k2lab.lab.job.new_record': ('lab/job.html#new_record', 'k2lab/lab/job.py'),
                                'k2lab.lab.job.open_job': ('lab/job.html#open_job', 'k2lab/lab/job.py'),
                                'k2lab.lab.job.own_inputs': ('lab/job.html#own_inputs', 'k2lab/lab/job.py'),

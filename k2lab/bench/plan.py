@@ -18,7 +18,7 @@ from k2lab.bench.harness import in_new_process
 from k2lab.bench.runner import STAGE
 from k2lab.lab.config import LabError, lab_path, root
 
-SMOL = dict(
+SMOL: dict[str, Any] = dict(
     model_type='llama',
     vocab_size=49152,
     hidden_size=576,
@@ -113,7 +113,7 @@ def planned_bytes(name: str) -> int:
     from k2lab.scale.trace import traced, traced_measure
 
     case, step = CASES[name], step_of(CASES[name])
-    ranks = dict(processes=2, split='ddp') if case.what == 'ranks' else {}
+    ranks: dict[str, Any] = dict(processes=2, split='ddp') if case.what == 'ranks' else {}
     measured = traced_measure(step) if case.what == 'measure' else 0
     work = Work(STAGE, step.config, step.load, step, **ranks)
     plan = plan_for(work, False, traced(step), measured)
@@ -126,7 +126,7 @@ def planned_bytes(name: str) -> int:
 
 
 def status(key: str) -> int:
-    "A memory figure of this process in bytes, from /proc: VmRSS, VmHWM."
+    "A memory figure of this process in bytes, from /proc: RssAnon, RssFile, RssShmem, VmHWM."
     lines = Path('/proc/self/status').read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f'{key}:'))
 
@@ -235,7 +235,7 @@ def measure(case: Case):
     from k2lab.training.metrics import row_logps
 
     model, tok = opened(case)
-    row_logps(model, [e['input_ids'] for e in examples_of(case, case.rows)], tok.pad_token_id)
+    row_logps(model, [e['input_ids'] for e in examples_of(case, case.rows)], 0)
 
 
 def export(case: Case):
@@ -254,11 +254,13 @@ def work(case: Case):
 
 
 def grown(name: str) -> int:
-    "The bytes by which this process grows while it does the work of a case."
+    """The bytes by which this process grows at most while it does the work of a case.
+
+    Only its own memory counts: pages of libraries are mapped anew in a fork, whenever they are read."""
     Path('/proc/self/clear_refs').write_text('5')
-    before = status('VmRSS')
+    before = status('RssAnon')
     work(CASES[name])
-    return status('VmHWM') - before
+    return status('VmHWM') - status('RssFile') - status('RssShmem') - before
 
 
 def in_fork(function: Callable[[str], int], name: str) -> int:

@@ -172,7 +172,7 @@ def split_of(cfg) -> tuple[str, bool]:
     body = read_yaml(path)
     stage = (body.get('deepspeed_config') or {}).get('zero_stage')
     kinds = {'FSDP': 'fsdp', 'DEEPSPEED': f'zero{stage}'}
-    return kinds.get(body.get('distributed_type'), 'ddp'), bool(body.get('use_cpu'))
+    return kinds.get(body.get('distributed_type', ''), 'ddp'), bool(body.get('use_cpu'))
 
 
 def for_gpu(scale: str, cpu: bool = False) -> bool:
@@ -508,7 +508,8 @@ def needs(stage: str, cfg, env: dict, campaign: str = '') -> Needs:
 # %% ../../nbs/scale/02_plan.ipynb #02dedafc
 def _batches(work: Work) -> list[dict]:
     "Smaller batches, each with as many rows in an update as before."
-    found, size, before = [], work.step.batch // 2, work.step.batch
+    before = work.step.batch if work.step else 1
+    found, size = [], before // 2
     while size >= 1:
         found.append(
             {
@@ -631,7 +632,7 @@ class Speed:
 def _same_work(record: dict, work: Work, here: dict) -> bool:
     "Whether a run trained this model in these bits, on a machine like this."
     done = record.get('training', {}).get('train', {})
-    held = record.get('weights', {}).get(record['config'].get('init_from'), {})
+    held = record.get('weights', {}).get(record['config'].get('init_from', ''), {})
     hosts = record.get('inputs', {}).get('host', {})
     same_host = all(hosts.get(k) == v for k, v in here.items())
     ours = weight_bytes(matrices_of(work.config), work.load)

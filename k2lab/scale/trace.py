@@ -26,10 +26,8 @@ def _inside(func, args: tuple) -> int:
 
     if func is torch.ops.aten.logsumexp.default:  # the exponentials of all
         return args[0].nbytes
-    if (
-        func is torch.ops.aten._safe_softmax.default
-    ):  # the softmax, and which entries are masked, beside the result
-        return 2 * args[0].nbytes + args[0].numel()
+    if func is torch.ops.aten._safe_softmax.default:  # the result, and which entries are masked
+        return args[0].nbytes + args[0].numel()
     return 0
 
 
@@ -318,23 +316,14 @@ def _fused(module, query, key, value, mask, scaling=None, **options):
 def _within_rows(module, query, key, value, mask, scaling=None, **options):
     "Attention of packed rows, each row one sample: what the lab's own function holds at most."
     import torch
-    from torch.nn.functional import pad, scaled_dot_product_attention
+    from torch.nn.functional import pad
+    from torch.nn.functional import scaled_dot_product_attention as attend
 
     width, grouped = value.shape[-1], query.shape[1] != key.shape[1]
     value = pad(value, (0, query.shape[-1] - width))
     rows = [
-        torch.cat(
-            [
-                scaled_dot_product_attention(
-                    *(t[n : n + 1] for t in (query, key, value)),
-                    is_causal=True,
-                    scale=scaling,
-                    enable_gqa=grouped,
-                )
-            ],
-            2,
-        )
-        for n in range(len(query))
+        torch.cat([attend(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)], 2)
+        for q, k, v in zip(query.split(1), key.split(1), value.split(1))
     ]
     return torch.cat(rows)[..., :width].transpose(1, 2), None
 
