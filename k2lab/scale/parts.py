@@ -227,7 +227,8 @@ WIDTH = {'float32': 4, 'bfloat16': 2}
 
 def in_four_bits(m: Matrix, load: Loading) -> bool:
     "Whether a matrix is held in 4 bits."
-    return load.four_bit and m.linear and m.part in (*LINEAR, 'routed')
+    parts = ('routed',) if str(load.four_bit) == 'experts' else (*LINEAR, 'routed')
+    return bool(load.four_bit) and m.linear and m.part in parts
 
 
 def weight_bytes(matrices: list[Matrix], load: Loading) -> dict[str, int]:

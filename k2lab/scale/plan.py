@@ -227,10 +227,8 @@ def _evaluating(stage: str, cfg, env: dict, campaign: str) -> Work:
     ]
     size = lambda config: sum(counted(matrices_of(config)).values())
     gpu = for_gpu(env['scale'])
-    dtype = 'bfloat16' if gpu else 'float32'
-    return Work(
-        stage, max(configs, key=size), Loading(dtype=dtype), gpu=gpu, answers=cfg.answer_tokens
-    )
+    told = getattr(cfg, 'load', None) or {'dtype': 'bfloat16' if gpu else 'float32'}
+    return Work(stage, max(configs, key=size), Loading(**told), gpu=gpu, answers=cfg.answer_tokens)
 
 
 def _sampling(stage: str, cfg, env: dict, campaign: str) -> Work | None:
@@ -276,7 +274,7 @@ CONTEXT = round(0.5 * GIB)  # CUDA's own on a GPU
 LINKS = round(1.5 * GIB)  # NCCL's buffers on a GPU that talks to others
 MEASURED = 8192  # tokens that a measure reads at a time
 ROWS = 128  # replies that are written side by side
-TABLE = 2**62  # entries of the largest table of logits of a measure
+TABLE = 2**25  # entries of the largest table of logits of a measure
 
 
 @dataclass(frozen=True)

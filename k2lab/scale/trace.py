@@ -150,7 +150,8 @@ def _in_four_bits(model, load: Loading) -> Any:
             out = _opened_for_a_product(self.weight, self.shape, self.dtype)(x)
             return (out if self.bias is None else out + self.bias).clone()  # as PEFT's layer does
 
-    for name, layer in list(model.named_modules()):
+    layers = () if str(load.four_bit) == 'experts' else list(model.named_modules())
+    for name, layer in layers:
         part = group_of(f'{name}.')
         if isinstance(layer, torch.nn.Linear) and 'lora_' not in name and part in LINEAR:
             parent, _, last = name.rpartition('.')
@@ -316,8 +317,7 @@ def _fused(module, query, key, value, mask, scaling=None, **options):
 def _within_rows(module, query, key, value, mask, scaling=None, **options):
     "Attention of packed rows, each row one sample: what the lab's own function holds at most."
     import torch
-    from torch.nn.functional import pad
-    from torch.nn.functional import scaled_dot_product_attention as attend
+    from torch.nn.functional import pad, scaled_dot_product_attention as attend
 
     width, grouped = value.shape[-1], query.shape[1] != key.shape[1]
     value = pad(value, (0, query.shape[-1] - width))
