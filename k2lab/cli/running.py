@@ -17,6 +17,7 @@ CAMPAIGN = Option(
 )
 ON = Option('on', 'where to run: slurm submits it to a cluster', 'slurm')
 JSON = Option('json', 'print strict JSON, and nothing else')
+ANYWAY = Option('anyway', 'start what does not fit this machine by its plan')
 
 
 def stage_command(stage: str, meaning: str) -> Command:
@@ -25,7 +26,7 @@ def stage_command(stage: str, meaning: str) -> Command:
         lambda words, options: run_stage(stage, words, options),
         ' '.join(meaning.split()).rstrip('.'),
         '[field=value ...]',
-        (SCALE, CAMPAIGN, ON, JSON),
+        (SCALE, CAMPAIGN, ON, ANYWAY, JSON),
         f'k2lab {stage} --scale smoke --campaign mine',
     )
 
@@ -37,13 +38,15 @@ def run_stage(stage: str, words: list, options: dict) -> int:
 
     check_fields(stage, words)
     changes, place, as_text = changes_of(words), options['on'], not options['json']
+    anyway = bool(options['anyway'])
     options = {key: options[key] for key in ('scale', 'campaign')}
     if place:
         return submit_stage_here(place, stage, options, changes)
     if stage == 'agentic_demo' and sys.stdin.isatty():
         return agent_command(options, changes)
     progress = Progress(stage)
-    record = read_run(execute(stage, changes=changes, on_progress=progress, **options))
+    made = execute(stage, changes=changes, on_progress=progress, anyway=anyway, **options)
+    record = read_run(made)
     progress.end(record)
     print(run_text(record) if as_text else as_json(record | page_of(record)))
     return int(not promoted(record))

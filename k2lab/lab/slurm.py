@@ -87,7 +87,7 @@ def submit_stage(
     config = resolve(stage_module(stage).Config, stage, scale or setting('lab', 'scale'), changes)
     checked_notebook(stage)
     check_spread(dataclasses.asdict(config).get('processes', 1), cluster().nodes)
-    folder = prepare(stage, scale, campaign, changes).folder
+    folder = prepare(stage, scale, campaign, changes, refuse=False).folder
     try:
         return folder, submit(folder)
     except LabError:
