@@ -445,6 +445,9 @@ SERVERS = [
     ({'vllm.revision': 'v1'}, 'part of the place in env.yaml, org/name@revision'),
     ({'vllm.api_key': 'x'}, 'set the variable named by key_env instead'),
     ({'engine': 'embedded'}, 'vllm: the engine is embedded; write engine=vllm'),
+    ({'vllm.trust_remote_code': True}, 'would run code that comes with the checkpoint'),
+    ({'vllm.lora_modules': ['a=/b']}, 'vllm: lora_modules is the field `adapter`; set that'),
+    ({'vllm.middleware': []}, 'vllm: middleware is an empty list; leave it out'),
 ]
 
 
@@ -453,6 +456,15 @@ def test_options_of_vllm_that_the_lab_decides_are_refused(changes, message):
     with pytest.raises(LabError) as e:
         resolved('launch_teacher_vllm', 'full', changes)
     assert message in str(e.value)
+
+
+def test_an_adapter_needs_vllm():
+    with pytest.raises(LabError) as e:
+        resolved('launch_teacher_vllm', 'nano', {'adapter': 'k2_domain_instruct_adapter@r1'})
+    assert 'write engine=vllm, or serve the merged checkpoint: model=k2_domain_instruct' in str(
+        e.value
+    )
+    resolved('launch_teacher_vllm', 'full', {'vllm.trust_remote_code': False})
 
 
 def test_a_hub_name_while_offline_names_the_switch(monkeypatch):
