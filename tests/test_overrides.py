@@ -478,6 +478,22 @@ def test_a_hub_name_while_offline_names_the_switch(monkeypatch):
         fetched('nobody/no-such-model')
 
 
+@pytest.mark.parametrize(
+    'url', ['hf://datasets/org/rows/*.jsonl', 'hf://datasets/org/rows/a.jsonl']
+)
+def test_data_of_the_hub_while_offline_names_the_switch(url, monkeypatch):
+    from huggingface_hub import constants
+
+    from k2lab.corpus.readers import find_files, open_raw, stamp
+    from k2lab.text.rows import read_bytes
+
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    for read in [find_files] if '*' in url else [stamp, open_raw, read_bytes]:
+        with pytest.raises(LabError, match='lab is offline; set offline = false under') as e:
+            read(url)
+        assert '\n' not in str(e.value)
+
+
 def test_processes_without_gpus_are_refused_before_one_starts(monkeypatch):
     from types import SimpleNamespace
 
