@@ -20,6 +20,7 @@ ROOMS = [
     'models',
     'training',
     'serving',
+    'scale',
     'reports',
 ]  # each imports only from those before it
 STAGES = sorted((ROOT / 'nbs').glob('[0-9]*.ipynb'))
