@@ -2596,6 +2596,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'k2lab/training/stage.py'),
                                       'k2lab.training.stage.asked_by': ('training/stage.html#asked_by', 'k2lab/training/stage.py'),
                                       'k2lab.training.stage.asked_of': ('training/stage.html#asked_of', 'k2lab/training/stage.py'),
+                                      'k2lab.training.stage.base_name': ('training/stage.html#base_name', 'k2lab/training/stage.py'),
                                       'k2lab.training.stage.check_control': ( 'training/stage.html#check_control',
                                                                               'k2lab/training/stage.py'),
                                       'k2lab.training.stage.check_dropped': ( 'training/stage.html#check_dropped',

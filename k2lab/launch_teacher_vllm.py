@@ -25,6 +25,7 @@ from typing import Literal
 from .lab.config import LabError, lab_path
 from .lab.records import read_run
 from .models.load import local_folder, open_tokenizer
+from .models.quantized import fetched
 from .serving.client import Teacher, check_parity, reply_text
 from .serving.vllm import check_no_code, flags, plain_tokenizer, room_for, vllm_adapter
 from .text.chat import prompt_ids
@@ -277,10 +278,11 @@ def ask_once(served: Served, messages: list[dict], max_tokens: int) -> Answer:
 
 def find_adapter(job) -> Path:
     "The folder of the stage's adapter; `LabError` if it was trained on another checkpoint than the stage's model."
-    place, name = Path(job.find(job.cfg.adapter)), job.cfg.adapter
+    name = job.cfg.adapter
+    place = fetched(job.find(name), ['adapter_config.json', 'adapter_model.safetensors'])
     parents = {p['name']: p for p in job.record['parents']}
     if not parents[name]['run']:
-        return place  # a folder of somebody else's
+        return place  # of somebody else
     trained = read_run(lab_path('runs') / parents[name]['campaign'] / parents[name]['run'])
     base = trained['config']['init_from']
     theirs = next(p for p in trained['parents'] if p['name'] == base)

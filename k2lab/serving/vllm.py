@@ -122,7 +122,7 @@ def experts_apart(tensors: dict, rank: int) -> dict:
         ):
             for e in range(len(a)):
                 at = f'{layer}.experts.{e}.{name}'
-                out |= {f'{at}.{PAIR[0]}': a[e].contiguous(), f'{at}.{PAIR[1]}': b[e].contiguous()}
+                out |= {f'{at}.{PAIR[0]}': a[e].clone(), f'{at}.{PAIR[1]}': b[e].clone()}
     return out
 
 # %% ../../nbs/serving/03_vllm.ipynb #e4629b32
