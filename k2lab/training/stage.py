@@ -490,7 +490,8 @@ def publish_adapter(job, model, weights: dict):
     base, _, revision = base_name(job.cfg.init_from, job.find(job.cfg.init_from)).partition('@')
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path, config.revision = base, revision or None
-    model.get_base_model().config._name_or_path = base  # for the card that PEFT writes
+    named = model.get_base_model()  # the card that PEFT writes names it three times
+    named.name_or_path = named.config._name_or_path = base
     with job.publishing(f'{job.cfg.saves}_adapter') as place:
         model.save_pretrained(place, state_dict=weights)
         check_saved(model, place)
