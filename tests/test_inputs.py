@@ -78,7 +78,8 @@ def toy(lab, monkeypatch):
     lab.write('toylab/part.py', 'word = 1\n')
     lab.write('beside.py', 'word = 1\n')
     edit_stage(lab, 'def train(job):', 'import toylab.part, beside\ndef train(job):')
-    return lab
+    yield lab
+    forget()
 
 
 def forget():

@@ -75,7 +75,9 @@ def pairs(tok) -> list:
 
 
 def options(batch: int, accumulate: int, **more) -> dict:
-    "Trainer options for a comparison: rows in order, a constant rate, every loss logged."
+    """Trainer options for a comparison: rows in order, a constant rate, every loss logged.
+
+    Adam divides by the size of a gradient, so with a tiny epsilon the rounding of gradients near zero shows whole."""
     return dict(
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulate,
@@ -83,6 +85,7 @@ def options(batch: int, accumulate: int, **more) -> dict:
         lr_scheduler_type='constant',
         num_train_epochs=1,
         learning_rate=1e-3,
+        adam_epsilon=1e-6,
         logging_steps=1,
         bf16=False,
         **more,

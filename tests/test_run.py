@@ -341,6 +341,16 @@ def test_side_files_travel_with_what_is_published(lab):
         pass
 
 
+def test_a_process_that_comes_late_finds_the_first_ones_file_and_keeps_it(lab, monkeypatch):
+    job = start('train_toy')
+    with job.publishing('table', '.jsonl') as path:
+        path.write_text('{"by": 0}\n')
+    monkeypatch.setenv('RANK', '1')
+    with open_job(job.folder).publishing('table', '.jsonl') as path:
+        path.write_text('{"by": 1}\n')
+    assert (job.folder / 'table.jsonl').read_text() == '{"by": 0}\n'
+
+
 # ---- names and lineage ---------------------------------------------------------------------------
 
 

@@ -147,13 +147,13 @@ def settle(job, part: Path, name: str, path: Path):
 def published(job, name: str, suffix: str = ''):
     "A temporary path that is published as `<folder>/<name><suffix>`, with a manifest, when the block succeeds."
     path, part = job.folder / f'{name}{suffix}', job.folder / f'.{name}.part'
-    if name in job.record['saves']:
-        raise LabError(f'{path}: already published by this run')
-    check_output(name, job.stage, job.record['saves'])
-    if not job.first:  # every process comes by, the first one's file counts
+    if not job.first:  # the first one's file counts, and it may be there already
         with tempfile.TemporaryDirectory() as unused:
             yield Path(unused) / path.name
         return
+    if name in job.record['saves']:
+        raise LabError(f'{path}: already published by this run')
+    check_output(name, job.stage, job.record['saves'])
     part.mkdir(exist_ok=True)
     try:
         with disk_errors(name):
