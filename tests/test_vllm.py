@@ -56,7 +56,12 @@ SHAPE = (
     )
 )
 OPTIONS = dict(
-    dtype='float32', max_model_len=512, max_num_seqs=4, enforce_eager=True, max_logprobs=20
+    dtype='float32',
+    max_model_len=512,
+    max_num_seqs=4,
+    enforce_eager=True,
+    max_logprobs=20,
+    kv_cache_memory_bytes=2**28,  # else 92 % of the machine's memory
 )
 
 
