@@ -1784,6 +1784,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'k2lab.serving.vllm._list_words': ('serving/vllm.html#_list_words', 'k2lab/serving/vllm.py'),
                                     'k2lab.serving.vllm._option_words': ('serving/vllm.html#_option_words', 'k2lab/serving/vllm.py'),
                                     'k2lab.serving.vllm._word': ('serving/vllm.html#_word', 'k2lab/serving/vllm.py'),
+                                    'k2lab.serving.vllm.adapter_config': ('serving/vllm.html#adapter_config', 'k2lab/serving/vllm.py'),
                                     'k2lab.serving.vllm.check_applied': ('serving/vllm.html#check_applied', 'k2lab/serving/vllm.py'),
                                     'k2lab.serving.vllm.check_no_code': ('serving/vllm.html#check_no_code', 'k2lab/serving/vllm.py'),
                                     'k2lab.serving.vllm.experts_apart': ('serving/vllm.html#experts_apart', 'k2lab/serving/vllm.py'),

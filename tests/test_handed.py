@@ -89,6 +89,18 @@ def test_what_vllm_would_leave_out_is_refused(part, layer, tmp_path):
     assert '\n' not in str(e.value) and not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('text, line', [('{', 'Expecting'), ('{"peft_type": "LOHA"}', 'is LOHA')])
+def test_what_is_no_lora_is_refused(text, line, tmp_path):
+    "A merged checkpoint in its place, half a file, another kind of adapter."
+    with pytest.raises(LabError, match=r'adapter: none in .*publishes one as <saves>_adapter'):
+        vllm_adapter(smoke_model('k2'), tmp_path / 'out')
+    (tmp_path / 'adapter_config.json').write_text(text)
+    (tmp_path / 'adapter_model.safetensors').write_text('')
+    with pytest.raises(LabError, match=line) as e:
+        vllm_adapter(tmp_path, tmp_path / 'out')
+    assert '\n' not in str(e.value) and not (tmp_path / 'out').exists()
+
+
 def test_half_an_adapter_is_refused():
     at = 'base_model.model.model.layers.1.mlp.experts.base_layer.lora_{}.weight'
     half = {at.format('A'): torch.ones(4, 8), at.format('B'): torch.ones(12, 4)}

@@ -373,6 +373,9 @@ def test_what_is_needed_is_spread_over_nodes():
     assert spread(16, extra={'gres': 'gpu:a100:4,nvme:1'}).nodes == 4
     assert spread(16, nodes=2, extra={'gpus': 16}).gpus_per_node == 0
     assert fitted(Cluster(mem_gb=0), Needs(mem_gb=999)).mem_gb == 0
+    other = fitted(Cluster(extra={'gpus-per-node': 'h100:8', 'mem-per-gpu': '64G'}), Needs(8, 8), 8)
+    told = sbatch_parameters(other, 'train_toy')
+    assert (told['gpus_per_node'], told['mem'], told['nodes']) == (None, None, 1)
     with pytest.raises(LabError, match='cannot be spread over nodes: 3'):
         spread(16, nodes=3)
     with pytest.raises(LabError, match='cpus_per_task is 2, needed 8'):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JSON_LISTS', 'REPEATED', 'CODE', 'PAIR', 'STACKS', 'APPLIED', 'RANKS', 'flags', 'check_no_code', 'needs_code',
-           'plain_tokenizer', 'experts_apart', 'check_applied', 'room_for', 'vllm_adapter']
+           'plain_tokenizer', 'experts_apart', 'check_applied', 'room_for', 'adapter_config', 'vllm_adapter']
 
 # %% ../../nbs/serving/03_vllm.ipynb #eac06975
 import json
@@ -149,11 +149,27 @@ def room_for(rank: int) -> int:
     return next(n for n in RANKS if n >= rank)
 
 
+def adapter_config(folder: Path) -> dict:
+    "PEFT's configuration of the LoRA in a folder; `LabError` if there is none."
+    path = folder / 'adapter_config.json'
+    if not path.exists() or not (folder / 'adapter_model.safetensors').exists():
+        raise LabError(
+            f'adapter: none in {folder}; a training with load.lora_rank publishes one as <saves>_adapter'
+        )
+    try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e:
+        raise LabError(f'{path}: {e}') from None
+    if config.get('peft_type') != 'LORA':
+        raise LabError(f'{path}: peft_type is {config.get("peft_type")}; vLLM serves LORA')
+    return config
+
+
 def vllm_adapter(folder: Path, out: Path, merged: str = 'the merged checkpoint') -> int:
     "Write the adapter in `folder` to `out` as vLLM reads it; its rank. `LabError` if vLLM cannot serve it."
     from safetensors.torch import load_file, save_file
 
-    config = json.loads((folder / 'adapter_config.json').read_text(encoding='utf-8'))
+    config = adapter_config(folder)
     tensors = load_file(folder / 'adapter_model.safetensors')
     check_applied(tensors, merged)
     out.mkdir(parents=True, exist_ok=True)
