@@ -554,11 +554,19 @@ def spelled(value, words: dict = INFINITE):
 
 # %% ../../nbs/lab/01_files.ipynb #e40c3679
 def read_lines(path: Path) -> list:
-    "The objects of a JSON-lines file, without a last line that was cut short; none if it is not there."
+    """The objects of a JSON-lines file, without a last line that was cut short; none if it is not there.
+
+    A line ends with a line feed and with nothing else. `LabError` with file and line for one that is not JSON."""
     if not path.exists():
         return []
     whole, _, _ = path.read_bytes().rpartition(b'\n')
-    return [from_json(line) for line in whole.splitlines() if line.strip()]
+    rows = []
+    for number, line in enumerate(whole.split(b'\n'), 1):
+        try:
+            rows += [from_json(line)] if line.strip() else []
+        except (ValueError, RecursionError) as e:
+            raise LabError(f'{path}:{number}: not JSON ({e}); mend or delete the line') from None
+    return rows
 
 # %% ../../nbs/lab/01_files.ipynb #3b1aa330
 @contextlib.contextmanager

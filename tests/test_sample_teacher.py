@@ -1,0 +1,103 @@
+"""Sampling over an endpoint gives what sampling in this process gives, and its record can be replayed by name."""
+
+import contextlib
+import threading
+import time
+
+import pytest
+
+from k2lab.lab.config import LabError
+from k2lab.lab.files import read_lines
+from k2lab.lab.job import start
+
+KEY = 'sesame-k'
+CHANGES = {
+    'mode': 'distill',
+    'replay': '',
+    'ask': '{distill: {reasoning_prompts: 6, recorded_prompts: null}}',
+    'samples': '{distill: 2}',
+    'max_new_tokens': '12',
+}
+
+
+@contextlib.contextmanager
+def listening(app):
+    "The address of a server on a port of its own."
+    import uvicorn
+
+    run = uvicorn.Server(uvicorn.Config(app, port=0, log_level='error'))
+    thread = threading.Thread(target=run.run)
+    thread.start()
+    while not run.started:
+        time.sleep(0.01)
+    try:
+        yield 'http://127.0.0.1:%d/v1' % run.servers[0].sockets[0].getsockname()[1]
+    finally:
+        run.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def served():
+    "The address of the smoke model behind the embedded server."
+    from k2lab.models.load import open_model, open_tokenizer
+    from k2lab.serving.server import create_app
+
+    app = create_app(open_model('smoke:k2'), open_tokenizer('smoke:k2'), 'k2', KEY)
+    with listening(app) as url:
+        yield url
+
+
+def job_of(tmp_path, monkeypatch, url: str, **changes):
+    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
+    monkeypatch.setenv('K2LAB_API_KEY', KEY)
+    job = start('sample_teacher', 'smoke', None, CHANGES | changes, campaign='c')
+    job.env['endpoint'] |= dict(base_url=url, model='k2')
+    return job
+
+
+def test_an_endpoint_answers_as_the_checkpoint_does_and_is_replayed_by_name(
+    served, tmp_path, monkeypatch
+):
+    from k2lab.sample_teacher import asked_rows, get_replies
+
+    job = job_of(tmp_path, monkeypatch, served, endpoint='true')
+    rows = asked_rows(job)
+    over = get_replies(job, rows)
+    here = get_replies(job_of(tmp_path, monkeypatch, served), rows)
+    assert over == here and len(over) == 6 and all(len(part) == 2 for part in over)
+    kept = {r['prompt']: r['replies'] for r in read_lines(job.folder / 'teacher_answers.jsonl')}
+    assert {p: [(r['text'], r['tokens']) for r in part] for p, part in kept.items()} == {
+        row['prompt']: [(r.text, r.tokens) for r in part] for row, part in zip(rows, over)
+    }
+    name = str(job.folder / 'teacher_answers.jsonl')
+    assert get_replies(job_of(tmp_path, monkeypatch, served, replay=name), rows) == over
+
+
+def test_prompts_that_an_endpoint_refuses_are_counted(served, tmp_path, monkeypatch):
+    from k2lab.sample_teacher import answered, asked_rows, get_replies
+
+    job = job_of(tmp_path, monkeypatch, served, endpoint='true')
+    rows = asked_rows(job)
+    rows[2] = {'prompt': 'too long ' * 2000, 'final': '1'}
+    replies = get_replies(job, rows)
+    kept, parts = answered(job, rows, replies)
+    assert [len(part) for part in replies] == [2, 2, 0, 2, 2, 2] and len(kept) == len(parts) == 5
+    assert 'prompts without an answer are left out' in [c['name'] for c in job.record['checks']]
+    (reject,) = read_lines(job.folder / 'answers.rejects.jsonl')
+    assert reject['final'] and '400' in reject['reason']
+    with pytest.raises(LabError, match='1 of 1 prompts got no answer; the reasons are in'):
+        answered(job, rows[2:3], [[]])
+
+
+def test_sampled_answers_have_a_seed_that_is_sent(served, tmp_path, monkeypatch):
+    from k2lab.sample_teacher import asked_rows, get_replies
+
+    warm = dict(endpoint='true', temperature='{distill: 1.0}')
+    first = job_of(tmp_path, monkeypatch, served, **warm)
+    rows = asked_rows(first)[:3]
+    one = get_replies(first, rows)
+    again = get_replies(job_of(tmp_path, monkeypatch, served, **warm), rows)
+    other = get_replies(job_of(tmp_path, monkeypatch, served, seed='5', **warm), rows)
+    assert one == again != other
+    assert any(a != b for a, b in one)  # each of the two has its own seed
