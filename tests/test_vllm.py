@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -152,7 +153,7 @@ def own_logprobs(place, ids) -> list:
 def config_for(family: str, **more) -> Config:
     latent = dict(attention_backend='CPU_MLA') if family == 'kimi' else {}
     options = OPTIONS | latent | more.pop('vllm', {})
-    told = dict(model='tiny', engine='vllm', python=PYTHON, ready_s=600) | more
+    told: dict[str, Any] = dict(model='tiny', engine='vllm', python=PYTHON, ready_s=600) | more
     return Config(family=family, vllm=options, **told)
 
 
@@ -292,7 +293,7 @@ print('PARSED' + json.dumps(kept, default=lambda one: one.__dict__))
 
 
 def test_blocks_and_lists_reach_vllm_as_they_were_written():
-    options = dict(
+    options: dict[str, Any] = dict(
         hf_overrides=dict(rope_parameters=dict(rope_type='yarn', factor=2.0)),
         limit_mm_per_prompt=dict(image=0),
         override_generation_config=dict(temperature=0.6),

@@ -190,16 +190,17 @@ def fitted(asked: Cluster, need: Needs, processes: int = 1) -> Cluster:
     full = dataclasses.replace(
         asked, **{key: value for key, value in auto.items() if getattr(asked, key) == 'auto'}
     )
-    check_enough(full, dict(gpus_per_node=gpus, cpus_per_task=cores, mem_gb=memory), need.why)
+    least = dict(gpus_per_node=gpus, cpus_per_task=cores, mem_gb=memory)
+    check_enough(full, extra, least, need.why)
     return full
 
 
-def check_enough(asked: Cluster, least: dict, why: str):
-    """`LabError` for a request that has less than `least` on each node.
+def check_enough(asked: Cluster, extra: int, least: dict, why: str):
+    """`LabError` for a request that has less than `least` on each node; `extra` are GPUs that its `extra` names.
 
     Memory and cores that `extra` asks for are the user's own words, and count as enough."""
     has = dict(
-        gpus_per_node=max(asked.gpus_per_node, gpus_in_extra(asked, asked.nodes)),
+        gpus_per_node=max(asked.gpus_per_node, extra),
         cpus_per_task=math.inf if from_extra(asked, CPU_WORDS) else asked.cpus_per_task,
         mem_gb=math.inf if from_extra(asked, MEMORY_WORDS) else asked.mem_gb or math.inf,
     )

@@ -113,7 +113,7 @@ def experts_apart(tensors: dict, rank: int) -> dict:
         found = [[tensors.get(f'{layer}{at}{kind}') for kind in PAIR] for at in STACKS]
         if any(t is None for pair in found for t in pair):
             raise LabError(f'adapter: {layer}.experts lacks the pair of a projection')
-        (gate_up, down) = _gate_up_first([_experts_of(*pair, rank) for pair in found], layer)
+        (gate_up, down) = _gate_up_first([_experts_of(a, b, rank) for a, b in found], layer)
         gate, up = gate_up[1].chunk(2, dim=1)
         for name, a, b in (
             ('gate_proj', gate_up[0], gate),
