@@ -32,6 +32,7 @@ from typing import Any
 from .readers import WAYS, Reader, Unread, find_files, kind_of, stamp
 from .writers import SHARD_BYTES, Shards
 from ..lab.config import LabError, one_of
+from ..lab.files import read_lines
 from ..lab.inputs import code_now, package_files
 from ..lab.locks import owning
 from ..text.rows import publishing, unpacker, write_whole
@@ -469,9 +470,9 @@ def check_bad(pieces: list, folder, max_bad: float):
 def first_bad(folder, file: str) -> str:
     "'line 2: why' of the first row of a file that was rejected."
     rows = (
-        json.loads(line)
+        row
         for path in sorted((Path(folder) / 'rejects').glob('*.jsonl'))
-        for line in path.read_text(encoding='utf-8').splitlines()
+        for row in read_lines(path)
     )
     row = min((row for row in rows if row['file'] == file), key=lambda row: row['offset'])
     place = f"byte {row['offset']}" if row.get('line') is None else f"line {row['line']}"

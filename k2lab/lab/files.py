@@ -10,8 +10,8 @@ __all__ = ['UNSUPPORTED', 'DISK_FULL', 'LARGE', 'SETTLED', 'SECRET_KEY', 'SURE_K
            'read_sha256', 'sha256', 'inventory', 'manifest_files', 'added_files', 'check_published', 'is_random',
            'is_strong', 'spellings', 'held_secrets', 'scrub', 'scrub_line', 'is_suspect', 'thrown', 'is_secret', 'mask',
            'folded', 'check_name', 'reserved', 'check_output', 'check_no_secret', 'is_reference', 'looked_up', 'plain',
-           'fault_in', 'as_json', 'from_json', 'spelled', 'read_lines', 'beside', 'following', 'one_line', 'cut',
-           'trim', 'trimming']
+           'fault_in', 'writable', 'as_json', 'from_json', 'spelled', 'read_lines', 'beside', 'following', 'one_line',
+           'cut', 'trim', 'trimming']
 
 # %% ../../nbs/lab/01_files.ipynb #35cbcc42
 import contextlib
@@ -525,13 +525,18 @@ def _odd(value) -> str:
     return ''
 
 
+def writable(text: str) -> str:
+    "Text that any file or terminal takes: half a character (a lone surrogate) is written as its escape."
+    return text.encode('utf-8', 'backslashreplace').decode()
+
+
 def as_json(value, **kw) -> str:
     "Strict JSON of plain values; `LabError` with the place of what JSON does not know, such as `nan` or a set."
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=plain, **kw)
     except (TypeError, ValueError) as e:
         raise LabError(f'this cannot be recorded as JSON: {fault_in(value) or e}') from None
-    return text.encode('utf-8', 'backslashreplace').decode()  # half a character is escaped
+    return writable(text)
 
 # %% ../../nbs/lab/01_files.ipynb #5b838345
 def from_json(text: str | bytes):
