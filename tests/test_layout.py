@@ -46,6 +46,7 @@ PLAIN = {
             'corpus',
             'harness',
             'peers',
+            'plan',
             'privacy',
             'quality',
             'readers',

@@ -2,6 +2,7 @@
 
 That cluster runs, requeues and spreads the jobs."""
 
+import dataclasses
 import os
 import shutil
 import socket
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from k2lab.lab.config import LabError
+from k2lab.cli.running import needs_by_plan
+from k2lab.lab.config import LabError, resolve
+from k2lab.lab.job import stage_module
 from k2lab.lab.records import read_run, runs
 from k2lab.lab.slurm import (
     Cluster,
@@ -280,9 +283,9 @@ def recorded(tmp_path, monkeypatch):
     monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
     monkeypatch.setenv('K2LAB_LAB_CONFIGS_PATH', str(tmp_path / 'configs'))
 
-    def ask(stage: str, scale: str, changes: dict | None = None, request: str = '') -> dict:
+    def ask(stage: str, scale: str, changes: dict | None = None, request: str = '', **how) -> dict:
         (tmp_path / 'configs/slurm.yaml').write_text(request)
-        submit_stage(stage, scale, 'c', changes)
+        submit_stage(stage, scale, 'c', changes, **how)
         script = (tmp_path / 'asked.sh').read_text().splitlines()
         flags = [line.removeprefix('#SBATCH --').partition('=') for line in script if '--' in line]
         kept = ('nodes', 'gpus-per-node', 'cpus-per-task', 'mem', 'gres')
@@ -361,6 +364,21 @@ def test_the_size_of_a_model_that_is_here_is_asked_for(recorded, tmp_path):
     assert recorded('train_sft_domain', 'qlora', told)['mem'] == '56320M'
     with pytest.raises(LabError, match='mem_gb is 16, needed 44 for train_sft_domain at qlora'):
         recorded('train_sft_domain', 'qlora', told, 'mem_gb: 16')
+
+
+def test_the_command_asks_for_what_the_plan_says(recorded):
+    "And goes by the stage's file where nobody knows the shape of the model."
+    needs = needs_by_plan('c')
+    asked = recorded('train_sft_domain', 'qlora', needs=needs)
+    assert asked['gpus-per-node'] == '1' and int(asked['mem'].removesuffix('M')) > 30_000
+    with pytest.raises(LabError, match='mem_gb is 16, needed .* for train_sft_domain at qlora'):
+        recorded('train_sft_domain', 'qlora', request='mem_gb: 16', needs=needs)
+    assert recorded('train_sft_domain', 'nano', needs=needs)['mem'] == '16384M'
+    env = dict(models={}, data={}, scale='qlora')
+    config = resolve(stage_module('train_sft_domain').Config, 'train_sft_domain', 'qlora')
+    unknown = dataclasses.replace(config, init_from='nobody/none')
+    found = needs('train_sft_domain', unknown, env)
+    assert (found.gpus, found.why) == (1, 'nobody/none in bfloat16')
 
 
 def test_what_is_needed_is_spread_over_nodes():

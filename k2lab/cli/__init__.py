@@ -9,7 +9,9 @@ from k2lab.cli.listing import show_runs
 from k2lab.cli.looking import diff, show_run
 from k2lab.cli.making import convert, new_lab
 from k2lab.cli.marking import note_run, promote_run, tag_run
+from k2lab.cli.planning import plan_stage
 from k2lab.cli.running import (
+    ANYWAY,
     CAMPAIGN,
     JSON,
     ON,
@@ -57,9 +59,22 @@ COMMANDS = {
                 '[STAGE,...]',
                 alone='all',
             ),
+            ANYWAY,
             Option('dry-run', 'say what would run, and why'),
         ),
         example='k2lab pipeline --scale nano --campaign mine',
+    ),
+    'plan': Command(
+        plan_stage,
+        'say what a stage takes in memory and on the disk, whether it fits, and how long it runs',
+        'STAGE [field=value ...]',
+        (
+            SCALE,
+            CAMPAIGN,
+            Option('gpus', 'plan for these instead of this machine: 1xH100-80', 'NxNAME-GB'),
+            JSON,
+        ),
+        'k2lab plan train_sft_domain --scale qlora --gpus 1xH100-80',
     ),
     'runs': Command(
         show_runs,

@@ -274,7 +274,7 @@ def submit_stage(
     config = resolve(stage_module(stage).Config, stage, scale, changes)
     checked_notebook(stage)
     request(stage, config, load_env(scale), needs)
-    folder = prepare(stage, scale, campaign, changes).folder
+    folder = prepare(stage, scale, campaign, changes, refuse=False).folder
     try:
         return folder, submit(folder, needs)
     except LabError:
