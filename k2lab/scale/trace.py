@@ -275,9 +275,9 @@ def _pair_loss(model, reference, inputs: dict, step: Step):
     loss = -torch.nn.functional.logsigmoid((logps - against).sum(1)).mean()
     answer = step.answer or step.length
     chosen = logits.chunk(2)[0][:, -answer:].clone().flatten(0, 1)
-    return loss + torch.nn.functional.cross_entropy(
-        chosen, ids.chunk(2)[0][:, -answer:].flatten()
-    ), theirs
+    loss = loss + torch.nn.functional.cross_entropy(chosen, ids.chunk(2)[0][:, -answer:].flatten())
+    logits.detach().chunk(2)[0][:, -answer:].clone().mean(-1)  # TRL logs it while all is alive
+    return loss
 
 
 def _inputs(step: Step) -> tuple[dict, Any]:
@@ -413,10 +413,10 @@ def _backward(step: Step, model, reference, alive: Alive) -> int:
     "A forward and a backward pass; the most bytes of the first."
     import torch
 
-    (inputs, labels), kept = _inputs(step), None
+    inputs, labels = _inputs(step)
     with torch.autocast(step.device, torch.bfloat16, enabled=step.half):
         if step.method == 'DPO':
-            loss, kept = _pair_loss(model, reference, inputs, step)
+            loss = _pair_loss(model, reference, inputs, step)
         else:
             loss = (_whole_loss if step.whole_logits else _chunked_loss)(model, inputs, labels)
     most = alive.peak
