@@ -25,7 +25,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from k2lab.lab.config import (
     LabError,
@@ -389,8 +388,8 @@ def requested() -> float:
         return 0
     if not shutil.which('sbatch'):
         return 0
-    numbers: list[Any] = [asked.nodes, asked.gpus_per_node]
-    return float('inf') if 'auto' in numbers else asked.nodes * asked.gpus_per_node
+    nodes, gpus = asked.nodes, asked.gpus_per_node
+    return float('inf') if isinstance(nodes, str) or isinstance(gpus, str) else nodes * gpus
 
 
 def seen_gpus(answer: Answer, said: Driver) -> list[str]:

@@ -227,7 +227,7 @@ def _evaluating(stage: str, cfg, env: dict, campaign: str) -> Work:
     ]
     size = lambda config: sum(counted(matrices_of(config)).values())
     gpu = for_gpu(env['scale'])
-    told = getattr(cfg, 'load', None) or {'dtype': 'bfloat16' if gpu else 'float32'}
+    told: dict[str, Any] = getattr(cfg, 'load', None) or {'dtype': 'bfloat16' if gpu else 'float32'}
     return Work(stage, max(configs, key=size), Loading(**told), gpu=gpu, answers=cfg.answer_tokens)
 
 
