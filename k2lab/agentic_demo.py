@@ -17,7 +17,7 @@ from typing import Literal
 from .lab.config import LabError
 from .lab.display import Html
 from .lab.files import as_json, write_text
-from .launch_teacher_vllm import Config as Serving, serving
+from .launch_teacher_vllm import Config as Serving, note_placement, serving
 from .serving.agent import K2_ID, PYTHON, Limits, call_reply, chat_loop, clip, python_tool
 from .serving.client import Teacher, scripted
 from .tasks.sandbox import why_not
@@ -82,6 +82,7 @@ def teacher_of(job, endpoint: str):
         with serving(
             Serving(model=job.cfg.model), job.find(job.cfg.model), job.folder / 'server.log'
         ) as served:
+            note_placement(job, served)
             yield served.teacher()
 
 

@@ -12,6 +12,8 @@ from functools import partial
 from typing import Annotated
 
 from .lab.config import LabError, one_of
+from .models.load import Loading, check_opening, check_room
+from .models.placement import device_for
 from .scale.plan import planned
 from .serving.harness import Asking, prepared, run_elsewhere, run_on_checkpoint
 from .tasks.items import compared_line, read_items
@@ -20,6 +22,7 @@ from k2lab.training.scores import (
     Scored,
     asked_for,
     check_names,
+    measuring,
     opened,
     read_all,
     report,
@@ -47,9 +50,12 @@ class Config:
     # how lm-eval asks, and who answers: the fields of k2lab.serving.harness.Asking
     harness_options: Annotated[dict, Asking] = field(default_factory=dict)
     answer_tokens: int = 160  # longest answer in tokens
+    # dtype, four_bit, attention of all checkpoints: see k2lab.models.load.Loading
+    load: Annotated[dict, Loading] = field(default_factory=dict)
     seed: int = 0  # of everything random in this stage
 
     def __post_init__(self):
+        check_opening(Loading(**self.load))
         for name in self.checkpoints:
             if name not in self.measures and not self.test_sets:
                 raise LabError(f"measures: nothing for '{name}'; write measures.{name}=[MEASURE]")
@@ -92,12 +98,14 @@ def report_on(job, name: str, asked: dict[str, Asked], own: dict, others: dict):
 
 def scores_of(job, name: str, asked: list[Asked], tasks) -> dict[str, Scored]:
     "`{measure: score}` of a checkpoint, known or measured now; it also does the tasks of lm-eval."
-    model, tok = open_for(job, name)
-    one = opened(job, model, tok, name)
-    found = tried(job, name, lambda a: score(job, one, a), asked)
+    load = Loading(**job.cfg.load)
+    model, tok = open_for(job, name, load)
+    one = opened(job, model, tok, name, load)
+    with measuring(job, f'evaluate {name}', one):
+        found = tried(job, name, lambda a: score(job, one, a), asked)
+        if name in job.cfg.checkpoints:
+            run_on_checkpoint(job, tasks, name, model, tok)
     out = {s.measure: s for s in found}
-    if name in job.cfg.checkpoints:
-        run_on_checkpoint(job, tasks, name, model, tok)
     return out
 
 
@@ -128,7 +136,7 @@ def evaluate(job):
     "Measure every checkpoint and compare it; leaves metrics and items."
     cfg, wanted = job.cfg, measures_of(job.cfg)
     for name in wanted:
-        job.find(name)
+        check_room(job.find(name), Loading(**cfg.load), device_for())
     asked = {a.measure: a for a in read_all(job, list(dict.fromkeys(sum(wanted.values(), []))))}
     tasks = prepared(job)
     run_elsewhere(job, tasks)

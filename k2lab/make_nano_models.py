@@ -17,6 +17,7 @@ from .corpus.sources import documents
 from .lab.config import LabError
 from .models.adapters import check_logits, probe_logits
 from .models.load import Loading, parameter_counts, save_checkpoint, small_model
+from .models.placement import device_for, put
 from .tasks.sessions import identifiers, sentences, sessions
 from .text.tokenizer import build_tokenizer
 from k2lab.training.trainer import (
@@ -106,7 +107,8 @@ def copying(model, tok, rows: int = 64, length: int = 20) -> float:
     import torch
 
     rng = random.Random(0)
-    first = torch.tensor([rng.choices(ordinary(tok), k=length) for _ in range(rows)])
+    drawn = [rng.choices(ordinary(tok), k=length) for _ in range(rows)]
+    first = torch.tensor(drawn, device=model.device)
     with torch.no_grad():
         best = model.eval()(torch.cat([first, first], 1)).logits.argmax(-1)
     return round(float((best[:, length:-1] == first[:, 1:]).float().mean()), 3)
@@ -226,7 +228,7 @@ def train(job):
         raise LabError(f'kind {cfg.kind!r}; valid: {", ".join(FAMILY)}')
     model, tok, rows = read_training_rows(job)
     job.show_rows([dict(text=tok.decode([i for i, _ in r])[:160]) for r in rows[:5]])
-    model = model or small_model(cfg.kind, cfg.size, tok, cfg.seed)
+    model = model or put(small_model(cfg.kind, cfg.size, tok, cfg.seed), device_for(cfg.trainer))
     job.record['parameters'] = parameter_counts(model)
     finish(job, train_phases(job, model, tok, rows), tok)
 
@@ -235,7 +237,8 @@ def greedy_text(model, tok, prompt: str, n: int = 60) -> str:
     "The prompt with the n tokens that the model writes after it."
     import torch
 
-    ids = torch.tensor([tok(prompt, add_special_tokens=False)['input_ids']])
+    start = tok(prompt, add_special_tokens=False)['input_ids']
+    ids = torch.tensor([start], device=model.device)
     out = model.eval().generate(
         ids, max_new_tokens=n, do_sample=False, pad_token_id=tok.pad_token_id
     )

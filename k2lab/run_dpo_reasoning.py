@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from .models.load import Loading, open_model
+from .models.placement import device_for, phase_of
 from .scale.plan import planned
 from .text.layouts import Spec, read_corpus
 from .text.masks import mask_html
@@ -37,6 +38,7 @@ from k2lab.training.trainer import (
     fit_dpo,
     fit_sft,
     open_for,
+    open_to_train,
     tokenizer_for,
     usable_pairs,
 )
@@ -114,7 +116,7 @@ def rejected_example(pair: dict) -> dict:
 def fit_control(job, tok, pairs: list):
     "The starting point after SFT on the chosen answers of the pairs (ids) alone, for as many steps as DPO."
     cfg, load = job.cfg, Loading(**job.cfg.load)
-    model = open_model(job.find(cfg.init_from), load)
+    model = open_to_train(job, cfg.init_from, load)
     examples = [chosen_example(pair) for pair in pairs]
     trainer, optimizer = cfg.control_options(), cfg.optimizer
     return fit_sft(job, model, tok, examples, trainer, optimizer, load, phase='control')
@@ -150,8 +152,14 @@ def used_pairs(job, tok, name: str) -> UsedPairs:
 def prefer(job, model, tok, pairs: list, load: Loading):
     "The model trained on pairs of ids against its frozen starting point."
     cfg = job.cfg
-    reference = None if load.lora_rank else open_model(job.find(cfg.init_from), load)
-    return fit_dpo(job, model, reference, tok, pairs, cfg.trainer, load, cfg.optimizer)
+    fit = lambda reference: fit_dpo(
+        job, model, reference, tok, pairs, cfg.trainer, load, cfg.optimizer
+    )
+    if load.lora_rank:
+        return fit(None)
+    reference = open_model(job.find(cfg.init_from), load, device_for(cfg.trainer))
+    with phase_of(job, 'reference', cfg.init_from, reference):
+        return fit(reference)
 
 
 def train(job):

@@ -19,7 +19,8 @@ from typing import Annotated, Literal
 from .corpus.operators import held_out
 from .lab.config import LabError
 from .lab.files import as_json, write_text
-from .models.load import Loading, Reply, generate
+from .models.load import Loading, Reply, check_opening, generate
+from .models.placement import phase_of
 from .scale.plan import planned
 from .serving.answers import sample_rows
 from .serving.client import Teacher
@@ -67,15 +68,12 @@ class Config:
     # prompts whose pairs are held out, by a hash of the prompt
     heldout_percent: float = 20
     batch: int = 128  # answers written side by side
-    # dtype, four_bit: see k2lab.models.load.Loading
+    # dtype, four_bit, attention: see k2lab.models.load.Loading
     load: Annotated[dict, Loading] = field(default_factory=dict)
     seed: int = 0  # of everything random in this stage
 
     def __post_init__(self):
-        if Loading(**self.load).lora_rank:
-            raise LabError(
-                'load: lora_rank is for training, and nothing is trained here; leave it out'
-            )
+        check_opening(Loading(**self.load))
         for name in ('teacher', 'ask', 'samples', 'temperature'):
             if self.mode not in getattr(self, name):
                 raise LabError(
@@ -101,18 +99,20 @@ class Config:
 def ask_locally(job, rows: list) -> list[list[Reply]]:
     "For each row the replies of a checkpoint opened here."
     cfg, mode = job.cfg, job.cfg.mode
-    model, tok = open_for(job, cfg.teacher[mode], Loading(**cfg.load))
-    return generate(
-        model,
-        tok,
-        prompts_of(tok, rows, job.env['system']),
-        cfg.max_new_tokens,
-        cfg.samples[mode],
-        cfg.temperature[mode],
-        job.seed,
-        cfg.batch,
-        lambda done, all: job.log(phase='asking', step=done, steps=all),
-    )
+    load, name = Loading(**cfg.load), cfg.teacher[mode]
+    model, tok = open_for(job, name, load)
+    with phase_of(job, 'sample', name, model, load.four_bit):
+        return generate(
+            model,
+            tok,
+            prompts_of(tok, rows, job.env['system']),
+            cfg.max_new_tokens,
+            cfg.samples[mode],
+            cfg.temperature[mode],
+            job.seed,
+            cfg.batch,
+            lambda done, all: job.log(phase='asking', step=done, steps=all),
+        )
 
 
 WORKERS = 16  # requests under way at a time

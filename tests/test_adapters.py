@@ -351,12 +351,16 @@ def test_bits_are_counted_on_the_loaded_model():
     assert {part: c['weights'] for part, c in whole.items()} == {
         part: c['weights'] for part, c in quarter.items()
     }
-    assert all(4 < quarter[part]['bits'] < 6 for part in LINEAR) and quarter['routed'] == whole[
-        'routed'
-    ] == dict(weights=4 * 3 * 64 * 64, bytes=16 * 3 * 64 * 64, bits=32.0)
-    assert 'routed stayed at 32 bits' in check_bits(quarter, load)
+    assert all(4 < quarter[part]['bits'] < 6 for part in LINEAR)
+    assert whole['routed'] == dict(weights=4 * 3 * 64 * 64, bytes=16 * 3 * 64 * 64, bits=32.0)
+    assert quarter['routed'] == dict(whole['routed'], bytes=9 * 3 * 64 * 64 // 4, bits=4.5)
+    assert 'routed' not in check_bits(quarter, load)
+    narrow = {part: quarter[part] for part in LINEAR}
+    with pytest.raises(LabError, match='four_bit was asked for, but routed has 32.0 bits'):
+        check_bits(whole | narrow, load)
     with pytest.raises(
-        LabError, match='attention has 32.0 bits, shared has 32.0 bits, dense has 32.0 bits'
+        LabError,
+        match='attention has 32.0 bits, shared has 32.0 bits, dense has 32.0 bits, routed has',
     ):
         check_bits(whole, load)
     assert check_bits(whole, Loading()) is None

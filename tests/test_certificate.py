@@ -32,14 +32,26 @@ from k2lab.models.load import (
     write_certificate,
 )
 from k2lab.train_sft_domain import Config
-from k2lab.training.stage import fit_mixture, mixed, publish_model, read_mixture, to_measure
+from k2lab.training.stage import (
+    base_name,
+    fit_mixture,
+    mixed,
+    publish_model,
+    read_mixture,
+    to_measure,
+)
 from k2lab.training.trainer import open_for
 
 FULL = os.environ.get('K2LAB_FAULTS') == 'full'
 RATES = (5e-6, 1e-5, 1e-4, 3e-4, 1e-3)
 SETTINGS = {
     'bfloat16 LoRA': {'load.dtype': 'bfloat16', 'load.lora_rank': 8},
-    '4-bit LoRA': {'load.dtype': 'bfloat16', 'load.lora_rank': 8, 'load.four_bit': True},
+    '4-bit LoRA': {
+        'load.dtype': 'bfloat16',
+        'load.lora_rank': 8,
+        'load.four_bit': True,
+        'trainer.gradient_checkpointing': True,
+    },
     'float32 LoRA': {'load.lora_rank': 8},
     'full, bfloat16 arithmetic': {'trainer.bf16': True},
 }
@@ -55,10 +67,23 @@ def runs(tmp_path_factory):
         yield
 
 
+@pytest.mark.parametrize(
+    'name, place, told',
+    [
+        ('Moonlight', 'moonshotai/Moonlight-16B-A3B@c0ffee', 'moonshotai/Moonlight-16B-A3B@c0ffee'),
+        ('k2_base@1126.3-train', Path('/runs/k2_base'), 'k2_base@1126.3-train'),
+        ('/data/models/own', Path('/data/models/own'), 'own'),
+        ('Kimi-K2-Base', 'smoke:k2', 'Kimi-K2-Base'),
+    ],
+)
+def test_a_base_is_named_without_a_path(name, place, told):
+    assert base_name(name, place) == told
+
+
 class Run:
     "A short training of the nano K2, not yet published."
 
-    def __init__(self, setting: str, rate: float, place: Path | None = None, **load):
+    def __init__(self, setting: str, rate: float, place: Path | None = None, before=None, **load):
         options = SETTINGS[setting] | {f'load.{k}': v for k, v in load.items()}
         if options.get('load.four_bit') and not find_spec('bitsandbytes'):
             pytest.skip('4-bit weights need bitsandbytes: pip install "k2lab[gpu]"')
@@ -66,6 +91,8 @@ class Run:
         self.job = start('train_sft_domain', 'smoke', changes=changes)
         self.job.env['models'][self.job.cfg.init_from] = str(place or shipped('k2'))
         self.load = Loading(**self.job.cfg.load)
+        if before:
+            before(self.job)
         model, self.tok = open_for(self.job, self.job.cfg.init_from, self.load)
         mixture = mixed(self.job, self.tok, read_mixture(self.job))
         self.model: Any = fit_mixture(self.job, model, self.tok, mixture, self.load)
@@ -99,6 +126,15 @@ def untrained(run: Run, patch):
         )
 
 
+def check_no_path(run: Run):
+    "What a run publishes names its base, and no place of this machine."
+    adapter, place = run.folder.with_name(f'{run.folder.name}_adapter'), str(shipped('k2')).encode()
+    named = json.loads((adapter / 'adapter_config.json').read_text())['base_model_name_or_path']
+    assert named == run.job.cfg.init_from
+    for path in [*adapter.iterdir(), *run.folder.iterdir()]:
+        assert place not in path.read_bytes(), path.name
+
+
 @pytest.mark.parametrize('setting, rate', GRID if FULL else FEW)
 def test_the_untrained_base_is_refused_and_the_trained_model_passes(setting, rate, monkeypatch):
     run = Run(setting, rate)
@@ -108,6 +144,8 @@ def test_the_untrained_base_is_refused_and_the_trained_model_passes(setting, rat
             run.publish()
     assert not run.folder.exists() and 'export' not in run.job.record
     measured = run.publish()
+    if run.load.lora_rank:
+        check_no_path(run)
     kept = {k: round(v, 5) for k, v in run.export.items() if isinstance(v, float)}
     print(f'\n{setting}, {rate:.0e}: {run.export["dtype"]} {kept}; the base: {e.value}')
     assert run.export['lost'] <= 0.1 and json.loads((run.folder / 'config.json').read_text())[
@@ -232,10 +270,19 @@ def test_a_model_trained_on_four_bits_is_published_as_it_was_trained(four_bit):
 
 
 def test_it_is_not_rounded_to_four_bits_again(four_bit):
+    "Of experts that were packed in training the next stage packs those alone, and of a dense model nothing."
     for load in (Loading(four_bit=True, lora_rank=4), Loading(four_bit=True)):
-        with pytest.raises(LabError, match='set load.four_bit=false'):
-            open_model(four_bit.folder, load)
+        assert as_published(four_bit.folder, load).four_bit == 'experts'
+        model = open_model(four_bit.folder, load)
+        assert not any(type(m).__name__ == 'Linear4bit' for m in model.modules())
+        assert torch.equal(probe_logits(model), probe_logits(open_model(four_bit.folder)))
     assert open_model(four_bit.folder).dtype == torch.float32
+    known = json.loads((four_bit.folder / 'certificate.json').read_text())
+    dense = four_bit.folder.with_name('dense')
+    dense.mkdir()
+    write_certificate(dense, {k: v for k, v in known.items() if k != 'stacks'})
+    with pytest.raises(LabError, match='set load.four_bit=false'):
+        as_published(dense, Loading(four_bit=True))
 
 
 @pytest.mark.parametrize('setting', ['bfloat16 LoRA', '4-bit LoRA'])

@@ -127,7 +127,14 @@ def alone(home):
     return get
 
 
-WAYS = {'cpu': (), 'zero2': (), 'zero3': (), 'fsdp2': (), 'zero3 lora': (LORA,)}
+WAYS = {
+    'cpu': (),
+    'zero2': (),
+    'zero3': (),
+    'fsdp2': (),
+    'zero3 lora': (LORA,),
+    'fsdp2 lora': (LORA,),
+}
 FULL = os.environ.get('K2LAB_FAULTS') == 'full'
 
 
@@ -155,10 +162,16 @@ def test_two_processes_train_what_one_trains(way, home, alone):
         k: b[k] for k in ('rows', 'tokens', 'trained_tokens', 'ends_of_turn', 'steps')
     }
     assert a['trained_parameters'] == b['trained_parameters']
+    for here, there in zip(told(one)['metrics'], told(two)['metrics'], strict=True):
+        assert there['n'] == here['n'] and there['before'] == pytest.approx(
+            here['before'], rel=1e-5
+        )
+        assert there['after'] == pytest.approx(here['after'], rel=1e-4)
+    phases = told(two)['placement']
+    assert {phases[name]['processes'] for name in ('before', 'train', 'after')} == {2}
     export = read_run(two)['export']
-    assert ('tensors' in export) == (way in ('zero3', 'fsdp2')) and not export.get(
-        'differing'
-    )  # else the weights were not split, and the test is one of plain data parallelism
+    # else the weights were not split, and the test is one of plain data parallelism
+    assert ('tensors' in export) == (name in ('zero3', 'fsdp2')) and not export.get('differing')
     start, end, got = (
         open_model(home / 'runs' / '.smoke' / 'k2').state_dict(),
         tensors(one),

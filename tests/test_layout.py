@@ -34,6 +34,7 @@ PLAIN = {
     'tasks.sandbox',
     'lab.slurm',
     'models.mla',
+    'models.packed',
     'serving.server',
     'text.typescript',
     'training.muon',
@@ -52,6 +53,7 @@ PLAIN = {
             'readers',
             'runner',
             'scores',
+            'sharded',
             'tokens',
             'training',
         )
@@ -303,6 +305,7 @@ LIGHT = sorted(
         'k2lab.bench.peers',
         'k2lab.corpus.kernels',
         'k2lab.corpus.signals',
+        'k2lab.models.packed',
         'k2lab.training.muon',
     }
 )

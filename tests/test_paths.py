@@ -22,6 +22,7 @@ from k2lab.models.load import (
     smoke_model,
     trained_counts,
 )
+from k2lab.models.stacks import stacks
 from k2lab.training.stage import publish_model
 from k2lab.training.trainer import options
 
@@ -242,15 +243,22 @@ def test_rows_and_tokens_that_the_model_has_no_place_for_are_refused():
 # ---- 4 bits ------------------------------------------------------------------------------------------------
 
 
+FOUR_BIT = {
+    'load.four_bit': True,
+    'load.lora_rank': 4,
+    'trainer.gradient_checkpointing': True,
+}
+
+
 @pytest.fixture(scope='module')
 def four_bit():
     pytest.importorskip(
         'bitsandbytes', reason='4-bit weights need bitsandbytes: pip install "k2lab[gpu]"'
     )
-    return trained('train_sft_domain', **{'load.four_bit': True, 'load.lora_rank': 4})
+    return trained('train_sft_domain', **FOUR_BIT)
 
 
-def test_four_bits_are_for_linear_layers_only(four_bit):
+def test_four_bits_are_for_linear_layers_and_stacked_experts(four_bit):
     kinds = {
         (group_of(n + '.weight'), type(m).__name__)
         for n, m in open_model(smoke_model('k2'), Loading(four_bit=True)).named_modules()
@@ -263,9 +271,8 @@ def test_four_bits_are_for_linear_layers_only(four_bit):
         ('head', 'Linear'),
     }
     frozen = plain(four_bit['state'])
-    assert {group_of(n) for n, p in frozen.items() if p.dtype == torch.uint8} == PARTS and all(
-        frozen[n].dtype == torch.float32 for n in frozen if group_of(n) in ('routed', 'router')
-    )
+    assert {group_of(n) for n, p in frozen.items() if p.dtype == torch.uint8} == {*PARTS, 'routed'}
+    assert all(frozen[n].dtype == torch.float32 for n in frozen if group_of(n) == 'router')
 
 
 def dequantised(model):
@@ -277,7 +284,8 @@ def dequantised(model):
         if isinstance(p, bnb.nn.Params4bit)
         else p.data
         for n, p in model.named_parameters()
-    }
+        if '.experts.' not in n
+    } | {n: form() for n, form in stacks(model).items()}
 
 
 def test_an_adapter_trained_on_four_bits_is_published_in_full_precision(four_bit):
@@ -304,7 +312,7 @@ def test_dpo_trains_an_adapter_and_so_does_its_control():
     pytest.importorskip(
         'bitsandbytes', reason='4-bit weights need bitsandbytes: pip install "k2lab[gpu]"'
     )
-    run = trained('run_dpo_reasoning', **{'load.four_bit': True, 'load.lora_rank': 4})
+    run = trained('run_dpo_reasoning', **FOUR_BIT)
     phases = run['job'].record['training']
     assert (
         phases['train']['trained_parameters']

@@ -14,6 +14,7 @@ from k2lab.bench.quality import quality
 from k2lab.bench.readers import shards
 from k2lab.bench.runner import run
 from k2lab.bench.scores import scores
+from k2lab.bench.sharded import sharded
 from k2lab.bench.tokens import tokens
 from k2lab.bench.training import train
 from k2lab.lab.config import LabError, did_you_mean
@@ -27,6 +28,7 @@ BENCHMARKS: dict[str, tuple[Callable, str]] = {
     'quality': (quality, "quality rules against datatrove's filters"),
     'tokens': (tokens, 'the encoder against tokenizers and tiktoken'),
     'scores': (scores, "the lab's questions asked by lm-eval, beside the lab's own score"),
+    'sharded': (sharded, 'the memory of two processes that train a model together'),
     'chain': (chain, 'from JSON lines to tokens against datatrove'),
 }
 

@@ -7,7 +7,8 @@ from k2lab.cli.completion import candidates, completion
 from k2lab.cli.help import command_help, stage_help, usage
 from k2lab.cli.listing import show_runs
 from k2lab.cli.looking import diff, show_run
-from k2lab.cli.making import convert, new_lab
+from k2lab.cli.machine import doctor, selftest
+from k2lab.cli.making import convert, export, new_lab
 from k2lab.cli.marking import note_run, promote_run, tag_run
 from k2lab.cli.planning import plan_stage
 from k2lab.cli.running import (
@@ -85,7 +86,8 @@ COMMANDS = {
             Option(
                 'where',
                 'only runs that pass a test: FIELD and =, !=, <, <=, > or >= and a value. Fields: campaign, run, '
-                'stage, scale, seed, status, reason, promoted, started, wall, peak_gib, tag, measure.NAME, config.KEY',
+                'stage, scale, seed, status, reason, promoted, started, wall, peak_gib, gpu_peak_gib, tag, '
+                'measure.NAME, config.KEY',
                 'TEST',
                 many=True,
             ),
@@ -142,6 +144,19 @@ COMMANDS = {
         (Option('because', 'why; the record keeps it', 'TEXT'),),
         f'k2lab promote {RUN} --because "as intended"',
     ),
+    'doctor': Command(
+        doctor,
+        'check whether a scale can run on this machine, and say what mends what is wrong',
+        options=(SCALE, JSON),
+        example='k2lab doctor --scale qlora',
+    ),
+    'selftest': Command(
+        selftest,
+        'test and measure the GPU or the CPU of this machine with models made on the spot',
+        'DEVICE',
+        (Option('blocks', 'only these parts, such as exact,lora,resume', 'A,B'), JSON),
+        'k2lab selftest gpu',
+    ),
     'new': Command(
         new_lab,
         'make a lab in a new or empty folder: settings, configs, notebooks',
@@ -153,6 +168,17 @@ COMMANDS = {
         'write a published checkpoint (name, folder or hub id) as bfloat16',
         'NAME FOLDER',
         example='k2lab convert Kimi-K2-Base kimi-k2-base-bf16',
+    ),
+    'export': Command(
+        export,
+        'write a model and its training rows for NeMo AutoModel or Megatron-Bridge',
+        'RUN|CHECKPOINT FOLDER',
+        (
+            Option('to', 'the stack: nemo or megatron', 'STACK'),
+            Option('data', 'files of rows, instead of those of the run', 'FILE,...'),
+            Option('length', 'the longest packed row in tokens', 'N'),
+        ),
+        f'k2lab export {RUN} k2-for-nemo --to nemo',
     ),
     'completion': Command(
         completion,

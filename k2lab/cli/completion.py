@@ -70,14 +70,14 @@ def after(before: list[str], commands: dict[str, Command]) -> list[str]:
 
 
 def kinds(kind: str) -> list[str]:
-    "The words of a kind: runs, stages, campaigns, shells."
+    "The words of a kind: runs, stages, campaigns, shells, devices."
     if kind == 'RUN':
         return runs()
     if kind == 'STAGE':
         return stages()
     if kind == 'CAMPAIGN':
         return campaigns()
-    return list(SCRIPTS) if kind == 'SHELL' else []
+    return {'SHELL': list(SCRIPTS), 'DEVICE': ['gpu', 'cpu']}.get(kind, [])
 
 
 def values(option: str) -> list[str]:

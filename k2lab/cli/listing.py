@@ -41,6 +41,7 @@ FIELDS: dict[str, Callable] = {
     'started': lambda r: r.get('started') or None,
     'wall': lambda r: round(wall(r), 3) or None,
     'peak_gib': lambda r: r.get('peak_gib'),
+    'gpu_peak_gib': lambda r: r.get('gpu_peak_gib'),
     'measure': lambda r: first_measure(r) or None,
     'parents': lambda r: parents(r),
     'saves': lambda r: list(r['saves']),

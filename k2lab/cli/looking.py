@@ -29,8 +29,14 @@ def show_run(words: list, options: dict) -> int:
 FILES = {'notebook': 'notebook.ipynb', 'report': 'report.html', 'log': 'log.txt'}
 
 
+def placed(entry: dict) -> str:
+    "Where a phase of a run had its model: `k2_reason_sft on cuda:0 in bfloat16, sdpa, at most 11.2 GiB`."
+    peak = f', at most {entry["gpu_peak_gib"]} GiB' if 'gpu_peak_gib' in entry else ''
+    return f'{entry["model"]} on {entry["device"]} in {entry["dtype"]}, {entry["attention"]}{peak}'
+
+
 def parts(record: dict) -> list[tuple[str, list]]:
-    "The parts of a record as `(title, rows)`: files, times, config, parents, and what else it read."
+    "The parts of a record as `(title, rows)`: files, times, placement, config, parents, and what else it read."
     folder, at = Path(record['folder']), begun(record)
     files = [(name, folder / file) for name, file in FILES.items() if (folder / file).exists()]
     times = [('started', f'{at.astimezone():%Y-%m-%d %H:%M:%S %z}')] if at else []
@@ -39,6 +45,7 @@ def parts(record: dict) -> list[tuple[str, list]]:
     shown = [
         ('files', files),
         ('time', [*times, ('wall', took)]),
+        ('placement', [(name, placed(p)) for name, p in record.get('placement', {}).items()]),
         ('memory', memory(record)),
         ('config', list(record['config'].items())),
         ('parents', parents),

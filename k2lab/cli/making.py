@@ -94,6 +94,21 @@ def convert(words: list, options: dict) -> int:
     return 0
 
 
+def export(words: list, options: dict) -> int:
+    "Write a checkpoint and its training rows for a larger stack."
+    from k2lab.scale.export import STACKS, export, source_of, with_data
+
+    if not options['to']:
+        raise LabError(f'export: for which stack? give --to {" or ".join(STACKS)}')
+    source = with_data(source_of(words[0]), options['data'], options['length'])
+    done = export(source, options['to'], Path(words[1]))
+    print(
+        f'{words[1]}: {done["tensors"]:,} tensors; {done["tokens"]:,} tokens in {done["rows"]:,} '
+        f'packed rows, {done["learned"]:,} of them learned'
+    )
+    return 0
+
+
 def place_of(name: str) -> str:
     "What a name of the lab around here means at full scale; outside a lab, a folder or hub id."
     from k2lab.lab.config import root

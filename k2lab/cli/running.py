@@ -1,8 +1,10 @@
 """Commands that run stages: one, again, elsewhere."""
 
+import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from k2lab.cli.looking import attempts, run_text
@@ -82,7 +84,8 @@ def submit_stage_here(place: str, stage: str, options: dict, changes: dict) -> i
     from k2lab.lab.slurm import submit_stage
 
     one_of('place', place, ('slurm',), '--on')
-    folder, job = submit_stage(stage, changes=changes, **options)
+    needs = needs_by_plan(options['campaign'] or '')
+    folder, job = submit_stage(stage, changes=changes, needs=needs, **options)
     print(f'{folder.parent.name}/{folder.name}: Slurm job {job}\n  in {folder}')
     return 0
 
@@ -92,8 +95,29 @@ def resubmit(place: str, folder: Path) -> int:
     from k2lab.lab.slurm import submit
 
     one_of('place', place, ('slurm',), '--on')
-    print(f'{folder.parent.name}/{folder.name}: Slurm job {submit(folder)}')
+    job = submit(folder, needs_by_plan(folder.parent.name))
+    print(f'{folder.parent.name}/{folder.name}: Slurm job {job}')
     return 0
+
+
+def needs_by_plan(campaign: str) -> Callable:
+    "What a stage needs by its plan; by its own file where it has none, or nobody knows its model's shape."
+    from k2lab.lab.job import stage_module
+    from k2lab.lab.slurm import needed
+    from k2lab.scale.plan import needs
+
+    def found(stage: str, cfg, env: dict):
+        own = needed(stage, cfg, env)
+        if not getattr(stage_module(stage), 'plan', None):
+            return own  # a stage that plans nothing
+        try:
+            plan = needs(stage, cfg, env, campaign)
+        except LabError:
+            return own
+        host = plan.host_gib * getattr(cfg, 'processes', 1) * 2**30 / 1e9
+        return dataclasses.replace(own, gpus=max(own.gpus, plan.gpus), mem_gb=host)
+
+    return found
 
 
 def agent_command(options: dict, changes: dict) -> int:
@@ -185,5 +209,7 @@ def leave_together():
     dist = sys.modules.get('torch.distributed')
     if not (dist and dist.is_available() and dist.is_initialized()):
         return
-    dist.barrier()
+    from k2lab.models.placement import together
+
+    together()
     dist.destroy_process_group()

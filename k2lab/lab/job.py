@@ -88,7 +88,7 @@ from k2lab.lab.names import (
     passed_over_here,
     place_of,
 )
-from .provenance import code_state, installed, owner, peak_gib
+from .provenance import code_state, gpu_peak_gib, installed, owner, peak_gib
 from k2lab.lab.records import (
     OLD_LINES,
     check_campaign,
@@ -344,6 +344,14 @@ class Job(Evidence):
         self.record['inputs']['code'] = dict(sorted((here | code).items()))
         self.write()
 
+    def gpu_peak(self) -> dict:
+        "`{'gpu_peak_gib'}`: the highest peak of the phases that `placement` names; empty without a GPU."
+        phases = self.record.get('placement', {}).values()
+        known = [p['gpu_peak_gib'] for p in phases if 'gpu_peak_gib' in p]
+        last = gpu_peak_gib()
+        known += [] if last is None else [last]
+        return {'gpu_peak_gib': max(known)} if known else {}
+
     def finish(self):
         "Close the record and, without a runner, set the status; `LabError` if a check or a manifest fails."
         self.watching.close()
@@ -352,6 +360,7 @@ class Job(Evidence):
         self.record |= {
             'closed': datetime.now(timezone.utc).isoformat(timespec='seconds'),
             'peak_gib': peak_gib(),
+            **self.gpu_peak(),
             'wall_s': round(time.monotonic() - self.began, 3),
         }
         if 'gib' in self.record.get('plan', {}):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MATTERS', 'PLAIN', 'DIFF', 'USERS', 'DIFF_LIMIT', 'installed', 'interpreter', 'cpu_name', 'host', 'torch_cuda',
            'accelerator', 'environment', 'git', 'paths_in', 'new_files', 'head', 'tree_diff', 'stages_folder',
-           'masked_patch', 'code_state', 'owner', 'own_peak', 'peak_gib']
+           'masked_patch', 'code_state', 'owner', 'own_peak', 'peak_gib', 'gpu_peak_gib', 'reset_gpu_peak']
 
 # %% ../../nbs/lab/03_provenance.ipynb #157b13c7
 import os
@@ -238,3 +238,21 @@ def peak_gib() -> float:
     "The peak memory of this process or of one of its children so far, in GiB."
     most = max(own_peak(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
     return round(most / (2**30 if sys.platform == 'darwin' else 2**20), 3)
+
+
+def _gpu():
+    "torch's memory statistics of this process's GPU, None while it has used none; torch is not imported for it."
+    cuda = getattr(sys.modules.get('torch'), 'cuda', None)
+    return cuda if cuda and cuda.is_initialized() else None
+
+
+def gpu_peak_gib() -> float | None:
+    "The most memory that tensors of this process held on its GPU since the last reset, in GiB; None without one."
+    cuda = _gpu()
+    return round(cuda.max_memory_allocated() / 2**30, 3) if cuda else None
+
+
+def reset_gpu_peak():
+    "Let `gpu_peak_gib` count from now on."
+    if cuda := _gpu():
+        cuda.reset_peak_memory_stats()

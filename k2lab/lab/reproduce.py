@@ -49,7 +49,7 @@ def input_differences(a: dict, b: dict) -> list[tuple]:
     return sorted(found.values(), key=lambda one: KINDS.index(one[0]))
 
 # %% ../../nbs/lab/13_reproduce.ipynb #9e2ebb75
-TIMED = ('seconds', 'tokens_s', 'generate_tokens_s', 'wall_s', 'peak_gib')
+TIMED = ('seconds', 'tokens_s', 'generate_tokens_s', 'wall_s', 'peak_gib', 'gpu_peak_gib')
 
 
 def results(record: dict) -> dict:

@@ -4,20 +4,29 @@
 
 # %% auto #0
 __all__ = ['BY_NAME', 'STEPS_LOST', 'LINEAR', 'ROUNDING', 'LOST_LIMIT', 'adaptable', 'parts_to_adapt', 'lora', 'check_parts',
-           'dtype_of', 'step_in_float32', 'adapters', 'coverage', 'wrong_part', 'certified', 'with_gradient',
-           'check_saved', 'storage', 'weight_bits', 'check_bits', 'is_split', 'whole_tensor', 'gather_tensors',
-           'one_process', 'moved_adapter', 'merge_adapter', 'narrowed', 'dequantised_layers', 'in_float32',
-           'odd_weight', 'probe_logits', 'check_logits', 'apart', 'export_report', 'certified_export', 'unequal',
-           'same_tensors']
+           'check_four_bit', 'dtype_of', 'step_in_float32', 'adapters', 'coverage', 'wrong_part', 'certified',
+           'with_gradient', 'check_saved', 'storage', 'weight_bits', 'parts_in_four_bits', 'check_bits',
+           'bits_of_config', 'is_split', 'gather_tensors', 'moved_adapter', 'merge_adapter', 'narrowed',
+           'dequantised_layers', 'in_float32', 'odd_weight', 'probe_logits', 'check_logits', 'apart', 'export_report',
+           'certified_export', 'same_tensors', 'way', 'certified_split']
 
 # %% ../../nbs/models/05_adapters.ipynb #1843799f
-import contextlib
 import dataclasses
 import random
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..lab.config import LabError
-from .load import Loading, architecture_of, group_of, left_padded, local_folder
+from k2lab.models.load import (
+    Loading,
+    architecture_of,
+    check_experts,
+    group_of,
+    left_padded,
+    local_folder,
+)
+from .sharded import whole_tensor
+from .stacks import has_stacks, packed_storage, stacks_in
 
 # %% ../../nbs/models/05_adapters.ipynb #41349877
 def adaptable(model) -> dict:
@@ -100,6 +109,26 @@ def check_parts(place, load: Loading):
     with torch.device('meta'):
         model = AutoModelForCausalLM.from_config(config)
     lora(model, load)
+
+
+def check_four_bit(place, load: Loading, trainer: dict):
+    """`LabError` if the model at `place` cannot be trained in 4 bits as asked; only its config.json is read.
+
+    Without gradient checkpointing each layer's experts would be kept unpacked until its backward pass, and 4 bits
+    would save nothing."""
+    if not load.four_bit:
+        return
+    if not find_spec('bitsandbytes'):
+        raise LabError(
+            "load: four_bit needs bitsandbytes, which is not installed; pip install 'k2lab[gpu]'"
+        )
+    config = architecture_of(local_folder(place, ['config.json']))
+    check_experts(place, config, load)
+    if has_stacks(config) and load.lora_rank and not trainer.get('gradient_checkpointing'):
+        raise LabError(
+            'load: four_bit packs the stacked experts, and without recomputing all of them would be '
+            'held unpacked for the backward pass; set trainer.gradient_checkpointing=true'
+        )
 
 # %% ../../nbs/models/05_adapters.ipynb #a9cd4d89
 STEPS_LOST = (
@@ -269,11 +298,11 @@ def storage(p) -> tuple[int, int]:
 
 def weight_bits(model) -> dict:
     "`{part: {'weights', 'bytes', 'bits'}}`: what the weights of a model take in memory, adapters left out."
-    parts = {}
+    parts, packed = {}, packed_storage(model)
     for name, p in model.named_parameters():
         if 'lora_' in name:
             continue
-        n, size = storage(p)
+        n, size = packed.get(id(p)) or storage(p)
         c = parts.setdefault(group_of(name), dict(weights=0, bytes=0))
         c['weights'] += n
         c['bytes'] += size
@@ -285,12 +314,17 @@ def weight_bits(model) -> dict:
 LINEAR = ('attention', 'shared', 'dense')
 
 
+def parts_in_four_bits(load: Loading) -> tuple[str, ...]:
+    "The parts of a model that `load` opens in 4 bits, if it has them."
+    return {True: (*LINEAR, 'routed'), 'experts': ('routed',), False: ()}[load.four_bit]
+
+
 def check_bits(parts: dict, load: Loading) -> str | None:
-    "Which parts of a 4-bit model stayed wider, in words, or None; `LabError` if their linear layers should not."
+    "Which parts of a 4-bit model stayed wider, in words, or None; `LabError` for parts that should not have."
     if not load.four_bit:
         return None
-    wide = {part: c for part, c in parts.items() if c['bits'] > 6}
-    if wrong := [f'{part} has {wide[part]["bits"]} bits' for part in LINEAR if part in wide]:
+    wide, asked = {part: c for part, c in parts.items() if c['bits'] > 6}, parts_in_four_bits(load)
+    if wrong := [f'{part} has {wide[part]["bits"]} bits' for part in asked if part in wide]:
         raise LabError(f'load: four_bit was asked for, but {", ".join(wrong)}')
     total = sum(c['bytes'] for c in parts.values())
     return ', '.join(
@@ -299,27 +333,37 @@ def check_bits(parts: dict, load: Loading) -> str | None:
         if part != 'norm'
     )
 
+
+def _packed_bytes(n: int, nested: bool) -> int:
+    "Bytes of n weights in NF4: blocks of 64 with a factor in 32 bits, or (nested) in 8 with 32 for 256 of them."
+    blocks = -(-n // 64)
+    return -(-n // 2) + (blocks + 4 * -(-blocks // 256) if nested else 4 * blocks)
+
+
+def bits_of_config(config, load: Loading) -> dict:
+    "`weight_bits` of a model that is not opened, from its config: its weights are counted on the meta device."
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device('meta'):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, load.dtype))
+    parts, packed = {}, parts_in_four_bits(load)
+    for name, p in model.named_parameters():
+        part = group_of(name)
+        small = part in packed and p.ndim > 1
+        c = parts.setdefault(part, dict(weights=0, bytes=0))
+        c['weights'] += p.numel()
+        c['bytes'] += _packed_bytes(p.numel(), part != 'routed') if small else p.nbytes
+    return {
+        part: dict(c, bits=round(8 * c['bytes'] / c['weights'], 2)) for part, c in parts.items()
+    }
+
 # %% ../../nbs/models/05_adapters.ipynb #bb46ec01
 def is_split(model) -> bool:
     "Whether processes hold slices of this model's tensors."
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(p, DTensor) or hasattr(p, 'ds_numel') for p in model.parameters())
-
-
-def whole_tensor(p):
-    "A tensor with all its slices, in main memory."
-    from torch.distributed.tensor import DTensor
-
-    whole = p.detach()
-    if isinstance(whole, DTensor):
-        return whole.full_tensor().cpu()
-    if not hasattr(p, 'ds_numel'):
-        return whole.cpu()
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([p]):
-        return p.detach().cpu().clone()
 
 
 def gather_tensors(model, wanted: str = '', keep: bool = True) -> dict:
@@ -331,18 +375,6 @@ def gather_tensors(model, wanted: str = '', keep: bool = True) -> dict:
         if wanted in name and (tensor := whole_tensor(p)) is not None and keep:
             tensors[name] = tensor
     return tensors
-
-
-@contextlib.contextmanager
-def one_process():
-    "Inside, models open whole; under a DeepSpeed configuration transformers would split each of them."
-    from transformers.integrations import deepspeed as ds
-
-    kept, ds._hf_deepspeed_config_weak_ref = ds._hf_deepspeed_config_weak_ref, None
-    try:
-        yield
-    finally:
-        ds._hf_deepspeed_config_weak_ref = kept
 
 # %% ../../nbs/models/05_adapters.ipynb #91ab407a
 def moved_adapter(model, base, weights: dict):
@@ -366,7 +398,8 @@ def narrowed(model, dtype: str):
     import torch
 
     for p in model.parameters():
-        p.data = p.data.to(getattr(torch, dtype))
+        if p.is_floating_point():
+            p.data = p.data.to(getattr(torch, dtype))
     return model
 
 # %% ../../nbs/models/05_adapters.ipynb #0b61d691
@@ -384,8 +417,12 @@ def dequantised_layers(model) -> dict:
 
 
 def in_float32(model, base, weights: dict):
-    "The adapter of `model`, with `weights` by name, on its base in float32, of which `base` is a plain copy."
-    base = base.float()
+    """The adapter of `model`, with `weights` by name, on its base in float32, of which `base` is a plain copy.
+
+    Stacks of experts that are packed in `base` stay packed: none of them has an adapter."""
+    import torch
+
+    base = stacks_in(base.float(), torch.float32)
     if getattr(model, 'is_loaded_in_4bit', False):
         left = base.load_state_dict(dequantised_layers(model), strict=False).unexpected_keys
         if left:
@@ -473,30 +510,46 @@ def certified_export(report: dict, dtype: str) -> dict:
     return dict(report, dtype=dtype)
 
 # %% ../../nbs/models/05_adapters.ipynb #856d2683
-def unequal(weights: dict, model) -> list[str]:
-    "The names of tensors that are not the same, bit for bit, in `weights` and in a model."
-    import torch
+def same_tensors(tensors: int, moved: int, wrong: list[str]) -> dict:
+    """`{'tensors', 'moved', 'differing': 0}` of a model that was saved from its slices.
 
-    got = model.state_dict()
-
-    def equal(n: str) -> bool:
-        return n in weights and n in got and torch.equal(weights[n], got[n].to(weights[n].dtype))
-
-    return [n for n in sorted(weights.keys() | got.keys()) if not equal(n)]
-
-
-def same_tensors(weights: dict, saved, moved: int) -> dict:
-    """`{'tensors', 'moved', 'differing': 0}` of gathered weights, `moved` of which training changed.
-
-    `LabError` if that is none, or if a model opened again differs from them."""
+    `LabError` if training changed (`moved`) none of its tensors, or if files hold others (`wrong`)."""
     if not moved:
         raise LabError(
             'export: training changed no tensor; there is nothing to publish: '
             'train longer, or raise trainer.learning_rate'
         )
-    if wrong := unequal(weights, saved):
+    if wrong:
         raise LabError(
-            f'export: {len(wrong)} of {len(weights)} saved tensors '
-            f'are not the trained ones ({wrong[0]}...)'
+            f'export: {len(wrong)} of {tensors} saved tensors are not the trained ones ({wrong[0]}...)'
         )
-    return dict(tensors=len(weights), moved=moved, differing=0)
+    return dict(tensors=tensors, moved=moved, differing=0)
+
+# %% ../../nbs/models/05_adapters.ipynb #c8f8a954
+def way(base, trained, saved) -> float:
+    "How far the saved model's logits went from the base's along the way of the trained one's: 1 is all of it."
+    went, goal = (saved - base).double(), (trained - base).double()
+    return float((went * goal).sum() / (goal * goal).sum()) if goal.any() else 0.0
+
+
+def certified_split(report: dict, computed: str) -> dict:
+    "A report on an adapter that was merged in the files, computed in a dtype; `LabError` if it is not the trained one."
+    wrong, moved, off, lost = (report[k] for k in ('differing', 'moved', 'saved', 'lost'))
+    if wrong:
+        raise LabError(
+            f'export: {len(wrong)} tensors without an adapter are not as trained ({wrong[0]}...)'
+        )
+    if not moved >= ROUNDING:
+        raise LabError(
+            f'export: training moved the logits by {moved:.0e} of their size, which is rounding; '
+            'there is nothing to publish: train longer, or raise trainer.learning_rate'
+        )
+    arrived = (
+        lost <= 1e-3 or off <= ROUNDING if computed == 'float32' else 0.5 <= report['way'] <= 1.5
+    )
+    if not arrived:
+        raise LabError(
+            f'export: the saved model is not the trained one: it goes {report["way"]:.0%} of the way '
+            f'that training moved the logits, and lacks {lost:.0%} of it'
+        )
+    return dict(report, differing=0)

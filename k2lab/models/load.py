@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['SHAPES', 'GROUPS', 'DEFAULT_LOADING', 'SHIPPED', 'CERTIFICATE', 'register_kimi_k2', 'small_config', 'small_model',
            'ready', 'group_of', 'parameter_counts', 'trained_counts', 'save_checkpoint', 'readable_config', 'Loading',
-           'quantization', 'architecture_of', 'local_folder', 'write_certificate', 'as_published', 'open_model',
-           'open_tokenizer', 'check_window', 'shipped', 'smoke_model', 'Reply', 'left_padded', 'generate']
+           'check_opening', 'quantization', 'architecture_of', 'local_folder', 'write_certificate', 'as_published',
+           'counted', 'lacks_room', 'check_room', 'as_stored', 'check_experts', 'open_model', 'open_tokenizer',
+           'check_window', 'shipped', 'smoke_model', 'Reply', 'left_padded', 'generate']
 
 # %% ../../nbs/models/04_load.ipynb #ecff08ba
+import contextlib
 import dataclasses
 import json
 import math
@@ -22,14 +24,36 @@ from ..lab.config import LabError, one_of
 from ..lab.files import as_json
 from ..lab.names import smoke_folder
 from .mla import from_latents
+from k2lab.models.placement import (
+    ATTENTION,
+    attention_option,
+    check_attention,
+    device_for,
+    is_split_on_opening,
+    lacking,
+    no_room,
+    weight_bytes,
+    weights_onto,
+)
 from k2lab.models.quantized import (
     MODEL_FILES,
     TOKENIZER_FILES,
+    Checkpoint,
     backbone,
     dequantised,
     fetched,
     read_config,
     stored,
+)
+from .sharded import open_split, split_by
+from k2lab.models.stacks import (
+    Packing,
+    check_packed,
+    has_stacks,
+    kind_of_stacks,
+    packing,
+    promised,
+    write_stacked,
 )
 from ..text.chat import end_ids
 from ..text.tokenizer import tokenizer_in
@@ -207,7 +231,10 @@ def save_checkpoint(model, tok, folder, dtype=None, weights: dict | None = None)
     )
     if dtype:
         model = model.to(dtype)
-    model.save_pretrained(folder, state_dict=weights)
+    if kind_of_stacks(model):
+        write_stacked(model, folder)
+    else:
+        model.save_pretrained(folder, state_dict=weights)
     tok.save_pretrained(folder)
     readable_config(Path(folder) / 'config.json')
 
@@ -225,8 +252,8 @@ class Loading:
     "How a model is opened at a scale."
 
     dtype: str = 'float32'  # float32 | bfloat16
-    # NF4 by bitsandbytes: linear layers only, fused experts stay as they are
-    four_bit: bool = False
+    # NF4 by bitsandbytes: true for linear layers and stacked experts, `experts` for the latter only
+    four_bit: bool | Literal['experts'] = False
     lora_rank: int = 0  # 0: train all weights
     # an adapter is added times alpha / rank; None: twice the rank, so times 2
     lora_alpha: int | None = None
@@ -237,10 +264,22 @@ class Loading:
     adapt: Literal['auto'] | list[str] | tuple[str, ...] = 'auto'
     # transformers | unsloth: the adapter of a dense model on one GPU
     backend: str = 'transformers'
+    # sdpa | eager | flash_attention_2 | ...; empty: the library's choice
+    attention: str = ''
 
     def __post_init__(self):
         one_of('dtype', self.dtype, ('float32', 'bfloat16'), 'load')
         one_of('backend', self.backend, ('transformers', 'unsloth'), 'load')
+        if isinstance(self.four_bit, str):
+            one_of('four_bit', self.four_bit, ('experts',), 'load')
+        one_of('attention', self.attention, ('', *ATTENTION), 'load')
+        if self.attention and self.backend == 'unsloth':
+            raise LabError('load: backend unsloth brings its own attention; leave attention out')
+        if self.attention.startswith('flash') and self.dtype == 'float32':
+            raise LabError(
+                f'load: attention {self.attention} computes in 16 bits; write dtype=bfloat16 beside '
+                'it, or leave attention out'
+            )
         if isinstance(self.adapt, str) and self.adapt != 'auto':
             raise LabError(f"load: adapt is auto or a list, [{self.adapt}], not '{self.adapt}'")
         for part in self.named_parts:
@@ -267,6 +306,11 @@ class Loading:
             )
         if self.adapt != 'auto' and not self.adapt:
             raise LabError('load: adapt names no part; leave it out for all linear layers')
+        if self.four_bit and 'routed' in self.named_parts:
+            raise LabError(
+                'load: adapt names routed, and four_bit packs the stacked experts, which cannot have '
+                'an adapter then; leave routed out, or set load.four_bit=false'
+            )
 
     @property
     def named_parts(self) -> tuple[str, ...]:
@@ -286,6 +330,16 @@ class Loading:
 
 DEFAULT_LOADING = Loading()
 
+
+def check_opening(load: Loading):
+    "`LabError` for options of a training where nothing is trained."
+    if load.lora_rank:
+        raise LabError('load: lora_rank is for training, and nothing is trained here; leave it out')
+    if load.backend != 'transformers':
+        raise LabError(
+            f'load: backend {load.backend} is for training, and nothing is trained here; leave it out'
+        )
+
 # %% ../../nbs/models/04_load.ipynb #1a3a394f
 def _check_keys(place, info: dict):
     "`LabError` if a load left weights at random, or weights unused."
@@ -300,7 +354,7 @@ def _check_keys(place, info: dict):
 
 def quantization(load: Loading):
     "The bitsandbytes config of a 4-bit load, or None."
-    if not load.four_bit:
+    if load.four_bit is not True:
         return None
     import torch
     from transformers import BitsAndBytesConfig
@@ -324,14 +378,14 @@ def _repack_nothing(model):
             m.support_avx512bf16_for_cpu = False  # bitsandbytes 0.50, `Linear4bit.forward`
 
 
-def _four_bit_options(load: Loading) -> dict:
-    "Options of `from_pretrained` for a 4-bit load: how, and on which device; each launched process has its own."
-    import torch
-
-    if not load.four_bit:
-        return {}
-    device = int(os.environ.get('LOCAL_RANK', 0)) if torch.cuda.is_available() else 'cpu'
-    return dict(quantization_config=quantization(load), device_map={'': device})
+def _loading_options(load: Loading, device: str) -> dict:
+    "Options of `from_pretrained`: 4 bits, attention, and the device that weights are read onto."
+    options = weights_onto(device) | attention_option(load.attention)
+    if load.four_bit:
+        options = {'device_map': {'': device}} | options
+    if load.four_bit is True:
+        options['quantization_config'] = quantization(load)
+    return options
 
 # %% ../../nbs/models/04_load.ipynb #793de56a
 def architecture_of(folder: Path):
@@ -386,17 +440,23 @@ def _certificate(folder) -> dict:
 def as_published(folder, load: Loading) -> Loading:
     """`load`, in float32 if the checkpoint's certificate says so.
 
-    `LabError` for 4 bits where the checkpoint was trained on 4-bit weights already."""
+    Of a checkpoint that was trained on 4-bit weights only the experts are opened in 4 bits again: they are as they
+    were, and the other parts carry its training. `LabError` for 4 bits where it has no such experts."""
     known = _certificate(folder)
     if load.four_bit and known.get('four_bit'):
-        raise LabError(
-            f'{folder}: trained on 4-bit weights, and rounding it to 4 bits again would undo that; '
-            'set load.four_bit=false'
-        )
-    return dataclasses.replace(load, dtype='float32') if known.get('dtype') == 'float32' else load
+        if not known.get('stacks'):
+            raise LabError(
+                f'{folder}: trained on 4-bit weights, and rounding it to 4 bits again would undo that; '
+                'set load.four_bit=false'
+            )
+        load = dataclasses.replace(load, four_bit='experts')
+    if known.get('dtype') != 'float32':
+        return load
+    kept = '' if load.attention.startswith('flash') else load.attention  # flash has 16 bits only
+    return dataclasses.replace(load, dtype='float32', attention=kept)
 
 # %% ../../nbs/models/04_load.ipynb #46191087
-def _loaded(kind, folder: Path | None, tensors: dict | None, config, load: Loading):
+def _loaded(kind, folder: Path | None, tensors: dict | None, config, load: Loading, device: str):
     "`from_pretrained` of a folder or of tensors: the model and its loading info."
     import torch
 
@@ -407,33 +467,118 @@ def _loaded(kind, folder: Path | None, tensors: dict | None, config, load: Loadi
         dtype=getattr(torch, load.dtype),
         output_loading_info=True,
         use_safetensors=True,
-        **_four_bit_options(load),
+        **_loading_options(load, device),
     )
 
 
-def open_model(place, load: Loading = DEFAULT_LOADING):
-    """A causal language model from a folder or hub id (`org/name` or `org/name@revision`).
+def counted(folder) -> dict:
+    "`{part: parameters}` of a checkpoint, from its config.json alone."
+    import torch
+    from transformers import AutoModelForCausalLM
 
-    Weights stored in 8 or 4 bits are dequantised, those that had to be published in float32 are opened in float32.
-    `LabError` if there is no such folder or its keys do not fit."""
+    with torch.device('meta'):
+        model = AutoModelForCausalLM.from_config(architecture_of(folder))
+    counts = parameter_counts(model)
+    return {part: n for part, n in counts.items() if part not in ('total', 'active')}
+
+
+def lacks_room(place, load: Loading, device: str) -> str:
+    "Why the weights of the model at `place` do not fit on a device, or an empty string; its config.json is read."
+    if device == 'cpu':
+        return ''
+    folder = local_folder(place, ['config.json', 'certificate.json'])
+    return lacking(weight_bytes(counted(folder), as_published(folder, load)), device)
+
+
+def check_room(place, load: Loading, device: str):
+    "`LabError` if the weights of the model at `place` do not fit on a device; not asked of weights that are split."
+    if not is_split_on_opening() and (why := lacks_room(place, load, device)):
+        raise no_room(place, why)
+
+
+def as_stored(place, device: str) -> Loading:
+    "How the model at `place` is opened to be used as it is: in float32 on a CPU, else in the dtype of its files."
+    config = read_config(local_folder(place, ['config.json']))
+    config = config.get('text_config', config)
+    wide = 'float32' in (config.get('dtype'), config.get('torch_dtype'))
+    return Loading(dtype='float32' if wide or device == 'cpu' else 'bfloat16')
+
+
+def check_experts(place, config, load: Loading):
+    "`LabError` for 4-bit experts of a model that has none."
+    if load.four_bit == 'experts' and not has_stacks(config):
+        raise LabError(
+            f'{place}: a dense model, and load.four_bit=experts is for stacked experts; '
+            'write true for its linear layers, or false'
+        )
+
+
+def _packed_here(folder: Path, config, load: Loading, device: str) -> tuple:
+    """`(weights to open a model with, or None for its files, context to open it in)`.
+
+    With 4 bits the weights of a mixture of experts are read one at a time, and its stacks are packed at once."""
+    check_experts(folder, config, load)
+    if not load.four_bit or not has_stacks(config):
+        return dequantised(folder), contextlib.nullcontext()
+    checkpoint = Checkpoint(folder)
+    pack = Packing(checkpoint, device, _certificate(folder).get('stacks') == 'nf4')
+    return promised(checkpoint), packing(pack)
+
+
+def _in_slices(place, load: Loading, adapter):
+    "A model that the processes hold together, each its slice; `LabError` if the keys of its files do not fit."
+    folder = local_folder(place)
+    load = as_published(folder, load)
+    model, info = open_split(
+        folder, architecture_of(folder), load.dtype, adapter, attention_option(load.attention)
+    )
+    _check_keys(place, info)
+    return ready(model)
+
+
+def open_model(
+    place, load: Loading = DEFAULT_LOADING, device: str | None = None, adapter=lambda model: model
+):
+    """A causal language model from a folder or hub id (`org/name` or `org/name@revision`), ready on a device.
+
+    Without `device` it is that of this process. Where processes split it (ZeRO-3, FSDP2) each opens its slice;
+    `adapter` puts an adapter on before FSDP2 does.
+    Weights stored in 8 or 4 bits are dequantised, but with `load.four_bit` the stacked experts are packed as they are
+    read; those that had to be published in float32 are opened in float32.
+    `LabError` if there is no such folder, its keys do not fit, or its weights are larger than the GPU."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    device = device or device_for()
+    check_attention(load.attention, device)
+    if split_by() and not load.four_bit:
+        return _in_slices(place, load, adapter)
+    check_room(place, load, device)
     folder = local_folder(place)
-    config, tensors = architecture_of(folder), dequantised(folder)
+    load = as_published(folder, load)
+    config = architecture_of(folder)
+    tensors, context = _packed_here(folder, config, load, device)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class takes no state_dict
     if tensors is None:
         stored(folder)  # all files are there and complete
-    load = as_published(folder, load)
+    source = folder if tensors is None else None
     try:
-        model, info = _loaded(kind, folder if tensors is None else None, tensors, config, load)
+        with context:
+            model, info = _loaded(kind, source, tensors, config, load, device)
     except RuntimeError as e:
         reason = str(e).splitlines()[0]
         raise LabError(
             f'{place}: its weights do not fit the model that its config.json describes ({reason})'
         ) from e
+    except (ValueError, ImportError) as e:
+        if not load.attention:
+            raise
+        raise LabError(f'load: attention {load.attention}: {str(e).splitlines()[0]}') from e
     _check_keys(place, info)
-    if load.four_bit:
+    if load.four_bit is True:
         _repack_nothing(model)
+    if load.four_bit:
+        check_packed(model)
+        model.name_or_path = str(folder)  # PEFT looks there for the vocabulary
     return ready(model)
 
 # %% ../../nbs/models/04_load.ipynb #def7cf32

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FOUR_BITS', 'K2_TYPES', 'ROUTER', 'DROPPED', 'ATTENTION', 'MLP', 'WEIGHT_INDEX', 'LEFT_OUT', 'PIECES', 'FORMS',
            'TYPES', 'SHARD', 'COPIED', 'TOKENIZER_FILES', 'MODEL_FILES', 'grid', 'scale_of_weights', 'dequantised_fp8',
-           'dequantised_int4', 'read_config', 'scheme', 'backbone', 'layer_names', 'model_names', 'header', 'places',
-           'stored', 'language_names', 'pieces_by_weight', 'form', 'rms', 'check_values', 'Checkpoint', 'is_plain',
-           'dequantised', 'weight_batches', 'write_batches', 'write_sides', 'to_bf16', 'fetched']
+           'dequantised_int4', 'read_config', 'quantization_of', 'scheme', 'backbone', 'layer_names', 'model_names',
+           'header', 'places', 'stored', 'language_names', 'pieces_by_weight', 'form', 'rms', 'check_values',
+           'Checkpoint', 'is_plain', 'dequantised', 'weight_batches', 'write_batches', 'write_sides', 'to_bf16',
+           'fetched']
 
 # %% ../../nbs/models/00_quantized.ipynb #fff8df31
 import fnmatch
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..lab.checkpoint import finalize_checkpoint
-from ..lab.config import LabError, setting
+from ..lab.config import LabError, offline_switch
 from ..lab.files import disk_errors, move
 from ..text.tokenizer import load_kimi_tokenizer
 
@@ -89,12 +90,17 @@ def _int4_group(quant: dict) -> int | None:
     return one['group_size'] if one | FOUR_BITS == one and not one.get('actorder') else None
 
 
+def quantization_of(config: dict) -> dict:
+    "The `quantization_config` of a checkpoint, or of the language model in it; empty if there is none."
+    inner = config.get('text_config', {})
+    return config.get('quantization_config') or inner.get('quantization_config') or {}
+
+
 def scheme(config: dict) -> dict:
     """How weights are stored; `LabError` if the lab cannot read it.
 
     `{}` as they are, `{'block': [128, 128]}` in 8 bits, `{'group': 32}` in 4."""
-    inner = config.get('text_config', {})
-    quant = config.get('quantization_config') or inner.get('quantization_config')
+    quant = quantization_of(config)
     if not quant:
         return {}
     if block := _fp8_block(quant):
@@ -332,6 +338,7 @@ class Checkpoint:
 
     def __init__(self, folder):
         self.folder, config, self.opened = Path(folder), read_config(folder), {}
+        self.quantization = quantization_of(config)
         self.way, self.config, self.stored = scheme(config), backbone(config), stored(self.folder)
         kept, self.left_out = language_names(self.stored, 'text_config' in config)
         self.pieces = pieces_by_weight(kept)
@@ -349,7 +356,7 @@ class Checkpoint:
 
     def __getitem__(self, name: str):
         "A weight by its name, bfloat16 if it was quantized; `LabError` for values no trained model has."
-        got = {piece: self._read(raw) for piece, raw in self.pieces[name].items()}
+        got = {piece: self.read(name, piece) for piece in self.pieces[name]}
         with self._naming(name):
             tensor = self._dequantised(self.kinds[name], got)
             check_values(name, tensor, got.get('weight_scale_inv', got.get('weight_scale')))
@@ -388,10 +395,11 @@ class Checkpoint:
             return dequantised_int4(got['weight_packed'], got['weight_scale'], shape, group)
         return got['weight']
 
-    def _read(self, raw: str):
-        "A tensor as it is stored; one file is open at a time, since mapped pages count as memory."
+    def read(self, name: str, piece: str = 'weight'):
+        "A piece of a weight as it is stored; one file is open at a time, since mapped pages count as memory."
         from safetensors import safe_open
 
+        raw = self.pieces[name][piece]
         file = self.stored[raw]['file']
         if file not in self.opened:
             self.opened = {file: safe_open(self.folder / file, 'pt')}
@@ -425,11 +433,10 @@ COPIED = (
 )
 
 
-def weight_batches(checkpoint: Checkpoint, limit: int):
-    "The weights of a checkpoint in dictionaries of up to `limit` bytes; each is emptied before the next is read."
+def weight_batches(weights, limit: int):
+    "The weights `(name, tensor)` in dictionaries of up to `limit` bytes; each is emptied before the next is read."
     batch, size = {}, 0
-    for name in checkpoint:
-        tensor = checkpoint[name]
+    for name, tensor in weights:
         if batch and size + tensor.nbytes > limit:
             yield batch
             batch.clear()
@@ -441,7 +448,8 @@ def weight_batches(checkpoint: Checkpoint, limit: int):
 # %% ../../nbs/models/00_quantized.ipynb #c5dd8577
 def _tensor_facts(t) -> list:
     "What the manifest keeps of a tensor: dtype, shape and root mean square."
-    return [str(t.dtype).removeprefix('torch.'), list(t.shape), float(f'{rms(t):.6g}')]
+    size = rms(t if t.is_floating_point() else t.float())
+    return [str(t.dtype).removeprefix('torch.'), list(t.shape), float(f'{size:.6g}')]
 
 
 def _name_shards(part: Path, shards: list, total: int):
@@ -455,12 +463,14 @@ def _name_shards(part: Path, shards: list, total: int):
     (part / WEIGHT_INDEX).write_text(json.dumps(index, indent=1))
 
 
-def write_batches(checkpoint: Checkpoint, part: Path, limit: int, on_shard=None) -> dict:
-    "Write the weights as shards with an index; `{name: [dtype, shape, root mean square]}`."
+def write_batches(weights, part: Path, limit: int, on_shard=None) -> dict:
+    """Write the weights `(name, tensor)` as shards with an index; `{name: [dtype, shape, root mean square]}`.
+
+    After each shard it calls `on_shard(weights so far, bytes)`."""
     from safetensors.torch import save_file
 
     shards, facts, total = [], {}, 0
-    for batch in weight_batches(checkpoint, limit):
+    for batch in weight_batches(weights, limit):
         shards.append(list(batch))
         whole = {n: t.contiguous() for n, t in batch.items()}
         save_file(whole, part / f'{len(shards)}', metadata={'format': 'pt'})
@@ -468,7 +478,7 @@ def write_batches(checkpoint: Checkpoint, part: Path, limit: int, on_shard=None)
         facts |= {n: _tensor_facts(t) for n, t in batch.items()}
         total += sum(t.nbytes for t in batch.values())
         if on_shard:
-            on_shard(len(facts), len(checkpoint), total)
+            on_shard(len(facts), total)
     _name_shards(part, shards, total)
     return facts
 
@@ -513,7 +523,9 @@ def to_bf16(folder, out, limit: int = SHARD, on_shard=None) -> dict:
     part.mkdir(parents=True)
     try:
         with disk_errors(out.name):
-            tensors = write_batches(checkpoint, part, limit, on_shard)
+            weights = ((name, checkpoint[name]) for name in checkpoint)
+            count = on_shard and (lambda n, size: on_shard(n, len(checkpoint), size))
+            tensors = write_batches(weights, part, limit, count)
             done = {
                 'weights': len(tensors),
                 'dequantised': sum(k != 'plain' for k in checkpoint.kinds.values()),
@@ -556,8 +568,4 @@ def fetched(place, files=MODEL_FILES) -> Path:
 
 def _offline_reason() -> str:
     "Why the hub was not asked, and the switch for it."
-    if setting('hub', 'offline'):
-        switch = 'set offline = false under [hub] in settings.ini'
-    else:
-        switch = 'unset HF_HUB_OFFLINE, which is in the environment'
-    return f'(it is not in the cache of this machine, and the lab is offline; {switch})'
+    return f'(it is not in the cache of this machine, and the lab is offline; {offline_switch()})'

@@ -19,7 +19,7 @@ from .charts import anchor, el, html_table, note
 from .goals import Goal, goal_sentence
 from .items_page import items_body
 from .matrix import Cell, families, matrix, matrix_table, stage_charts, story
-from .results import Evidence, chain, steps, without_items
+from .results import COSTS, Evidence, chain, steps, without_items
 from k2lab.reports.sections import (
     card_of,
     cards,
@@ -255,7 +255,7 @@ def items_html(evidence: Evidence, most: int) -> str:
 # %% ../../nbs/reports/06_page.ipynb #2ac15c70
 def run_entry(record: dict, used: bool) -> dict:
     "A run as `report.json` holds it."
-    keys = ('stage', 'seed', 'status', 'wall_s', 'peak_gib', 'gate', 'promoted', 'sampling')
+    keys = ('stage', 'seed', 'status', *COSTS, 'placement', 'gate', 'promoted', 'sampling')
     known = {k: record[k] for k in keys if record.get(k) is not None}
     phases = {
         name: {k: v for k, v in phase.items() if k != 'coverage'}

@@ -397,7 +397,8 @@ OWN_COSTS = ('parameters', 'generate_tokens_s')  # what only the student's own r
 def cost_row(line: dict) -> list:
     "The cells of parameters or speed: measure, teacher, student, their ratio."
     name, before, after = line['measure'], line.get('before'), line['after']
-    ratio = f'{after / before:.2f} times' if before else '-'
+    apart = (line.get('note') or '').startswith('not compared')
+    ratio = f'{after / before:.2f} times' if before else 'not compared' if apart else '-'
     return [about(name).label, with_unit(name, before), with_interval(line), ratio]
 
 

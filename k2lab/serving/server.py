@@ -12,6 +12,8 @@ import os
 import secrets
 import threading
 import time
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -20,7 +22,9 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from k2lab.lab.config import LabError
+from k2lab.models.placement import device_for, placement_of
 from k2lab.text.chat import end_ids, prompt_ids, reply_message
+from k2lab.training.metrics import reduced_logits
 
 TAGS = ('<think>', '</think>', '<|tool_calls_section_begin|>', '<tool_call>')
 
@@ -77,21 +81,45 @@ class TokenizeAsk(BaseModel):
     add_generation_prompt: Literal[True] = True
 
 
+@dataclass(frozen=True)
+class Odds:
+    "What is kept of a token's log-probabilities, of which K2's vocabulary has 163,840."
+
+    own: float  # of the token itself
+    best: dict[int, float]  # of the likeliest tokens
+
+
+def odds(packed) -> list[Odds]:
+    "The odds in rows of `packed_odds`."
+    top, rows = packed.shape[-1] // 2, packed.tolist()
+    return [Odds(r[0], dict(zip(map(int, r[1 + top :]), r[1 : 1 + top]))) for r in rows]
+
+
+def packed_odds(logits, ids, top: int):
+    "`[..., 1 + 2 top]` in float64 from logits [..., vocabulary]: of the ids [...], of the best, and which these are."
+    import torch
+
+    logp = torch.log_softmax(logits.float(), -1)  # as in vLLM: before temperature
+    best = logp.topk(top)
+    own = logp.gather(-1, ids[..., None])
+    return torch.cat([own.double(), best.values.double(), best.indices.double()], -1)
+
+
 class Draft:
     "One answer while it grows."
 
     def __init__(self, tok, ends, stop):
         self.tok, self.ends, self.stop = tok, ends, [stop] if isinstance(stop, str) else stop
-        self.ids, self.logprobs, self.text, self.finish = [], [], '', None
-        self.end: tuple = ()  # the token that ended the answer, and its row
+        self.ids, self.odds, self.text, self.finish = [], [], '', None
+        self.end: tuple = ()  # the token that ended the answer, and its odds
 
-    def add(self, token: int, logprobs):
-        "Take the next token and its row of log-probabilities [vocabulary], or end here."
+    def add(self, token: int, odds: Odds | None):
+        "Take the next token and its odds, if they were asked for, or end here."
         if token in self.ends:
-            self.finish, self.end = 'stop', (token, logprobs)
+            self.finish, self.end = 'stop', (token, odds)
             return
         self.ids.append(token)
-        self.logprobs.append(logprobs)
+        self.odds.append(odds)
         self.text = self.tok.decode(self.ids)
         at = min((i for i in map(self.text.find, self.stop) if i >= 0), default=None)
         if at is not None:
@@ -119,6 +147,7 @@ def write(engine, ids: list, ask: Ask, limit: int):
     generator = torch.Generator(engine.model.device)
     generator.manual_seed(secrets.randbits(62) if ask.seed is None else ask.seed)
     drafts, cache = [Draft(engine.tok, engine.ends, ask.stop) for _ in range(ask.n)], None
+    top = ask.logprobs if isinstance(ask, CompletionAsk) else None
     step = torch.tensor([ids] * ask.n, device=engine.model.device)
     with engine.lock:
         for _ in range(limit):
@@ -127,13 +156,11 @@ def write(engine, ids: list, ask: Ask, limit: int):
                     input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1
                 )
             logits, cache = out.logits[:, -1], out.past_key_values
-            new, raw = (
-                choose(logits, ask, generator),
-                torch.log_softmax(logits.float(), -1),
-            )  # as in vLLM: log-probabilities before temperature
-            for draft, token, row in zip(drafts, new.tolist(), raw):
+            new = choose(logits, ask, generator)
+            kept = [None] * ask.n if top is None else odds(packed_odds(logits, new, top))
+            for draft, token, one in zip(drafts, new.tolist(), kept):
                 if not draft.finish:
-                    draft.add(token, row)
+                    draft.add(token, one)
             yield drafts
             if all(d.finish for d in drafts):
                 break
@@ -167,14 +194,14 @@ class Engine:
             )
         return wanted
 
-    def prompt_logprobs(self, ids: list):
-        "Log-probabilities [tokens - 1, vocabulary] of each prompt token after the first."
+    def prompt_odds(self, ids: list, top: int) -> list[Odds]:
+        "The odds of each prompt token after the first."
         import torch
 
-        with self.lock, torch.inference_mode():
-            return torch.log_softmax(
-                self.model(torch.tensor([ids], device=self.model.device)).logits[0, :-1].float(), -1
-            )
+        row = torch.tensor([ids], device=self.model.device)
+        with self.lock:
+            packed = reduced_logits(self.model, row, reduce=partial(packed_odds, top=top))
+        return odds(packed[0, :-1])
 
     def usage(self, prompt: int, new: int) -> dict:
         "OpenAI's token counts."
@@ -186,24 +213,18 @@ def token_texts(engine, ids: list, as_ids: bool) -> list:
     return [f'token_id:{i}' if as_ids else engine.tok.decode([i]) for i in ids]
 
 
-def logprobs_block(engine, ask: CompletionAsk, ids: list, rows: list) -> dict:
-    "OpenAI's `logprobs` object for `ids`, chosen tokens among the top; a row is None for a first token."
+def logprobs_block(engine, ask: CompletionAsk, ids: list, kept: list) -> dict:
+    "OpenAI's `logprobs` object for `ids`, chosen tokens among the top; the odds of a first token are None."
     texts = token_texts(engine, ids, ask.return_tokens_as_token_ids)
     tops, chosen = [], []
-    for i, text, row in zip(ids, texts, rows):
-        if row is None:
+    for text, one in zip(texts, kept):
+        if one is None:
             tops.append(None)
             chosen.append(None)
             continue
-        best = row.topk(ask.logprobs)
-        top = dict(
-            zip(
-                token_texts(engine, best.indices.tolist(), ask.return_tokens_as_token_ids),
-                best.values.tolist(),
-            )
-        )
-        chosen.append(float(row[i]))
-        tops.append({**top, text: float(row[i])})
+        best = token_texts(engine, list(one.best), ask.return_tokens_as_token_ids)
+        chosen.append(one.own)
+        tops.append({**dict(zip(best, one.best.values())), text: one.own})
     offsets = [sum(map(len, texts[:k])) for k in range(len(texts))]
     return dict(tokens=texts, token_logprobs=chosen, top_logprobs=tops, text_offset=offsets)
 
@@ -211,13 +232,13 @@ def logprobs_block(engine, ask: CompletionAsk, ids: list, rows: list) -> dict:
 def completion_choice(
     engine, ask: CompletionAsk, index: int, prompt: list, before: list, draft: Draft
 ) -> dict:
-    "One choice of a completion; `before` holds the prompt's rows of log-probabilities when they are echoed."
-    text, ids, rows = draft.text, draft.ids, draft.logprobs
+    "One choice of a completion; `before` holds the odds of the prompt's tokens when they are echoed."
+    text, ids, kept = draft.text, draft.ids, draft.odds
     if ask.echo:
-        text, ids, rows = engine.tok.decode(prompt) + text, prompt + ids, before + rows
+        text, ids, kept = engine.tok.decode(prompt) + text, prompt + ids, before + kept
         if draft.end:  # as in vLLM: who reads echoed tokens counts on all that were generated
-            ids, rows = [*ids, draft.end[0]], [*rows, draft.end[1]]
-    logprobs = None if ask.logprobs is None else logprobs_block(engine, ask, ids, rows)
+            ids, kept = [*ids, draft.end[0]], [*kept, draft.end[1]]
+    logprobs = None if ask.logprobs is None else logprobs_block(engine, ask, ids, kept)
     return dict(index=index, text=text, logprobs=logprobs, finish_reason=draft.finish)
 
 
@@ -238,7 +259,7 @@ def complete(engine, ask: CompletionAsk) -> dict:
     choices, new, limits = [], 0, [engine.limit(p, ask, 16) for p in ids]
     for p, limit in zip(ids, limits):
         before = (
-            [None, *engine.prompt_logprobs(p)]
+            [None, *engine.prompt_odds(p, ask.logprobs)]
             if ask.echo and ask.logprobs is not None
             else [None] * len(p)
         )
@@ -363,12 +384,8 @@ def add_routes(app: FastAPI, engine: Engine, guard: list):
 
     @app.get('/v1/models', dependencies=guard)
     def models():
-        return dict(
-            object='list',
-            data=[
-                dict(id=engine.name, object='model', owned_by='k2lab', max_model_len=engine.length)
-            ],
-        )
+        about = dict(id=engine.name, object='model', owned_by='k2lab', max_model_len=engine.length)
+        return dict(object='list', data=[about | dict(placement=placement_of(engine.model))])
 
     @app.post('/v1/completions', dependencies=guard)
     def completions(ask: CompletionAsk):
@@ -404,10 +421,12 @@ def serve(place, name: str, host: str = '127.0.0.1', port: int = 8000, key: str 
     "Serve the checkpoint at `place` until stopped (SIGTERM or Ctrl-C)."
     import uvicorn
 
-    from k2lab.models.load import open_model, open_tokenizer
+    from k2lab.models.load import as_stored, open_model, open_tokenizer
 
+    device = device_for()
+    model = open_model(place, as_stored(place, device), device)
     uvicorn.run(
-        create_app(open_model(place), open_tokenizer(place), name, key),
+        create_app(model, open_tokenizer(place), name, key),
         host=host,
         port=port,
         log_level='warning',

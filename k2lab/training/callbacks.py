@@ -144,7 +144,8 @@ def ordered(fit):
 # %% ../../nbs/training/01_callbacks.ipynb #3d2d9a5b
 def restore_weights(model, place: Path):
     "Load a training checkpoint into `model`, every tensor of it; `RuntimeError` if one has no counterpart."
-    saved = open_model(place, Loading(dtype=str(model.dtype).removeprefix('torch.')))
+    load = Loading(dtype=str(model.dtype).removeprefix('torch.'))
+    saved = open_model(place, load, 'cpu')  # beside the one that is trained
     model.load_state_dict(saved.state_dict())
 
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SIDES', 'TEXTS', 'QUESTIONS', 'MEASURES', 'READ', 'WINDOW', 'RULES', 'UNITS', 'data_of', 'OwnSet', 'own_set',
            'check_names', 'asked_for', 'own_row', 'check_apart', 'own_rows', 'Asked', 'read_asked', 'read_all',
-           'weights_of', 'grader', 'Opened', 'device_of', 'opened', 'limits_of', 'key_of', 'take', 'NotMeasured',
-           'unnumbered', 'Scored', 'keep', 'holds', 'asks_the_same', 'candidates', 'known', 'score', 'part_of',
-           'keep_part', 'with_parts', 'parts_of', 'scores', 'tried', 'rule_shares', 'baselines', 'family_baselines',
-           'with_baselines', 'score_line', 'control_line', 'report']
+           'weights_of', 'grader', 'Opened', 'device_of', 'opened', 'measuring', 'limits_of', 'key_of', 'take',
+           'NotMeasured', 'unnumbered', 'Scored', 'keep', 'holds', 'asks_the_same', 'candidates', 'known', 'score',
+           'part_of', 'keep_part', 'with_parts', 'parts_of', 'scores', 'tried', 'rule_shares', 'baselines',
+           'family_baselines', 'with_baselines', 'score_line', 'control_line', 'report']
 
 # %% ../../nbs/training/04_scores.ipynb #d24e8a49
 import inspect
@@ -27,6 +27,8 @@ from ..lab.records import runs
 from ..models import load as load_module
 from ..models.adapters import dtype_of
 from ..models.load import DEFAULT_LOADING, Loading, smoke_model
+from ..models.placement import agreed, phase_of
+from ..models.stacks import kind_of_stacks
 from k2lab.tasks.items import (
     bounds,
     compare,
@@ -224,17 +226,27 @@ class Opened:
     tok: Any
     weights: str
     device: str
+    name: str = ''  # of the checkpoint
+    four_bit: bool | str = False
 
 
 def device_of(model, load: Loading = DEFAULT_LOADING) -> str:
     "Where and in what numbers a model computes, such as `cpu float32`."
-    parts = [model.device.type, '4 bits' if load.four_bit else dtype_of(model)]
-    return ' '.join(parts + ([load.backend] if load.backend != 'transformers' else []))
+    parts = [model.device.type, '4 bits' if load.four_bit is True else dtype_of(model)]
+    parts += [f'with {kind} experts' for kind in [kind_of_stacks(model)] if kind]
+    parts += [load.backend] if load.backend != 'transformers' else []
+    return ' '.join(parts + ([load.attention] if load.attention else []))
 
 
 def opened(job, model, tok, name: str, load: Loading = DEFAULT_LOADING) -> Opened:
     "An open checkpoint, found by name."
-    return Opened(model, tok, weights_of(job, name), device_of(model, load))
+    weights, device = weights_of(job, name), device_of(model, load)
+    return Opened(model, tok, weights, device, name, load.four_bit)
+
+
+def measuring(job, phase: str, model: Opened):
+    "A context in which a model is measured; the phase is recorded."
+    return phase_of(job, phase, model.name, model.model, model.four_bit)
 
 
 def limits_of(job, asked: Asked) -> dict:
@@ -361,8 +373,12 @@ def known(job, model: Opened, asked: Asked) -> Scored | None:
 
 
 def score(job, model: Opened, asked: Asked) -> Scored:
-    "The score of a model: the known one of an equal key, else measured now."
-    return known(job, model, asked) or keep(job, key_of(job, model, asked), take(job, model, asked))
+    """The score of a model: the known one of an equal key, else measured now.
+
+    Of several processes the first looks for it, so that all measure, or none."""
+    found = agreed(known(job, model, asked) if job.first else None)
+    items = found.items if found else take(job, model, asked)
+    return keep(job, key_of(job, model, asked), items)
 
 
 def part_of(items: list, name: str) -> list[dict]:

@@ -7,10 +7,11 @@ __all__ = ['LEDGER_COLUMNS', 'check_steps', 'Training', 'repeated', 'document_pi
            'too_long', 'check_epochs', 'show_epochs', 'question_of', 'kept_out', 'Mixture', 'heldout_rows',
            'heldout_examples', 'examples_of', 'corpus_of', 'read_mixture', 'mixed', 'asked_by', 'scores_before',
            'with_examples', 'helped_before', 'scores_after', 'Compared', 'report_all', 'judge', 'shown_items',
-           'log_samples', 'open_base', 'probe_adapter', 'probe_saved', 'record_export', 'publish_adapter',
-           'computes_alone', 'save_merged', 'publish_merged', 'publish_whole', 'publish_gathered', 'publish_model',
-           'to_measure', 'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture', 'asked_of', 'scores_of_control',
-           'check_control', 'run_control', 'Trained', 'supervised']
+           'log_samples', 'open_base', 'as_saved', 'with_room', 'probe_device', 'probe_adapter', 'probe_saved',
+           'record_export', 'base_name', 'publish_adapter', 'computes_alone', 'save_merged', 'publish_merged',
+           'publish_whole', 'save_sides', 'base_files', 'publish_slices', 'published_logits', 'publish_merged_slices',
+           'publish_model', 'publish_first', 'to_measure', 'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture',
+           'asked_of', 'scores_of_control', 'check_control', 'run_control', 'Trained', 'supervised']
 
 # %% ../../nbs/training/05_stage.ipynb #2ff10f03
 import dataclasses
@@ -19,15 +20,18 @@ import random
 import shutil
 from dataclasses import dataclass, field, fields
 from itertools import takewhile
+from pathlib import Path
 from typing import Annotated, Any
 
 from ..lab.config import LabError, lab_path, one_of, read_yaml
 from ..lab.display import Table
+from ..lab.files import as_json
 from k2lab.models.adapters import (
     LOST_LIMIT,
     STEPS_LOST,
     apart,
     certified_export,
+    certified_split,
     check_logits,
     check_saved,
     dtype_of,
@@ -37,12 +41,37 @@ from k2lab.models.adapters import (
     is_split,
     merge_adapter,
     narrowed,
-    one_process,
     probe_logits,
     same_tensors,
-    unequal,
+    way,
 )
-from ..models.load import Loading, open_model, save_checkpoint, write_certificate
+from k2lab.models.load import (
+    DEFAULT_LOADING,
+    Loading,
+    architecture_of,
+    lacks_room,
+    local_folder,
+    open_model,
+    readable_config,
+    save_checkpoint,
+    write_certificate,
+)
+from ..models.placement import agreed, exact_attention, phase_of, together, where
+from ..models.quantized import Checkpoint
+from k2lab.models.sharded import (
+    adapted_tensors,
+    base_tensors,
+    changes_by,
+    differing,
+    fill_again,
+    kept_in,
+    merge_into_files,
+    merged_config,
+    one_process,
+    save_split,
+)
+from ..models.stacks import has_stacks, kind_of_stacks
+from ..text.chat import end_ids
 from ..text.layouts import Spec, read_corpus
 from ..text.masks import REPLIES, encode_rows, mask_html
 from ..text.rows import read_rows
@@ -58,6 +87,7 @@ from k2lab.training.scores import (
     device_of,
     keep,
     key_of,
+    measuring,
     opened,
     parts_of,
     read_all,
@@ -78,12 +108,19 @@ from k2lab.training.trainer import (
 )
 
 # %% ../../nbs/training/05_stage.ipynb #b8dca80f
+def _zero_stage(options: dict) -> int | None:
+    "The stage of ZeRO in a launch file's options for DeepSpeed, or in the file that they name."
+    if path := options.get('deepspeed_config_file'):
+        return json.loads(Path(path).read_text())['zero_optimization']['stage']
+    return options.get('zero_stage')
+
+
 def check_steps(load: Loading, processes: int, accelerate: str):
     "`LabError` for all weights in bfloat16 with no float32 copies of them, or 4-bit weights split over processes."
     path = lab_path('configs') / 'accelerate' / f'{accelerate}.yaml'
     launched = read_yaml(path) if processes > 1 and path.exists() else {}
     kind = launched.get('distributed_type')
-    stage = launched.get('deepspeed_config', {}).get('zero_stage')
+    stage = _zero_stage(launched.get('deepspeed_config', {}))
     if load.four_bit and (kind == 'FSDP' or stage == 3):
         raise LabError(
             f'load: four_bit weights cannot be split over processes, as accelerate {accelerate} '
@@ -355,8 +392,9 @@ def asked_by(job) -> list[Asked]:
 
 def scores_before(job, model, tok, asked: list[Asked]) -> dict[str, Scored]:
     "`{measure: score}` of the checkpoint that the stage starts from."
-    load = Loading(**job.cfg.load)
-    return scores(job, opened(job, model, tok, job.cfg.init_from, load), asked)
+    before = opened(job, model, tok, job.cfg.init_from, Loading(**job.cfg.load))
+    with measuring(job, 'before', before):
+        return scores(job, before, asked)
 
 # %% ../../nbs/training/05_stage.ipynb #7ad6929b
 def with_examples(job, asked: Asked, examples: str, n: int = 150) -> Asked:
@@ -378,15 +416,19 @@ def helped_before(job, model, tok, asked: list[Asked], headline: str, examples: 
         job.check('few-shot baseline left out', True, str(why))
         return {}
     before = opened(job, model, tok, job.cfg.init_from, Loading(**job.cfg.load))
-    return {headline: score(job, before, helped)}
+    with measuring(job, 'few-shot', before):
+        return {headline: score(job, before, helped)}
 
 # %% ../../nbs/training/05_stage.ipynb #4641688d
 def scores_after(job, model, tok, asked: list[Asked]) -> dict[str, Scored]:
     "`{measure: score}` of the trained model, whose weights are the published ones."
-    model_now = Opened(model, tok, '', device_of(model))
+    name, attention = job.cfg.saves, job.cfg.load.get('attention', '')
+    load = as_saved(model, attention=attention)
+    model_now = Opened(model, tok, '', device_of(model, load), name, load.four_bit)
     measured = lambda one: (one, take(job, model_now, one))
-    taken = tried(job, job.cfg.saves, measured, asked)
-    if job.cfg.saves not in job.record['saves']:  # a split model, measured by all processes
+    with measuring(job, 'after', model_now):
+        taken = tried(job, name, measured, asked)
+    if is_split(model):  # all processes measured it; a whole one was published before
         publish_model(job, model, tok)
     saved = job.record['saves'].get(job.cfg.saves, {}).get('sha256', '')
     published = Opened(model, tok, saved, model_now.device)
@@ -449,10 +491,32 @@ def log_samples(job, before: Scored, after: Scored):
             job.sample(when=when, **said)
 
 # %% ../../nbs/training/05_stage.ipynb #bf58b0fd
-def open_base(job):
-    "The checkpoint that a run started from, opened again in 16 or 32 bits."
-    load = dataclasses.replace(Loading(**job.cfg.load), four_bit=False)
-    return open_model(job.find(job.cfg.init_from), load)
+def open_base(job, device: str = 'cpu'):
+    "The checkpoint that a run started from, opened again in 16 or 32 bits; experts that were packed are so again."
+    load, place = Loading(**job.cfg.load), job.find(job.cfg.init_from)
+    config = architecture_of(local_folder(place, ['config.json']))
+    packed = 'experts' if load.four_bit and has_stacks(config) else False
+    return open_model(place, dataclasses.replace(load, four_bit=packed, attention=''), device)
+
+
+def as_saved(model, dtype: str = 'float32', attention: str = '') -> Loading:
+    "How what is published of a trained model is opened: with its experts packed, if it was trained on them."
+    packed = 'experts' if kind_of_stacks(model) else False
+    return Loading(dtype=dtype, attention=attention, four_bit=packed)
+
+
+def with_room(job, what: str, place, load: Loading, device: str) -> str:
+    "A device if the model at `place` fits there beside what it holds, else the CPU, which is shown."
+    why = lacks_room(place, load, device)
+    if why:
+        job.check(f'{what} on the CPU', True, f'in {load.dtype} {why}')
+    return 'cpu' if why else device
+
+
+def probe_device(job, model) -> str:
+    "Where copies in float32 are compared: beside the trained model, if there is room."
+    place = job.find(job.cfg.init_from)
+    return with_room(job, 'certificate', place, as_saved(model), where(model))
 
 
 def probe_adapter(model) -> tuple:
@@ -462,9 +526,11 @@ def probe_adapter(model) -> tuple:
     return base, check_logits(probe_logits(model), 'the trained model')
 
 
-def probe_saved(place, device='cpu'):
+def probe_saved(job, place, device: str = 'cpu', load: Loading = DEFAULT_LOADING):
     "Logits of the model in a folder, computed in float32."
-    return probe_logits(open_model(place).to(device))
+    saved = open_model(place, load, device)
+    with phase_of(job, 'certificate', job.cfg.saves, saved):
+        return probe_logits(saved)
 
 
 def record_export(job, report: dict):
@@ -479,8 +545,18 @@ def record_export(job, report: dict):
         job.check('published in float32', True, reason)
 
 # %% ../../nbs/training/05_stage.ipynb #dbd260ef
+def base_name(name: str, place) -> str:
+    "How a base is named in what is published: its hub id, else its name, never a path of this machine."
+    return place if isinstance(place, str) and ':' not in place else Path(name).name
+
+
 def publish_adapter(job, model, weights: dict):
     "Keep a trained adapter as `<saves>_adapter`, every tensor of it checked."
+    base, _, revision = base_name(job.cfg.init_from, job.find(job.cfg.init_from)).partition('@')
+    config = model.peft_config[model.active_adapter]
+    config.base_model_name_or_path, config.revision = base, revision or None
+    named = model.get_base_model()  # the card that PEFT writes names it three times
+    named.name_or_path = named.config._name_or_path = base
     with job.publishing(f'{job.cfg.saves}_adapter') as place:
         model.save_pretrained(place, state_dict=weights)
         check_saved(model, place)
@@ -492,11 +568,15 @@ def computes_alone(job, model, split: bool) -> bool:
     return not split and backend == 'transformers' and dtype_of(model) == 'float32'
 
 
-def save_merged(job, model, tok, weights: dict, place, dtype: str):
-    "Merge a trained adapter into another copy of its base in float32, and save that in `dtype`."
-    merged = merge_adapter(in_float32(model, open_base(job), weights))
+def save_merged(job, model, tok, weights: dict, place, dtype: str, device: str):
+    """Merge a trained adapter into another copy of its base in float32 on a device, and save that in `dtype`.
+
+    Packed experts are saved as they were in training: INT4 as it was read, NF4 as the values it stands for."""
+    merged = merge_adapter(in_float32(model, open_base(job, device), weights))
     shutil.rmtree(place, ignore_errors=True)
     save_checkpoint(narrowed(merged, dtype), tok, place)
+    if stacks := kind_of_stacks(model):
+        write_certificate(place, dict(four_bit=True, stacks=stacks))  # checked as it is opened
 
 
 def publish_merged(job, model, tok, weights: dict, split: bool):
@@ -504,60 +584,137 @@ def publish_merged(job, model, tok, weights: dict, split: bool):
 
     `LabError` if neither is the trained model."""
     load, alone = Loading(**job.cfg.load), computes_alone(job, model, split)
-    copy = model if alone else in_float32(model, open_base(job), weights)
-    device, dtype = model.device if alone else 'cpu', dtype_of(model)
+    device, dtype = where(model) if alone else probe_device(job, model), dtype_of(model)
+    copy = model if alone else in_float32(model, open_base(job, device), weights)
     base, trained = probe_adapter(copy)
     del copy
     with job.publishing(job.cfg.saves) as place:
-        save_merged(job, model, tok, weights, place, dtype)
-        report = export_report(base, trained, probe_saved(place, device))
+        save_merged(job, model, tok, weights, place, dtype, device)
+        saved = as_saved(model)
+        report = export_report(base, trained, probe_saved(job, place, device, saved))
         if dtype != 'float32' and not report['lost'] <= LOST_LIMIT:
             lost, dtype = {f'lost_in_{dtype}': report['lost']}, 'float32'
-            save_merged(job, model, tok, weights, place, dtype)
-            report = lost | export_report(base, trained, probe_saved(place, device))
+            save_merged(job, model, tok, weights, place, dtype, device)
+            report = lost | export_report(base, trained, probe_saved(job, place, device, saved))
         report = certified_export(report, dtype)
         if not alone and not split:
             report['live'] = apart(trained, probe_logits(model))
         if load.four_bit or dtype != load.dtype:
-            write_certificate(place, dict(report, four_bit=load.four_bit))
+            stacks = kind_of_stacks(model)
+            write_certificate(place, dict(report, four_bit=bool(load.four_bit), stacks=stacks))
     record_export(job, report)
 
 # %% ../../nbs/training/05_stage.ipynb #4e59eaac
 def publish_whole(job, model, tok):
     "Publish a model all of whose weights were trained, as it is; `LabError` if the saved one is another."
-    dtype, device = dtype_of(model), model.device
-    trained = check_logits(probe_logits(model.float()), 'the trained model')
-    base = probe_logits(open_base(job).float().to(device))
+    dtype, device = dtype_of(model), where(model)
+    with exact_attention(model):
+        trained = check_logits(probe_logits(model.float()), 'the trained model')
+    base = probe_logits(open_base(job, device).float())
     with job.publishing(job.cfg.saves) as place:
         save_checkpoint(narrowed(model, dtype), tok, place)
-        report = export_report(base, trained, probe_saved(place, device))
+        report = export_report(base, trained, probe_saved(job, place, device))
         record_export(job, certified_export(report, dtype))
 
+# %% ../../nbs/training/05_stage.ipynb #ad9bfc47
+def save_sides(tok, place):
+    "Write what belongs to a checkpoint beside its weights and its config: tokenizer and ends of a turn."
+    from transformers import GenerationConfig
 
-def publish_gathered(job, model, tok, weights: dict):
-    "Publish a model whose weights were split over processes, from the gathered tensors."
-    moved = len(unequal(weights, open_base(job)))
-    with job.publishing(job.cfg.saves) as place:
-        save_checkpoint(model, tok, place, weights=weights)
-        saved = open_model(place, Loading(dtype=dtype_of(model)))
-        record_export(job, same_tensors(weights, saved, moved))
+    ends = GenerationConfig(eos_token_id=end_ids(tok), pad_token_id=tok.pad_token_id)
+    ends.save_pretrained(place)
+    tok.save_pretrained(place)
+    readable_config(place / 'config.json')
+
+
+def base_files(job) -> Checkpoint:
+    "The files of the checkpoint that a run started from."
+    return Checkpoint(local_folder(job.find(job.cfg.init_from)))
+
+
+def publish_slices(job, model, tok):
+    "Publish all weights of a split model; every process proves its slices."
+    tensors = base_tensors(model)
+    moved = differing(tensors, base_files(job))
+    with job.publishing(job.cfg.saves) as unshared:
+        place = Path(agreed(str(unshared)))
+        save_split(model, place)
+        if job.first:
+            model.config.dtype = dtype_of(model)
+            model.config.save_pretrained(place)
+            save_sides(tok, place)
+        together()
+        wrong = differing(base_tensors(model), Checkpoint(place))
+        record_export(job, same_tensors(len(tensors), len(moved), wrong))
+
+
+def _write_merged(job, model, tok, base: Checkpoint, weights: dict, place) -> dict:
+    "Merge an adapter, gathered as `weights`, into the files of its base; what was kept of it, and in which dtype."
+    changes, dtype = changes_by(model, weights), dtype_of(model)
+    kept = kept_in(dtype, base, changes)
+    lost = {}
+    if dtype != 'float32' and not abs(1 - kept) <= LOST_LIMIT:
+        lost, dtype = {f'lost_in_{dtype}': abs(1 - kept)}, 'float32'
+    merge_into_files(base, changes, dtype, place)
+    config = as_json(merged_config(base, changes, dtype), indent=2)
+    (place / 'config.json').write_text(config + '\n')
+    save_sides(tok, place)
+    return dict(lost, dtype=dtype, tensors=len(base), adapted=len(changes))
+
+
+def published_logits(model, base: Checkpoint, saved: Checkpoint):
+    "Logits of what was published, computed in the split model in place of its base, which is put back."
+    tensors = base_tensors(model)
+    adapted = {n: t for n, t in tensors.items() if n in adapted_tensors(model)}
+    fill_again(model, adapted, saved)
+    with model.disable_adapter():
+        logits = probe_logits(model)
+    fill_again(model, adapted, base)
+    return logits
+
+
+def publish_merged_slices(job, model, tok, weights: dict):
+    "Publish a split model with its adapter merged into the files of its base; `weights` are with the first process."
+    base, load = base_files(job), Loading(**job.cfg.load)
+    before, trained = probe_adapter(model)
+    with job.publishing(job.cfg.saves) as unshared:
+        place = Path(agreed(str(unshared)))
+        written = _write_merged(job, model, tok, base, weights, place) if job.first else None
+        written, saved = agreed(written), Checkpoint(place)
+        wrong = set(differing(base_tensors(model), saved)) - adapted_tensors(model)
+        theirs = published_logits(model, base, saved)
+        logits = export_report(before, trained, theirs) | dict(way=way(before, trained, theirs))
+        report = written | logits | dict(differing=sorted(wrong))
+        report = certified_split(report, dtype_of(model))
+        if job.first and report['dtype'] != load.dtype:
+            write_certificate(place, dict(report, four_bit=False))
+    record_export(job, report)
 
 # %% ../../nbs/training/05_stage.ipynb #515d6efe
 def publish_model(job, model, tok):
     """The trained model as a checkpoint that the next stage opens, with its certificate.
 
     All processes contribute their slices; the first one writes."""
-    split, adapted = is_split(model), hasattr(model, 'peft_config')
-    wanted = 'lora_' if adapted else ''
-    weights = gather_tensors(model, wanted, job.first) if split or adapted else {}
-    if not job.first:
-        return
-    with one_process():
-        if adapted:
+    adapted = hasattr(model, 'peft_config')
+    weights = gather_tensors(model, 'lora_', job.first) if adapted else {}
+    if adapted and job.first:
+        with one_process():
             publish_adapter(job, model, weights)
-            publish_merged(job, model, tok, weights, split)
-        elif split:
-            publish_gathered(job, model, tok, weights)
+    if is_split(model):
+        if adapted:
+            publish_merged_slices(job, model, tok, weights)
+        else:
+            publish_slices(job, model, tok)
+    elif job.first:
+        publish_first(job, model, tok, weights)
+    together()
+
+
+def publish_first(job, model, tok, weights: dict):
+    "Publish a trained model that this process holds whole; `weights` are those of its adapter."
+    with one_process():
+        if hasattr(model, 'peft_config'):
+            publish_merged(job, model, tok, weights, False)
         else:
             publish_whole(job, model, tok)
 
@@ -574,12 +731,13 @@ def to_measure(job, model, tok):
     model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
     same = computes_alone(job, model, split) and not hasattr(model, 'peft_config')
     publish_model(job, model, tok)
-    if same or not job.first:
+    if same:
         return model
-    job.record['measured'], device = 'the published model', model.device
+    job.record['measured'], device = 'the published model', where(model)
     if not load.four_bit:
         model.cpu()  # makes room
-    return open_model(job.folder / job.cfg.saves, Loading(dtype=load.dtype)).to(device)
+    load, place = as_saved(model, load.dtype, load.attention), job.folder / job.cfg.saves
+    return open_model(place, load, with_room(job, 'measures after', place, load, device))
 
 # %% ../../nbs/training/05_stage.ipynb #ff010e18
 LEDGER_COLUMNS = [
@@ -669,9 +827,11 @@ def asked_of(job, mixture: Mixture) -> list[Asked]:
 def scores_of_control(job, model, tok, asked: list[Asked]) -> dict[str, Scored]:
     "`{measure: score}` of a model that is not kept: no other run can take its scores over."
     weights = f'control of {job.folder.name}, not kept'
-    control = Opened(model, tok, weights, device_of(model, Loading(**job.cfg.load)))
+    load = Loading(**job.cfg.load)
+    control = Opened(model, tok, weights, device_of(model, load), 'the control', load.four_bit)
     measured = lambda one: keep(job, key_of(job, control, one), take(job, control, one))
-    return with_parts(job, tried(job, 'the control', measured, asked))
+    with measuring(job, 'control, after', control):
+        return with_parts(job, tried(job, 'the control', measured, asked))
 
 
 def check_control(job, tok):

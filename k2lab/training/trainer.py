@@ -7,8 +7,8 @@ __all__ = ['TRL_OPTIONS', 'REFUSED_OPTIONS', 'LAB_DEFAULTS', 'HEAD_RATES', 'LOSS
            'options', 'optimizer_for', 'check_trainable', 'check_together', 'check_losses', 'balance_router',
            'expert_load', 'with_labels', 'collator_for', 'Adapted', 'adapted_for', 'fit_options', 'supervised_trainer',
            'fit_sft', 'loads_onto', 'own_ledger', 'resumed_from', 'attach_callbacks', 'trained_summary',
-           'coverage_line', 'finish_fit', 'check_cut', 'with_length', 'usable_pairs', 'preference_trainer', 'fit_dpo',
-           'Notices', 'log_notices', 'tokenizer_for', 'open_for']
+           'coverage_line', 'trained_from', 'finish_fit', 'check_cut', 'with_length', 'usable_pairs',
+           'preference_trainer', 'fit_dpo', 'Notices', 'log_notices', 'tokenizer_for', 'open_to_train', 'open_for']
 
 # %% ../../nbs/training/02_trainer.ipynb #250829bf
 import contextlib
@@ -22,10 +22,12 @@ from ..lab.checkpoint import newest_checkpoint, step_of
 from ..lab.config import LabError, did_you_mean, one_of
 from k2lab.models.adapters import (
     check_bits,
+    check_four_bit,
     check_parts,
     dtype_of,
     lora,
     odd_weight,
+    parts_in_four_bits,
     step_in_float32,
     weight_bits,
 )
@@ -39,11 +41,14 @@ from k2lab.models.fast_lora import (
 from k2lab.models.load import (
     DEFAULT_LOADING,
     Loading,
+    as_published,
     check_window,
     open_model,
     open_tokenizer,
     trained_counts,
 )
+from ..models.placement import device_for, one_gpu, phase_of
+from ..models.sharded import one_process, release, split_by
 from ..text.ledger import Ledger
 from ..text.packing import check_alone, pack, packed_batch, samples_apart
 from k2lab.training.callbacks import (
@@ -165,10 +170,8 @@ LAB_DEFAULTS = dict(
 
 def options(kind, trainer: dict, **ours):
     "A config of class `kind`: lab defaults, `ours`, then the stage's `trainer`; `LabError` for a value it refuses."
-    import torch
-
     check_options(trainer, kind.__name__.removesuffix('Config'))
-    gpu = torch.cuda.is_available()
+    gpu = device_for(trainer) != 'cpu'
     values = {**LAB_DEFAULTS, 'use_cpu': not gpu, 'bf16': gpu, **ours, **trainer}
     try:
         return kind(**values)
@@ -335,8 +338,13 @@ class Adapted:
 
 def adapted_for(model, load: Loading, trainer: dict, seed: int) -> Adapted:
     "The model, adapter and options for a supervised training with this backend."
+    import torch
+
+    release(model)
+    torch.manual_seed(seed)  # an adapter begins with random numbers
     if load.backend != 'unsloth':
-        return Adapted(model, lora(model, load), {'loss_type': 'chunked_nll', **trainer})
+        adapter = None if hasattr(model, 'peft_config') else lora(model, load)
+        return Adapted(model, adapter, {'loss_type': 'chunked_nll', **trainer})
     model = with_fast_adapter(model, load, trainer.get('gradient_checkpointing', False), seed)
     options = {'loss_type': 'nll', **trainer, 'gradient_checkpointing': False}
     return Adapted(model, None, options)
@@ -344,7 +352,7 @@ def adapted_for(model, load: Loading, trainer: dict, seed: int) -> Adapted:
 # %% ../../nbs/training/02_trainer.ipynb #b7b7c0f7
 def fit_options(job, kind, trainer: dict, phase: str, sampling: str, **more):
     "Trainer options of one phase: its folder, the stage's seed, nothing cut off or hidden, and how rows are drawn."
-    return options(
+    opts = options(
         kind,
         trainer,
         output_dir=str(job.folder / 'trainer' / phase),
@@ -354,6 +362,9 @@ def fit_options(job, kind, trainer: dict, phase: str, sampling: str, **more):
         logging_nan_inf_filter=False,
         **more,
     )
+    if told := one_gpu(opts):
+        job.check(f'{phase}: one GPU of several', True, told)
+    return opts
 
 
 def supervised_trainer(
@@ -473,13 +484,21 @@ def coverage_line(coverage: dict) -> str:
     )
 
 
+def trained_from(job, phase: str) -> str:
+    "The name of the checkpoint that a phase of training starts from, or of what the stage leaves if there is none."
+    cfg = job.cfg
+    other = getattr(cfg, 'control_from', '') if phase == 'control' else ''
+    return other or getattr(cfg, 'init_from', '') or getattr(cfg, 'saves', '')
+
+
 def finish_fit(job, fit, ledger, phase: str, load: Loading = DEFAULT_LOADING):
     "The model after training, from the newest checkpoint if there is one; the job's record gets what was trained."
     resumed = resumed_from(job, fit, ledger, phase)
     record = job.record.setdefault('training', {}).setdefault(phase, {})
     loads_onto(fit.args)
     attach_callbacks(job, fit, ledger, phase, resumed, record, load)
-    with contextlib.suppress(Finished):
+    name = trained_from(job, phase)
+    with phase_of(job, phase, name, fit.model, load.four_bit), contextlib.suppress(Finished):
         fit.train(resume_from_checkpoint=str(resumed.place) if resumed.place else None)
     check_weights(fit.model, fit.state.global_step, fit.state.log_history)
     seconds = round(resumed.seconds(), 3)
@@ -534,9 +553,13 @@ def preference_trainer(
     model, reference, tok, pairs: list, ledger, opts, load: Loading, optimizer: str
 ):
     "TRL's DPO trainer on our own ids; `reference` is the frozen model, or None with an adapter."
+    import torch
     from datasets import Dataset
     from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
+    for split in (model, reference):
+        release(split)
+    torch.manual_seed(opts.seed)  # an adapter begins with random numbers
     fit = DPOTrainer(
         model,
         reference,
@@ -610,7 +633,30 @@ def tokenizer_for(job, name: str, load: Loading = DEFAULT_LOADING):
     if load.backend == 'unsloth':
         unsloth_first()
     log_notices(job.folder / 'log.txt')
+    check_four_bit(job.find(name), load, vars(job.cfg).get('trainer', {}))
     return open_tokenizer(job.find(name))
+
+
+def open_to_train(job, name: str, load: Loading, method: str = 'SFT'):
+    "A model found by name for a trainer of TRL; what FSDP2 splits has its adapter on."
+    place, device = job.find(name), device_for(getattr(job.cfg, 'trainer', None))
+    if load.backend == 'unsloth':
+        return open_fast(place, load)
+    if not load.lora_rank:
+        return open_model(place, load, device)
+    if method == 'DPO' and split_by() == 'fsdp2':
+        with one_process():  # TRL puts the adapter on, and splits the model afterwards
+            return open_model(place, load, device)
+    return open_model(place, load, device, lambda model: _seeded(job.seed, model, load))
+
+
+def _seeded(seed: int, model, load: Loading):
+    "A model with an adapter whose first numbers follow from a seed."
+    import torch
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
+    return get_peft_model(model, lora(model, load))
 
 
 def open_for(job, name: str, load: Loading = DEFAULT_LOADING):
@@ -622,14 +668,18 @@ def open_for(job, name: str, load: Loading = DEFAULT_LOADING):
         torch.set_num_threads(job.env['threads'])
     place = job.find(name)
     check_parts(place, load)
-    model = (open_fast if load.backend == 'unsloth' else open_model)(place, load)
+    model = open_to_train(job, name, load, getattr(job.cfg, 'method', 'SFT'))
     if odd := odd_weight(model):
         raise LabError(f'{name}: {odd} holds a value that is no number; this checkpoint is ruined')
     if (dtype := dtype_of(model)) != load.dtype:
-        job.check(f'{name}: opened in {dtype}', True, f'{load.dtype} cannot hold its training')
+        why = f'{load.dtype} cannot hold its training'
+        why = 'the launch file of ZeRO-3 says so' if split_by() == 'zero3' else why
+        job.check(f'{name}: opened in {dtype}', True, why)
     sizes = weight_bits(model)
     job.record.setdefault('weights', {})[name] = {part: c['bytes'] for part, c in sizes.items()}
     if load.four_bit:
-        job.check(f'{name}: linear layers in 4 bits', True, check_bits(sizes, load))
+        packed = as_published(place, load)
+        asked = ', '.join(part for part in parts_in_four_bits(packed) if part in sizes)
+        job.check(f'{name}: {asked} in 4 bits', True, check_bits(sizes, packed))
     check_window(model, tok, place, vars(job.cfg).get('length', 0))
     return model, tok
