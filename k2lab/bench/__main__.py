@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from k2lab.bench.chain import chain
 from k2lab.bench.corpus import corpus
+from k2lab.bench.plan import plan
 from k2lab.bench.privacy import privacy
 from k2lab.bench.quality import quality
 from k2lab.bench.readers import shards
@@ -29,6 +30,7 @@ BENCHMARKS: dict[str, tuple[Callable, str]] = {
     'tokens': (tokens, 'the encoder against tokenizers and tiktoken'),
     'scores': (scores, "the lab's questions asked by lm-eval, beside the lab's own score"),
     'sharded': (sharded, 'the memory of two processes that train a model together'),
+    'plan': (plan, "the plan's memory against what processes take"),
     'chain': (chain, 'from JSON lines to tokens against datatrove'),
 }
 
@@ -54,6 +56,7 @@ def rounds(text: str) -> int:
 OPTIONS = {
     'campaign': (str, 'campaign in which a demo was run'),
     'megabytes': (megabytes, 'size of the measured texts'),
+    'cases': (str, 'only the cases with this in their names'),
     'rounds': (rounds, 'how often each side is measured, in turns'),
 }
 

@@ -171,8 +171,9 @@ PLANNED = {'before': 'measure', 'train': 'train', 'certificate': 'export'}
 def measured_peaks(record: dict) -> dict[str, float]:
     "`{phase of the plan: GiB}` that the process had held at most when the phase ended, and `all` of the whole run."
     kind = 'gpu_peak_gib' if record['plan']['device'] == 'gpu' else 'peak_gib'
-    placed = record.get('placement', {})
-    peaks = {phase: placed.get(name, {}).get(kind) for name, phase in PLANNED.items()}
+    placed, host = record.get('placement', {}), record.get('peaks', {})
+    of = lambda name: placed.get(name, {}).get(kind) if kind != 'peak_gib' else host.get(name)
+    peaks = {phase: of(name) for name, phase in PLANNED.items()}
     return {k: v for k, v in (peaks | {'all': record.get(kind)}).items() if v is not None}
 
 # %% ../../nbs/lab/10_job.ipynb #33524b9a

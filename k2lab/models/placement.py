@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..lab.config import LabError
-from ..lab.provenance import gpu_peak_gib, reset_gpu_peak
+from ..lab.provenance import gpu_peak_gib, peak_gib, reset_gpu_peak
 
 # %% ../../nbs/models/01_placement.ipynb #c24baf54
 def device_here() -> str:
@@ -170,6 +170,7 @@ def phase_of(job, phase: str, name: str, model, four_bit: bool | str = False):
     try:
         yield
     finally:
+        job.record.setdefault('peaks', {})[phase] = peak_gib()  # of main memory, up to here
         if (peak := gpu_peak_gib()) is not None:
             entry['gpu_peak_gib'] = peak
 
