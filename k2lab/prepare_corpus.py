@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ROW_FORMAT', 'EVALUATION', 'SAMPLING', 'DEVELOPMENT', 'SIDE_SEED', 'SUFFIX', 'PROMPT_KEYS', 'work',
            'check_question_weights', 'check_evaluation_sources', 'Config', 'source_name', 'source_names', 'eval_texts',
-           'check_source', 'check_files', 'content_of', 'enter_files', 'check_inputs', 'with_licence', 'Questions',
-           'own_sides', 'make_way', 'set_rows', 'side_questions', 'check_balance', 'training_weights',
+           'check_source', 'check_files', 'content_of', 'enter_files', 'check', 'check_inputs', 'with_licence',
+           'Questions', 'own_sides', 'make_way', 'set_rows', 'side_questions', 'check_balance', 'training_weights',
            'training_questions', 'domain_sides', 'function_sides', 'check_asked', 'domain_questions',
            'reasoning_questions', 'as_text', 'traces_of', 'refine_settings', 'refined_texts', 'Part', 'TextFile',
            'parts_of', 'weights_of', 'mixed_rows', 'split_part', 'publish_text', 'split_parts', 'first_documents',
@@ -249,11 +249,9 @@ def enter_files(job):
         job.saw(pattern, partial(content_of, pattern))
 
 
-def check_inputs(job):
-    "`LabError` for the first input of the job's mode that is missing; no document is read."
-    cfg = job.cfg
-    read_own(cfg.own_rows, ROW_FORMAT[cfg.mode])
-    eval_texts(cfg.eval_sets)
+def check(cfg, env: dict):
+    "`LabError` for the first file or package of the mode that is missing; `prepare` asks before it leaves a folder."
+    check_files([*cfg.own_rows, *cfg.eval_sets.values()])
     if cfg.mode == 'reasoning':
         for spec in cfg.trace_sources:
             check_trace_source(spec)
@@ -262,7 +260,16 @@ def check_inputs(job):
         raise LabError('no documents in an empty list of sources')
     for spec in cfg.sources + cfg.general_sources + cfg.question_sources + cfg.evaluation_sources:
         check_source(spec)
-    refine_settings(job)
+
+
+def check_inputs(job):
+    "`LabError` for the first input of the job's mode that is missing or cannot be read; no document is read."
+    cfg = job.cfg
+    check(cfg, job.env)
+    read_own(cfg.own_rows, ROW_FORMAT[cfg.mode])
+    eval_texts(cfg.eval_sets)
+    if cfg.mode == 'domain':
+        refine_settings(job)
 
 # %% ../nbs/10_prepare_corpus.ipynb #e5f014b5
 EVALUATION, SAMPLING, DEVELOPMENT = 10_000_000, 20_000_000, 30_000_000  # added to the seed

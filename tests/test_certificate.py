@@ -32,7 +32,14 @@ from k2lab.models.load import (
     write_certificate,
 )
 from k2lab.train_sft_domain import Config
-from k2lab.training.stage import fit_mixture, mixed, publish_model, read_mixture, to_measure
+from k2lab.training.stage import (
+    base_name,
+    fit_mixture,
+    mixed,
+    publish_model,
+    read_mixture,
+    to_measure,
+)
 from k2lab.training.trainer import open_for
 
 FULL = os.environ.get('K2LAB_FAULTS') == 'full'
@@ -58,6 +65,19 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path_factory.mktemp('runs')))
         yield
+
+
+@pytest.mark.parametrize(
+    'name, place, told',
+    [
+        ('Moonlight', 'moonshotai/Moonlight-16B-A3B@c0ffee', 'moonshotai/Moonlight-16B-A3B@c0ffee'),
+        ('k2_base@1126.3-train', Path('/runs/k2_base'), 'k2_base@1126.3-train'),
+        ('/data/models/own', Path('/data/models/own'), 'own'),
+        ('Kimi-K2-Base', 'smoke:k2', 'Kimi-K2-Base'),
+    ],
+)
+def test_a_base_is_named_without_a_path(name, place, told):
+    assert base_name(name, place) == told
 
 
 class Run:
@@ -106,6 +126,15 @@ def untrained(run: Run, patch):
         )
 
 
+def check_no_path(run: Run):
+    "What a run publishes names its base, and no place of this machine."
+    adapter, place = run.folder.with_name(f'{run.folder.name}_adapter'), str(shipped('k2')).encode()
+    named = json.loads((adapter / 'adapter_config.json').read_text())['base_model_name_or_path']
+    assert named == run.job.cfg.init_from
+    for path in [*adapter.iterdir(), *run.folder.iterdir()]:
+        assert place not in path.read_bytes(), path.name
+
+
 @pytest.mark.parametrize('setting, rate', GRID if FULL else FEW)
 def test_the_untrained_base_is_refused_and_the_trained_model_passes(setting, rate, monkeypatch):
     run = Run(setting, rate)
@@ -115,6 +144,8 @@ def test_the_untrained_base_is_refused_and_the_trained_model_passes(setting, rat
             run.publish()
     assert not run.folder.exists() and 'export' not in run.job.record
     measured = run.publish()
+    if run.load.lora_rank:
+        check_no_path(run)
     kept = {k: round(v, 5) for k, v in run.export.items() if isinstance(v, float)}
     print(f'\n{setting}, {rate:.0e}: {run.export["dtype"]} {kept}; the base: {e.value}')
     assert run.export['lost'] <= 0.1 and json.loads((run.folder / 'config.json').read_text())[

@@ -675,8 +675,8 @@ def test_vllm_is_told_the_revision():
     words = command(Config(engine='vllm'), 'moon/K2-tiny@v1', 1)
     assert (
         words[words.index('--model') + 1] == 'moon/K2-tiny'
-        and [words[words.index(f'--{k}revision') + 1] for k in ('', 'tokenizer-', 'code-')]
-        == ['v1'] * 3
+        and [words[words.index(f'--{k}revision') + 1] for k in ('', 'tokenizer-')] == ['v1'] * 2
+        and '--code-revision' not in words
     )
     assert '--revision' not in command(Config(engine='vllm'), Path('a@b'), 1) and 'a@b' in command(
         Config(engine='vllm'), Path('a@b'), 1

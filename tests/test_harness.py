@@ -515,9 +515,31 @@ def test_vllm_gets_options_that_lm_eval_has():
     source = (Path(lm_eval.__path__[0]) / 'models' / 'vllm_causallms.py').read_text()
     taken = re.search(r'class VLLM.*?def __init__\((.*?)\*\*kwargs', source, re.S)
     names = set(re.findall(r'^ +(\w+):', taken[1], re.M))
-    given = harness.vllm_options('a/place', Asking(think_end='</think>'), 2)
+    given = harness.vllm_options('a/place@v1', Asking(think_end='</think>'), 2, Path('tok'))
     assert given.keys() <= names
-    assert (given['pretrained'], given['tensor_parallel_size']) == ('a/place', 2)
+    assert (given['pretrained'], given['revision']) == ('a/place', 'v1')
+    assert (given['tokenizer'], given['tensor_parallel_size']) == ('tok', 2)
+
+
+@pytest.mark.parametrize(
+    'switch, line',
+    [
+        ('', r'set offline = false under \[hub\] in settings.ini'),
+        ('K2LAB_HUB_OFFLINE', 'unset K2LAB_HUB_OFFLINE'),
+    ],
+)
+def test_a_task_whose_data_is_not_here_names_the_switch(tmp_path, monkeypatch, switch, line):
+    import datasets
+
+    def offline(path, **kw):
+        raise ConnectionError(f"Couldn't reach '{path}' on the Hub (OfflineModeIsEnabled)")
+
+    write_task(tmp_path, 'own_a', **CHOICE)
+    monkeypatch.setattr(datasets, 'load_dataset', offline)
+    if switch:
+        monkeypatch.setenv(switch, 'true')
+    with pytest.raises(LabError, match=f'own_a .ConnectionError: its data is not on .*{line}'):
+        read_tasks(['own_a'], str(tmp_path), PLAIN)
 
 
 @pytest.mark.skipif(find_spec('vllm') is not None, reason='vLLM is installed')

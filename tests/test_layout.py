@@ -47,6 +47,7 @@ PLAIN = {
             'corpus',
             'harness',
             'peers',
+            'plan',
             'privacy',
             'quality',
             'readers',

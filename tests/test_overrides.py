@@ -446,6 +446,9 @@ SERVERS = [
     ({'vllm.revision': 'v1'}, 'part of the place in env.yaml, org/name@revision'),
     ({'vllm.api_key': 'x'}, 'set the variable named by key_env instead'),
     ({'engine': 'embedded'}, 'vllm: the engine is embedded; write engine=vllm'),
+    ({'vllm.trust_remote_code': True}, 'would run code that comes with the checkpoint'),
+    ({'vllm.lora_modules': ['a=/b']}, 'vllm: lora_modules is the field `adapter`; set that'),
+    ({'vllm.middleware': []}, 'vllm: middleware is an empty list; leave it out'),
 ]
 
 
@@ -454,6 +457,15 @@ def test_options_of_vllm_that_the_lab_decides_are_refused(changes, message):
     with pytest.raises(LabError) as e:
         resolved('launch_teacher_vllm', 'full', changes)
     assert message in str(e.value)
+
+
+def test_an_adapter_needs_vllm():
+    with pytest.raises(LabError) as e:
+        resolved('launch_teacher_vllm', 'nano', {'adapter': 'k2_domain_instruct_adapter@r1'})
+    assert 'write engine=vllm, or serve the merged checkpoint: model=k2_domain_instruct' in str(
+        e.value
+    )
+    resolved('launch_teacher_vllm', 'full', {'vllm.trust_remote_code': False})
 
 
 def test_a_hub_name_while_offline_names_the_switch(monkeypatch):
@@ -465,6 +477,22 @@ def test_a_hub_name_while_offline_names_the_switch(monkeypatch):
     monkeypatch.setenv('K2LAB_HUB_OFFLINE', 'false')
     with pytest.raises(LabError, match='unset HF_HUB_OFFLINE'):
         fetched('nobody/no-such-model')
+
+
+@pytest.mark.parametrize(
+    'url', ['hf://datasets/org/rows/*.jsonl', 'hf://datasets/org/rows/a.jsonl']
+)
+def test_data_of_the_hub_while_offline_names_the_switch(url, monkeypatch):
+    from huggingface_hub import constants
+
+    from k2lab.corpus.readers import find_files, open_raw, stamp
+    from k2lab.text.rows import read_bytes
+
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    for read in [find_files] if '*' in url else [stamp, open_raw, read_bytes]:
+        with pytest.raises(LabError, match='lab is offline; set offline = false under') as e:
+            read(url)
+        assert '\n' not in str(e.value)
 
 
 def test_processes_without_gpus_are_refused_before_one_starts(monkeypatch):

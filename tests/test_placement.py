@@ -291,8 +291,10 @@ def test_the_server_keeps_no_table_of_its_prompt_and_none_of_its_answer():
     assert seen.entries <= metrics.TABLE < len(row) * model.config.vocab_size
     assert [one.own for one in kept] == pytest.approx(whole_table(model, row), abs=1e-5)
     assert all(len(one.best) == 2 and max(one.best.values()) >= one.own for one in kept)
-    *_, (chat,) = write(engine, row[:4], ChatAsk(messages=[]), 3)
-    *_, (plain,) = write(engine, row[:4], CompletionAsk(prompt='', logprobs=1), 3)
+    *_, (chat,) = write(engine, row[:4], ChatAsk.model_validate(dict(messages=[])), 3)
+    *_, (plain,) = write(
+        engine, row[:4], CompletionAsk.model_validate(dict(prompt='', logprobs=1)), 3
+    )
     assert chat.odds == [None] * 3 and [len(one.best) for one in plain.odds] == [1, 1, 1]
 
 

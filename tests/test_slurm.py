@@ -2,6 +2,7 @@
 
 That cluster runs, requeues and spreads the jobs."""
 
+import dataclasses
 import os
 import shutil
 import socket
@@ -12,12 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from k2lab.lab.config import LabError
+from k2lab.cli.running import needs_by_plan
+from k2lab.lab.config import LabError, resolve
+from k2lab.lab.job import stage_module
 from k2lab.lab.records import read_run, runs
 from k2lab.lab.slurm import (
     Cluster,
+    Needs,
     across_nodes,
     cluster,
+    fitted,
     job_of,
     sbatch_parameters,
     state,
@@ -223,7 +228,8 @@ def log(folder: Path) -> str:
             "slurm.yaml:4: unknown key 'partitoin' (did you mean 'partition'?); valid: "
             'partition, account, nodes, gpus_per_node, cpus_per_task',
         ),
-        ('nodes: many', "slurm.yaml:4: nodes must be int, not 'many'"),
+        ('nodes: many', "slurm.yaml:4: nodes must be int or one of 'auto', not 'many'"),
+        ('nodes: 0', 'slurm.yaml: nodes is 0; 1 or more, or auto'),
         (
             'nodes: 2',
             'processes: 1 cannot be spread over nodes: 2 (configs/slurm.yaml); take a multiple of 2',
@@ -253,12 +259,154 @@ def test_the_labs_own_file_is_valid(monkeypatch):
     assert cluster() == Cluster()
 
 
+RECORDER = """#!/bin/sh
+cp "$1" "{folder}/asked.sh"
+echo Submitted batch job 7
+"""
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    "A function that submits a stage of the lab to an sbatch that only records, and returns what was asked."
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin/sbatch').write_text(RECORDER.format(folder=tmp_path))
+    (tmp_path / 'bin/squeue').write_text('#!/bin/sh\n')
+    for tool in tmp_path.glob('bin/*'):
+        tool.chmod(0o755)
+    (tmp_path / 'configs').mkdir()
+    for path in (ROOT / 'configs').rglob('*.yaml'):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(path.read_text())
+    monkeypatch.setenv('PATH', str(tmp_path / 'bin'), prepend=os.pathsep)
+    monkeypatch.setenv('K2LAB_ROOT', str(ROOT))
+    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
+    monkeypatch.setenv('K2LAB_LAB_CONFIGS_PATH', str(tmp_path / 'configs'))
+
+    def ask(stage: str, scale: str, changes: dict | None = None, request: str = '', **how) -> dict:
+        (tmp_path / 'configs/slurm.yaml').write_text(request)
+        submit_stage(stage, scale, 'c', changes, **how)
+        script = (tmp_path / 'asked.sh').read_text().splitlines()
+        flags = [line.removeprefix('#SBATCH --').partition('=') for line in script if '--' in line]
+        kept = ('nodes', 'gpus-per-node', 'cpus-per-task', 'mem', 'gres')
+        return {key: value for key, _, value in flags if key in kept}
+
+    ask.runs = tmp_path / 'runs'
+    return ask
+
+
+def test_gpus_and_memory_follow_from_the_stage(recorded):
+    four = {'load.four_bit': True}
+    assert recorded('train_sft_domain', 'qlora', four) == {
+        'nodes': '1',
+        'gpus-per-node': '1',
+        'cpus-per-task': '4',
+        'mem': '0M',  # the size of Moonlight is not known here
+    }
+    assert recorded('train_sft_domain', 'nano') == {
+        'nodes': '1',
+        'cpus-per-task': '4',
+        'mem': '16384M',
+    }
+    many = recorded('train_sft_domain', 'full')
+    assert (many['nodes'], many['gpus-per-node'], many['cpus-per-task']) == ('32', '8', '32')
+    eight = recorded('launch_teacher_vllm', 'full')
+    assert (eight['nodes'], eight['gpus-per-node']) == ('1', '8')
+    two = {'processes': 2, 'accelerate': 'cpu'}
+    assert 'gpus-per-node' not in recorded('train_sft_domain', 'nano', two)
+    assert 'gpus-per-node' not in recorded('sample_teacher', 'full')  # another machine answers
+    assert recorded('evaluate', 'qlora')['gpus-per-node'] == '1'
+    own = recorded('train_sft_domain', 'qlora', four, 'extra: {gres: "gpu:h100:1"}\nmem_gb: 64')
+    assert (own['gres'], own['mem'], 'gpus-per-node' in own) == ('gpu:h100:1', '65536M', False)
+
+
+@pytest.mark.parametrize(
+    'stage, changes, request_, line',
+    [
+        (
+            'train_sft_domain',
+            {'load.four_bit': True},
+            'gpus_per_node: 0\nmem_gb: 16',
+            'slurm.yaml: gpus_per_node is 0, needed 1 for train_sft_domain at qlora '
+            '(k2_domain_pretrain in 4 bits); write auto, or more',
+        ),
+        (
+            'train_sft_domain',
+            {'processes': 16, 'accelerate': 'zero2'},
+            'nodes: 2\ngpus_per_node: 4',
+            'gpus_per_node is 4, needed 8 for train_sft_domain at qlora (processes: 16 of '
+            'accelerate/zero2.yaml)',
+        ),
+        (
+            'launch_teacher_vllm',
+            {'vllm.tensor_parallel_size': 4},
+            'extra: {gres: "gpu:2"}',
+            'gpus_per_node is 2, needed 4 for launch_teacher_vllm at qlora (vLLM)',
+        ),
+    ],
+)
+def test_a_request_that_is_too_small_is_refused_before_anything_is_submitted(
+    recorded, stage, changes, request_, line
+):
+    with pytest.raises(LabError) as e:
+        recorded(stage, 'qlora', changes, request_)
+    assert line in str(e.value) and '\n' not in str(e.value)
+    assert not recorded.runs.exists() and not (recorded.runs.parent / 'asked.sh').exists()
+
+
+def test_the_size_of_a_model_that_is_here_is_asked_for(recorded, tmp_path):
+    model = tmp_path / 'model'
+    model.mkdir()
+    with open(model / 'a.safetensors', 'wb') as f:
+        f.truncate(20 * 10**9)  # takes no room on the disk
+    (model / 'config.json').write_text('{}')
+    told = {'init_from': str(model), 'load.four_bit': True}
+    assert recorded('train_sft_domain', 'qlora', told)['mem'] == '56320M'
+    with pytest.raises(LabError, match='mem_gb is 16, needed 44 for train_sft_domain at qlora'):
+        recorded('train_sft_domain', 'qlora', told, 'mem_gb: 16')
+
+
+def test_the_command_asks_for_what_the_plan_says(recorded):
+    "And goes by the stage's file where nobody knows the shape of the model."
+    needs = needs_by_plan('c')
+    asked = recorded('train_sft_domain', 'qlora', needs=needs)
+    assert asked['gpus-per-node'] == '1' and int(asked['mem'].removesuffix('M')) > 30_000
+    with pytest.raises(LabError, match='mem_gb is 16, needed .* for train_sft_domain at qlora'):
+        recorded('train_sft_domain', 'qlora', request='mem_gb: 16', needs=needs)
+    assert recorded('train_sft_domain', 'nano', needs=needs)['mem'] == '16384M'
+    env = dict(models={}, data={}, scale='qlora')
+    config = resolve(stage_module('train_sft_domain').Config, 'train_sft_domain', 'qlora')
+    unknown = dataclasses.replace(config, init_from='nobody/none')
+    found = needs('train_sft_domain', unknown, env)
+    assert (found.gpus, found.why) == (1, 'nobody/none in bfloat16')
+
+
+def test_what_is_needed_is_spread_over_nodes():
+    spread = lambda processes, **asked: fitted(
+        Cluster(**asked), Needs(processes, processes, 100), processes
+    )
+    twelve = spread(12)
+    assert (twelve.nodes, twelve.gpus_per_node, twelve.mem_gb) == (2, 6, 62.5)
+    assert (spread(8, gpus_per_node=4).nodes, spread(13).nodes) == (2, 13)
+    assert spread(16, extra={'gres': 'gpu:a100:4,nvme:1'}).nodes == 4
+    assert spread(16, nodes=2, extra={'gpus': 16}).gpus_per_node == 0
+    assert fitted(Cluster(mem_gb=0), Needs(mem_gb=999)).mem_gb == 0
+    other = fitted(Cluster(extra={'gpus-per-node': 'h100:8', 'mem-per-gpu': '64G'}), Needs(8, 8), 8)
+    told = sbatch_parameters(other, 'train_toy')
+    assert (told['gpus_per_node'], told['mem'], told['nodes']) == (None, None, 1)
+    with pytest.raises(LabError, match='cannot be spread over nodes: 3'):
+        spread(16, nodes=3)
+    with pytest.raises(LabError, match='cpus_per_task is 2, needed 8'):
+        spread(8, cpus_per_task=2)
+
+
 def test_what_submitit_is_told(lab):
     told = sbatch_parameters(
         Cluster(
             partition='gpu',
             nodes=2,
             gpus_per_node=8,
+            cpus_per_task=4,
             mem_gb=0,
             hours=1.5,
             extra={'qos': 'low', 'signal': 'B:USR2@300'},

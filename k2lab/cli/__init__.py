@@ -7,9 +7,12 @@ from k2lab.cli.completion import candidates, completion
 from k2lab.cli.help import command_help, stage_help, usage
 from k2lab.cli.listing import show_runs
 from k2lab.cli.looking import diff, show_run
+from k2lab.cli.machine import doctor, selftest
 from k2lab.cli.making import convert, export, new_lab
 from k2lab.cli.marking import note_run, promote_run, tag_run
+from k2lab.cli.planning import plan_stage
 from k2lab.cli.running import (
+    ANYWAY,
     CAMPAIGN,
     JSON,
     ON,
@@ -57,9 +60,22 @@ COMMANDS = {
                 '[STAGE,...]',
                 alone='all',
             ),
+            ANYWAY,
             Option('dry-run', 'say what would run, and why'),
         ),
         example='k2lab pipeline --scale nano --campaign mine',
+    ),
+    'plan': Command(
+        plan_stage,
+        'say what a stage takes in memory and on the disk, whether it fits, and how long it runs',
+        'STAGE [field=value ...]',
+        (
+            SCALE,
+            CAMPAIGN,
+            Option('gpus', 'plan for these instead of this machine: 1xH100-80', 'NxNAME-GB'),
+            JSON,
+        ),
+        'k2lab plan train_sft_domain --scale qlora --gpus 1xH100-80',
     ),
     'runs': Command(
         show_runs,
@@ -127,6 +143,19 @@ COMMANDS = {
         'RUN',
         (Option('because', 'why; the record keeps it', 'TEXT'),),
         f'k2lab promote {RUN} --because "as intended"',
+    ),
+    'doctor': Command(
+        doctor,
+        'check whether a scale can run on this machine, and say what mends what is wrong',
+        options=(SCALE, JSON),
+        example='k2lab doctor --scale qlora',
+    ),
+    'selftest': Command(
+        selftest,
+        'test and measure the GPU or the CPU of this machine with models made on the spot',
+        'DEVICE',
+        (Option('blocks', 'only these parts, such as exact,lora,resume', 'A,B'), JSON),
+        'k2lab selftest gpu',
     ),
     'new': Command(
         new_lab,

@@ -64,16 +64,20 @@ def after(before: list[str], commands: dict[str, Command]) -> list[str]:
     given = [word for word in before[1:] if not word.startswith('-')]
     expected = command.takes.replace('[', '').replace(']', '').split()
     kind = expected[len(given)] if len(given) < len(expected) else ''
+    if given and 'field=value' in expected:
+        return [*fields(given[0]), *options]
     return [*kinds(kind), *options]
 
 
 def kinds(kind: str) -> list[str]:
-    "The words of a kind: runs, campaigns, shells."
+    "The words of a kind: runs, stages, campaigns, shells, devices."
     if kind == 'RUN':
         return runs()
+    if kind == 'STAGE':
+        return stages()
     if kind == 'CAMPAIGN':
         return campaigns()
-    return list(SCRIPTS) if kind == 'SHELL' else []
+    return {'SHELL': list(SCRIPTS), 'DEVICE': ['gpu', 'cpu']}.get(kind, [])
 
 
 def values(option: str) -> list[str]:

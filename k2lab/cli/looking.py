@@ -46,11 +46,27 @@ def parts(record: dict) -> list[tuple[str, list]]:
         ('files', files),
         ('time', [*times, ('wall', took)]),
         ('placement', [(name, placed(p)) for name, p in record.get('placement', {}).items()]),
+        ('memory', memory(record)),
         ('config', list(record['config'].items())),
         ('parents', parents),
         *origin_shown(record),
     ]
     return [(title, rows) for title, rows in shown if rows]
+
+
+def memory(record: dict) -> list[tuple[str, str]]:
+    "What a run was planned to take by phase, and what it took up to there, in GiB; nothing of one without a plan."
+    plan = record.get('plan') or {}
+    measured = plan.get('measured', {})
+    rows = [
+        (
+            phase,
+            f'{size:.2f} GiB planned'
+            + (f', {measured[phase]:.2f} measured' if phase in measured else ''),
+        )
+        for phase, size in plan.get('gib', {}).items()
+    ]
+    return rows + ([('unknown', plan['unknown'])] if 'unknown' in plan else [])
 
 
 def origin_shown(record: dict) -> list[tuple[str, list]]:

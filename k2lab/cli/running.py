@@ -1,8 +1,10 @@
 """Commands that run stages: one, again, elsewhere."""
 
+import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from k2lab.cli.looking import attempts, run_text
@@ -17,6 +19,7 @@ CAMPAIGN = Option(
 )
 ON = Option('on', 'where to run: slurm submits it to a cluster', 'slurm')
 JSON = Option('json', 'print strict JSON, and nothing else')
+ANYWAY = Option('anyway', 'start what does not fit this machine by its plan')
 
 
 def stage_command(stage: str, meaning: str) -> Command:
@@ -25,7 +28,7 @@ def stage_command(stage: str, meaning: str) -> Command:
         lambda words, options: run_stage(stage, words, options),
         ' '.join(meaning.split()).rstrip('.'),
         '[field=value ...]',
-        (SCALE, CAMPAIGN, ON, JSON),
+        (SCALE, CAMPAIGN, ON, ANYWAY, JSON),
         f'k2lab {stage} --scale smoke --campaign mine',
     )
 
@@ -37,13 +40,15 @@ def run_stage(stage: str, words: list, options: dict) -> int:
 
     check_fields(stage, words)
     changes, place, as_text = changes_of(words), options['on'], not options['json']
+    anyway = bool(options['anyway'])
     options = {key: options[key] for key in ('scale', 'campaign')}
     if place:
         return submit_stage_here(place, stage, options, changes)
     if stage == 'agentic_demo' and sys.stdin.isatty():
         return agent_command(options, changes)
     progress = Progress(stage)
-    record = read_run(execute(stage, changes=changes, on_progress=progress, **options))
+    made = execute(stage, changes=changes, on_progress=progress, anyway=anyway, **options)
+    record = read_run(made)
     progress.end(record)
     print(run_text(record) if as_text else as_json(record | page_of(record)))
     return int(not promoted(record))
@@ -79,7 +84,8 @@ def submit_stage_here(place: str, stage: str, options: dict, changes: dict) -> i
     from k2lab.lab.slurm import submit_stage
 
     one_of('place', place, ('slurm',), '--on')
-    folder, job = submit_stage(stage, changes=changes, **options)
+    needs = needs_by_plan(options['campaign'] or '')
+    folder, job = submit_stage(stage, changes=changes, needs=needs, **options)
     print(f'{folder.parent.name}/{folder.name}: Slurm job {job}\n  in {folder}')
     return 0
 
@@ -89,8 +95,29 @@ def resubmit(place: str, folder: Path) -> int:
     from k2lab.lab.slurm import submit
 
     one_of('place', place, ('slurm',), '--on')
-    print(f'{folder.parent.name}/{folder.name}: Slurm job {submit(folder)}')
+    job = submit(folder, needs_by_plan(folder.parent.name))
+    print(f'{folder.parent.name}/{folder.name}: Slurm job {job}')
     return 0
+
+
+def needs_by_plan(campaign: str) -> Callable:
+    "What a stage needs by its plan; by its own file where it has none, or nobody knows its model's shape."
+    from k2lab.lab.job import stage_module
+    from k2lab.lab.slurm import needed
+    from k2lab.scale.plan import needs
+
+    def found(stage: str, cfg, env: dict):
+        own = needed(stage, cfg, env)
+        if not getattr(stage_module(stage), 'plan', None):
+            return own  # a stage that plans nothing
+        try:
+            plan = needs(stage, cfg, env, campaign)
+        except LabError:
+            return own
+        host = plan.host_gib * getattr(cfg, 'processes', 1) * 2**30 / 1e9
+        return dataclasses.replace(own, gpus=max(own.gpus, plan.gpus), mem_gb=host)
+
+    return found
 
 
 def agent_command(options: dict, changes: dict) -> int:

@@ -27,6 +27,7 @@ class Step:
     saves: list | None = None  # what a stage of several modes leaves in this one
     only: bool = True  # whether it is the pipeline's only step with this stage
     accepted: bool = False  # its run is skipped whatever has changed
+    anyway: bool = False  # it runs even where it does not fit by its plan
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def pipeline(words: list, options: dict) -> int:
     campaign = check_campaign(options['campaign'] or (f'{scale}-seed{seed}' if seed else scale))
     steps = [seeded(step, seed) for step in steps_of(options['from'], options['to'])]
     steps = accepting(steps, options['accept-stale'])
+    steps = [dataclasses.replace(step, anyway=bool(options['anyway'])) for step in steps]
     for step in steps:  # a mistake in the last step is refused before the first one runs
         resolved_config(step.stage, scale, step.changes)
     if options['dry-run']:
@@ -145,7 +147,7 @@ def run_step(step: Step, scale: str, campaign: str, progress: Progress) -> tuple
     made = (
         resume(plan.run['folder'], progress)
         if plan.run
-        else execute(step.stage, scale, campaign, step.changes, progress)
+        else execute(step.stage, scale, campaign, step.changes, progress, step.anyway)
     )
     kernel_here.cache_clear()  # it took long enough for another one to be installed
     progress.end(read_run(made))

@@ -17,7 +17,7 @@ import os
 import re
 from pathlib import Path
 
-from ..lab.config import LabError, one_of
+from ..lab.config import LabError, one_of, switch_named
 from k2lab.text.rows import (
     FORMATS,
     SURROGATE,
@@ -47,7 +47,8 @@ def find_files(pattern: str) -> list[str]:
         import fsspec
 
         fs, inner = fsspec.core.url_to_fs(pattern)
-        inside = fs.glob(inner) if '*' in inner else [inner]
+        with switch_named(pattern):
+            inside = fs.glob(inner) if '*' in inner else [inner]
         paths = [fs.unstrip_protocol(path) for path in inside]
     elif os.path.isfile(pattern):
         paths = [pattern]
@@ -75,7 +76,8 @@ def stamp(path: str) -> tuple[int, str]:
 
         fs, inner = fsspec.core.url_to_fs(path)
         fs.invalidate_cache()
-        info = fs.info(inner)
+        with switch_named(path):
+            info = fs.info(inner)
     except OSError as error:
         raise Unread(f'{path}: cannot be read ({error.strerror or type(error).__name__})') from None
     return info['size'], str(next((info[mark] for mark in CHANGE_MARKS if info.get(mark)), ''))
@@ -87,8 +89,9 @@ def open_raw(path: str):
         return open(path, 'rb', buffering=0)
     import fsspec
 
-    # fsspec has no types, and what is inferred for `open` is the list of `open_files`
-    return fsspec.open(path, 'rb').open()  # pyright: ignore[reportAttributeAccessIssue]
+    with switch_named(path):
+        # fsspec has no types, and what is inferred for `open` is the list of `open_files`
+        return fsspec.open(path, 'rb').open()  # pyright: ignore[reportAttributeAccessIssue]
 
 # %% ../../nbs/corpus/00_readers.ipynb #f7f3196c
 PIECE, BLOCK = 256 << 10, 128 << 10  # bytes read at once, written at once

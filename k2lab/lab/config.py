@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SCALES', 'SETTINGS', 'ENV', 'LabError', 'did_you_mean', 'one_of', 'StrictLoader', 'read_yaml', 'yaml_value',
            'fit_type', 'is_root', 'root', 'fit_setting', 'parsed_ini', 'check_keys', 'read_settings',
-           'told_by_environment', 'settings', 'setting', 'lab_path', 'stage_notebooks', 'stage_names', 'stage_file',
-           'block_of', 'field_kind', 'value_kind', 'undot', 'fit_value', 'check_layer', 'required', 'merged',
-           'without_null', 'given_whole', 'fill', 'scale_block', 'resolve', 'overlay', 'load_env']
+           'told_by_environment', 'settings', 'setting', 'lab_path', 'offline_switch', 'kept_offline', 'switch_named',
+           'stage_notebooks', 'stage_names', 'stage_file', 'block_of', 'field_kind', 'value_kind', 'undot', 'fit_value',
+           'check_layer', 'required', 'merged', 'without_null', 'given_whole', 'fill', 'scale_block', 'resolve',
+           'overlay', 'load_env']
 
 # %% ../../nbs/lab/00_config.ipynb #72f19765
 import configparser
@@ -315,6 +316,33 @@ def lab_path(kind: str) -> Path:
     if os.path.isfile(path):
         raise LabError(f'{path}: a file, and {kind}_path in settings.ini must be a folder')
     return path
+
+# %% ../../nbs/lab/00_config.ipynb #cf96ce34
+def offline_switch() -> str:
+    "What to change so that the hub is asked: a setting of the lab, or a variable of the environment."
+    with contextlib.suppress(LabError):  # outside a lab only the variable counts
+        if told_by_environment().get(('hub', 'offline')):
+            return 'unset K2LAB_HUB_OFFLINE, which is in the environment'
+        if setting('hub', 'offline'):
+            return 'set offline = false under [hub] in settings.ini'
+    return 'unset HF_HUB_OFFLINE, which is in the environment'
+
+
+def kept_offline(error: BaseException) -> bool:
+    "Whether an error of a library says that the hub must not be asked."
+    return 'OfflineModeIsEnabled' in f'{type(error).__name__}: {error}'
+
+
+@contextlib.contextmanager
+def switch_named(place):
+    "In the block, a file that only the hub has is refused with the switch that keeps the lab offline."
+    try:
+        yield
+    except OSError as error:
+        if not kept_offline(error):
+            raise
+        reason = 'not on this machine, and the lab is offline'
+        raise LabError(f'{place}: {reason}; {offline_switch()}') from None
 
 # %% ../../nbs/lab/00_config.ipynb #1ad3164c
 def stage_notebooks() -> dict[str, Path]:

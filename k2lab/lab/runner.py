@@ -321,12 +321,15 @@ def execute(
     campaign: str | None = None,
     changes: dict | None = None,
     on_progress=None,
+    anyway: bool = False,
 ) -> Path:
-    "Execute a stage's notebook in a new run folder and return it; `on_progress` gets each line of metrics.jsonl."
+    """Execute a stage's notebook in a new run folder and return it; `on_progress` gets each line of metrics.jsonl.
+
+    `LabError` for a run that does not fit this machine by its plan, unless it is to run `anyway`."""
     began = time.monotonic()
     path = checked_notebook(stage)
     on_progress = on_progress or (lambda row: None)
-    job = prepare(stage, scale, campaign, changes)
+    job = prepare(stage, scale, campaign, changes, refuse=not anyway)
     with owning(job.folder):
         job.record['by_runner'] = True
         job.write()

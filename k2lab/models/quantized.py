@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..lab.checkpoint import finalize_checkpoint
-from ..lab.config import LabError, setting
+from ..lab.config import LabError, offline_switch
 from ..lab.files import disk_errors, move
 from ..text.tokenizer import load_kimi_tokenizer
 
@@ -568,8 +568,4 @@ def fetched(place, files=MODEL_FILES) -> Path:
 
 def _offline_reason() -> str:
     "Why the hub was not asked, and the switch for it."
-    if setting('hub', 'offline'):
-        switch = 'set offline = false under [hub] in settings.ini'
-    else:
-        switch = 'unset HF_HUB_OFFLINE, which is in the environment'
-    return f'(it is not in the cache of this machine, and the lab is offline; {switch})'
+    return f'(it is not in the cache of this machine, and the lab is offline; {offline_switch()})'

@@ -27,7 +27,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
-from ..lab.config import LabError, did_you_mean, one_of, yaml_value
+from k2lab.lab.config import (
+    LabError,
+    did_you_mean,
+    kept_offline,
+    offline_switch,
+    one_of,
+    yaml_value,
+)
 from ..lab.files import WORDS, as_json, mask, read_lines, spelled, write_text
 
 # %% ../../nbs/serving/02_harness.ipynb #4ff3ef4c
@@ -157,7 +164,10 @@ def member_names(index: dict, member: Any) -> list[str]:
 
 
 def first_line(error: BaseException) -> str:
-    "The kind of an error and the first line of what it says."
+    "The kind of an error and the first line of what it says; the switch, if the hub was not asked."
+    if kept_offline(error):
+        reason = 'its data is not on this machine, and the lab is offline'
+        return f'{type(error).__name__}: {reason}; {offline_switch()}'
     text = next(iter(str(error).strip().splitlines()), '')
     return f'{type(error).__name__}: {text[:200]}' if text else type(error).__name__
 
@@ -377,10 +387,13 @@ def open_endpoint_as(env: dict, asking: Asking, chat: bool, writes: bool, tokeni
     return get_model('local-chat-completions' if talks else 'local-completions')(**options)
 
 
-def vllm_options(place: str, asking: Asking, gpus: int) -> dict:
+def vllm_options(place: str, asking: Asking, gpus: int, tokenizer: Path | None = None) -> dict:
     "lm-eval's options for vLLM on a checkpoint by its place."
+    name, _, revision = str(place).partition('@')
     return dict(
-        pretrained=str(place),
+        pretrained=name,
+        revision=revision or None,
+        tokenizer=str(tokenizer) if tokenizer else None,
         batch_size='auto',
         tensor_parallel_size=max(1, gpus),
         think_end_token=asking.think_end or None,
@@ -865,8 +878,8 @@ def endpoint_model(job, tasks: Tasks, asking: Asking, folder: Path) -> Model:
     return Model(env['model'], address, opens, template='by the server', place=env['base_url'])
 
 
-def vllm_model(job, name: str, asking: Asking) -> Model:
-    "A checkpoint in vLLM as a model that answers tasks."
+def vllm_model(job, name: str, asking: Asking, folder: Path) -> Model:
+    "A checkpoint in vLLM as a model that answers tasks; its tokenizer is saved in `folder`."
     import torch
     from lm_eval.api.registry import get_model
 
@@ -874,7 +887,9 @@ def vllm_model(job, name: str, asking: Asking) -> Model:
     from k2lab.text.chat import end_ids
 
     place = job.find(name)
-    tok, options = open_tokenizer(place), vllm_options(place, asking, torch.cuda.device_count())
+    tok = open_tokenizer(place)
+    tok.save_pretrained(folder)  # a plain one, also where the checkpoint's own is code
+    options = vllm_options(place, asking, torch.cuda.device_count(), folder)
     engine = get_model('vllm')(**options)
     identity, ends = identity_of(job, name), dict(stop_token_ids=end_ids(tok))
     return Model(name, identity, lambda *_: engine, ends, template_in(tok), tok, device='vllm')
@@ -888,4 +903,5 @@ def run_elsewhere(job, tasks: Tasks | None):
             run_harness(job, tasks, endpoint_model(job, tasks, asking, Path(folder)))
     if tasks and asking.backend == 'vllm':
         for name in job.cfg.checkpoints:
-            run_harness(job, tasks, vllm_model(job, name, asking))
+            with tempfile.TemporaryDirectory() as folder:
+                run_harness(job, tasks, vllm_model(job, name, asking, Path(folder)))

@@ -18,7 +18,7 @@ import re
 import zlib
 from pathlib import Path
 
-from ..lab.config import LabError, one_of
+from ..lab.config import LabError, one_of, switch_named
 from ..lab.files import DISK_FULL, disk_errors, move
 
 # %% ../../nbs/text/00_rows.ipynb #6ee10a27
@@ -189,7 +189,7 @@ def read_bytes(path) -> bytes:
         import fsspec
 
         try:
-            with fsspec.open(str(path), 'rb') as f:
+            with switch_named(path), fsspec.open(str(path), 'rb') as f:
                 return f.read()  # pyright: ignore[reportAttributeAccessIssue] fsspec's stub says list
         except FileNotFoundError:
             raise LabError(f'{path}: no such file') from None

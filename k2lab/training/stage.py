@@ -8,10 +8,10 @@ __all__ = ['LEDGER_COLUMNS', 'check_steps', 'Training', 'repeated', 'document_pi
            'heldout_examples', 'examples_of', 'corpus_of', 'read_mixture', 'mixed', 'asked_by', 'scores_before',
            'with_examples', 'helped_before', 'scores_after', 'Compared', 'report_all', 'judge', 'shown_items',
            'log_samples', 'open_base', 'as_saved', 'with_room', 'probe_device', 'probe_adapter', 'probe_saved',
-           'record_export', 'publish_adapter', 'computes_alone', 'save_merged', 'publish_merged', 'publish_whole',
-           'save_sides', 'base_files', 'publish_slices', 'published_logits', 'publish_merged_slices', 'publish_model',
-           'publish_first', 'to_measure', 'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture', 'asked_of',
-           'scores_of_control', 'check_control', 'run_control', 'Trained', 'supervised']
+           'record_export', 'base_name', 'publish_adapter', 'computes_alone', 'save_merged', 'publish_merged',
+           'publish_whole', 'save_sides', 'base_files', 'publish_slices', 'published_logits', 'publish_merged_slices',
+           'publish_model', 'publish_first', 'to_measure', 'ledger_line', 'ledger_table', 'Supervised', 'fit_mixture',
+           'asked_of', 'scores_of_control', 'check_control', 'run_control', 'Trained', 'supervised']
 
 # %% ../../nbs/training/05_stage.ipynb #2ff10f03
 import dataclasses
@@ -545,8 +545,18 @@ def record_export(job, report: dict):
         job.check('published in float32', True, reason)
 
 # %% ../../nbs/training/05_stage.ipynb #dbd260ef
+def base_name(name: str, place) -> str:
+    "How a base is named in what is published: its hub id, else its name, never a path of this machine."
+    return place if isinstance(place, str) and ':' not in place else Path(name).name
+
+
 def publish_adapter(job, model, weights: dict):
     "Keep a trained adapter as `<saves>_adapter`, every tensor of it checked."
+    base, _, revision = base_name(job.cfg.init_from, job.find(job.cfg.init_from)).partition('@')
+    config = model.peft_config[model.active_adapter]
+    config.base_model_name_or_path, config.revision = base, revision or None
+    named = model.get_base_model()  # the card that PEFT writes names it three times
+    named.name_or_path = named.config._name_or_path = base
     with job.publishing(f'{job.cfg.saves}_adapter') as place:
         model.save_pretrained(place, state_dict=weights)
         check_saved(model, place)
