@@ -463,7 +463,8 @@ def code_of(tensor) -> str:
 
 def _head(planned: list[Planned]) -> bytes:
     "The head of a safetensors file with these tensors, one after the other."
-    at, entries = 0, {'__metadata__': {'format': 'pt'}}
+    at = 0
+    entries: dict[str, dict] = {'__metadata__': {'format': 'pt'}}
     for one in planned:
         entries[one.name] = dict(
             dtype=one.code, shape=list(one.shape), data_offsets=[at, at + one.bytes]
