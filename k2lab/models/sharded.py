@@ -54,7 +54,7 @@ def deepspeed_options() -> dict:
     from transformers.integrations import deepspeed as ds
 
     if ds.is_deepspeed_zero3_enabled():
-        return copy.deepcopy(ds.deepspeed_config())
+        return copy.deepcopy(ds.deepspeed_config()) or {}
     if not _launched_with('DEEPSPEED'):
         return {}
     from accelerate.utils import DeepSpeedPlugin
@@ -324,7 +324,7 @@ def _fully_sharded(model, device: str):
     layers = [
         type(m).__name__ for m in split.modules() if isinstance(m, GradientCheckpointingLayer)
     ]
-    split._no_split_modules = sorted(
+    split.__dict__['_no_split_modules'] = sorted(
         set(layers)
     )  # accelerate looks the layers up by name once more
     return split
@@ -463,7 +463,8 @@ def code_of(tensor) -> str:
 
 def _head(planned: list[Planned]) -> bytes:
     "The head of a safetensors file with these tensors, one after the other."
-    at, entries = 0, {'__metadata__': {'format': 'pt'}}
+    at = 0
+    entries: dict[str, dict] = {'__metadata__': {'format': 'pt'}}
     for one in planned:
         entries[one.name] = dict(
             dtype=one.code, shape=list(one.shape), data_offsets=[at, at + one.bytes]

@@ -679,7 +679,7 @@ def publish_merged_slices(job, model, tok, weights: dict):
     before, trained = probe_adapter(model)
     with job.publishing(job.cfg.saves) as unshared:
         place = Path(agreed(str(unshared)))
-        written = _write_merged(job, model, tok, base, weights, place) if job.first else None
+        written = _write_merged(job, model, tok, base, weights, place) if job.first else {}
         written, saved = agreed(written), Checkpoint(place)
         wrong = set(differing(base_tensors(model), saved)) - adapted_tensors(model)
         theirs = published_logits(model, base, saved)

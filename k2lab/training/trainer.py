@@ -656,7 +656,8 @@ def _seeded(seed: int, model, load: Loading):
     from peft import get_peft_model
 
     torch.manual_seed(seed)
-    return get_peft_model(model, lora(model, load))
+    adapter: Any = lora(model, load)
+    return get_peft_model(model, adapter)
 
 
 def open_for(job, name: str, load: Loading = DEFAULT_LOADING):
