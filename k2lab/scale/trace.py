@@ -17,7 +17,7 @@ from typing import Any
 
 from ..models.adapters import LINEAR, lora
 from ..models.load import Loading, architecture_of, group_of, ready
-from .parts import NF4
+from .parts import NF4, STACKED
 
 # %% ../../nbs/scale/01_trace.ipynb #5940332a
 def _inside(func, args: tuple) -> int:
@@ -181,7 +181,7 @@ def _pack_stacks(layer):
 
     for name in ('gate_up_proj', 'down_proj'):
         whole = getattr(layer, name)
-        packed = torch.empty(round(whole.numel() * NF4), dtype=torch.uint8, device='meta')
+        packed = torch.empty(round(whole.numel() * STACKED), dtype=torch.uint8, device='meta')
         setattr(layer, name, torch.nn.Parameter(packed, requires_grad=False))
         parametrize.register_parametrization(
             layer, name, Open(whole.shape, whole.dtype), unsafe=True
