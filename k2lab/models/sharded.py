@@ -269,7 +269,9 @@ def _unfilled(config, dtype: str, attention: dict):
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **attention)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **attention)
+    model.tie_weights()  # a part of the initialisation that was left out
+    return model
 
 
 def _in_zero3(config, attention: dict):
