@@ -194,10 +194,12 @@ def test_a_run_that_moved_nothing_publishes_nothing(setting):
         Run(setting, 0.0).publish()
 
 
-def test_gathered_tensors_that_training_left_alone_are_refused():
-    model = open_model(shipped('k2'))
+def test_slices_that_training_left_alone_or_that_differ_are_refused():
     with pytest.raises(LabError, match='changed no tensor'):
-        same_tensors(model.state_dict(), model, 0)
+        same_tensors(3, 0, [])
+    with pytest.raises(LabError, match=r'1 of 3 saved tensors are not the trained ones \(lm_head'):
+        same_tensors(3, 2, ['lm_head.weight'])
+    assert same_tensors(3, 2, []) == dict(tensors=3, moved=2, differing=0)
 
 
 # ---- bfloat16 ----------------------------------------------------------------------------------------------
