@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from multiprocessing import get_context, parent_process
-from pathlib import Path
 from typing import Any
 
 from ..lab.config import LabError, one_of

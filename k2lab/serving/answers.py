@@ -8,7 +8,6 @@ __all__ = ['IN_A_ROW', 'asked', 'read_answers', 'rejects_of', 'answer_row', 'Wri
 # %% ../../nbs/serving/03_answers.ipynb #2a84f681
 import fcntl
 import hashlib
-import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from functools import partial
