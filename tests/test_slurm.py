@@ -309,7 +309,7 @@ def test_gpus_and_memory_follow_from_the_stage(recorded):
         'mem': '16384M',
     }
     many = recorded('train_sft_domain', 'full')
-    assert (many['nodes'], many['gpus-per-node'], many['cpus-per-task']) == ('32', '8', '32')
+    assert (many['nodes'], many['gpus-per-node'], many['cpus-per-task']) == ('8', '8', '32')
     eight = recorded('launch_teacher_vllm', 'full')
     assert (eight['nodes'], eight['gpus-per-node']) == ('1', '8')
     two = {'processes': 2, 'accelerate': 'cpu'}
@@ -378,7 +378,7 @@ def test_the_command_asks_for_what_the_plan_says(recorded):
     config = resolve(stage_module('train_sft_domain').Config, 'train_sft_domain', 'qlora')
     unknown = dataclasses.replace(config, init_from='nobody/none')
     found = needs('train_sft_domain', unknown, env)
-    assert (found.gpus, found.why) == (1, 'nobody/none in bfloat16')
+    assert (found.gpus, found.why) == (1, 'nobody/none in 4 bits')
 
 
 def test_what_is_needed_is_spread_over_nodes():
