@@ -734,7 +734,7 @@ NETWORKX = f'networkx {version("networkx")}'
         (dict(refine=dict(min_char=5)), "did you mean 'min_chars'"),
         (dict(refine=dict(near_duplicate_jaccard=2)), 'a Jaccard similarity'),
         (dict(heldout_percent=100, limit=20), 'leave 0 to train on'),
-        (dict(own_rows=['nowhere.jsonl']), 'nowhere.jsonl: no such file'),
+        (dict(own_rows=['nowhere.jsonl']), "'nowhere.jsonl': nothing matches"),
         (dict(eval_items=4000), 'questions, but the functions give only'),
         (dict(evaluation_sources=[], dev_items=4000), 'dev_items: 4000 questions, but'),
         (dict(evaluation_sources=[dict(package='fsspec')]), "'fsspec' is also in general_sources"),

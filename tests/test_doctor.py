@@ -180,8 +180,10 @@ def nothing_fetched_but_online(m):
 
 def eight_cards(m):
     m.gpus(*(card(i) for i in range(8)))
+    for gpu in m.torch['gpus']:
+        gpu['gib'] = 180.0
     for path in (m.lab / 'configs').glob('*.yaml'):
-        path.write_text(path.read_text().replace('processes: 256', 'processes: 8'))
+        path.write_text(re.sub('processes: (256|64)', 'processes: 8', path.read_text()))
     env = m.lab / 'configs' / 'env.yaml'  # of models that eight of them can hold
     text = re.sub(r'moonshotai/Kimi-K2\S*', 'moonshotai/Moonlight-16B-A3B', env.read_text())
     env.write_text(re.sub(r'Qwen2.5-(7B|32B): Qwen/\S+', r'Qwen2.5-\1: Qwen/Qwen2.5-1.5B', text))
@@ -613,7 +615,7 @@ DEFECTS = {
             'plan',
             'fail',
             'GiB of gpu (here 15.8)',
-            'k2lab plan train_continual_pretrain --scale qlora',
+            'k2lab plan train_sft_domain --scale qlora',
         ),
     ),
     'token is none': (

@@ -37,6 +37,7 @@ class Bench:
     folder: Path
     seed: int = 0
     record: dict = field(default_factory=dict)
+    cfg: Any = None
     lines: list = field(default_factory=list)
 
     def log(self, **row):

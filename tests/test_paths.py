@@ -74,11 +74,14 @@ def trained(stage: str, **changes) -> dict:
     seen = {}
 
     def watching(model):
-        seen.update(
-            model=model,
-            said=logits(model),
-            state={n: p.detach().clone() for n, p in model.named_parameters()},
-        )
+        if (
+            job.cfg.saves not in job.record['saves']
+        ):  # what is measured later is the published model
+            seen.update(
+                model=model,
+                said=logits(model),
+                state={n: p.detach().clone() for n, p in model.named_parameters()},
+            )
         return is_split(model)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -364,7 +367,7 @@ def test_accelerate_accepts_the_launch_file(name, monkeypatch):
         assert (
             args.zero_stage == 3
             and args.zero3_init_flag is True
-            and args.zero3_save_16bit_model is True
+            and args.zero3_save_16bit_model is False  # a split model is published in slices
         )
 
 
@@ -387,7 +390,7 @@ def test_trl_accepts_what_the_scale_asks_for(stage, scale, tmp_path):
         not load.lora_rank or lora(open_model(smoke_model(kind)), load)
     )
     if cfg.processes > 1:
-        assert launch_command(start(stage, scale))[3:5] == [
+        assert launch_command(start(stage, scale, anyway=True))[3:5] == [
             '--config_file',
             str(lab_path('configs') / 'accelerate' / f'{cfg.accelerate}.yaml'),
         ]

@@ -24,7 +24,7 @@ class Bench:
     "What fit needs of a job, in a folder."
 
     def __init__(self, folder: Path):
-        self.folder, self.seed, self.record, self.env = folder, 0, {}, {}
+        self.folder, self.seed, self.record, self.env, self.cfg = folder, 0, {}, {}, None
         folder.mkdir(parents=True, exist_ok=True)
 
     def log(self, **row):

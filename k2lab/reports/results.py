@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from ..lab.config import lab_path, read_yaml
+from ..lab.config import LabError, lab_path, read_yaml
 from ..lab.display import short
 from ..lab.records import promoted, read_or_mark, run_order
 from ..tasks.items import compared_line, own_line, read_items
@@ -279,7 +279,7 @@ def kept_items(folder: str) -> dict[str, list]:
     "The items of a run by score key; empty if the run kept none, or if the file is damaged."
     try:
         return read_items(folder)
-    except ValueError:
+    except (ValueError, LabError):
         return {}
 
 

@@ -216,8 +216,8 @@ def _training(stage: str, cfg, env: dict, campaign: str) -> Work:
     )
 
 
-def _evaluating(stage: str, cfg, env: dict, campaign: str) -> Work:
-    "The work of evaluate: its largest checkpoint."
+def _evaluating(stage: str, cfg, env: dict, campaign: str) -> Work | None:
+    "The work of evaluate: its largest checkpoint; None if it opens none."
     others = [
         o for one in cfg.checkpoints.values() for o in ([one] if isinstance(one, str) else one)
     ]
@@ -225,6 +225,8 @@ def _evaluating(stage: str, cfg, env: dict, campaign: str) -> Work:
         config_at(place_for(name, env, campaign))
         for name in dict.fromkeys([*cfg.checkpoints, *others])
     ]
+    if not configs:
+        return None
     size = lambda config: sum(counted(matrices_of(config)).values())
     gpu = for_gpu(env['scale'])
     told: dict[str, Any] = getattr(cfg, 'load', None) or {'dtype': 'bfloat16' if gpu else 'float32'}

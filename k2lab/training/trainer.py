@@ -633,7 +633,7 @@ def tokenizer_for(job, name: str, load: Loading = DEFAULT_LOADING):
     if load.backend == 'unsloth':
         unsloth_first()
     log_notices(job.folder / 'log.txt')
-    check_four_bit(job.find(name), load, vars(job.cfg).get('trainer', {}))
+    check_four_bit(job.find(name), load, getattr(job.cfg, 'trainer', None) or {})
     return open_tokenizer(job.find(name))
 
 
