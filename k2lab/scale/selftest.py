@@ -99,8 +99,13 @@ def end_with_parent():
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def in_child(block: Block, bench: Bench):
-    "Do a block's work in this process and leave what it says in its folder; all output goes into its log."
+def in_child(block: Block, bench: Bench, place: str, environment: dict):
+    """Do a block's work in this process and leave what it says in its folder; all output goes into its log.
+
+    It works in the folder and the environment of the process that asked: those of the fork server may be older."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(place)
     threading.Thread(target=end_with_parent, daemon=True).start()
     folder = bench.home / 'blocks' / bench.block
     with open(folder / 'log.txt', 'a') as log:
@@ -128,7 +133,7 @@ def run_block(block: Block, bench: Bench) -> dict:
     context: Any = get_context('spawn' if block.fresh else 'forkserver')
     if not block.fresh:
         context.set_forkserver_preload([*PRELOADED, __name__])
-    child = context.Process(target=in_child, args=(block, bench))
+    child = context.Process(target=in_child, args=(block, bench, os.getcwd(), dict(os.environ)))
     child.start()
     try:
         child.join(block.seconds)
