@@ -1,5 +1,6 @@
 """The command that plans a stage: what it takes, whether it fits, what would make it fit."""
 
+import logging
 import textwrap
 
 from k2lab.cli.running import check_fields
@@ -13,6 +14,8 @@ def plan_stage(words: list, options: dict) -> int:
     "Print the plan of a stage; 1 where it does not fit."
     from k2lab.scale.plan import Question, machine_named, this_machine
 
+    # bitsandbytes, imported by the trace, tells of a kernel that no plan needs
+    logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
     stage, rest = one_of('stage', words[0], stage_names(), 'plan'), words[1:]
     check_fields(stage, rest)
     asked = Question(*question(stage, changes_of(rest), options))
