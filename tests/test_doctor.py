@@ -11,6 +11,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import huggingface_hub.constants  # noqa: F401  its paths are read once: before a test changes HF_HOME
 import pytest
 
 from k2lab.cli import main
