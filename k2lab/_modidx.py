@@ -2115,6 +2115,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'k2lab/serving/answers.py'),
                                        'k2lab.serving.answers.rejects_of': ('serving/answers.html#rejects_of', 'k2lab/serving/answers.py'),
                                        'k2lab.serving.answers.sample_rows': ( 'serving/answers.html#sample_rows',
+                                                                              'k2lab/serving/answers.py'),
+                                       'k2lab.serving.answers.whole_lines': ( 'serving/answers.html#whole_lines',
                                                                               'k2lab/serving/answers.py')},
             'k2lab.serving.client': { 'k2lab.serving.client.Failed': ('serving/client.html#failed', 'k2lab/serving/client.py'),
                                       'k2lab.serving.client.Failed.final': ('serving/client.html#failed.final', 'k2lab/serving/client.py'),

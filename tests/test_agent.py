@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from k2lab.serving.agent import PYTHON, Limits, chat_loop, printer
+from k2lab.serving.agent import PYTHON, Limits, chat_loop, printer, run_call
 from k2lab.serving.client import Teacher
 from k2lab.text.chat import K2_ID
 
@@ -275,3 +275,10 @@ def test_limits_hold_inside_a_reply(talk):
     messages, _, ends, _, _ = talk(['flood'], tokens=50, seconds=20)
     assert ends == ['[the answer was cut off by the token limit]']
     assert len(messages[-1]['content']) <= 2 * 52
+
+
+def test_a_schema_of_any_kind_is_taken():
+    anything = dict(function=dict(name='f', parameters=dict(properties=dict(code=True))))
+    one = tool_call(arguments='{"code": 3}')
+    assert run_call(one, {'python': (anything, lambda code: code)}) == '3'
+    assert run_call(one, {'python': (dict(function=dict(name='f')), tool)}).startswith('error: ')

@@ -196,6 +196,15 @@ def test_one_writer_for_a_file_and_a_damaged_line_is_named(tmp_path):
         sample_rows(answering(good('yes')), ['one', 'two'], path)
 
 
+def test_a_file_that_holds_something_else_is_refused_and_kept(tmp_path):
+    path = tmp_path / 'rows.jsonl'
+    for line in ('{"prompt": "one", "response": "two"}\n', '3\n', 'notes of mine'):
+        path.write_text(line)
+        with pytest.raises(LabError, match='not a file of answers|its last line is no answer'):
+            sample_rows(answering(good('yes')), ['one'], path)
+        assert path.read_text() == line
+
+
 def test_a_hundred_thousand_rows_are_taken_up_in_seconds(tmp_path):
     prompts, path = [f'prompt {i}' for i in range(100_000)], tmp_path / 'a.jsonl'
     row = lambda p: dict(

@@ -1,10 +1,7 @@
 """Sampling over an endpoint gives what sampling in this process gives, and its record can be replayed by name."""
 
-import contextlib
-import threading
-import time
-
 import pytest
+from test_server import listening
 
 from k2lab.lab.config import LabError
 from k2lab.lab.files import read_lines
@@ -20,23 +17,6 @@ CHANGES = {
 }
 
 
-@contextlib.contextmanager
-def listening(app):
-    "The address of a server on a port of its own."
-    import uvicorn
-
-    run = uvicorn.Server(uvicorn.Config(app, port=0, log_level='error'))
-    thread = threading.Thread(target=run.run)
-    thread.start()
-    while not run.started:
-        time.sleep(0.01)
-    try:
-        yield 'http://127.0.0.1:%d/v1' % run.servers[0].sockets[0].getsockname()[1]
-    finally:
-        run.should_exit = True
-        thread.join()
-
-
 @pytest.fixture
 def served():
     "The address of the smoke model behind the embedded server."
@@ -45,7 +25,7 @@ def served():
 
     app = create_app(open_model('smoke:k2'), open_tokenizer('smoke:k2'), 'k2', KEY)
     with listening(app) as url:
-        yield url
+        yield f'{url}/v1'
 
 
 def job_of(tmp_path, monkeypatch, url: str, **changes):

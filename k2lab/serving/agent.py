@@ -92,7 +92,8 @@ def arguments_of(call: dict, spec: dict) -> dict:
     for name, value in given.items():
         if name not in properties:
             raise ValueError(f"no argument {name!r}; there are {', '.join(properties)}")
-        if properties[name].get('type') == 'string' and not isinstance(value, str):
+        kind = properties[name]  # a schema may also be just `true`
+        if isinstance(kind, dict) and kind.get('type') == 'string' and not isinstance(value, str):
             raise ValueError(f'the argument {name!r} must be a string')
     return given
 
