@@ -555,6 +555,9 @@ def publish_adapter(job, model, weights: dict):
     base, _, revision = base_name(job.cfg.init_from, job.find(job.cfg.init_from)).partition('@')
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path, config.revision = base, revision or None
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # written in the order of Python's hashes, another one in each process
+            setattr(config, name, sorted(value))
     named = model.get_base_model()  # the card that PEFT writes names it three times
     named.name_or_path = named.config._name_or_path = base
     with job.publishing(f'{job.cfg.saves}_adapter') as place:
