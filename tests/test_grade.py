@@ -325,7 +325,8 @@ def row(prompt, answer, **more):
     return dict(prompt=prompt, answer=answer, family='own', **more)
 
 
-CASES = cases('grader_52.jsonl') + cases('grader_more.jsonl')
+FILES = ('grader_52.jsonl', 'grader_more.jsonl', 'grader_world.jsonl')
+CASES = [case for name in FILES for case in cases(name)]
 
 
 @pytest.mark.parametrize('case', CASES, ids=lambda case: case['id'])

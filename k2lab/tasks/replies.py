@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['END', 'NEGATION', 'REVISED', 'OPEN', 'GIVEN_UP', 'MAYBE', 'DOUBT', 'HEDGE', 'IS', 'SOLVED', 'EXPLICIT', 'SOFT',
-           'REASON', 'LEAD', 'DIGITS', 'RATIO', 'VARIABLE', 'PAIRS', 'ORDERED', 'COMPARED', 'BRACKETS', 'CHAIN', 'FLIP',
-           'ENDS', 'INTERVAL', 'OPTION', 'YES_NO', 'IDIOM', 'SAID', 'POLITE', 'extract', 'normalise_answer', 'braced',
-           'boxed', 'trimmed', 'table_row', 'sentences', 'Claim', 'Items', 'Reader', 'open_head', 'explicit', 'implied',
-           'only_one', 'assigned_twice', 'claim_of', 'claims', 'shortened', 'final_answer', 'key', 'read_number',
-           'number_reader', 'split_top', 'unwrapped', 'item_values', 'read_items', 'same_items', 'same_item', 'end_of',
-           'span', 'bracketed', 'one_side', 'inequality', 'both_sides', 'read_interval', 'options', 'read_choice',
-           'choice_reader', 'said', 'right_yes_no', 'subject_and_rest', 'marked', 'given_in', 'right_text']
+           'REASON', 'LEAD', 'COPULA', 'DIGITS', 'RATIO', 'VARIABLE', 'PAIRS', 'ORDERED', 'COMPARED', 'BRACKETS',
+           'CHAIN', 'FLIP', 'ENDS', 'INTERVAL', 'OPTION', 'YES_NO', 'IDIOM', 'SAID', 'DENIED', 'POLITE', 'extract',
+           'normalise_answer', 'braced', 'boxed', 'trimmed', 'table_row', 'sentences', 'Claim', 'Items', 'Reader',
+           'open_head', 'explicit', 'implied', 'only_one', 'assigned_twice', 'claim_of', 'claims', 'shortened',
+           'final_answer', 'key', 'read_number', 'number_reader', 'split_top', 'unwrapped', 'item_values', 'read_items',
+           'same_items', 'same_item', 'end_of', 'span', 'bracketed', 'one_side', 'inequality', 'both_sides',
+           'read_interval', 'options', 'read_choice', 'choice_reader', 'said', 'right_yes_no', 'without_denied',
+           'subject_and_rest', 'marked', 'given_in', 'right_text']
 
 # %% ../../nbs/tasks/03_replies.ipynb #b0000005
 import functools
@@ -79,7 +80,10 @@ def boxed(text: str) -> str | None:
     return found
 
 # %% ../../nbs/tasks/03_replies.ipynb #cdbcb576
-NEGATION = r"\b(?:not|never|neither|rather than|instead of|cannot)\b|n't\b|不是|而不"
+NEGATION = (
+    r"\b(?:not|never|neither|rather than|instead of|cannot|nicht|kein\w*|pas|no (?:es|son)|não|non è|не)\b|"
+    r"n't\b|不是|而不|では?(?:ない|ありません)|じゃない|아니|아닙|ليس|नहीं"
+)
 REVISED = re.compile(
     r'\b(?:wait|actually|scratch that|correction|on second thought|my mistake|i was wrong|sorry)\b,?|\bno,|'
     r"\b(?:is|was|are|be)(?: also)? (?:wrong|incorrect|false|not (?:right|correct|true)|a mistake)\b|"
@@ -101,7 +105,8 @@ DOUBT = re.compile(rf'\b(?:{MAYBE})\b|可能|也许', re.I)
 HEDGE = re.compile(rf'\b(?:or|either|{MAYBE})\b|或|可能|也许', re.I)
 IS = (
     r"(?:\s+(?:is|are|was|were|equals?|(?:must|should|will|would|has to|have to|turns out to) be|"
-    r'comes (?:out )?to|becomes|ist|est|es|è|é)\b|\s*(?:\'s\b|(?<!\d):|:(?!\d)|=|->|→|⇒))'
+    r'comes (?:out )?to|becomes|ist|lautet|beträgt|est|vaut|es|vale|è|é|'
+    r'равен|равна|равно|равняется|это)\b|\s*(?:\'s\b|(?<!\d):|:(?!\d)|=|->|→|⇒))'
 )
 SOLVED = (
     r'(?:answer|result|solution|total|choice|option|conclusion|antwort|réponse|respuesta|risposta|'
@@ -109,6 +114,8 @@ SOLVED = (
 )
 EXPLICIT = re.compile(
     rf'\b{SOLVED}\b[^.:=\n]{{0,80}}?{IS}\s*[:=]?\s*|####|(?:答案|结果|答)(?:应该|就)?(?:是|为|:)+\s*|'
+    r'(?:答え|正解|解答)は\s*|(?:정답|답)[은는]\s*|(?:उत्तर|जवाब)\s+(?:है\s*)?|'
+    r'(?:الجواب|الإجابة|الناتج)\s+(?:هو|هي)?\s*|'
     rf'^(?:so|thus|hence|therefore|then|and|,|\s)*\b(?:it|this|that|they|these|those){IS}\s*',
     re.I,
 )
@@ -125,6 +132,9 @@ LEAD = re.compile(
 )
 
 
+COPULA = re.compile(r'\s*(?:です|である|だ|(?:と|に)なります|입니다|이다|예요|이에요|है)$')
+
+
 def trimmed(text: str) -> str:
     "What a statement says, without marks, reasons, remarks in brackets, and what it denies."
     text, *reason = re.split(REASON, text.strip(' \t\n"\'`*_,;:!'), maxsplit=1, flags=re.I)
@@ -135,7 +145,8 @@ def trimmed(text: str) -> str:
     denied = r'(?:^|[,;]|\s)\s*(?:but |and |so )?\b(?:not|rather than|instead of)\s[^,;]*?(?=$|[,;]|\s+but\b)'
     text = re.sub(denied, '', text, flags=re.I).strip(' ,;')
     text = LEAD.sub('', text)
-    return text.strip(' \t\n"\'`*_,;:!').removesuffix('.').strip(' "\'`*_')
+    text = text.strip(' \t\n"\'`*_,;:!।').removesuffix('.').strip(' "\'`*_')
+    return COPULA.sub('', text)
 
 
 def table_row(line: str) -> str:
@@ -585,6 +596,19 @@ def right_yes_no(right: str, answer: str) -> bool:
     )
     taken_back = re.search(r'\b(?:wait|actually|on second thought)\b', answer, re.I)
     return said(answer) == {YES_NO[wording(right)]} and not doubtful and not taken_back
+
+# %% ../../nbs/tasks/03_replies.ipynb #10f09251
+DENIED = re.compile(
+    r'[;,.]?\s*(?:\b(?:and|but|while|so|options?|choices?|answers?)\s+)*'
+    r'\(?\b[A-J]\b\)?(?:\s*(?:,|and|&)\s*(?:and\s+)?\(?\b[A-J]\b\)?)*\s+'
+    r'(?:is|are) (?:all |both )?(?:wrong|incorrect|false|not (?:correct|right))\b',
+)
+
+
+def without_denied(text: str) -> tuple[set[str], str]:
+    "(the letters that a reply calls wrong, the reply without them)."
+    denied = {c for m in DENIED.finditer(text) for c in re.findall(r'\b[A-J]\b', m[0])}
+    return denied, DENIED.sub('', text)
 
 # %% ../../nbs/tasks/03_replies.ipynb #e0c7c7f7
 def subject_and_rest(sentence: str) -> tuple[str, str] | None:

@@ -47,6 +47,7 @@ from k2lab.tasks.replies import (
     right_text,
     right_yes_no,
     same_items,
+    without_denied,
 )
 from .sandbox import run_python
 from k2lab.tasks.values import (
@@ -329,7 +330,8 @@ def right_value(kind: str, right: str, answer: str, question: str) -> bool:
     if kind == 'interval':
         got = final_answer(answer, INTERVAL)
         return got is not None and same_spans(wanted, got)
-    return final_answer(answer, choice_reader(question)) == wanted
+    others, answer = without_denied(answer)
+    return wanted not in others and final_answer(answer, choice_reader(question)) == wanted
 
 
 def same_spans(right: tuple, got: tuple) -> bool:
