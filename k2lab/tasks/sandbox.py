@@ -69,11 +69,13 @@ def readable() -> list:
 def wrapped(command: list, disk: int) -> list:
     "The command inside bubblewrap, where only the interpreter's files and a folder in memory are in sight."
     own = '--unshare-all --hostname sandbox --cap-drop ALL --proc /proc --dev /dev --tmpfs /tmp'
+    # root may map itself into namespaces of its own only with this one; the jail drops it
+    root = ['--cap-add', 'CAP_SETFCAP'] if not os.getuid() else []
     paths = [path for path in readable() if not path.startswith(('/dev/', '/proc/'))]
     shown = [word for path in paths for word in ('--ro-bind-try', path, path)]
     memory = f'--size {disk} --tmpfs {HOME} --chdir {HOME}'
     bwrap = shutil.which('bwrap') or 'bwrap'
-    return [bwrap, *own.split(), *shown, *memory.split(), '--', *command]
+    return [bwrap, *own.split(), *root, *shown, *memory.split(), '--', *command]
 
 
 def child_command(config: dict) -> list:
