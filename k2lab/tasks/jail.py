@@ -531,11 +531,11 @@ def serve(calls: int, report: int) -> int:
     "Run each call that is read, in one scope, and report its status. The exit code after the last one."
     main = sys.modules['__main__'] = types.ModuleType('__main__')
     kept, status = [os.dup(1), os.dup(2)], 'ok'
-    for line in open(calls, 'rb'):
-        call = json.loads(line)
-        fresh_streams(kept)
-        status = safe_call(call['code'], vars(main))
-        with contextlib.suppress(OSError):  # the code closed it: its exit code tells
+    with contextlib.suppress(OSError):  # the code closed one of these pipes: its exit code tells
+        for line in open(calls, 'rb'):
+            call = json.loads(line)
+            fresh_streams(kept)
+            status = safe_call(call['code'], vars(main))
             os.write(report, f'{call["key"]} {status}\n'.encode())
     return 0 if status == 'ok' else 1
 
@@ -598,35 +598,39 @@ def folder_size(folder: str, most: int) -> int:
     return total
 
 
-def held_size(proc: int, number: str, most: int) -> int:
-    "Bytes of files that a process holds and no folder shows; a mapped one counts as too much."
+def held_size(proc: int, number: str, folder: str, most: int) -> int:
+    "Bytes of a folder's files that a process holds and no folder shows; a mapped one counts as too much."
     total = 0
     with contextlib.suppress(OSError):  # it has ended
-        for fd in os.listdir(folder := os.open(f'{number}/fd', os.O_RDONLY, dir_fd=proc)):
+        for fd in os.listdir(held := os.open(f'{number}/fd', os.O_RDONLY, dir_fd=proc)):
             with contextlib.suppress(OSError):
-                info = os.stat(fd, dir_fd=folder)
+                info = os.stat(fd, dir_fd=held)
                 total += used(info) if not info.st_nlink and stat.S_ISREG(info.st_mode) else 0
-        os.close(folder)
+        os.close(held)
         with open(os.open(f'{number}/maps', os.O_RDONLY, dir_fd=proc), errors='replace') as f:
-            gone = [line for line in f if line.endswith(' (deleted)\n')]
-        total += most + 1 if any('/dev/zero' not in line for line in gone) else 0
+            gone = [line for line in f if f' {folder}/' in line and line.endswith(' (deleted)\n')]
+        total += most + 1 if gone else 0
     return total
 
 
+def walled(config: dict) -> bool:
+    "Whether the code's folder is a file system of its own, in memory."
+    return config['namespaces'] or config['bwrap']
+
+
 def too_much_disk(config: dict, proc: int, number: str) -> bool:
-    "Whether the code holds more disk than it may; behind walls the kernel bounds it."
-    if config['namespaces']:
-        return False
-    if config['bwrap']:
-        info = os.statvfs(HOME)
-        return info.f_files - info.f_ffree > FILES
+    "Whether the code holds more disk than it may; behind walls the kernel bounds the bytes."
+    if walled(config):
+        info = os.statvfs(config['work'])
+        config['peak'] = max(config['peak'], 1 - info.f_bavail / info.f_blocks)
+        return info.f_files - info.f_ffree > FILES + 1
     size = folder_size(config['work'], config['disk'])
-    return size + (held_size(proc, number, config['disk']) if number else 0) > config['disk']
+    return size + held_size(proc, number, config['work'], config['disk']) > config['disk']
 
 
 def over(config: dict, proc: int, number: str) -> str:
     "Which limit the code has passed: 'disk', 'memory' or ''."
-    if number and threads_of(proc, number) > THREADS:
+    if threads_of(proc, number) > THREADS:
         return 'memory'
     return 'disk' if too_much_disk(config, proc, number) else ''
 
@@ -671,19 +675,14 @@ def watch_unsafe(config: dict, pid: int) -> str:
     return trouble
 
 
-def is_full(config: dict) -> bool:
-    "Whether the disk of the code is full: a write to a mapped file then ends in SIGBUS."
-    info = os.statvfs(config['work'])
-    return bool(config['namespaces'] or config['bwrap']) and not info.f_bavail
-
-
 def verdict(config: dict, pid: int, proc: int | None) -> dict:
     "How the jailed process ended: its exit code or signal, its CPU seconds, and the limit it passed."
     trouble = watch_unsafe(config, pid) if config['unsafe'] else watch(config, pid, proc)
     _, state, usage = os.wait4(pid, 0)
-    full = not trouble and os.WIFSIGNALED(state) and os.WTERMSIG(state) == signal.SIGBUS
+    # a write to a mapped file for which there is no room ends in SIGBUS; the room is free again by now
+    full = os.WIFSIGNALED(state) and os.WTERMSIG(state) == signal.SIGBUS and config['peak'] > 0.5
     return dict(
-        over=trouble or ('disk' if full and is_full(config) else ''),
+        over=trouble or ('disk' if full else ''),
         signal=os.WTERMSIG(state) if os.WIFSIGNALED(state) else 0,
         exit=os.WEXITSTATUS(state) if os.WIFEXITED(state) else 0,
         seconds=usage.ru_utime + usage.ru_stime,
@@ -692,7 +691,7 @@ def verdict(config: dict, pid: int, proc: int | None) -> dict:
 
 def main():
     "Build the walls, start the jailed process, watch it, and report how it ended."
-    config = json.loads(sys.argv[1])
+    config = json.loads(sys.argv[1]) | dict(peak=0.0)
     proc = None if config['unsafe'] else os.open('/proc', os.O_RDONLY)
     if config['namespaces']:
         new_root(ctypes.CDLL(None, use_errno=True), config['machine'], config)
