@@ -1,8 +1,9 @@
-"""The program of the sandbox's child (`python -I jail.py CONFIG`): walls, locks, and the loop that runs code.
+"""The program of the sandbox's child: walls, locks, and the loop that runs the code.
 
-The first process builds the walls and watches; the process that it forks locks itself in and runs the
-code. The watching process is not locked, shares nothing with the code but two ends of pipes, and kills
-it when a limit is passed or when the keeper (the process that called `run_python`) is gone."""
+It is started as `python -I jail.py CONFIG` by [`sandbox.py`](sandbox.py). The first process builds the
+walls and watches; the process that it forks locks itself in and runs the code. The watching process is
+not locked, shares nothing with the code but ends of pipes, and kills it when a limit is passed or when
+the keeper (the process that called `run_python`) is gone."""
 
 # The standard library only, and little of it: this is the time that every call of `run_python` pays.
 import ast
@@ -23,9 +24,7 @@ LOCKED = b'locked\n'  # what the child reports once its locks hold
 HOME = '/sandbox'  # the one folder of the code, where there are walls
 FILES = 1000  # at most so many files and folders
 THREADS = 256  # and so many threads: each costs memory of the kernel that RLIMIT_AS does not count
-REFUSED = (
-    'The sandbox refuses processes, sockets, signals to others and files outside the current folder.'
-)
+REFUSED = 'The sandbox refuses processes, sockets, signals to others and files outside the current folder.'
 LANDLOCK = 7  # the newest version of Landlock that is known here
 LAST = 450  # calls with higher numbers did not exist when the table below was written: ENOSYS
 CLONE3 = 435
@@ -119,7 +118,9 @@ def rules(pid: int) -> dict:
     descriptors = any_of((0, 1, 2, 3, 5, 1030, 1032, 1034))
     no_async = [([word(1, 4), word(2, 0, 0x2000)], None)]
     locks = [([word(1, command)], 0) for command in (6, 7)]
-    terminals = any_of((0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451))  # ask, wait or not, on exec
+    terminals = any_of(
+        (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+    )  # ask, wait or not, on exec
     own_name = any_of((2, 3, 15, 16, 23, 39, 0x53564D41), 0)  # no PDEATHSIG, no DUMPABLE
     stream_pair = [([word(0, 1), word(1, 1, 0xF)], None)]  # asyncio has one; it reaches nobody else
     return {
@@ -192,7 +193,14 @@ def read_only(libc, machine: str, path: str, flags: int):
     "Make the mount at a path and all mounts below it read-only, with more flags."
     attributes = struct.pack('QQQQ', 1 | flags, 0, 0, 0)
     must(
-        libc.syscall(OWN[machine]['mount_setattr'], -100, path.encode(), 0x8000, attributes, ctypes.c_size_t(32)),
+        libc.syscall(
+            OWN[machine]['mount_setattr'],
+            -100,
+            path.encode(),
+            0x8000,
+            attributes,
+            ctypes.c_size_t(32),
+        ),
         f'read-only {path}',
     )
 
@@ -243,7 +251,10 @@ def new_root(libc, machine: str, config: dict):
     must(libc.umount2(b'/.old', DETACH), 'umount')
     os.rmdir('/.old')
     attributes = struct.pack('QQQQ', 1, 0, 0, 0)
-    must(libc.syscall(OWN[machine]['mount_setattr'], -100, b'/', 0, attributes, ctypes.c_size_t(32)), 'read-only /')
+    must(
+        libc.syscall(OWN[machine]['mount_setattr'], -100, b'/', 0, attributes, ctypes.c_size_t(32)),
+        'read-only /',
+    )
 
 
 def become_first():
@@ -394,7 +405,8 @@ class Semaphore:
     def __init__(self, kind: int, value: int, maxvalue: int, name: str, unlink: bool):
         import threading
 
-        self.kind, self.maxvalue, self.name, self.handle = kind, maxvalue, name, 0
+        self.kind, self.maxvalue, self.handle = kind, maxvalue, 0
+        self.name = None if unlink else name
         self.value, self.owner, self.depth = value, 0, 0
         self.changed, self.me = threading.Condition(), threading.get_ident
 
@@ -675,7 +687,7 @@ def watch_unsafe(config: dict, pid: int) -> str:
     return trouble
 
 
-def verdict(config: dict, pid: int, proc: int | None) -> dict:
+def verdict(config: dict, pid: int, proc: int) -> dict:
     "How the jailed process ended: its exit code or signal, its CPU seconds, and the limit it passed."
     trouble = watch_unsafe(config, pid) if config['unsafe'] else watch(config, pid, proc)
     _, state, usage = os.wait4(pid, 0)
@@ -692,7 +704,7 @@ def verdict(config: dict, pid: int, proc: int | None) -> dict:
 def main():
     "Build the walls, start the jailed process, watch it, and report how it ended."
     config = json.loads(sys.argv[1]) | dict(peak=0.0)
-    proc = None if config['unsafe'] else os.open('/proc', os.O_RDONLY)
+    proc = -1 if config['unsafe'] else os.open('/proc', os.O_RDONLY)
     if config['namespaces']:
         new_root(ctypes.CDLL(None, use_errno=True), config['machine'], config)
         if config['probe']:
@@ -701,8 +713,8 @@ def main():
     parent = os.getpid()
     pid = os.fork()
     if not pid:
-        mine = [proc, config.get('keeper'), config['control'], config['verdict']]
-        jail(config, parent, [fd for fd in mine if fd is not None])
+        mine = [proc, config.get('keeper', -1), config['control'], config['verdict']]
+        jail(config, parent, [fd for fd in mine if fd >= 0])
     os.write(config['verdict'], json.dumps(verdict(config, pid, proc)).encode())
     os._exit(0)
 

@@ -1,6 +1,6 @@
-"""Run a model's Python code where it can do no harm: once (`run_python`), or call after call with its
-variables kept (`PythonSession`).
+"""Run a model's Python code where it can do no harm.
 
+`run_python` runs it once, in a fresh process; `PythonSession` keeps the process, so that variables stay.
 The code gets no network and none of your files; time, memory, disk, threads and output are bounded, and
 it ends with the process that asked for it. Two kinds of isolation hold at once where the machine allows:
 
@@ -13,8 +13,9 @@ it ends with the process that asked for it. Two kinds of isolation hold at once 
   name of its own.
 
 Without walls the sandbox holds with these differences. The disk is looked at every 50 ms, so a program
-can write more for that long before it is stopped. `os.chmod` and `os.utime` are refused. The code cannot read other files, but `os.stat` tells whether they exist, their sizes and times;
-the host's name can be read too.
+can write more for that long before it is stopped. `os.chmod` and `os.utime` are refused. The code cannot
+read other files, but `os.stat` tells whether they exist, their sizes and times; `os.uname` tells the
+host's name, and process numbers are the host's.
 
 Where the machine offers no locks (macOS, old kernels), `run_python` refuses, except with
 `allow_unsafe=True`. Not covered: the CPU's side channels and bugs of the kernel. Use a virtual machine
@@ -94,7 +95,9 @@ def works(command: list) -> bool:
 @functools.cache
 def has_bwrap() -> bool:
     "Whether bubblewrap is installed and may make its namespaces here."
-    return bool(shutil.which('bwrap')) and works(wrapped([sys.executable, '-I', '-S', '-c', ''], 1 << 20))
+    return bool(shutil.which('bwrap')) and works(
+        wrapped([sys.executable, '-I', '-S', '-c', ''], 1 << 20)
+    )
 
 
 @functools.cache
@@ -213,7 +216,10 @@ class Worker:
 
     def __init__(self, config: dict):
         self.config, self.locked, self.process = config, False, None
-        self.folder, self.canary = '', None  # the latter is a file that the jail must not be able to read
+        self.folder, self.canary = (
+            '',
+            None,
+        )  # the latter is a file that the jail must not be able to read
         self.ends: dict[str, int] = {}
         try:
             self.start()
@@ -235,7 +241,9 @@ class Worker:
                 self.canary = tempfile.NamedTemporaryFile()
             if not (config['namespaces'] or config['bwrap']):
                 self.folder = os.path.realpath(tempfile.mkdtemp(prefix='k2lab-'))
-            config |= theirs | dict(work=self.folder or HOME, canary=getattr(self.canary, 'name', ''))
+            config |= theirs | dict(
+                work=self.folder or HOME, canary=getattr(self.canary, 'name', '')
+            )
             self.process = spawn(config, theirs)
         finally:
             for fd in theirs.values():
@@ -270,7 +278,11 @@ def status_of(verdict: dict, reply: str, cpu: float) -> str:
     number = verdict.get('signal', signal.SIGKILL)
     if verdict.get('over') in ('disk', 'memory'):
         return verdict['over']
-    if number == signal.SIGXCPU or number == signal.SIGKILL and 0 < cpu <= verdict.get('seconds', 0):
+    if (
+        number == signal.SIGXCPU
+        or number == signal.SIGKILL
+        and 0 < cpu <= verdict.get('seconds', 0)
+    ):
         return 'timeout'
     if number:
         return 'disk' if number == signal.SIGXFSZ else 'killed'
@@ -396,7 +408,9 @@ class Call:
             trouble = status_of(verdict, reply, self.worker.config['cpu'])
             if not self.last and trouble == 'ok':
                 trouble = 'error'
-        return Outcome(out, err, trouble or reply, lives=not (ended or trouble or reply == 'memory'))
+        return Outcome(
+            out, err, trouble or reply, lives=not (ended or trouble or reply == 'memory')
+        )
 
     def text(self, name: str) -> str:
         "What was written to a pipe, up to the limit; bytes that are no UTF-8 are replaced visibly."
@@ -504,7 +518,9 @@ class PythonSession:
         if not self.finish.alive:
             raise LabError('this PythonSession is closed; make a new one')
         if os.getpid() != self.owner:
-            raise LabError(f'this PythonSession belongs to process {self.owner}; make one in each process')
+            raise LabError(
+                f'this PythonSession belongs to process {self.owner}; make one in each process'
+            )
 
     def replace_dead(self) -> str:
         "A note if the process ended between two calls."
