@@ -810,6 +810,25 @@ def test_what_was_printed_before_a_time_out_is_kept(jail):
     )
 
 
+@jailed
+def test_a_copy_of_this_process_that_holds_the_pipes_delays_nothing(monkeypatch):
+    "Another thread may fork between the pipes' making and their closing: no end of a pipe is seen then."
+    real, copies = sandbox.spawn, []
+
+    def spawn(config, theirs):
+        process = real(config, theirs)
+        copies.append(subprocess.Popen(['sleep', '60'], pass_fds=list(theirs.values())))
+        return process
+
+    monkeypatch.setattr(sandbox, 'spawn', spawn)
+    assert run_python('print(1)', timeout=20) == dict(stdout='1\n', stderr='', status='ok')
+    assert run_python('1/0', timeout=20)['status'] == 'error'
+    for copy in copies:
+        assert copy.poll() is None
+        copy.kill()
+        copy.wait()
+
+
 def test_a_folder_of_any_depth_and_any_names_is_emptied(tmp_path):
     here = os.getcwd()
     os.chdir(tmp_path)

@@ -24,7 +24,9 @@ LOCKED = b'locked\n'  # what the child reports once its locks hold
 HOME = '/sandbox'  # the one folder of the code, where there are walls
 FILES = 1000  # at most so many files and folders
 THREADS = 256  # and so many threads: each costs memory of the kernel that RLIMIT_AS does not count
-REFUSED = 'The sandbox refuses processes, sockets, signals to others and files outside the current folder.'
+REFUSED = (
+    'The sandbox refuses processes, sockets, signals to others and files outside its own folder.'
+)
 LANDLOCK = 7  # the newest version of Landlock that is known here
 LAST = 450  # calls with higher numbers did not exist when the table below was written: ENOSYS
 CLONE3 = 435

@@ -372,6 +372,10 @@ class Call:
             if self.last:
                 os.close(self.worker.ends.pop('calls'))
 
+    def has_ended(self) -> bool:
+        "Whether the child is gone; its pipe alone may be held open by a copy that another thread forked."
+        return 'verdict' not in self.open or self.worker.has_ended()
+
     def follow(self) -> str:
         "Exchange until the child has replied, or ended if this is its last call. The limit it passed, or ''."
         with selectors.DefaultSelector() as pick:
@@ -379,10 +383,10 @@ class Call:
                 pick.register(self.worker.ends[name], selectors.EVENT_READ, name)
             pick.register(self.worker.ends['calls'], selectors.EVENT_WRITE, 'calls')
             while not (trouble := self.trouble()):
-                if 'verdict' not in self.open or not self.last and self.reply():
+                if self.has_ended() or not self.last and self.reply():
                     break
                 left = max(0, self.deadline - time.monotonic())
-                for key, _ in pick.select(left + 0.001):
+                for key, _ in pick.select(min(left + 0.001, 0.5)):
                     self.handle(pick, key.data)
         return trouble
 
@@ -402,7 +406,7 @@ class Call:
         out, err = (self.text(name) for name in ('stdout', 'stderr'))
         if not self.worker.locked:
             raise set_up_failed(err)
-        ended, reply = 'verdict' not in self.open, self.reply()
+        ended, reply = self.has_ended(), self.reply()
         if ended and not trouble:
             verdict = json.loads(self.got['verdict'] or '{}')
             trouble = status_of(verdict, reply, self.worker.config['cpu'])
