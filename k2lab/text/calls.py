@@ -46,10 +46,10 @@ def spelled_name(number: str, tools: dict | None) -> str | None:
 _FOREIGN = re.compile(r'\d*|call\d+|(call_|chatcmpl-tool-|toolu_)(?=\D*\d)[\w-]+')
 
 
-def json_object(text: str) -> dict | None:
-    "The JSON object that a text is, None for anything else; line breaks inside strings are taken."
+def json_object(text: str, strict: bool = False) -> dict | None:
+    "The JSON object that a text is, None for anything else; line breaks inside strings are taken unless `strict`."
     try:
-        value = json.loads(text, strict=False)
+        value = json.loads(text, strict=strict)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
