@@ -15,6 +15,7 @@ from .lab.config import LabError, one_of
 from .models.load import Loading, check_opening, check_room
 from .models.placement import device_for
 from .scale.plan import planned
+from .serving.conformance import ENDPOINT, Calling, ToolCalls, calling_of, tool_calls
 from .serving.harness import Asking, prepared, run_elsewhere, run_on_checkpoint
 from .tasks.items import compared_line, read_items
 from k2lab.training.scores import (
@@ -49,6 +50,9 @@ class Config:
     harness_tasks: str = ''  # folder of your own task files for lm-eval
     # how lm-eval asks, and who answers: the fields of k2lab.serving.harness.Asking
     harness_options: Annotated[dict, Asking] = field(default_factory=dict)
+    # how tools are called, against a reference: {reference: Kimi-K2-Instruct}; {}: not asked.
+    # The fields of k2lab.serving.conformance.Calling
+    conformance: Annotated[dict, Calling] = field(default_factory=dict)
     answer_tokens: int = 160  # longest answer in tokens
     # dtype, four_bit, attention of all checkpoints: see k2lab.models.load.Loading
     load: Annotated[dict, Loading] = field(default_factory=dict)
@@ -56,8 +60,9 @@ class Config:
 
     def __post_init__(self):
         check_opening(Loading(**self.load))
+        calling = calling_of(self.conformance)
         for name in self.checkpoints:
-            if name not in self.measures and not self.test_sets:
+            if name not in self.measures and not self.test_sets and not calling:
                 raise LabError(f"measures: nothing for '{name}'; write measures.{name}=[MEASURE]")
         for name, measures in self.measures.items():
             one_of('checkpoint', name, self.checkpoints, 'measures')
@@ -96,8 +101,10 @@ def report_on(job, name: str, asked: dict[str, Asked], own: dict, others: dict):
             report(job, one, theirs, rows, checkpoint=name, compared_with=other)
 
 
-def scores_of(job, name: str, asked: list[Asked], tasks) -> dict[str, Scored]:
-    "`{measure: score}` of a checkpoint, known or measured now; it also does the tasks of lm-eval."
+def scores_of(
+    job, name: str, asked: list[Asked], tasks, calls: ToolCalls | None = None
+) -> dict[str, Scored]:
+    "`{measure: score}` of a checkpoint, known or measured now; it also does the tasks of lm-eval and calls tools."
     load = Loading(**job.cfg.load)
     model, tok = open_for(job, name, load)
     one = opened(job, model, tok, name, load)
@@ -105,6 +112,8 @@ def scores_of(job, name: str, asked: list[Asked], tasks) -> dict[str, Scored]:
         found = tried(job, name, lambda a: score(job, one, a), asked)
         if name in job.cfg.checkpoints:
             run_on_checkpoint(job, tasks, name, model, tok)
+        if calls:
+            calls.ask(one)
     out = {s.measure: s for s in found}
     return out
 
@@ -134,14 +143,18 @@ def compared_with(items: dict, line: dict, theirs: dict) -> dict:
 
 def evaluate(job):
     "Measure every checkpoint and compare it; leaves metrics and items."
-    cfg, wanted = job.cfg, measures_of(job.cfg)
+    cfg, wanted, calls = job.cfg, measures_of(job.cfg), tool_calls(job)
+    for name in calls.names() if calls else ():
+        wanted.setdefault(name, [])
     for name in wanted:
         check_room(job.find(name), Loading(**cfg.load), device_for())
     asked = {a.measure: a for a in read_all(job, list(dict.fromkeys(sum(wanted.values(), []))))}
     tasks = prepared(job)
     run_elsewhere(job, tasks)
+    if calls:
+        calls.ask_endpoint()
     taken = {
-        name: scores_of(job, name, [asked[m] for m in measures], tasks)
+        name: scores_of(job, name, [asked[m] for m in measures], tasks, calls)
         for name, measures in wanted.items()
     }
     for name in cfg.checkpoints:
@@ -152,6 +165,10 @@ def evaluate(job):
         }
         others = {other: shown[other] for other in others_of(cfg, name)}
         report_on(job, name, asked, shown[name], others)
+        if calls:
+            calls.report(name, others_of(cfg, name))
+    if calls:
+        calls.report(ENDPOINT, calls.names())
     compare_tasks(job)
 
 

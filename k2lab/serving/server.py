@@ -23,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from k2lab.lab.config import LabError
 from k2lab.models.placement import device_for, placement_of
-from k2lab.text.chat import end_ids, prompt_ids, reply_message
+from k2lab.text.calls import reply_message
+from k2lab.text.chat import end_ids, prompt_ids
 from k2lab.training.metrics import reduced_logits
 
 TAGS = ('<think>', '</think>', '<|tool_calls_section_begin|>', '<tool_call>')

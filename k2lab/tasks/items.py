@@ -38,7 +38,8 @@ def item_of(row: dict) -> dict:
     return dict(item=item, group=row.get('group') or family or item, family=family or 'all')
 
 # %% ../../nbs/tasks/09_items.ipynb #ac02462e
-RATIOS = {'bits': 'bytes', 'nats': 'tokens'}  # sums that are divided by another sum
+# sums that are divided by another sum: per byte, per token, and the F1 of two choices
+RATIOS = {'bits': 'bytes', 'nats': 'tokens', 'agreed': 'called'}
 MEANS = ('right', 'cut', 'tokens')  # values that are averaged
 
 
