@@ -5,9 +5,11 @@ Each saves whole tensors that one process opens, has the loss curve of one proce
 global batch, and resumes after a kill as if there had been none.
 `make test` runs ZeRO-3 and FSDP2, `make test-faults` all of them."""
 
+import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -51,7 +53,7 @@ if os.environ.get('ACCELERATE_USE_FSDP'):
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
-    "Launch files as shipped, but for two CPU processes in full precision."
+    "Launch files as shipped, but for two CPU processes in full precision; torchrun's usual port is taken."
     folder = tmp_path_factory.mktemp('lab')
     shutil.copytree(ROOT / 'configs', folder / 'configs')
     for path in (folder / 'configs' / 'accelerate').glob('*.yaml'):
@@ -67,7 +69,11 @@ def home(tmp_path_factory):
     (folder / 'shim').mkdir()
     lean = (ROOT / 'tests/lean/sitecustomize.py').read_text()  # ours comes before it on the path
     (folder / 'shim' / 'sitecustomize.py').write_text(lean + SHIM)
-    return folder
+    with socket.socket() as other:
+        with contextlib.suppress(OSError):
+            other.bind(('', 29500))
+            other.listen()
+        yield folder
 
 
 def command(home: Path, *words) -> subprocess.Popen:

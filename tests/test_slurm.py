@@ -435,7 +435,7 @@ def test_what_submitit_is_told(lab):
     }
 
 
-def test_one_node_is_left_alone_and_several_get_srun():
+def test_one_node_gets_a_free_port_and_several_get_srun():
     command = [
         'python',
         '-m',
@@ -449,9 +449,8 @@ def test_one_node_is_left_alone_and_several_get_srun():
         'work',
         'runs/c/1',
     ]
-    assert (
-        across_nodes(command, {}) == across_nodes(command, {'SLURM_JOB_NUM_NODES': '1'}) == command
-    )
+    alone = [*command[:5], '--main_process_port', '0', *command[5:]]
+    assert across_nodes(command, {}) == across_nodes(command, {'SLURM_JOB_NUM_NODES': '1'}) == alone
     job = {
         'SLURM_JOB_NUM_NODES': '2',
         'SLURM_JOB_ID': '10012',

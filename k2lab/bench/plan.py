@@ -270,7 +270,15 @@ def in_fork(function: Callable[[str], int], name: str) -> int:
 def in_ranks(name: str) -> int:
     "The growth of the larger of two processes that `accelerate launch` starts on this machine."
     config = str(lab_path('configs') / 'accelerate' / 'cpu.yaml')
-    launch = ['accelerate.commands.launch', '--config_file', config, '--num_processes', '2']
+    launch = [
+        'accelerate.commands.launch',
+        '--config_file',
+        config,
+        '--main_process_port',
+        '0',
+        '--num_processes',
+        '2',
+    ]
     command = [sys.executable, '-m', *launch, '-m', 'k2lab.bench.plan', name]
     done = subprocess.run(command, cwd=root(), capture_output=True, text=True)
     found = [int(said.split()[1]) for said in done.stdout.splitlines() if said.startswith('grown ')]

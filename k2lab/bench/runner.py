@@ -42,7 +42,15 @@ def by_runner(campaign: str) -> Cost:
 def launch_command(folder: Path) -> list[str]:
     "A bare `accelerate launch` of the work of a prepared run folder."
     config = str(lab_path('configs') / 'accelerate' / 'cpu.yaml')
-    launch = ['accelerate.commands.launch', '--config_file', config, '--num_processes', '1']
+    launch = [
+        'accelerate.commands.launch',
+        '--config_file',
+        config,
+        '--main_process_port',
+        '0',
+        '--num_processes',
+        '1',
+    ]
     return [sys.executable, '-m', *launch, '-m', 'k2lab', 'work', str(folder)]
 
 

@@ -398,9 +398,10 @@ class Resume:
 def across_nodes(command: list, environ: dict) -> list:
     "An `accelerate launch` command; in a Slurm job of several nodes, the `srun` that starts it on each."
     nodes = int(environ.get('SLURM_JOB_NUM_NODES', 1))
-    if nodes == 1:
-        return command
-    check_spread(int(command[command.index('--num_processes') + 1]), nodes)
+    at = command.index('--num_processes')
+    if nodes == 1:  # a free port: its default, 29500, may be another run's
+        return [*command[:at], '--main_process_port', '0', *command[at:]]
+    check_spread(int(command[at + 1]), nodes)
     if 'SLURMD_NODENAME' not in environ:
         raise LabError(
             f'a Slurm job of {nodes} nodes, and this is none of them: submit with --on slurm'
