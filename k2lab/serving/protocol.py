@@ -204,9 +204,7 @@ class Call(Fields):
     def plain(self) -> dict:
         "The call as the lab's conversations have it."
         called = dict(name=self.function.name, arguments=self.function.arguments)
-        return ({} if self.id is None else dict(id=self.id)) | dict(
-            type=self.type, function=called
-        )
+        return ({} if self.id is None else dict(id=self.id)) | dict(type=self.type, function=called)
 
 
 def _parts(value):

@@ -117,7 +117,9 @@ class Message:
         found = [*self.waiting, *self._read(text), *(self.reader.close() if finish else [])]
         self.waiting = []
         self.calls = self.calls or any(d.get('tool_calls') for d in found)
-        return [d | dict(reasoning_content=d['reasoning']) if 'reasoning' in d else d for d in found]
+        return [
+            d | dict(reasoning_content=d['reasoning']) if 'reasoning' in d else d for d in found
+        ]
 
     def logprobs(self, draft: Draft, count: int) -> dict | None:
         "The log-probabilities of the tokens that came since the last call."

@@ -53,9 +53,7 @@ class Guard:
 
     async def __call__(self, scope, receive, send):
         if scope['type'] == 'http' and scope['path'] != '/health' and not self.knows(scope):
-            refused = complaint(
-                401, 'wrong or missing key', None, {'www-authenticate': 'Bearer'}
-            )
+            refused = complaint(401, 'wrong or missing key', None, {'www-authenticate': 'Bearer'})
             return await refused(scope, receive, send)
         await self.app(scope, receive, send)
 
@@ -157,11 +155,17 @@ async def left(request: Request):
         pass
 
 
+async def finished(runs: list[Run]):
+    "Returns when all runs are done; raises what ended one."
+    for run in runs:
+        await asyncio.wrap_future(run.done)
+
+
 async def whole(engine: Engine, request: Request, runs: list[Run], shape: Callable):
     "A whole answer, or none for a client that leaves before."
     for run in runs:
         engine.submit(run)
-    answers = asyncio.gather(*(asyncio.wrap_future(run.done) for run in runs))
+    answers = asyncio.ensure_future(finished(runs))
     gone = asyncio.ensure_future(left(request))
     try:
         await asyncio.wait([answers, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -172,8 +176,8 @@ async def whole(engine: Engine, request: Request, runs: list[Run], shape: Callab
         return JSONResponse(await run_in_threadpool(shape, engine, runs))
     finally:
         gone.cancel()
-        leave(runs)
         answers.cancel()
+        leave(runs)
 
 
 class Stream(StreamingResponse):
@@ -230,7 +234,9 @@ def create_app(model, tok, name: str, key: str) -> FastAPI:
             e.status_code, f'{request.method} {request.url.path}: {e.detail}', None, e.headers
         )
     )
-    app.exception_handler(Exception)(lambda _, e: complaint(500, f'{type(e).__name__} in the server'))
+    app.exception_handler(Exception)(
+        lambda _, e: complaint(500, f'{type(e).__name__} in the server')
+    )
     add_routes(app, Engine(model, tok, name))
     return app
 
