@@ -1,4 +1,4 @@
-"""Every field of every request at its smallest, empty and largest values and of the wrong type: served, or refused in one line."""
+"""Every field of every request at its smallest, empty and largest values, and of the wrong type: served or refused."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""The embedded server on the wire: clients that leave, streams that say what whole answers say, stop strings, limits."""
+"""The embedded server on the wire: clients that leave, streams that equal whole answers, stop strings, limits."""
 
 import contextlib
 import itertools
@@ -387,7 +387,7 @@ def test_sampling_limits(client):
 
 def test_a_call_can_be_demanded_or_forbidden(client, parts):
     tok = parts[1]
-    ask = dict(messages=USER, tools=TOOLS, temperature=0, max_tokens=30, logprobs=True)
+    ask = dict(messages=USER, tools=TOOLS, temperature=0, max_tokens=60, logprobs=True)
     post = lambda **kw: client.post(
         CHAT, json=ask | kw | dict(return_tokens_as_token_ids=True)
     ).json()['choices'][0]

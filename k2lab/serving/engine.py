@@ -92,7 +92,7 @@ class Run:
 
 
 class Batch:
-    "Rows of one or more runs that are computed together, in the order of their runs; the shorter ones padded on the left."
+    "Rows of one or more runs that are computed together, in the order of their runs; padded on the left."
 
     def __init__(self, run: Run, cache):
         self.runs, self.rows, self.cache = [run], list(run.drafts), cache

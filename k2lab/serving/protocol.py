@@ -1,7 +1,8 @@
 """The requests that the embedded server takes, field by field, and the one line for a request that it refuses.
 
 Fields have vLLM's names, types and limits. A field that the server does not act on is taken at its neutral
-value only, and an unknown one is refused by its name: nothing that was asked for is ignored. `null` is a field left out.
+value only, and an unknown one is refused by its name: nothing that was asked for is ignored. `null` is a field
+left out.
 """
 
 from collections.abc import Iterator

@@ -98,6 +98,8 @@ def call_beginning(engine: Engine, name: str, number: int) -> list[int]:
 
 def rules_of(engine: Engine, ask: ChatAsk, ids: list[int]) -> Rules:
     "What `tool_choice` and `parallel_tool_calls` demand of an answer's tokens."
+    if not ask.tools:
+        return Rules()
     known = engine.tok.get_added_vocab()
     ids_of = lambda tokens: [known[t] for t in tokens if t in known]
     if ask.tool_choice == 'none':
@@ -107,7 +109,7 @@ def rules_of(engine: Engine, ask: ChatAsk, ids: list[int]) -> Rules:
     before = encode(engine.tok, close) if close else []
     beginnings = [[*before, *call_beginning(engine, n, number)] for n in ask.must_call]
     one = not ask.parallel_tool_calls or not isinstance(ask.tool_choice, str)
-    return Rules(beginnings, last=set(ids_of(CALL_ENDS)) if one and ask.tools else set())
+    return Rules(beginnings, last=set(ids_of(CALL_ENDS)) if one else set())
 
 
 def completion_runs(engine: Engine, ask: CompletionAsk) -> list[Run]:
