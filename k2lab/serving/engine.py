@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from k2lab.lab.config import LabError
+from k2lab.models.mla import from_latents
 from k2lab.serving.drafts import Draft, Odds, Rules, choose, odds, packed_odds
 from k2lab.serving.protocol import Refused, one_line, shown
 from k2lab.text.chat import encode, end_ids, prompt_ids
@@ -198,6 +199,7 @@ class Engine:
     def __init__(self, model, tok, name: str):
         self.model, self.tok, self.name = model.eval(), tok, name
         self.ends, self.length = set(end_ids(tok)), model.config.max_position_embeddings
+        self.attention = model.config._attn_implementation  # another while it computes from latents
         self.waiting: deque[Run] = deque()
         self.batches: list[Batch] = []
         self.changed, self.running = threading.Condition(), False
@@ -222,12 +224,17 @@ class Engine:
     def _work(self):
         import torch
 
-        with torch.inference_mode():
-            while self._more():
-                self._admit()
-                for batch in self.batches:
-                    self._step(batch)
-                self.batches = [batch for batch in self.batches if batch.rows]
+        while self._more():
+            with torch.inference_mode(), from_latents(self.model):
+                while self.waiting or self.batches:
+                    self._round()
+
+    def _round(self):
+        "Let a request in, and compute one token for all."
+        self._admit()
+        for batch in self.batches:
+            self._step(batch)
+        self.batches = [batch for batch in self.batches if batch.rows]
 
     def _admit(self):
         "Let the next request in, if there is room."

@@ -250,7 +250,7 @@ def add_routes(app: FastAPI, engine: Engine):
     def card() -> dict:
         about = dict(id=engine.name, object='model', created=began, owned_by='k2lab')
         about |= dict(root=engine.name, parent=None, max_model_len=engine.length)
-        return about | dict(placement=placement_of(engine.model))
+        return about | dict(placement=placement_of(engine.model) | dict(attention=engine.attention))
 
     @app.get('/health')
     def health():
