@@ -74,10 +74,12 @@ class Run:
 
     def tell(self):
         "Pass on what is new."
-        for i, draft in enumerate(self.drafts if self.on_news else []):
+        if not (tell := self.on_news):
+            return
+        for i, draft in enumerate(self.drafts):
             new = draft.pieces[self.told[i] :]
             if self.told[i] >= 0 and (any(new) or draft.finish):
-                self.on_news(News(i, ''.join(new), len(draft.ids), draft.finish))
+                tell(News(i, ''.join(new), len(draft.ids), draft.finish))
                 self.told[i] = -1 if draft.finish else len(draft.pieces)
 
     def live(self) -> list[Draft]:
@@ -113,9 +115,9 @@ class Batch:
     def _keep(self, keep: list[int]):
         import torch
 
-        self.rows, self.tokens, self.pads = (
-            [part[i] for i in keep] for part in (self.rows, self.tokens, self.pads)
-        )
+        self.rows = [self.rows[i] for i in keep]
+        self.tokens = [self.tokens[i] for i in keep]
+        self.pads = [self.pads[i] for i in keep]
         if keep:
             self.cache.batch_select_indices(torch.tensor(keep))
             self._cut(min(self.pads))
@@ -189,7 +191,7 @@ def shareable(cache) -> bool:
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     return type(cache) is DynamicCache and all(
-        type(layer) is DynamicLayer and layer.keys.dtype == torch.float32 for layer in cache.layers
+        type(layer) is DynamicLayer and layer.dtype == torch.float32 for layer in cache.layers
     )
 
 

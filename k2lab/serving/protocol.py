@@ -15,7 +15,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    WrapValidator,
     model_validator,
 )
 
@@ -262,13 +261,22 @@ class Chosen(Fields):
     function: Named
 
 
-# a tool stays as it was given once it has been checked: templates print its keys in their order
-GivenTool = Annotated[Tool, WrapValidator(lambda value, check: check(value) and value)]
+def fitting(kind: type[Fields], value) -> Any:
+    "A value read as a kind; `ValueError` with one line if it does not fit."
+    try:
+        return kind.model_validate(value)
+    except ValidationError as e:
+        raise ValueError('; '.join(_lines(e))) from None
 
 
-def _choice(value, check):
+def _given(value):
+    "A tool as it was given, once it has been checked: templates print its keys in their order."
+    return fitting(Tool, value) and value
+
+
+def _choice(value):
     if isinstance(value, dict):
-        return check(value).function
+        return fitting(Chosen, value).function
     if value not in ('none', 'auto', 'required'):
         raise ValueError("give 'none', 'auto', 'required' or one tool by name")
     return value
@@ -302,8 +310,8 @@ class ChatAsk(Ask):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
-    tools: list[GivenTool] = []
-    tool_choice: Annotated[Chosen, WrapValidator(_choice)] = 'auto'  # type: ignore
+    tools: list[Annotated[dict[str, Any], BeforeValidator(_given)]] = []
+    tool_choice: Annotated[Any, AfterValidator(_choice)] = 'auto'
     parallel_tool_calls: bool = True
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
@@ -358,7 +366,7 @@ class TokenizeAsk(Fields):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1)
-    tools: list[GivenTool] = []
+    tools: list[Annotated[dict[str, Any], BeforeValidator(_given)]] = []
     return_token_strs: bool = False
 
     @model_validator(mode='after')

@@ -46,8 +46,8 @@ def token_text(engine: Engine, token: int, as_id: bool) -> str:
     return f'token_id:{token}' if as_id else engine.tok.decode([token])
 
 
-def logprobs_block(engine: Engine, ask, ids: list, kept: list[Odds | None], start: int = 0) -> dict:
-    "OpenAI's `logprobs` of a completion for `ids`, chosen tokens among the top; None for a first token's odds."
+def logprobs_block(engine: Engine, ask, ids: list, kept: list, start: int = 0) -> dict:
+    "OpenAI's `logprobs` of a completion for `ids`, chosen tokens among the top; None for a first token's `Odds`."
     name = lambda token: token_text(engine, token, ask.return_tokens_as_token_ids)
     texts, tops, chosen = [name(i) for i in ids], [], []
     for text, one in zip(texts, kept):
@@ -146,7 +146,8 @@ class Message:
 
     def whole(self, draft: Draft) -> dict:
         "The choice of a whole answer."
-        message, calls = dict(role='assistant', content=None), []
+        message: dict[str, Any] = dict(role='assistant', content=None)
+        calls = []
         for delta in self.deltas(draft.text, draft.finish):
             for key, value in delta.items():
                 if key == 'tool_calls':
