@@ -932,7 +932,7 @@ def conversations(special=()) -> list:
 class NoModel:
     "What the server asks of a model before it computes anything."
 
-    config = type('Config', (), dict(max_position_embeddings=1 << 20))
+    config = type('Config', (), dict(max_position_embeddings=1 << 20, _attn_implementation='sdpa'))
 
     def eval(self):
         return self
