@@ -182,12 +182,14 @@ def engine_for(model: Model, options: dict) -> tuple[str, str]:
     return 'vllm', f'on {device}'
 
 
-def number(name: str, text: str | None, default: float) -> float:
-    "The number that an option was given, or its default; `LabError` for anything else."
-    try:
-        return float(text) if text is not None else default
-    except ValueError:
-        raise LabError(f"serve: --{name} is a number, not '{text}'") from None
+def number(name: str, text: str | None, default, kind: type = int):
+    "The number of zero or more that an option was given, or its default; `LabError` for anything else."
+    with contextlib.suppress(ValueError, TypeError):
+        if (given := kind(text)) >= 0:
+            return given
+    if text is None:
+        return default
+    raise LabError(f"serve: --{name} is a number from 0 on, not '{text}'")
 
 
 def config_for(options: dict):
@@ -199,18 +201,16 @@ def config_for(options: dict):
     host, port = options['host'] or '127.0.0.1', number('port', options['port'], 8000)
     if not stays_here(host) and not options['public']:
         raise LabError(f'serve: other machines may reach {host}; add --public if they are to')
-    if port != int(port):
-        raise LabError(f"serve: --port is a whole number, not '{options['port']}'")
     asked = options_of(options['--'])
     cfg = Config(
         engine='vllm' if asked or options['python'] else 'embedded',
         host=host,
         public=bool(options['public']),
-        port=int(port),
+        port=port,
         key_env=options['key-env'] or 'K2LAB_API_KEY',
         python=options['python'] or '',
         vllm=asked,
-        ready_s=number('ready-s', options['ready-s'], 3600),
+        ready_s=number('ready-s', options['ready-s'], 3600, float),
     )
     check_port(host, cfg.port)
     return cfg

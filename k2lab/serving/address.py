@@ -39,7 +39,7 @@ def check_host(host: str, public: bool):
         raise LabError(f'host: {host!r} is no address; 127.0.0.1 and ::1 are this machine')
     if not stays_here(host) and not public:
         raise LabError(
-            f'host: other machines may reach a server at {host}; say public if they are to, '
+            f'host: other machines may reach a server at {host}; add public=true if they are to, '
             'or write 127.0.0.1 or ::1'
         )
 
