@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 from k2lab.lab.config import LabError
 from k2lab.models.load import generate, small_model
-from k2lab.serving import server
+from k2lab.serving import engine, server
 from k2lab.text import tokenizer
 from k2lab.text.chat import Conversation, prompt_ids
 from k2lab.text.tokenizer import build_tokenizer
@@ -57,10 +57,14 @@ class Scripted:
         return self
 
     def __call__(self, input_ids, past_key_values=None, **kw):
+        from transformers import DynamicCache
+
         self.at = 0 if past_key_values is None else self.at + 1
+        cache = DynamicCache() if past_key_values is None else past_key_values
+        cache.update(*[torch.zeros(*input_ids.shape, 1)[:, None]] * 2, 0)
         logits = torch.full((len(input_ids), 1, self.config.vocab_size), -20.0)
         logits[:, :, self.ids[min(self.at, len(self.ids) - 1)]] = 20.0
-        return type('Out', (), dict(logits=logits, past_key_values=1))
+        return type('Out', (), dict(logits=logits, past_key_values=cache))
 
 
 @pytest.fixture
@@ -161,7 +165,7 @@ def test_echoed_tokens_hold_the_one_that_ended_the_answer(client, parts, monkeyp
         client, prompt=ids, max_tokens=1, logprobs=1, return_tokens_as_token_ids=True
     ).json()['choices']
     end = said['logprobs']['tokens'][0]
-    monkeypatch.setattr(server, 'end_ids', lambda tok: [int(end[9:])])
+    monkeypatch.setattr(engine, 'end_ids', lambda tok: [int(end[9:])])
     app = server.create_app(*parts, 'tiny', 'secret')
     other = TestClient(app, headers={'authorization': 'Bearer secret'})
     asked = dict(max_tokens=1, echo=True, logprobs=1, return_tokens_as_token_ids=True)
@@ -239,8 +243,12 @@ def test_chat_message(says, parts):
     assert got['choices'] == [
         dict(
             index=0,
-            message=dict(role='assistant', content='é 42', reasoning_content='Easy.'),
+            message=dict(
+                role='assistant', content='é 42', reasoning='Easy.', reasoning_content='Easy.'
+            ),
+            logprobs=None,
             finish_reason='stop',
+            stop_reason=None,
         )
     ]
 
@@ -292,29 +300,28 @@ def test_a_stream_says_the_same(says, parts, content, calls):
         or '<|tool' in json.dumps(d)
         for d in deltas
     )
-    assert len(deltas) > 3 and deltas[0] == dict(role='assistant')
+    assert len(deltas) > 3 and deltas[0] == dict(role='assistant', content='')
 
 
 @pytest.mark.parametrize(
     'path,body,word',
     [
-        ('completions', dict(prompt='x', top_k=3), 'unsupported field top_k'),
+        ('completions', dict(prompt='x', top_j=3), 'unsupported field top_j'),
         (
             'completions',
-            dict(prompt='x', best_of=2, presence_penalty=1),
-            'best_of, presence_penalty',
+            dict(prompt='x', best_off=2, absence_penalty=1),
+            'absence_penalty, best_off',
         ),
-        ('completions', dict(prompt='x', stream=True), 'stream'),
+        ('completions', dict(prompt='x', best_of=2), 'best_of: only 1 here, not 2'),
         ('completions', dict(), 'prompt'),
         ('completions', dict(prompt='x', temperature=-1), 'temperature'),
         ('completions', dict(prompt='x', logprobs=21), 'logprobs'),
         ('completions', dict(prompt=[10**6]), '1000000 is not in the vocabulary'),
         ('completions', dict(prompt='x', max_tokens=10**5), 'do not fit'),
-        ('completions', dict(prompt=''), 'do not fit'),
+        ('completions', dict(prompt=''), 'prompt: an empty prompt'),
         ('chat/completions', dict(messages=ASK, response_format={}), 'response_format'),
         ('chat/completions', dict(messages=ASK, tool_choice='required'), 'tool_choice'),
-        ('chat/completions', dict(messages=[dict(role='robot', content='x')]), "role 'robot'"),
-        ('chat/completions', dict(messages=ASK, stream=True, n=2), 'n must be 1'),
+        ('chat/completions', dict(messages=[dict(role='robot', content='x')]), "not 'robot'"),
         ('chat/completions', dict(messages=ASK, stream=True, max_tokens=10**5), 'do not fit'),
     ],
 )
@@ -323,7 +330,7 @@ def test_refusals_are_named(client, path, body, word):
     assert (
         got.status_code == 400
         and word in got.json()['error']['message']
-        and set(got.json()['error']) == {'message', 'type', 'code'}
+        and set(got.json()['error']) == {'message', 'type', 'param', 'code'}
     )
 
 
@@ -390,8 +397,8 @@ def server_speaks(plain, tok, monkeypatch):
         check_parity(plain, other)
     (choice,) = plain.complete('What is', temperature=0, max_tokens=3, logprobs=2)
     assert tok.decode([token_number(t) for t in choice['logprobs']['tokens']]) == choice['text']
-    with pytest.raises(LabError, match='unsupported field top_k'):
-        plain.chat(ASK, top_k=1)
+    with pytest.raises(LabError, match='unsupported field top_j'):
+        plain.chat(ASK, top_j=1)
     monkeypatch.delenv('A_KEY')
     with pytest.raises(LabError, match='A_KEY, which is not set'):
         plain.chat(ASK)
