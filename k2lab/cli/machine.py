@@ -269,12 +269,12 @@ def announce(about: dict, as_text: bool):
 
 def serve(words: list, options: dict) -> int:
     "Serve a model until a signal stops it; 0 then, 1 if the server ends by itself."
-    from k2lab.launch_teacher_vllm import family_of_model
+    from k2lab.launch_teacher_vllm import family_at
 
     cfg = config_for(options)
     model = find_model(words[0], options)
     engine, why = engine_for(model, options)
-    family = family_of_model(model.place) if engine == 'vllm' else 'other'
+    family = family_at(model.place) if engine == 'vllm' else 'other'
     cfg = dataclasses.replace(cfg, model=model.name, engine=engine, family=family)
     if model.env and not options['anyway']:
         check_fits(model, cfg)

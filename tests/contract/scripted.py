@@ -1,8 +1,8 @@
 """A Qwen2 checkpoint whose weights are written by hand, so that it says the same words in every engine.
 
-Each token of its script has a direction of its own in the embedding, and the head maps that direction to the token that
-follows. Four attention heads look for marks in the prompt (tools, a result, another tool's name, a word of the user) and
-shift which token begins the answer. So it calls a tool, reads the result and answers, at any length of prompt:
+Each token of its script has a direction of its own in the embedding, and the head maps that direction to the token
+that follows. Four attention heads look for marks in the prompt (tools, a result, another tool's name, a word of the
+user) and shift which token begins the answer. So it calls a tool, reads the result and answers, after any prompt:
 
     no tools                          One two three four 😀 five six seven eight nine ten
     ... and the word `forever`        tick tock tick tock ..., without an end
@@ -33,7 +33,8 @@ CHAINS = [
     [LISTED_ADD, ADDED[0]],
     [LISTED_FINAL, FINAL_ARGUMENTS[0]],
 ]
-MARKS = ['<tools>', '<tool_response>', '_answer', ' forever']  # what the heads look for
+# what the heads look for; smolagents writes a result as text, after `Calling tools:`
+MARKS = [['<tools>'], ['<tool_response>', 'Calling'], ['_answer'], [' forever']]
 # what begins an answer, and how much more or less each mark makes of it
 BEGIN = {
     NUMBERS[0]: (23, [-7, 0, 0, 0]),
@@ -61,9 +62,10 @@ def write_tokenizer():
     from k2lab.text.tokenizer import build_tokenizer
 
     words = 'user assistant system final_answer add forever One two three tools a b 2 3 5'
-    tok = build_tokenizer([f'{words} for ever, forever: the final_answer is 5\n'] * 50, 400, 'qwen')
+    lines = [f'{words} forever: the final_answer is 5\nCalling tools:\n'] * 50
+    tok = build_tokenizer(lines, 400, 'qwen')
     plain = [t for t in script_tokens() if t not in tok.get_vocab() and t != ' 😀']
-    tok.add_tokens([AddedToken(t, normalized=False) for t in [*plain, *MARKS[:2]]])
+    tok.add_tokens([AddedToken(t, normalized=False) for t in [*plain, MARKS[0][0], MARKS[1][0]]])
     return tok
 
 
@@ -114,9 +116,9 @@ def write_weights(model, tok):
     for token, place in at.items():
         embedding[token] = 0
         embedding[token, place] = 1
-    for i, mark in enumerate(MARKS):
-        token = tok.convert_tokens_to_ids(mark.replace(' ', 'Ġ'))
-        assert token is not None and token not in at, mark
+    for i, mark in ((i, mark) for i, marks in enumerate(MARKS) for mark in marks):
+        (token,) = tok(mark, add_special_tokens=False).input_ids
+        assert token not in at, mark
         embedding[token] = 0
         embedding[token, i] = 1
     for (token, then), (weight, flags) in follow.items():

@@ -1,4 +1,4 @@
-"""The same requests to any server of the scripted checkpoint, and what it answers, without what differs from call to call.
+"""The same requests to any server of the scripted checkpoint, and what it answers, without what changes by the call.
 
 python tests/contract/wire.py URL MODEL > answers.json       the key is in $K2LAB_API_KEY
 """
@@ -32,7 +32,7 @@ USAGE = dict(stream=True, stream_options=dict(include_usage=True))
 
 def complete(**more) -> tuple:
     "A request to /v1/completions; a field that is None is left out."
-    body = dict(model='M', prompt='What is', max_tokens=6, temperature=0) | more
+    body = dict(model='M', prompt='Count up', max_tokens=6, temperature=0) | more
     return 'POST', COMPLETE, {k: v for k, v in body.items() if v is not None}
 
 
@@ -60,7 +60,7 @@ CASES = {
     'a body that is no object': ('POST', CHAT, [1]),
     'completion': complete(),
     'completion of token ids': complete(prompt=[5, 6, 7]),
-    'completions of two prompts': complete(prompt=['What is', 'What was']),
+    'completions of two prompts': complete(prompt=['Count up', 'Go']),
     'completion, n 2': complete(n=2),
     'completion to its end': complete(max_tokens=40),
     'completion, default length': complete(max_tokens=None, prompt='x'),
