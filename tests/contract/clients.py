@@ -225,4 +225,5 @@ def with_smolagents(url: str, model: str, folder: Path) -> dict:
 
 if __name__ == '__main__':
     name, url, model, folder = sys.argv[1:]
+    print()  # what a client writes may lack its line end
     print(json.dumps(globals()[f'with_{name}'](url, model, Path(folder)), ensure_ascii=False))

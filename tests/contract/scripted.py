@@ -43,6 +43,8 @@ BEGIN = {
     CLOCK[0]: (10, [0, 0, 0, 18]),
     LISTED_ADD: (12, [0, 0, 0, 0]),
     LISTED_FINAL: (0, [0, 8, 8, 0]),
+    ADD: (11, [0, 0, 0, 0]),  # where a server has written `<tool_call>` and a line end itself
+    FINAL: (3, [0, 5, 5, 0]),
 }
 CALLED = {ADD: (40, [0, 0, 0, 0]), FINAL: (32, [0, 5, 5, 0])}  # after <tool_call>
 FIRST = 10  # of the directions that tokens have; those before are marks, flags and one for all other tokens
