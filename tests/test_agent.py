@@ -10,7 +10,7 @@ import pytest
 
 from k2lab.serving.agent import PYTHON, Limits, chat_loop, printer, run_call
 from k2lab.serving.client import Teacher
-from k2lab.text.chat import K2_ID
+from k2lab.text.calls import K2_ID
 
 USAGE = dict(choices=[], usage=dict(prompt_tokens=5, completion_tokens=5, total_tokens=10))
 

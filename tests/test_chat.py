@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from k2lab.lab.config import LabError
+from k2lab.text.calls import parse_reply
 from k2lab.text.chat import (
     Conversation,
     call_ids,
@@ -16,7 +17,6 @@ from k2lab.text.chat import (
     check_messages,
     encode,
     markup_read,
-    parse_reply,
     prompt_ids,
 )
 from k2lab.text.masks import encode_row, pair_row, row_examples
@@ -932,7 +932,7 @@ def conversations(special=()) -> list:
 class NoModel:
     "What the server asks of a model before it computes anything."
 
-    config = type('Config', (), dict(max_position_embeddings=1 << 20))
+    config = type('Config', (), dict(max_position_embeddings=1 << 20, _attn_implementation='sdpa'))
 
     def eval(self):
         return self

@@ -282,7 +282,8 @@ def test_a_table_of_logits_is_never_whole_when_measuring():
 
 
 def test_the_server_keeps_no_table_of_its_prompt_and_none_of_its_answer():
-    from k2lab.serving.server import ChatAsk, CompletionAsk, Engine, write
+    from k2lab.serving.engine import Engine, Run
+    from k2lab.serving.protocol import ChatAsk, CompletionAsk
 
     model, tok, row = tiny(), open_tokenizer('smoke:qwen'), [7 * i for i in range(300)]
     engine = Engine(model, tok, 'tiny')
@@ -291,11 +292,11 @@ def test_the_server_keeps_no_table_of_its_prompt_and_none_of_its_answer():
     assert seen.entries <= metrics.TABLE < len(row) * model.config.vocab_size
     assert [one.own for one in kept] == pytest.approx(whole_table(model, row), abs=1e-5)
     assert all(len(one.best) == 2 and max(one.best.values()) >= one.own for one in kept)
-    *_, (chat,) = write(engine, row[:4], ChatAsk.model_validate(dict(messages=[])), 3)
-    *_, (plain,) = write(
-        engine, row[:4], CompletionAsk.model_validate(dict(prompt='', logprobs=1)), 3
-    )
-    assert chat.odds == [None] * 3 and [len(one.best) for one in plain.odds] == [1, 1, 1]
+    talk, asked = dict(messages=[dict(role='user', content='x')]), dict(prompt='x', logprobs=1)
+    asks = (ChatAsk.model_validate(talk), CompletionAsk.model_validate(asked))
+    runs = [engine.submit(Run(row[:4], ask, 3)) for ask in asks]
+    (chat,), (plain,) = (run.done.result(60) for run in runs)
+    assert chat.odds == [] and [len(one.best) for one in plain.odds] == [1, 1, 1]
 
 
 def test_a_table_in_parts_gives_the_same_numbers(monkeypatch):

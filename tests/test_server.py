@@ -56,6 +56,9 @@ class Scripted:
     def eval(self):
         return self
 
+    def modules(self):
+        return []
+
     def __call__(self, input_ids, past_key_values=None, **kw):
         from transformers import DynamicCache
 

@@ -21,7 +21,7 @@ from ..lab.config import LabError
 from ..lab.files import as_json, one_line, writable
 from .client import Late, Refused, Teacher
 from ..tasks.sandbox import run_python
-from ..text.chat import K2_ID
+from ..text.calls import K2_ID
 
 # %% ../../nbs/serving/01_agent.ipynb #175d36ea
 _CODE = dict(type='string', description='The code; use print() to see results.')

@@ -20,7 +20,8 @@ from typing import Any
 
 from ..lab.config import LabError
 from ..lab.files import as_json, one_line
-from ..text.chat import parse_reply, prompt_ids, reply_message
+from ..text.calls import parse_reply, reply_message
+from ..text.chat import prompt_ids
 
 # %% ../../nbs/serving/00_client.ipynb #4dc9514c
 def _deltas(message: dict) -> list[dict]:

@@ -180,7 +180,7 @@ def obeying(logits, drafts: list[Draft]):
 def choose(logits, drafts: list[Draft], ask) -> list[int]:
     """One token for each row of `logits` [rows, vocabulary]: the best below a temperature of 1e-5, else sampled.
 
-    Sampled from the `top_k` likeliest and of these from the first that together hold `top_p`, by each draft's generator."""
+    Sampled from the `top_k` likeliest, and of these from the first that together hold `top_p`, by its generator."""
     import torch
 
     logits = obeying(logits.clone(), drafts)

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from k2lab.lab.config import LabError
+from k2lab.models.mla import from_latents
 from k2lab.serving.drafts import Draft, Odds, Rules, choose, odds, packed_odds
 from k2lab.serving.protocol import Refused, one_line, shown
 from k2lab.text.chat import encode, end_ids, prompt_ids
@@ -73,10 +74,12 @@ class Run:
 
     def tell(self):
         "Pass on what is new."
-        for i, draft in enumerate(self.drafts if self.on_news else []):
+        if not (tell := self.on_news):
+            return
+        for i, draft in enumerate(self.drafts):
             new = draft.pieces[self.told[i] :]
             if self.told[i] >= 0 and (any(new) or draft.finish):
-                self.on_news(News(i, ''.join(new), len(draft.ids), draft.finish))
+                tell(News(i, ''.join(new), len(draft.ids), draft.finish))
                 self.told[i] = -1 if draft.finish else len(draft.pieces)
 
     def live(self) -> list[Draft]:
@@ -92,7 +95,7 @@ class Run:
 
 
 class Batch:
-    "Rows of one or more runs that are computed together, in the order of their runs; the shorter ones padded on the left."
+    "Rows of one or more runs that are computed together, in the order of their runs; padded on the left."
 
     def __init__(self, run: Run, cache):
         self.runs, self.rows, self.cache = [run], list(run.drafts), cache
@@ -112,9 +115,9 @@ class Batch:
     def _keep(self, keep: list[int]):
         import torch
 
-        self.rows, self.tokens, self.pads = (
-            [part[i] for i in keep] for part in (self.rows, self.tokens, self.pads)
-        )
+        self.rows = [self.rows[i] for i in keep]
+        self.tokens = [self.tokens[i] for i in keep]
+        self.pads = [self.pads[i] for i in keep]
         if keep:
             self.cache.batch_select_indices(torch.tensor(keep))
             self._cut(min(self.pads))
@@ -188,7 +191,7 @@ def shareable(cache) -> bool:
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     return type(cache) is DynamicCache and all(
-        type(layer) is DynamicLayer and layer.keys.dtype == torch.float32 for layer in cache.layers
+        type(layer) is DynamicLayer and layer.dtype == torch.float32 for layer in cache.layers
     )
 
 
@@ -198,6 +201,7 @@ class Engine:
     def __init__(self, model, tok, name: str):
         self.model, self.tok, self.name = model.eval(), tok, name
         self.ends, self.length = set(end_ids(tok)), model.config.max_position_embeddings
+        self.attention = model.config._attn_implementation  # another while it computes from latents
         self.waiting: deque[Run] = deque()
         self.batches: list[Batch] = []
         self.changed, self.running = threading.Condition(), False
@@ -222,12 +226,17 @@ class Engine:
     def _work(self):
         import torch
 
-        with torch.inference_mode():
-            while self._more():
-                self._admit()
-                for batch in self.batches:
-                    self._step(batch)
-                self.batches = [batch for batch in self.batches if batch.rows]
+        while self._more():
+            with torch.inference_mode(), from_latents(self.model):
+                while self.waiting or self.batches:
+                    self._round()
+
+    def _round(self):
+        "Let a request in, and compute one token for all."
+        self._admit()
+        for batch in self.batches:
+            self._step(batch)
+        self.batches = [batch for batch in self.batches if batch.rows]
 
     def _admit(self):
         "Let the next request in, if there is room."

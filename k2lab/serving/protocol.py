@@ -1,7 +1,8 @@
 """The requests that the embedded server takes, field by field, and the one line for a request that it refuses.
 
 Fields have vLLM's names, types and limits. A field that the server does not act on is taken at its neutral
-value only, and an unknown one is refused by its name: nothing that was asked for is ignored. `null` is a field left out.
+value only, and an unknown one is refused by its name: nothing that was asked for is ignored. `null` is a field
+left out.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    WrapValidator,
     model_validator,
 )
 
@@ -204,9 +204,7 @@ class Call(Fields):
     def plain(self) -> dict:
         "The call as the lab's conversations have it."
         called = dict(name=self.function.name, arguments=self.function.arguments)
-        return ({} if self.id is None else dict(id=self.id)) | dict(
-            type=self.type, function=called
-        )
+        return ({} if self.id is None else dict(id=self.id)) | dict(type=self.type, function=called)
 
 
 def _parts(value):
@@ -263,13 +261,22 @@ class Chosen(Fields):
     function: Named
 
 
-# a tool stays as it was given once it has been checked: templates print its keys in their order
-GivenTool = Annotated[Tool, WrapValidator(lambda value, check: check(value) and value)]
+def fitting(kind: type[Fields], value) -> Any:
+    "A value read as a kind; `ValueError` with one line if it does not fit."
+    try:
+        return kind.model_validate(value)
+    except ValidationError as e:
+        raise ValueError('; '.join(_lines(e))) from None
 
 
-def _choice(value, check):
+def _given(value):
+    "A tool as it was given, once it has been checked: templates print its keys in their order."
+    return fitting(Tool, value) and value
+
+
+def _choice(value):
     if isinstance(value, dict):
-        return check(value).function
+        return fitting(Chosen, value).function
     if value not in ('none', 'auto', 'required'):
         raise ValueError("give 'none', 'auto', 'required' or one tool by name")
     return value
@@ -303,8 +310,8 @@ class ChatAsk(Ask):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
-    tools: list[GivenTool] = []
-    tool_choice: Annotated[Chosen, WrapValidator(_choice)] = 'auto'  # type: ignore
+    tools: list[Annotated[dict[str, Any], BeforeValidator(_given)]] = []
+    tool_choice: Annotated[Any, AfterValidator(_choice)] = 'auto'
     parallel_tool_calls: bool = True
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
@@ -359,7 +366,7 @@ class TokenizeAsk(Fields):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1)
-    tools: list[GivenTool] = []
+    tools: list[Annotated[dict[str, Any], BeforeValidator(_given)]] = []
     return_token_strs: bool = False
 
     @model_validator(mode='after')

@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator, Iterator
 from itertools import accumulate
 from typing import Any
 
-from k2lab.serving.client import join_calls
 from k2lab.serving.drafts import Draft, Odds
 from k2lab.serving.engine import Engine, News, Run
 from k2lab.serving.protocol import Refused, one_line
-from k2lab.text.chat import opened_thought, reply_message
+from k2lab.text.calls import ReplyReader, joined, message_of
+from k2lab.text.chat import opened_thought
 
 
 def head(kind: str, engine: Engine) -> dict:
@@ -46,8 +46,8 @@ def token_text(engine: Engine, token: int, as_id: bool) -> str:
     return f'token_id:{token}' if as_id else engine.tok.decode([token])
 
 
-def logprobs_block(engine: Engine, ask, ids: list, kept: list[Odds | None], start: int = 0) -> dict:
-    "OpenAI's `logprobs` of a completion for `ids`, chosen tokens among the top; None for a first token's odds."
+def logprobs_block(engine: Engine, ask, ids: list, kept: list, start: int = 0) -> dict:
+    "OpenAI's `logprobs` of a completion for `ids`, chosen tokens among the top; None for a first token's `Odds`."
     name = lambda token: token_text(engine, token, ask.return_tokens_as_token_ids)
     texts, tops, chosen = [name(i) for i in ids], [], []
     for text, one in zip(texts, kept):
@@ -100,24 +100,28 @@ class Choice:
         return said | dict(stop_reason=draft.stop_reason if finish else None)
 
 
+def named_twice(message: dict) -> dict:
+    "A message or a part of one with its thoughts under the present name and the one before January 2026."
+    for one, other in (('reasoning', 'reasoning_content'), ('reasoning_content', 'reasoning')):
+        if one in message:
+            return message | {other: message[one]}
+    return message
+
+
 class Message:
     "One answer to a conversation as it is told."
 
     def __init__(self, engine: Engine, run: Run, index: int):
         self.engine, self.run, self.index, self.count = engine, run, index, 0
-        self.reader, self.calls = reply_reader(run.ask.tools), False
-        opened = opened_thought(engine.tok.decode(run.ids[-8:]))
-        self.waiting = self._read(opened) if opened else []
-
-    def _read(self, text: str) -> list[dict]:
-        return self.reader.feed(text) if text else []
+        opened = bool(opened_thought(engine.tok.decode(run.ids[-8:])))
+        self.reader = ReplyReader([] if run.ask.tool_choice == 'none' else run.ask.tools, opened)
+        self.calls = False
 
     def deltas(self, text: str, finish: str | None) -> list[dict]:
-        "What a piece of text adds, thoughts under both names."
-        found = [*self.waiting, *self._read(text), *(self.reader.close() if finish else [])]
-        self.waiting = []
+        "What a piece of text adds."
+        found = [*self.reader.feed(text), *(self.reader.close() if finish else [])]
         self.calls = self.calls or any(d.get('tool_calls') for d in found)
-        return [d | dict(reasoning_content=d['reasoning']) if 'reasoning' in d else d for d in found]
+        return found
 
     def logprobs(self, draft: Draft, count: int) -> dict | None:
         "The log-probabilities of the tokens that came since the last call."
@@ -129,13 +133,14 @@ class Message:
         )
 
     def ending(self, draft: Draft) -> dict:
-        "Why the answer ended."
+        "Why the answer ended, and what of it was neither thought, content nor call."
         reason = 'tool_calls' if self.calls else draft.finish
-        return dict(finish_reason=reason, stop_reason=draft.stop_reason)
+        left = dict(unread=self.reader.unread) if self.reader.unread else {}
+        return dict(finish_reason=reason, stop_reason=draft.stop_reason) | left
 
     def parts(self, text: str, draft: Draft, count: int, finish: str | None) -> Iterator[dict]:
         "The choices of chunks for a piece of text."
-        deltas = self.deltas(text, finish)
+        deltas = [named_twice(delta) for delta in self.deltas(text, finish)]
         logprobs = self.logprobs(draft, count) if deltas or finish else None
         for delta in [*deltas, *([{}] if finish else [])]:
             end = self.ending(draft) if finish and not delta else dict(finish_reason=None)
@@ -144,17 +149,7 @@ class Message:
 
     def whole(self, draft: Draft) -> dict:
         "The choice of a whole answer."
-        message, calls = dict(role='assistant', content=None), []
-        for delta in self.deltas(draft.text, draft.finish):
-            for key, value in delta.items():
-                if key == 'tool_calls':
-                    join_calls(calls, value)
-                else:
-                    message[key] = (message.get(key) or '') + value
-        if calls:
-            message['tool_calls'] = [{k: v for k, v in c.items() if k != 'index'} for c in calls]
-        elif message['content'] is None:
-            message['content'] = ''
+        message = named_twice(message_of(joined(self.deltas(draft.text, draft.finish))))
         logprobs = self.logprobs(draft, len(draft.ids))
         return dict(index=self.index, message=message, logprobs=logprobs) | self.ending(draft)
 
@@ -208,49 +203,3 @@ def parts(told: Choice | Message, draft: Draft, one: News) -> Iterator[dict]:
     "The choices of chunks for what one step added."
     how = (one.text, draft, one.count, one.finish)
     return iter([told.part(*how)]) if isinstance(told, Choice) else told.parts(*how)
-
-
-TAGS = ('<think>', '</think>', '<|tool_calls_section_begin|>', '<tool_call>')
-
-
-def settled(text: str) -> dict:
-    "`{'reasoning', 'content'}` that no later token can change: no half tags."
-    held = max((n for tag in TAGS for n in range(1, len(tag)) if text.endswith(tag[:n])), default=0)
-    text = text[: len(text) - held] if held else text
-    for tag in TAGS[2:]:
-        text = text.partition(tag)[0]
-    message = reply_message(text.rstrip())
-    return dict(
-        reasoning=message.get('reasoning_content') or '', content=message.get('content') or ''
-    )
-
-
-class Reader:
-    "Reads a reply that comes in pieces."
-
-    def __init__(self):
-        self.text, self.sent = '', dict(reasoning='', content='')
-
-    def _new(self, now: dict) -> list[dict]:
-        found = []
-        for key, old in self.sent.items():
-            new = now.get(key) or ''
-            if len(new) > len(old):
-                found.append({key: new[len(old) :]})
-                self.sent[key] = new
-        return found
-
-    def feed(self, text: str) -> list[dict]:
-        self.text += text
-        return self._new(settled(self.text))
-
-    def close(self) -> list[dict]:
-        message = reply_message(self.text)
-        now = dict(reasoning=message.get('reasoning_content'), content=message.get('content'))
-        calls = [dict(c, index=i) for i, c in enumerate(message.get('tool_calls', []))]
-        return [*self._new(now), *([dict(tool_calls=calls)] if calls else [])]
-
-
-def reply_reader(tools: list[dict]):
-    "What turns the text of a reply into OpenAI's deltas, piece by piece."
-    return Reader()

@@ -53,9 +53,7 @@ class Guard:
 
     async def __call__(self, scope, receive, send):
         if scope['type'] == 'http' and scope['path'] != '/health' and not self.knows(scope):
-            refused = complaint(
-                401, 'wrong or missing key', None, {'www-authenticate': 'Bearer'}
-            )
+            refused = complaint(401, 'wrong or missing key', None, {'www-authenticate': 'Bearer'})
             return await refused(scope, receive, send)
         await self.app(scope, receive, send)
 
@@ -100,6 +98,8 @@ def call_beginning(engine: Engine, name: str, number: int) -> list[int]:
 
 def rules_of(engine: Engine, ask: ChatAsk, ids: list[int]) -> Rules:
     "What `tool_choice` and `parallel_tool_calls` demand of an answer's tokens."
+    if not ask.tools:
+        return Rules()
     known = engine.tok.get_added_vocab()
     ids_of = lambda tokens: [known[t] for t in tokens if t in known]
     if ask.tool_choice == 'none':
@@ -109,7 +109,7 @@ def rules_of(engine: Engine, ask: ChatAsk, ids: list[int]) -> Rules:
     before = encode(engine.tok, close) if close else []
     beginnings = [[*before, *call_beginning(engine, n, number)] for n in ask.must_call]
     one = not ask.parallel_tool_calls or not isinstance(ask.tool_choice, str)
-    return Rules(beginnings, last=set(ids_of(CALL_ENDS)) if one and ask.tools else set())
+    return Rules(beginnings, last=set(ids_of(CALL_ENDS)) if one else set())
 
 
 def completion_runs(engine: Engine, ask: CompletionAsk) -> list[Run]:
@@ -157,11 +157,17 @@ async def left(request: Request):
         pass
 
 
+async def finished(runs: list[Run]):
+    "Returns when all runs are done; raises what ended one."
+    for run in runs:
+        await asyncio.wrap_future(run.done)
+
+
 async def whole(engine: Engine, request: Request, runs: list[Run], shape: Callable):
     "A whole answer, or none for a client that leaves before."
     for run in runs:
         engine.submit(run)
-    answers = asyncio.gather(*(asyncio.wrap_future(run.done) for run in runs))
+    answers = asyncio.ensure_future(finished(runs))
     gone = asyncio.ensure_future(left(request))
     try:
         await asyncio.wait([answers, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -172,8 +178,8 @@ async def whole(engine: Engine, request: Request, runs: list[Run], shape: Callab
         return JSONResponse(await run_in_threadpool(shape, engine, runs))
     finally:
         gone.cancel()
-        leave(runs)
         answers.cancel()
+        leave(runs)
 
 
 class Stream(StreamingResponse):
@@ -230,7 +236,9 @@ def create_app(model, tok, name: str, key: str) -> FastAPI:
             e.status_code, f'{request.method} {request.url.path}: {e.detail}', None, e.headers
         )
     )
-    app.exception_handler(Exception)(lambda _, e: complaint(500, f'{type(e).__name__} in the server'))
+    app.exception_handler(Exception)(
+        lambda _, e: complaint(500, f'{type(e).__name__} in the server')
+    )
     add_routes(app, Engine(model, tok, name))
     return app
 
@@ -242,7 +250,7 @@ def add_routes(app: FastAPI, engine: Engine):
     def card() -> dict:
         about = dict(id=engine.name, object='model', created=began, owned_by='k2lab')
         about |= dict(root=engine.name, parent=None, max_model_len=engine.length)
-        return about | dict(placement=placement_of(engine.model))
+        return about | dict(placement=placement_of(engine.model) | dict(attention=engine.attention))
 
     @app.get('/health')
     def health():
