@@ -191,6 +191,7 @@ class Function(Fields):
 
     name: Text
     arguments: Annotated[Any, AfterValidator(_text_or_object)]
+    parsed_arguments: Any = None  # the openai client's own reading of them, which it sends back
 
 
 class Call(Fields):
@@ -214,7 +215,7 @@ def _parts(value):
 class Message(Fields):
     "A message of the conversation."
 
-    neutral = dict(refusal=('',), annotations=([],), audio=(), function_call=())
+    neutral = dict(refusal=('',), annotations=([],), audio=(), function_call=(), parsed=())
     role: Literal['system', 'developer', 'user', 'assistant', 'tool']
     content: Annotated[list[Part], BeforeValidator(_parts)] | None = None
     name: str | None = None
