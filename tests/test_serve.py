@@ -340,6 +340,8 @@ def test_options_of_vllm_arrive(home):
     assert ['--max-model-len', '512', '--no-enforce-eager'] == words[-3:]
     assert words[words.index('--tool-call-parser') + 1] == 'hermes'
     assert words[words.index('--served-model-name') + 1] == 'qwen-nano-base'
+    room = int(words[words.index('--kv-cache-memory-bytes') + 1])  # vLLM would take nearly all
+    assert 0 < room < psutil.virtual_memory().total / 4
 
 
 @pytest.mark.parametrize(

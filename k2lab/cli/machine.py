@@ -17,6 +17,8 @@ from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
+
 from k2lab.cli.progress import Progress
 from k2lab.cli.tables import wrapped_table
 from k2lab.lab.config import SCALES, LabError, lab_path, load_env, one_of, root, setting
@@ -270,12 +272,16 @@ def announce(about: dict, as_text: bool):
 def serve(words: list, options: dict) -> int:
     "Serve a model until a signal stops it; 0 then, 1 if the server ends by itself."
     from k2lab.launch_teacher_vllm import family_at
+    from k2lab.serving.vllm import meant
 
     cfg = config_for(options)
     model = find_model(words[0], options)
     engine, why = engine_for(model, options)
     family = family_at(model.place) if engine == 'vllm' else 'other'
     cfg = dataclasses.replace(cfg, model=model.name, engine=engine, family=family)
+    if why == 'on cpu' and not meant('kv_cache_memory_bytes', cfg.vllm):
+        room = psutil.virtual_memory().available // 4  # else nearly all of the machine's memory
+        cfg = dataclasses.replace(cfg, vllm={'kv_cache_memory_bytes': room} | cfg.vllm)
     if model.env and not options['anyway']:
         check_fits(model, cfg)
     progress = Progress(f'serve {model.name}')
