@@ -28,6 +28,8 @@ SLOW = [
     'harness',
     'unsloth',
     'vllm',
+    'serve',
+    'contract',
     'data',
 ]
 

@@ -405,30 +405,3 @@ def server_speaks(plain, tok, monkeypatch):
     monkeypatch.delenv('A_KEY')
     with pytest.raises(LabError, match='A_KEY, which is not set'):
         plain.chat(ASK)
-
-
-@pytest.mark.skipif(__import__('sys').platform != 'linux', reason='asks the kernel of Linux')
-def test_a_server_dies_with_its_keeper(tmp_path):
-    "Kill the process that holds a server outright: the server goes too."
-    import os
-    import subprocess
-    import sys
-
-    code = f'''
-import subprocess, sys, time
-from k2lab.launch_teacher_vllm import _die_with_parent
-sleeper = [sys.executable, '-c', 'import time; time.sleep(60)']
-child = subprocess.Popen(sleeper, start_new_session=True, preexec_fn=_die_with_parent)
-open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid)); print(flush=True); time.sleep(60)'''
-    keeper = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE)
-    keeper.stdout.readline()
-    keeper.kill()
-    keeper.wait()
-    pid, until = int((tmp_path / 'pid').read_text()), time.monotonic() + 10
-    while (
-        os.path.exists(f'/proc/{pid}')
-        and open(f'/proc/{pid}/stat').read().split()[2] != 'Z'
-        and time.monotonic() < until
-    ):
-        time.sleep(0.05)
-    assert not os.path.exists(f'/proc/{pid}') or open(f'/proc/{pid}/stat').read().split()[2] == 'Z'

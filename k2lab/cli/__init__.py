@@ -7,7 +7,7 @@ from k2lab.cli.completion import candidates, completion
 from k2lab.cli.help import command_help, stage_help, usage
 from k2lab.cli.listing import show_runs
 from k2lab.cli.looking import diff, show_run
-from k2lab.cli.machine import doctor, selftest
+from k2lab.cli.machine import doctor, selftest, serve
 from k2lab.cli.making import convert, export, new_lab
 from k2lab.cli.marking import note_run, promote_run, tag_run
 from k2lab.cli.planning import plan_stage
@@ -156,6 +156,26 @@ COMMANDS = {
         'DEVICE',
         (Option('blocks', 'only these parts, such as exact,lora,resume', 'A,B'), JSON),
         'k2lab selftest gpu',
+    ),
+    'serve': Command(
+        serve,
+        'serve a checkpoint (name, folder or hub id) at an OpenAI-compatible address until it is stopped',
+        'NAME',
+        (
+            Option('engine', 'vllm or embedded; else vllm where it is installed and can', 'ENGINE'),
+            Option('host', 'the address to listen on: 127.0.0.1, ::1, ...', 'ADDRESS'),
+            Option('port', 'the port, 8000 unless told; 0 for any free one', 'N'),
+            Option('public', 'let other machines reach it, at --host 0.0.0.0 or ::, say'),
+            Option('key-env', 'the variable with the key, K2LAB_API_KEY unless told', 'VARIABLE'),
+            Option('python', 'the interpreter of another environment, which has vLLM', 'PATH'),
+            Option('ready-s', 'how long loading may take, 3600 unless told', 'SECONDS'),
+            SCALE,
+            CAMPAIGN,
+            ANYWAY,
+            JSON,
+        ),
+        'k2lab serve Qwen2.5-7B --scale full -- --max-model-len 8192',
+        after='OPTIONS OF VLLM',
     ),
     'new': Command(
         new_lab,

@@ -53,7 +53,8 @@ def in_usage(option: Option) -> str:
 
 def command_help(name: str, command: Command) -> str:
     "What `k2lab COMMAND --help` prints: usage, meaning, options, an example."
-    words = ' '.join(filter(None, [name, command.takes, *map(in_usage, command.options)]))
+    after = f'[-- {command.after}]' if command.after else ''
+    words = ' '.join(filter(None, [name, command.takes, *map(in_usage, command.options), after]))
     head = textwrap.fill(f'usage: k2lab {words}', text_width(), subsequent_indent=' ' * 8)
     rows = [(f'  --{o.name} {o.value}'.rstrip(), o.meaning) for o in command.options]
     parts = [

@@ -27,6 +27,7 @@ class Command:
     options: tuple[Option, ...] = ()
     example: str = ''
     shown: bool = True  # whether the help lists it
+    after: str = ''  # what may stand after `--`; the options have it under that name
 
     @property
     def needed(self) -> list[str]:
@@ -43,7 +44,8 @@ def parse(name: str, command: Command, words: list[str]) -> tuple[list[str], dic
     "`(the words, the options by name)` of a command line; `LabError` for what the command does not take."
     known = {option.name: option for option in command.options}
     given: dict[str, list] = {}
-    rest, left = [], list(words)
+    cut = words.index('--') if command.after and '--' in words else len(words)
+    rest, left = [], list(words[:cut])
     while left:
         word = left.pop(0)
         key, equals, value = word.removeprefix('--').partition('=')
@@ -56,7 +58,8 @@ def parse(name: str, command: Command, words: list[str]) -> tuple[list[str], dic
         else:
             given[key] = [True]
     check_words(name, command, rest)
-    return rest, {key: of_option(name, known[key], given.get(key, [])) for key in known}
+    options = {key: of_option(name, known[key], given.get(key, [])) for key in known}
+    return rest, options | ({'--': list(words[cut + 1 :])} if command.after else {})
 
 
 def value_of(option: Option, name: str, left: list[str]) -> str:

@@ -270,13 +270,16 @@ def start_command(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 Path(asked['group'], 'cgroup.procs').write_text('0', encoding='ascii')
 
-    return subprocess.Popen(
+    command = subprocess.Popen(
         asked['words'],
         stdin=subprocess.DEVNULL,
         env=os.environ | asked['environment'],
         start_new_session=True,
         preexec_fn=enter,
-    ).pid
+    )
+    # `collect` waits for it; this object, when it goes, would collect one that has ended, unseen
+    command.returncode = 0
+    return command.pid
 
 
 def lower(folder: Path, lines: list[int], number: int) -> int:
