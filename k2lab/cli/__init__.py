@@ -3,6 +3,7 @@
 import os
 import sys
 
+from k2lab.cli.agent import AGENT
 from k2lab.cli.completion import candidates, completion
 from k2lab.cli.help import command_help, stage_help, usage
 from k2lab.cli.listing import show_runs
@@ -144,6 +145,7 @@ COMMANDS = {
         (Option('because', 'why; the record keeps it', 'TEXT'),),
         f'k2lab promote {RUN} --because "as intended"',
     ),
+    'agent': AGENT,
     'doctor': Command(
         doctor,
         'check whether a scale can run on this machine, and say what mends what is wrong',

@@ -301,20 +301,27 @@ def fitted_reply(
     **options,
 ) -> dict:
     "`next_reply`, with as much of the history as the server takes; `Refused` if it takes not even the last question."
-    sent = messages
+    sent, notes = messages, []
+
+    def noted(kind: str, text: str):
+        if notes:
+            show('end', notes.pop())
+        show(kind, text)
+
     while True:
         try:
-            return next_reply(teacher, sent, tools, left, seconds, show, **options)
+            reply = next_reply(teacher, sent, tools, left, seconds, noted, **options)
+            for note in notes:  # of a reply that had nothing to show
+                show('end', note)
+            return reply
         except Refused:
             shorter = shortened(sent)
             if shorter is None and left < 2 * LEAST:
                 raise
             left = left // 2 if shorter is None else left
             sent = sent if shorter is None else shorter
-            show(
-                'end',
-                f'[{len(messages) - len(sent)} older messages are left out, {left} tokens asked for]',
-            )
+            out = len(messages) - len(sent)
+            notes = [f'[{out} older messages are left out, {left} tokens asked for]']
 
 # %% ../../nbs/serving/01_agent.ipynb #967ac853
 Keep = Callable[[list[dict]], object]

@@ -7,7 +7,7 @@ __all__ = ['PRIMES', 'HOSTS', 'SHARES', 'REPAIRED', 'TOUR', 'UNKNOWN', 'USUAL', 
            'recorded_model', 'python_tools', 'CellView', 'Agent', 'make_sturdy', 'Lines', 'show_help', 'about_tool',
            'show_tools', 'clear_talk', 'save_talk', 'end_talk', 'Talk', 'new_transcript']
 
-# %% ../../nbs/serving/08_talk.ipynb #495e0a99
+# %% ../../nbs/serving/08_talk.ipynb #42e670c8
 import contextlib
 import io
 import json
@@ -37,7 +37,7 @@ from .client import Teacher, scripted
 from .tools import toolset
 from .transcripts import Transcript, conversation_html, row_of
 
-# %% ../../nbs/serving/08_talk.ipynb #3096c0ee
+# %% ../../nbs/serving/08_talk.ipynb #178d52a9
 def share(part: float, whole: float, digits: int = 2) -> str:
     """The share of a part in a whole as a percentage.
 
@@ -78,7 +78,7 @@ HOSTS = Recorded(
     ('Error',),
 )
 
-# %% ../../nbs/serving/08_talk.ipynb #2c41e8cb
+# %% ../../nbs/serving/08_talk.ipynb #efaba718
 SHARES = Recorded(
     'How much of Kimi K2 works on one token?',
     (
@@ -106,7 +106,7 @@ REPAIRED = Recorded(
 )
 TOUR = (PRIMES, SHARES, REPAIRED, HOSTS)
 
-# %% ../../nbs/serving/08_talk.ipynb #c42ebd91
+# %% ../../nbs/serving/08_talk.ipynb #7bd77aee
 UNKNOWN = (
     'I am a recording and know only the questions of the tour. Press Enter for the next one. '
     'For answers to your own questions, start me with a real model: `k2lab agent --help`.<|im_end|>'
@@ -150,7 +150,7 @@ def recorded_model(tour: Iterable[Recorded] = TOUR, pause: float = 0) -> Teacher
     transport = httpx.MockTransport(respond)
     return Teacher('http://recorded/v1', 'recorded', transport=transport)
 
-# %% ../../nbs/serving/08_talk.ipynb #634bf0cf
+# %% ../../nbs/serving/08_talk.ipynb #3ef6eaba
 def python_tools(seconds: float = 10, memory_mb: int = 512, most: int = 8000) -> dict:
     "The sandboxed tool `python`; limits in seconds, MB, and characters of a result."
     return {'python': (PYTHON, python_tool(seconds, memory_mb, most))}
@@ -189,7 +189,7 @@ class CellView:
     def __repr__(self) -> str:
         return 'an exchange with an agent'
 
-# %% ../../nbs/serving/08_talk.ipynb #99668496
+# %% ../../nbs/serving/08_talk.ipynb #966f03c5
 class Agent:
     """A conversation with a model that uses tools.
 
@@ -254,7 +254,7 @@ class Agent:
     def __repr__(self) -> str:
         return f'Agent({self.teacher.model}, tools: {", ".join(self.tools) or "none"}, {len(self.messages)} messages)'
 
-# %% ../../nbs/serving/08_talk.ipynb #ad719ddc
+# %% ../../nbs/serving/08_talk.ipynb #97cb1cf6
 def make_sturdy(*streams):
     "Let streams of text take any bytes and any characters: what they cannot show becomes an escape."
     for stream in streams:
@@ -314,7 +314,7 @@ class Lines:
             self.history.touch(0o600)
             readline.write_history_file(self.history)
 
-# %% ../../nbs/serving/08_talk.ipynb #155e4ba9
+# %% ../../nbs/serving/08_talk.ipynb #e7528fd3
 def show_help(talk: 'Talk', rest: str):
     "Show the commands."
     rows = [f'{name:8}{meaning}' for name, (_, meaning) in COMMANDS.items()]
@@ -343,7 +343,7 @@ def clear_talk(talk: 'Talk', rest: str):
     talk.agent.clear()
     talk.say('[the conversation is forgotten]')
 
-# %% ../../nbs/serving/08_talk.ipynb #d529c2a5
+# %% ../../nbs/serving/08_talk.ipynb #eb2dcfae
 def save_talk(talk: 'Talk', rest: str):
     "Write the talk to the two files of a name; without a name, say where it is kept."
     kept = talk.agent.transcript
@@ -376,7 +376,7 @@ COMMANDS = {
     '/exit': (end_talk, 'end; so does Ctrl-D'),
 }
 
-# %% ../../nbs/serving/08_talk.ipynb #2e0aa0ca
+# %% ../../nbs/serving/08_talk.ipynb #0dfc9fe8
 class Talk:
     "A conversation by lines: questions, commands, and a tour that an empty line continues."
 
@@ -391,7 +391,7 @@ class Talk:
     ):
         self.agent, self.lines, self.show, self.echo = agent, lines, show or printer(), echo
         self.tour, self.own = list(tour), set(own)  # `own`: tools that run outside of the sandbox
-        self.open, self.asked, self.unanswered = True, 0, 0
+        self.open, self.taken, self.asked, self.unanswered = True, 0, 0, 0
         self.saved: set[Path] = set()
 
     def say(self, text: str):
@@ -411,6 +411,7 @@ class Talk:
 
     def take(self, line: str):
         "Do what a line says."
+        self.taken += 1
         word, _, rest = line.strip().partition(' ')
         if not word:
             self.go_on()
@@ -437,7 +438,7 @@ class Talk:
         if self.tour:
             self.ask(self.tour[0].question)
 
-# %% ../../nbs/serving/08_talk.ipynb #334677bc
+# %% ../../nbs/serving/08_talk.ipynb #a8fe068f
 def new_transcript(home: Path) -> Transcript:
     "A transcript with the next free name of today in a folder; OSError if nothing can be written there."
     home.mkdir(parents=True, exist_ok=True)
