@@ -187,7 +187,7 @@ def talk(
     endpoint, why = reachable_model(job)
     cfg, kept, lines = job.cfg, keeper(job), Lines(COMMANDS)
     with teacher_of(job, endpoint) as teacher:
-        print(why or str(teacher), 'with', ', '.join(cfg.tools))
+        print(why or f'{teacher}.', f'Tools: {", ".join(cfg.tools) or "none"}.')
         print('/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.')
         options, system = dict(temperature=cfg.temperature), job.env['system']
         agent = Agent(teacher, tools_of(cfg), limits_of(cfg), system, kept, **options)

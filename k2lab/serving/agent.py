@@ -348,14 +348,18 @@ def use_tools(
     keep: Keep,
     until: float = math.inf,
 ):
-    "Run the calls of the last message and append their results, until a time on the monotonic clock."
+    "Run the calls of the last message and append their results; none is run after `until` on the monotonic clock."
     for call in calls:
         show('call', call_text(call))
-        text = run_call(call, tools, until - time.monotonic())
+        left = until - time.monotonic()
+        text = (
+            run_call(call, tools, left) if left > 0 else 'error: the time for this question is over'
+        )
         show('result', text)
         name = acceptable(call)['function']['name']
         messages.append(dict(role='tool', name=name, tool_call_id=call['id'], content=text))
-        keep(messages)
+        if left > 0 or call is calls[-1]:
+            keep(messages)
 
 
 def answer(
