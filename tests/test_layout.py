@@ -31,6 +31,7 @@ PLAIN = {
     '__main__',
     'corpus.kernels',
     'corpus.signals',
+    'tasks.jail',
     'tasks.sandbox',
     'lab.slurm',
     'models.mla',

@@ -1,19 +1,26 @@
-"""Run a model's Python code where it can do no harm.
+"""Run a model's Python code where it can do no harm: once (`run_python`), or call after call with its
+variables kept (`PythonSession`).
 
-It gets no network and none of your files; time, memory, disk and output are bounded. The code runs in a
-fresh interpreter that first locks itself in, for good: resource limits, no capabilities, Landlock and
-seccomp. Landlock is the kernel's file rules: read the Python installation, write one empty folder.
-Seccomp refuses system calls that open sockets, start processes, signal others or change the owner or
-mode of files. Before the child runs any of the code it tries the locks, and stops if one does not hold.
-Where `bwrap` works, all of it is wrapped in that as well, so that other files cannot even be seen.
-Where the machine offers neither (macOS, old kernels), `run_python` refuses, except with
-`allow_unsafe=True`.
+The code gets no network and none of your files; time, memory, disk, threads and output are bounded, and
+it ends with the process that asked for it. Two kinds of isolation hold at once where the machine allows:
 
-Not covered: the CPU's side channels and bugs of the kernel. Use a virtual machine for hostile code.
+- **Locks**, always: seccomp allows only the system calls that a computation in one process needs (no
+  sockets, no processes, no signals to others by any route), Landlock (the kernel's file rules) allows to
+  read the Python installation and to write one folder, all capabilities are dropped, and limits are set.
+  Before the child runs any of the code it tries the locks, and stops if one does not hold.
+- **Walls**, where user namespaces or `bwrap` work: a file system in which only the interpreter's files
+  are in sight, with a folder in memory for the code whose size the kernel bounds; processes and a host
+  name of its own.
+
+Without walls the sandbox holds with these differences. The disk is looked at every 50 ms, so a program
+can write more for that long before it is stopped. `os.chmod` and `os.utime` are refused. The code cannot read other files, but `os.stat` tells whether they exist, their sizes and times;
+the host's name can be read too.
+
+Where the machine offers no locks (macOS, old kernels), `run_python` refuses, except with
+`allow_unsafe=True`. Not covered: the CPU's side channels and bugs of the kernel. Use a virtual machine
+for hostile code.
 """
 
-# This file is also the child's program (`python -I sandbox.py CONFIG`), so the top imports the standard library only.
-import ast
 import contextlib
 import ctypes
 import functools
@@ -23,74 +30,22 @@ import platform
 import selectors
 import shutil
 import signal
-import struct
+import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-import traceback
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-LOCKED = b'locked'  # what the child reports once its locks hold
-CLONE3 = 435
-LAST = 450  # calls with higher numbers did not exist when the table below was written: refused
+from . import jail
+from .jail import ARCHITECTURES, HOME, LANDLOCK, LOCKED
 
-# ---- the locks (child) ---------------------------------------------------------------------------
+SET_UP = 60  # seconds for the child to lock itself in, on a machine that is busy
 
-ARCHITECTURES = {'x86_64': (0, 0xC000003E), 'aarch64': (1, 0xC00000B7)}
-# refused system calls: name, number on x86_64, on aarch64 (asm-generic); - where there is none
-CALLS = """
-socket 41 198|connect 42 203|accept 43 202|sendto 44 206|sendmsg 46 211|recvmsg 47 212|bind 49 200
-listen 50 201|socketpair 53 199|accept4 288 242|recvmmsg 299 243|sendmmsg 307 269
-fork 57 -|vfork 58 -|execve 59 221|execveat 322 281|unshare 272 97|setns 308 268|setsid 112 157
-setpgid 109 154
-kill 62 129|tkill 200 130|tgkill 234 131|rt_sigqueueinfo 129 138|rt_tgsigqueueinfo 297 240
-pidfd_send_signal 424 424|pidfd_open 434 434|pidfd_getfd 438 438
-ptrace 101 117|process_vm_readv 310 270|process_vm_writev 311 271|kcmp 312 272
-process_madvise 440 440|process_mrelease 448 448
-chmod 90 -|fchmod 91 52|fchmodat 268 53|chown 92 -|fchown 93 55|lchown 94 -|fchownat 260 54
-utime 132 -|utimes 235 -|futimesat 261 -|utimensat 280 88
-setxattr 188 5|lsetxattr 189 6|fsetxattr 190 7|removexattr 197 14|lremovexattr 198 15
-fremovexattr 199 16|mknod 133 -|mknodat 259 33|flock 73 32
-mount 165 40|umount2 166 39|pivot_root 155 41|chroot 161 51|open_tree 428 428|move_mount 429 429
-fsopen 430 430|fsconfig 431 431|fsmount 432 432|fspick 433 433|mount_setattr 442 442
-name_to_handle_at 303 264|open_by_handle_at 304 265|inotify_init 253 -|inotify_init1 294 26
-inotify_add_watch 254 27|fanotify_init 300 262|fanotify_mark 301 263|quotactl 179 60
-quotactl_fd 443 443
-shmget 29 194|shmat 30 196|shmctl 31 195|semget 64 190|semop 65 193|semctl 66 191|semtimedop 220 192
-msgget 68 186|msgsnd 69 189|msgrcv 70 188|msgctl 71 187
-mq_open 240 180|mq_unlink 241 181|add_key 248 217|request_key 249 218|keyctl 250 219
-memfd_create 319 279|memfd_secret 447 447
-setpriority 141 140|ioprio_set 251 30|sched_setparam 142 118|sched_setscheduler 144 119
-sched_setaffinity 203 122|sched_setattr 314 274|migrate_pages 256 238|move_pages 279 239
-setrlimit 160 164|prlimit64 302 261|personality 135 92|io_uring_setup 425 425|io_uring_enter 426 426
-io_uring_register 427 427|bpf 321 280|userfaultfd 323 282|perf_event_open 298 241
-syslog 103 116|acct 163 89|swapon 167 224|swapoff 168 225|reboot 169 142|init_module 175 105
-finit_module 313 273|delete_module 176 106|kexec_load 246 104|kexec_file_load 320 294
-settimeofday 164 170|clock_settime 227 112|adjtimex 159 171|clock_adjtime 305 266
-sethostname 170 161|setdomainname 171 162|iopl 172 -|ioperm 173 -|modify_ldt 154 -|vhangup 153 58
-"""
-OWN = {
-    'x86_64': dict(clone=56, seccomp=317, capset=126),
-    'aarch64': dict(clone=220, seccomp=277, capset=91),
-}  # calls that the jail itself uses
-
-
-def refused(machine: str) -> list:
-    "The numbers of the refused system calls on this machine."
-    column = ARCHITECTURES[machine][0] + 1
-    numbers = [
-        entry.split()[column] for line in CALLS.split('\n') if line for entry in line.split('|')
-    ]
-    return [int(n) for n in numbers if n != '-']
-
-
-def must(result: int, what: str):
-    "Raise the C library's error if a call failed."
-    if result < 0:
-        raise OSError(ctypes.get_errno(), f'{what}: {os.strerror(ctypes.get_errno())}')
-    return result
+# ---- what the machine offers -----------------------------------------------------------------------
 
 
 def landlock_version(libc) -> int:
@@ -98,197 +53,61 @@ def landlock_version(libc) -> int:
     return max(0, libc.syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint32(1)))
 
 
-def allow_path(libc, ruleset: int, path: str, rights: int):
-    "Add a rule to a Landlock ruleset: these rights on a file, or on everything under a folder."
-    of_a_file = (
-        1 << 0 | 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15
-    )  # execute, write, read, truncate, ioctl
-    allowed = rights & (-1 if os.path.isdir(path) else of_a_file)
-    handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    rule = ctypes.c_char_p(struct.pack('=Qi', allowed, handle))
-    result = libc.syscall(445, ctypes.c_int(ruleset), ctypes.c_int(1), rule, ctypes.c_uint32(0))
-    must(result, f'landlock {path}')
-    os.close(handle)
+def offered() -> int:
+    "The Landlock version that the child is told to use: the kernel's, or the newest that is known here."
+    return min(landlock_version(ctypes.CDLL(None, use_errno=True)), LANDLOCK)
 
 
-def landlock(libc, read: list, write: list):
-    """Let this process read only files under `read` and change only those under `write`.
-
-    TCP, and signals or abstract sockets to other processes, are refused where the kernel can."""
-    version = landlock_version(libc)
-    files = (
-        (1 << 13) - 1
-        | (1 << 13 if version >= 2 else 0)
-        | (1 << 14 if version >= 3 else 0)
-        | (1 << 15 if version >= 5 else 0)
-    )
-    rules = struct.pack('QQQ', files, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
-    size = 8 if version < 4 else 16 if version < 6 else 24
-    ruleset = must(
-        libc.syscall(444, ctypes.c_char_p(rules), ctypes.c_size_t(size), ctypes.c_uint32(0)),
-        'landlock',
-    )
-    for paths, rights in ((read, 1 << 0 | 1 << 2 | 1 << 3), (write, files & ~1)):
-        for path in filter(os.path.exists, paths):
-            allow_path(libc, ruleset, path, rights & files)
-    must(libc.syscall(446, ctypes.c_int(ruleset), ctypes.c_uint32(0)), 'landlock')
-    os.close(ruleset)
+def readable() -> list:
+    "What the interpreter has to read: itself, its packages, the system's libraries."
+    own = [sys.prefix, sys.base_prefix, str(Path(os.path.realpath(sys.executable)).parents[1])]
+    system = '/usr/lib /usr/lib64 /lib /lib64 /usr/share/zoneinfo /etc/ld.so.cache'.split()
+    devices = '/dev/null /dev/zero /dev/urandom'.split()
+    return [*dict.fromkeys(own), *system, *devices, '/proc/cpuinfo', jail.__file__]
 
 
-def filter_program(machine: str) -> list:
-    """The seccomp filter as packed BPF instructions.
-
-    A wrong architecture is killed, refused calls and new processes get EPERM, unknown calls get ENOSYS;
-    threads pass."""
-    load, equal, at_least, bits, give = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, error, kill, (_, arch) = 0x7FFF0000, 0x00050000, 0x80000000, ARCHITECTURES[machine]
-    code = [(load, 4), (equal, arch, 1, 0), (give, kill), (load, 0)]
-    if machine == 'x86_64':
-        code += [(at_least, 0x40000000, 0, 1), (give, kill)]  # the x32 way around the numbers
-    enosys = (give, error | 38)  # the C library then falls back to clone
-    code += [(equal, CLONE3, 0, 1), enosys, (at_least, LAST + 1, 0, 1), enosys]
-    for number in refused(machine):
-        code += [(equal, number, 0, 1), (give, error | 1)]
-    thread = (bits, 0x10000, 1, 0)  # CLONE_THREAD
-    code += [(equal, OWN[machine]['clone'], 0, 3), (load, 16), thread]
-    code += [(give, error | 1), (give, allow)]
-    return [struct.pack('HBBI', c, *(jumps or (0, 0)), k) for c, k, *jumps in code]
+def wrapped(command: list, disk: int) -> list:
+    "The command inside bubblewrap, where only the interpreter's files and a folder in memory are in sight."
+    own = '--unshare-all --hostname sandbox --cap-drop ALL --proc /proc --dev /dev --tmpfs /tmp'
+    # root may map itself into namespaces of its own only with this one; the jail drops it
+    root = ['--cap-add', 'CAP_SETFCAP'] if not os.getuid() else []
+    paths = [path for path in readable() if not path.startswith(('/dev/', '/proc/'))]
+    shown = [word for path in paths for word in ('--ro-bind-try', path, path)]
+    memory = f'--size {disk} --tmpfs {HOME} --chdir {HOME}'
+    bwrap = shutil.which('bwrap') or 'bwrap'
+    return [bwrap, *own.split(), *root, *shown, *memory.split(), '--', *command]
 
 
-def seccomp(libc, machine: str):
-    "Install the filter for all threads of this process."
-
-    class Program(ctypes.Structure):
-        _fields_ = [('length', ctypes.c_ushort), ('filter', ctypes.c_char_p)]
-
-    code = filter_program(machine)
-    program = Program(len(code), b''.join(code))
-    must(
-        libc.syscall(
-            OWN[machine]['seccomp'], ctypes.c_ulong(1), ctypes.c_ulong(1), ctypes.byref(program)
-        ),
-        'seccomp',
-    )
+def child_command(config: dict) -> list:
+    "The command line of the child."
+    command = [sys.executable, '-I', '-B', '-X', 'utf8', jail.__file__, json.dumps(config)]
+    return wrapped(command, config['disk']) if config['bwrap'] else command
 
 
-def limits(config: dict):
-    "Memory, CPU seconds, size and number of files, no core dumps."
-    import resource
-
-    values = (
-        (resource.RLIMIT_AS, config['memory']),
-        (resource.RLIMIT_CPU, config['cpu']),
-        (resource.RLIMIT_FSIZE, config['disk']),
-        (resource.RLIMIT_NOFILE, 64),
-        (resource.RLIMIT_CORE, 0),
-    )
-    for kind, value in values:
-        resource.setrlimit(kind, (value, value))
-
-
-def drop_powers(libc, machine: str):
-    """Give up all capabilities for good, gain none by exec, and die with the parent.
-
-    Root without capabilities is just another user."""
-    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    for number in range(64):
-        libc.prctl(24, number, 0, 0, 0)  # PR_CAPBSET_DROP; fails harmlessly for a user who has none
-    libc.prctl(47, 4, 0, 0, 0)  # ambient ones
-    must(
-        libc.syscall(
-            OWN[machine]['capset'], struct.pack('Ii', 0x20080522, 0), struct.pack('6I', *[0] * 6)
-        ),
-        'capset',
-    )
-    must(libc.prctl(38, 1, 0, 0, 0), 'no_new_privs')
-
-
-def prove(config: dict):
-    "Try what must fail: a socket, a process, another's file, a changed mode. Raises if one succeeds."
-    import socket
-
-    def process():
-        if os.fork() == 0:
-            os._exit(0)
-
-    tries = dict(
-        socket=socket.socket,
-        process=process,
-        signal=lambda: os.kill(os.getppid(), 0),
-        mode=lambda: os.chmod(config['work'], 0o700),
-        file=lambda: open(config['canary']).read(),
-    )
-    for name, attempt in tries.items():
-        try:
-            attempt()
-        except PermissionError:
-            continue
-        except FileNotFoundError:
-            if name == 'file':
-                continue  # bwrap: it is not even there
-        raise OSError(f'the lock against {name} does not hold')
-
-
-def lock_down(config: dict):
-    "Lock this process in; raises OSError if a lock cannot be set or does not hold."
-    limits(config)
-    if config['unsafe']:
-        return
-    libc, machine = ctypes.CDLL(None, use_errno=True), platform.machine()
-    drop_powers(libc, machine)
-    landlock(libc, config['read'], [config['work']])
-    seccomp(libc, machine)
-    prove(config)
-
-
-def play(code: str):
-    "Execute the code as a module; the value of a last expression is printed, as at the prompt."
-    scope, tree = {'__name__': '__main__'}, ast.parse(code, '<tool>')
-    end, last = tree.body[-1] if tree.body else None, None
-    if isinstance(end, ast.Expr):
-        tree.body.pop()
-        last = ast.Expression(end.value)
-    exec(compile(tree, '<tool>', 'exec'), scope)
-    value = eval(compile(last, '<tool>', 'eval'), scope) if last else None
-    if value is not None:
-        print(repr(value))
-
-
-def print_error(error: Exception):
-    "Print an exception's traceback to stderr, without the frames of this file."
-    trace = error.__traceback__
-    while trace and trace.tb_frame.f_code.co_filename != '<tool>':
-        trace = trace.tb_next
-    traceback.print_exception(error.with_traceback(trace))
-
-
-def child():
-    "The child's program: lock, report, run the code from stdin."
-    config, code = json.loads(sys.argv[1]), sys.stdin.buffer.read().decode()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.chdir(config['work'])
-    platform.machine()  # cached now: it must not need the system later
-    lock_down(config)
-    os.write(config['report'], LOCKED)
-    os.close(config['report'])
-    try:
-        play(code)
-    except Exception as e:
-        print_error(e)
-        sys.stdout.flush()
-        os._exit(3 if isinstance(e, MemoryError) else 1)
-
-
-# ---- the keeper (parent) -------------------------------------------------------------------------
+def works(command: list) -> bool:
+    "Whether a command ends well."
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return not subprocess.run(command, capture_output=True, timeout=SET_UP).returncode
+    return False
 
 
 @functools.cache
 def has_bwrap() -> bool:
     "Whether bubblewrap is installed and may make its namespaces here."
-    if not shutil.which('bwrap'):
-        return False
-    command = ['bwrap', '--unshare-all', '--ro-bind', '/', '/', 'true']
-    return subprocess.run(command, capture_output=True).returncode == 0
+    return bool(shutil.which('bwrap')) and works(wrapped([sys.executable, '-I', '-S', '-c', ''], 1 << 20))
+
+
+@functools.cache
+def has_namespaces(bwrap: bool = False) -> bool:
+    "Whether the child may build its own walls: user namespaces work here (inside bubblewrap, if so asked)."
+    config = dict(probe=True, namespaces=True, bwrap=bwrap, unsafe=False, disk=1 << 20)
+    return works(child_command(config | dict(read=readable(), machine=platform.machine())))
+
+
+GET_WALLS = (
+    'allow user namespaces (kernel.apparmor_restrict_unprivileged_userns=0, user.max_user_namespaces '
+    'above 0; in Docker --security-opt seccomp=unconfined) or install bubblewrap'
+)
 
 
 def why_not() -> str:
@@ -297,150 +116,299 @@ def why_not() -> str:
         return f'the sandbox needs Linux (Landlock and seccomp); this is {sys.platform}'
     if platform.machine() not in ARCHITECTURES:
         return f"no table of system calls for {platform.machine()}; there are {', '.join(ARCHITECTURES)}"
-    version = landlock_version(ctypes.CDLL(None, use_errno=True))
+    version = offered()
     if version < 1:
-        return 'this kernel has no Landlock (Linux 5.13 or newer, enabled)'
-    if version < 3 and not has_bwrap():
+        return 'this kernel has no Landlock (Linux 5.13 or newer, enabled: lsm=landlock,...)'
+    if version < 3 and not has_bwrap() and not has_namespaces():
         return (
             f'this kernel has Landlock {version}, which cannot stop truncation of files: '
-            'Linux 6.2 or bwrap is needed'
+            f'Linux 6.2 is needed, or {GET_WALLS}'
         )
     return ''
 
 
-def readable() -> list:
-    "What the interpreter has to read: itself, its packages, the system's libraries."
-    own = [sys.prefix, sys.base_prefix, str(Path(os.path.realpath(sys.executable)).parents[1])]
-    system = '/usr/lib /usr/lib64 /lib /lib64 /usr/share/zoneinfo /etc/ld.so.cache'.split()
-    devices = '/dev/null /dev/zero /dev/urandom'.split()
-    return [*dict.fromkeys(own), *system, *devices, __file__]
+# ---- a process of the sandbox ----------------------------------------------------------------------
 
 
-def wrapped(command: list, work: str) -> list:
-    "The command inside bubblewrap, where only the interpreter's files and the work folder are in sight."
-    own = '--unshare-all --die-with-parent --cap-drop ALL --proc /proc --dev /dev --tmpfs /tmp'
-    paths = [path for path in readable() if not path.startswith('/dev')]
-    shown = [word for path in paths for word in ('--ro-bind-try', path, path)]
-    place = ['--bind', work, work, '--chdir', work]
-    return [shutil.which('bwrap') or 'bwrap', *own.split(), *shown, *place, '--', *command]
+@dataclass(frozen=True)
+class Limits:
+    "What the code may use."
+
+    timeout: float = 5  # seconds of each call
+    memory_mb: int = 256
+    max_output: int = 10_000  # bytes of standard output and errors together, of each call
+    disk_mb: int = 32
+    allow_unsafe: bool = False  # run without isolation where there is none
 
 
-def folder_size(folder: str, most: int) -> int:
-    "Bytes under a folder; stops counting beyond `most` bytes or 1,000 files, which counts as too much."
-    total = 0
-    for count, path in enumerate(Path(folder).rglob('*')):
+def settings_of(limits: Limits, once: bool) -> dict:
+    "What the child is told, without its descriptors. `LabError` if code cannot be isolated here."
+    from k2lab.lab.config import LabError
+
+    why = why_not()
+    if why and not limits.allow_unsafe:
+        raise LabError(f'{why}. allow_unsafe=True runs the code without isolation')
+    bwrap = not why and has_bwrap()
+    return dict(
+        probe=False,
+        unsafe=bool(why),
+        bwrap=bwrap,
+        namespaces=not why and has_namespaces(bwrap),
+        landlock=0 if why else offered(),
+        machine=platform.machine(),
+        read=readable(),
+        memory=limits.memory_mb << 20,
+        disk=limits.disk_mb << 20,
+        cpu=int(limits.timeout) + 2 if once else 0,
+    )
+
+
+def empty_folder(folder: str):
+    """Delete what is in a folder: names of any bytes, any depth, no rights.
+
+    Folders in folders are moved up and opened one at a time, so depth costs neither stack nor path."""
+    os.chmod(folder, 0o700)
+    top, mark = os.open(folder, os.O_RDONLY | os.O_DIRECTORY), os.urandom(8).hex()
+    waiting = os.listdir(top)
+    for name in waiting:
+        if not stat.S_ISDIR(os.lstat(name, dir_fd=top).st_mode):
+            os.unlink(name, dir_fd=top)
+            continue
+        os.chmod(name, 0o700, dir_fd=top)
+        inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
+        for child in os.listdir(inner):
+            if stat.S_ISDIR(os.lstat(child, dir_fd=inner).st_mode):
+                os.chmod(child, 0o700, dir_fd=inner)
+            waiting.append(f'{mark}-{len(waiting)}')
+            os.rename(child, waiting[-1], src_dir_fd=inner, dst_dir_fd=top)
+        os.close(inner)
+        os.rmdir(name, dir_fd=top)
+    os.close(top)
+
+
+SENT = ('calls', 'control')  # pipes that the keeper writes to; it reads the others
+PIPES = (*SENT, 'stdout', 'stderr', 'report', 'verdict')
+STATUSES = ('ok', 'error', 'memory', 'disk')  # what the child can report
+
+
+def spawn(config: dict, theirs: dict) -> subprocess.Popen:
+    "Start the child in a process group of its own, with a bare environment and its ends of the pipes."
+    env = dict(PATH='/usr/bin:/bin', HOME=config['work'], TMPDIR=config['work'], LANG='C.UTF-8')
+    env |= dict(OPENBLAS_NUM_THREADS='1', OMP_NUM_THREADS='1', USER='sandbox', LOGNAME='sandbox')
+    handed = [theirs[n] for n in ('report', 'verdict', 'control', 'keeper') if n in theirs]
+    return subprocess.Popen(
+        child_command(config),
+        stdin=theirs['calls'],
+        stdout=theirs['stdout'],
+        stderr=theirs['stderr'],
+        cwd='/',
+        env=env,
+        start_new_session=True,
+        pass_fds=handed,
+    )
+
+
+class Worker:
+    "A child that runs code, from its start to its end, and this process's ends of the pipes to it."
+
+    def __init__(self, config: dict):
+        self.config, self.locked, self.process = config, False, None
+        self.folder, self.canary = '', None  # the latter is a file that the jail must not be able to read
+        self.ends: dict[str, int] = {}
         try:
-            total += path.lstat().st_size
-        except FileNotFoundError:
-            continue  # deleted meanwhile
-        if total > most or count > 1000:
-            return most + 1
-    return total
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self):
+        "Make the pipes, and a folder where there are no walls, and start the child."
+        config, theirs = self.config, {}
+        try:
+            for name in PIPES:
+                reads, writes = os.pipe()
+                mine, theirs[name] = (writes, reads) if name in SENT else (reads, writes)
+                os.set_blocking(mine, False)
+                self.ends[name] = mine
+            if not config['unsafe']:
+                theirs['keeper'] = os.pidfd_open(os.getpid())
+                self.canary = tempfile.NamedTemporaryFile()
+            if not (config['namespaces'] or config['bwrap']):
+                self.folder = os.path.realpath(tempfile.mkdtemp(prefix='k2lab-'))
+            config |= theirs | dict(work=self.folder or HOME, canary=getattr(self.canary, 'name', ''))
+            self.process = spawn(config, theirs)
+        finally:
+            for fd in theirs.values():
+                os.close(fd)
+
+    def has_ended(self) -> bool:
+        "Whether the child is gone."
+        return self.process is None or self.process.poll() is not None
+
+    def close(self):
+        "Kill the child and whatever is in its process group, and leave nothing of it behind."
+        for fd in self.ends.values():
+            os.close(fd)
+        self.ends = {}
+        if self.canary:
+            self.canary.close()
+        if self.process:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        if self.folder:
+            with contextlib.suppress(OSError):
+                empty_folder(self.folder)
+                os.rmdir(self.folder)
+        self.process, self.folder = None, ''
+
+
+def status_of(verdict: dict, reply: str, cpu: float) -> str:
+    """The status after the child's end: from the watching process first, then from the child's report.
+
+    `verdict` is empty if the watching process was killed as well."""
+    number = verdict.get('signal', signal.SIGKILL)
+    if verdict.get('over') in ('disk', 'memory'):
+        return verdict['over']
+    if number == signal.SIGXCPU or number == signal.SIGKILL and 0 < cpu <= verdict.get('seconds', 0):
+        return 'timeout'
+    if number:
+        return 'disk' if number == signal.SIGXFSZ else 'killed'
+    return reply if reply not in ('', 'ok') else 'error' if verdict['exit'] else 'ok'
 
 
 @dataclass(frozen=True)
 class Outcome:
-    "What a process wrote, and why it was stopped: 'timeout', 'output', 'disk' or ''."
+    "What came of a call: output, status, and whether the child is ready for another."
 
-    stdout: bytes
-    stderr: bytes
-    trouble: str
+    stdout: str
+    stderr: str
+    status: str
+    lives: bool
 
 
-def read_ready(pick, texts: dict):
-    "Append what the pipes have to their buffers, and forget pipes that were closed."
-    if not pick.get_map():
-        time.sleep(0.01)  # the process closed its output and goes on
-    for key, _ in pick.select(0.05):
-        data = os.read(key.fd, 65536)
-        texts[key.fileobj].extend(data)
+class Call:
+    """One piece of code on its way through a worker: what is still to be sent, and what came back.
+
+    The child's report is written next to code that may forge it. It is bounded, and it counts only where
+    nothing that this process or the watching process saw says otherwise."""
+
+    def __init__(self, worker: Worker, code: str, limits: Limits, last: bool):
+        self.worker, self.limits, self.last = worker, limits, last
+        self.key = os.urandom(8).hex()
+        self.unsent = json.dumps(dict(key=self.key, code=code)).encode() + b'\n'
+        self.got = {name: bytearray() for name in PIPES if name not in SENT}
+        self.open = set(self.got)
+        self.deadline = time.monotonic() + (limits.timeout if worker.locked else SET_UP)
+
+    def command(self, what: bytes):
+        "Tell the watching process to let the code run (1) or to stop it (0)."
+        with contextlib.suppress(BrokenPipeError):  # it is gone: the end of its pipe tells
+            os.write(self.worker.ends['control'], what)
+
+    def send(self):
+        "Write as much of the code as the pipe takes."
+        try:
+            self.unsent = self.unsent[os.write(self.worker.ends['calls'], self.unsent) :]
+        except BrokenPipeError:  # the child is gone: its verdict tells
+            self.unsent = b''
+
+    def take(self, name: str) -> bool:
+        "Append what a pipe has; False if it had nothing."
+        try:
+            data = os.read(self.worker.ends[name], 65536)
+        except BlockingIOError:
+            return False
         if not data:
-            pick.unregister(key.fileobj)
+            self.open.discard(name)
+        elif name == 'report' and not self.worker.locked:
+            self.start_clock(data)
+        else:
+            self.got[name] += data
+        return bool(data)
 
+    def start_clock(self, data: bytes):
+        "The child has locked itself in: the seconds of the code begin."
+        if data.startswith(LOCKED):
+            self.worker.locked = True
+            self.deadline = time.monotonic() + self.limits.timeout
+            self.got['report'] += data[len(LOCKED) :]
 
-def follow(process, seconds: float, most: int, work: str, disk: int) -> Outcome:
-    "Collect the output until the process ends, or until a limit (seconds, bytes) is passed."
-    texts = {process.stdout: bytearray(), process.stderr: bytearray()}
-    deadline, look, trouble = time.monotonic() + seconds, 0.0, ''
-    with selectors.DefaultSelector() as pick:
-        for pipe in texts:
-            pick.register(pipe, selectors.EVENT_READ)
-        while not trouble and (pick.get_map() or process.poll() is None):
-            now = time.monotonic()
-            if now > look:
-                trouble = 'disk' if folder_size(work, disk) > disk else ''
-                look = now + 0.25
-            read_ready(pick, texts)
-            if sum(map(len, texts.values())) > most:
-                trouble = 'output'
-            elif now > deadline:
-                trouble = 'timeout'
-    out, err = (bytes(text[:most]) for text in texts.values())
-    return Outcome(out, err, trouble)
+    def reply(self) -> str:
+        "The status that the child reports for this call, or ''."
+        said = (s for s in STATUSES if f'{self.key} {s}\n'.encode() in self.got['report'])
+        return next(said, '')
 
+    def trouble(self) -> str:
+        "'output' or 'timeout' if this call has passed a limit that is held here."
+        sizes = {name: len(got) for name, got in self.got.items()}
+        if sizes['stdout'] + sizes['stderr'] > self.limits.max_output or sizes['report'] > 1 << 16:
+            return 'output'
+        return 'timeout' if time.monotonic() > self.deadline else ''
 
-def status_of(code: int, trouble: str) -> str:
-    "'ok', 'error', 'memory', 'timeout', 'output', 'disk' or 'killed', from the exit code and what the keeper saw."
-    if trouble:
+    def handle(self, pick, name: str):
+        "Send to or take from the pipe that is ready, and forget it when it is done with."
+        handle = self.worker.ends[name]
+        if name != 'calls':
+            self.take(name)
+            if name not in self.open:
+                pick.unregister(handle)
+            return
+        self.send()
+        if not self.unsent:
+            pick.unregister(handle)
+            if self.last:
+                os.close(self.worker.ends.pop('calls'))
+
+    def follow(self) -> str:
+        "Exchange until the child has replied, or ended if this is its last call. The limit it passed, or ''."
+        with selectors.DefaultSelector() as pick:
+            for name in self.open:
+                pick.register(self.worker.ends[name], selectors.EVENT_READ, name)
+            pick.register(self.worker.ends['calls'], selectors.EVENT_WRITE, 'calls')
+            while not (trouble := self.trouble()):
+                if 'verdict' not in self.open or not self.last and self.reply():
+                    break
+                left = max(0, self.deadline - time.monotonic())
+                for key, _ in pick.select(left + 0.001):
+                    self.handle(pick, key.data)
         return trouble
-    code = 128 - code if code > 128 else code  # bwrap passes a signal on as 128 + its number
-    return {0: 'ok', 3: 'memory', -signal.SIGXCPU: 'timeout', -signal.SIGXFSZ: 'disk'}.get(
-        code, 'error' if code > 0 else 'killed'
-    )
+
+    def drain(self) -> str:
+        "Take what the pipes still hold. 'output' if that is too much."
+        for name in sorted(self.open):
+            while name in self.open and self.trouble() != 'output' and self.take(name):
+                continue
+        return 'output' if self.trouble() == 'output' else ''
+
+    def run(self) -> Outcome:
+        "Send the code, collect what it writes, and say what happened. `LabError` if no lock was set."
+        self.command(b'1')
+        trouble = self.follow()
+        self.command(b'0')
+        trouble = self.drain() or trouble
+        out, err = (self.text(name) for name in ('stdout', 'stderr'))
+        if not self.worker.locked:
+            raise set_up_failed(err)
+        ended, reply = 'verdict' not in self.open, self.reply()
+        if ended and not trouble:
+            verdict = json.loads(self.got['verdict'] or '{}')
+            trouble = status_of(verdict, reply, self.worker.config['cpu'])
+            if not self.last and trouble == 'ok':
+                trouble = 'error'
+        return Outcome(out, err, trouble or reply, lives=not (ended or trouble or reply == 'memory'))
+
+    def text(self, name: str) -> str:
+        "What was written to a pipe, up to the limit; bytes that are no UTF-8 are replaced visibly."
+        return bytes(self.got[name][: self.limits.max_output]).decode(errors='replace')
 
 
-def spawn(command: list, work: str, report: int) -> subprocess.Popen:
-    "Start the child in its own process group, with a bare environment and the pipe it reports to."
-    env = dict(PATH='/usr/bin:/bin', HOME=work, TMPDIR=work, LANG='C.UTF-8')
-    env |= dict(OPENBLAS_NUM_THREADS='1', OMP_NUM_THREADS='1')
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd='/',
-        env=env,
-        start_new_session=True,
-        pass_fds=[report],
-    )
+def set_up_failed(err: str):
+    "The `LabError` for a child that did not lock itself in, with the last line that it wrote."
+    from k2lab.lab.config import LabError
 
-
-def start_child(config: dict, code: str) -> tuple[subprocess.Popen, int]:
-    "The started child, which has been sent its code, and the end of the pipe to read its report from."
-    report, config['report'] = os.pipe()
-    command = [sys.executable, '-I', '-B', '-X', 'utf8', __file__, json.dumps(config)]
-    if config['bwrap']:
-        command = wrapped(command, config['work'])
-    try:
-        process = spawn(command, config['work'], config['report'])
-    finally:
-        os.close(config['report'])
-    with contextlib.suppress(BrokenPipeError):  # the child died before it read; its report is empty
-        if process.stdin:
-            process.stdin.write(code.encode())
-            process.stdin.close()
-    return process, report
-
-
-def kill_child(process):
-    "Kill the child and whatever is in its group, and wait for it."
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for pipe in (process.stdout, process.stderr):
-        pipe.close()
-
-
-def run_child(config: dict, code: str, timeout: float, most: int) -> tuple[Outcome, int, bytes]:
-    "What the child wrote, its exit code, and what it reported about its locks."
-    process, report = start_child(config, code)
-    try:
-        outcome = follow(process, timeout, most, config['work'], config['disk'])
-    finally:
-        kill_child(process)
-    locked = os.read(report, 16)
-    os.close(report)
-    return outcome, process.returncode, locked
+    last = err.strip().split('\n')[-1] or f'no answer within {SET_UP} s'
+    return LabError(f'the sandbox could not be set up: {last}')
 
 
 def run_python(
@@ -451,32 +419,96 @@ def run_python(
     disk_mb: int = 32,
     allow_unsafe: bool = False,
 ) -> dict:
-    """`{'stdout', 'stderr', 'status'}` of Python code run in the sandbox, `timeout` in seconds.
+    """`{'stdout', 'stderr', 'status'}` of Python code run in a fresh process of the sandbox.
 
-    `status` is 'ok', 'error', 'timeout', 'memory', 'output', 'disk' or 'killed'.
-    `LabError` if the code cannot be isolated on this machine."""
-    from k2lab.lab.config import LabError
-
-    unsafe = why_not()
-    if unsafe and not allow_unsafe:
-        raise LabError(f'{unsafe}. allow_unsafe=True runs the code without isolation')
-    config = dict(read=readable(), memory=memory_mb << 20, cpu=int(timeout) + 2, disk=disk_mb << 20)
-    config |= dict(unsafe=bool(unsafe), bwrap=not unsafe and has_bwrap())
-    work = os.path.realpath(tempfile.mkdtemp(prefix='k2lab-'))
+    `timeout` is in seconds from when the process is ready; `max_output` in bytes. `status` is 'ok',
+    'error', 'timeout', 'memory', 'output', 'disk' or 'killed'. `LabError` if the code cannot be isolated
+    on this machine."""
+    limits = Limits(timeout, memory_mb, max_output, disk_mb, allow_unsafe)
+    worker = Worker(settings_of(limits, once=True))
     try:
-        with (
-            tempfile.NamedTemporaryFile() as canary
-        ):  # a file that the jail must not be able to read
-            config |= dict(work=work, canary=canary.name)
-            outcome, exit_code, locked = run_child(config, code, timeout, max_output)
+        done = Call(worker, code, limits, last=True).run()
     finally:
-        shutil.rmtree(work, ignore_errors=True)
-    out, err = (b.decode(errors='replace') for b in (outcome.stdout, outcome.stderr))
-    if locked != LOCKED and outcome.trouble != 'timeout':
-        reason = err.strip().splitlines()[-1:] or exit_code
-        raise LabError(f'the sandbox could not be set up: {reason}')
-    return dict(stdout=out, stderr=err, status=status_of(exit_code, outcome.trouble))
+        worker.close()
+    return dict(stdout=done.stdout, stderr=done.stderr, status=done.status)
 
 
-if __name__ == '__main__':
-    child()
+# ---- a session -------------------------------------------------------------------------------------
+
+LOST = 'the next call starts afresh, without the variables and imports of earlier ones'
+
+
+def end_worker(held: list, owner: int):
+    "Close the worker in a list of at most one, unless this is a forked copy of the process it belongs to."
+    while held and os.getpid() == owner:
+        held.pop().close()
+
+
+class PythonSession:
+    """A process of the sandbox that is kept between calls: variables, imports and files stay.
+
+    `run` starts it when it is needed. It ends with `close()`, at the end of a `with` block, or with this
+    process, however that ends. Between calls it stands still. After a time-out, too much memory, output
+    or disk, or a crash, the next call starts a new one, and the result's `note` says so. Threads may
+    share a session: their calls run one after the other."""
+
+    def __init__(
+        self,
+        timeout: float = 5,
+        memory_mb: int = 256,
+        max_output: int = 10_000,
+        disk_mb: int = 32,
+        allow_unsafe: bool = False,
+    ):
+        self.limits = Limits(timeout, memory_mb, max_output, disk_mb, allow_unsafe)
+        self.lock, self.owner, self.held = threading.RLock(), os.getpid(), []
+        self.finish = weakref.finalize(self, end_worker, self.held, self.owner)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        "End the process; a call that is running in another thread is waited for."
+        with self.lock:
+            self.finish()
+
+    def run(self, code: str, timeout: float | None = None) -> dict:
+        """`{'stdout', 'stderr', 'status', 'note'}` of code that sees what earlier calls defined.
+
+        `status` as in `run_python`; `timeout` in seconds, the session's own if None; `note` is empty as
+        long as the variables are kept. `LabError` after `close()`, in a forked copy of this process, or if
+        code cannot be isolated on this machine."""
+        with self.lock:
+            self.check()
+            note = self.replace_dead()
+            limits = self.limits if timeout is None else replace(self.limits, timeout=timeout)
+            if not self.held:
+                self.held.append(Worker(settings_of(limits, once=False)))
+            try:
+                done = Call(self.held[0], code, limits, last=False).run()
+            except BaseException:
+                end_worker(self.held, self.owner)
+                raise
+            if not done.lives:
+                end_worker(self.held, self.owner)
+                note = f'the process ended ({done.status}): {LOST}'
+            return dict(stdout=done.stdout, stderr=done.stderr, status=done.status, note=note)
+
+    def check(self):
+        "`LabError` if this session cannot be used (any more, or here)."
+        from k2lab.lab.config import LabError
+
+        if not self.finish.alive:
+            raise LabError('this PythonSession is closed; make a new one')
+        if os.getpid() != self.owner:
+            raise LabError(f'this PythonSession belongs to process {self.owner}; make one in each process')
+
+    def replace_dead(self) -> str:
+        "A note if the process ended between two calls."
+        if not self.held or not self.held[0].has_ended():
+            return ''
+        end_worker(self.held, self.owner)
+        return 'the process had ended since the last call: this one started afresh'
