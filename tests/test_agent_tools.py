@@ -53,8 +53,8 @@ def everything(
     pair: tuple[int, str] = (1, 'x'),
     colour: Colour = Colour.RED,
     day: date | None = None,
-    free: Any = None,
     *,
+    free: Any,
     bounded: Annotated[int, Field(ge=1, le=9, description='one digit')] = 1,
 ) -> str:
     """Take anything.
@@ -74,12 +74,12 @@ def call(function, tools=None, **arguments) -> str:
     )
 
 
-GIVEN = dict(text='t', _under='7', schema=True, point=dict(x=1))
+GIVEN = dict(text='t', _under='7', schema=True, point=dict(x=1), free=[1])
 
 
 def test_every_kind_of_parameter_is_declared_and_arrives():
     schema = declared(everything)[0]['function']['parameters']
-    assert schema['required'] == ['text', '_under', 'schema', 'point']
+    assert schema['required'] == ['text', '_under', 'schema', 'point', 'free']
     assert schema['additionalProperties'] is False
     known = schema['properties']
     assert known['text'] == dict(type='string', description='what is said')
@@ -192,6 +192,10 @@ def nan(x: float = float('nan')):
     "No number."
 
 
+def anything(x: Any = None):
+    "Anything."
+
+
 class Plain:
     "No type of pydantic's."
 
@@ -215,6 +219,7 @@ REFUSED = {
     odd: 'its signature has no JSON schema',
     unknown: "name 'Nothing' is not defined",
     nan: 'its signature has no JSON schema',
+    anything: 'has default and no type',
     plain: 'its signature has no JSON schema',
     ünderstand: 'it has no name that a model can write',
     max: 'it has no signature',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['argument_texts', 'obstacle', 'untitled', 'declared', 'toolset', 'tools_in']
 
-# %% ../../nbs/serving/06_tools.ipynb #eeab5680
+# %% ../../nbs/serving/06_tools.ipynb #34b64f39
 import importlib.util
 import inspect
 import re
@@ -16,8 +16,9 @@ from pathlib import Path
 
 from ..lab.config import LabError
 from ..lab.files import as_json, one_line
+from ..text.typescript import typescript_tools
 
-# %% ../../nbs/serving/06_tools.ipynb #6de85bac
+# %% ../../nbs/serving/06_tools.ipynb #299ea286
 _ENTRY = re.compile(r'\s+(\w+)\s*(?:\([^)]*\))?:\s*(.*)')
 _SECTION = ('Args:', 'Arguments:', 'Parameters:')
 
@@ -38,7 +39,7 @@ def argument_texts(doc: str, names: Iterable[str]) -> tuple[str, dict[str, str]]
             current = ''
     return '\n'.join(kept).strip(), texts
 
-# %% ../../nbs/serving/06_tools.ipynb #91f3ffe5
+# %% ../../nbs/serving/06_tools.ipynb #798d42a4
 _NAME = re.compile(r'[a-zA-Z_][a-zA-Z0-9_-]{0,63}')  # what servers take, without K2's dot
 
 
@@ -71,7 +72,7 @@ def _obstacle_of(parameter: inspect.Parameter) -> str:
         return f"its parameter '{parameter.name}' has no type; write `{parameter.name}: str`, or what it is"
     return ''
 
-# %% ../../nbs/serving/06_tools.ipynb #e2c1a8d0
+# %% ../../nbs/serving/06_tools.ipynb #e59cbc4e
 _DATA = ('default', 'enum', 'const', 'examples')  # keywords whose values are no schemas
 
 
@@ -92,7 +93,7 @@ def untitled(schema):
         if not (key == 'title' and isinstance(value, str))
     }
 
-# %% ../../nbs/serving/06_tools.ipynb #9369ca10
+# %% ../../nbs/serving/06_tools.ipynb #f4c807a0
 def _mistakes(error) -> str:
     "What pydantic found wrong with the arguments, for the model."
     faults = error.errors(include_url=False, include_context=False, include_input=False)
@@ -130,17 +131,19 @@ def declared(function: Callable) -> tuple[dict, Callable]:
     adds bounds and a description to a parameter."""
     if why := obstacle(function):
         raise LabError(f'{_place(function)}: {why}')
+    text, texts = argument_texts(inspect.getdoc(function), inspect.signature(function).parameters)
     try:
         schema = _schema(function)
-        as_json(schema)
+        body = dict(name=function.__name__, description=text, parameters=schema)
+        declaration = dict(type='function', function=body)
+        as_json(declaration)
+        typescript_tools([declaration])  # what the templates of K2.5 and K2.6 print
     except Exception as e:  # pydantic's own errors, NameError for a type that is not there, ...
-        reason = one_line(str(e).split('. ')[0], 160)
+        reason = one_line(str(e).split('. ')[0].split(';')[0], 160)
         raise LabError(f'{_place(function)}: its signature has no JSON schema ({reason})') from None
-    text, texts = argument_texts(inspect.getdoc(function), schema.get('properties', {}))
     for name, said in texts.items():
         schema['properties'][name].setdefault('description', said)
-    body = dict(name=function.__name__, description=text, parameters=schema)
-    return dict(type='function', function=body), _checked(function)
+    return declaration, _checked(function)
 
 
 def _place(function: Callable) -> str:
@@ -149,7 +152,7 @@ def _place(function: Callable) -> str:
     code = getattr(inspect.unwrap(function), '__code__', None)
     return f'{code.co_filename}:{code.co_firstlineno}: {name}' if code else name
 
-# %% ../../nbs/serving/06_tools.ipynb #c2c26dcf
+# %% ../../nbs/serving/06_tools.ipynb #7c2f23a5
 def toolset(functions: Iterable[Callable]) -> dict:
     "`{name: (declaration, function)}` of typed functions; `LabError` for one that is no tool, or for a second name."
     tools: dict = {}
@@ -161,7 +164,7 @@ def toolset(functions: Iterable[Callable]) -> dict:
         tools[name] = declaration, checked
     return tools
 
-# %% ../../nbs/serving/06_tools.ipynb #b3bc9da2
+# %% ../../nbs/serving/06_tools.ipynb #8fe891e7
 def _run_file(path: Path):
     "The module of a Python file after running it; `LabError` with the line where it fails."
     name = f'tools_of_{re.sub(r"[^a-zA-Z0-9_]", "_", path.stem)}'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'LOOK', 'row_of', 'row_fault', 'conversation_html', 'page', 'Transcript']
 
-# %% ../../nbs/serving/07_transcripts.ipynb #ea550505
+# %% ../../nbs/serving/07_transcripts.ipynb #3e27db2c
 import html
 import re
 from dataclasses import dataclass, field
@@ -14,14 +14,14 @@ from pathlib import Path
 from ..lab.config import LabError
 from ..lab.display import Html
 from ..lab.files import as_json, mask, writable, write_text
-from ..text.chat import check_call, markup_read
+from ..text.chat import check_call, mapped_texts, markup_read
 from ..text.layouts import as_conversation
 
-# %% ../../nbs/serving/07_transcripts.ipynb #8e87d448
+# %% ../../nbs/serving/07_transcripts.ipynb #7087ec7c
 def row_of(messages: list[dict], tools: list[dict]) -> dict:
     "The conversation as a row `{'messages', 'tools'}`, without secrets."
     row = dict(messages=messages) | (dict(tools=tools) if tools else {})
-    return mask(row)
+    return mask(mapped_texts(row, writable))
 
 
 def row_fault(row: dict) -> str:
@@ -36,7 +36,7 @@ def row_fault(row: dict) -> str:
         return str(e)
     return ''
 
-# %% ../../nbs/serving/07_transcripts.ipynb #23d8c1bb
+# %% ../../nbs/serving/07_transcripts.ipynb #36436347
 STYLE = """:root{color-scheme:light dark;--ink:#1b1f24;--soft:#57606b;--wash:#f5f7f9;--line:#d9dee4;--paper:#fff}
 @media(prefers-color-scheme:dark){:root{--ink:#e4e7ea;--soft:#a0a9b3;--wash:#1e2329;--line:#3a424b;--paper:#14171a}}
 body{margin:0 auto;max-width:52rem;padding:1.5rem;background:var(--paper)}"""
@@ -49,13 +49,17 @@ LOOK = """.talk{color:var(--ink,inherit);font:15px/1.5 system-ui,sans-serif;max-
 _UNSEEN = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]')
 
 
+def _escaped(text: str) -> str:
+    "Any text as HTML that shows it."
+    return html.escape(_UNSEEN.sub('', writable(text)))
+
+
 def _block(kind: str, label: str, text: str, tag: str = 'div') -> str:
     "One piece of a conversation as HTML; '' for an empty text."
     if not text:
         return ''
-    text = html.escape(_UNSEEN.sub('', writable(text)))
-    head = f'<span class="note">{html.escape(label)}</span>\n' if label else ''
-    return f'<{tag} class="{kind}" dir="auto">{head}{text}</{tag}>'
+    head = f'<span class="note">{_escaped(label)}</span>\n' if label else ''
+    return f'<{tag} class="{kind}" dir="auto">{head}{_escaped(text)}</{tag}>'
 
 
 def _message_html(message: dict) -> str:
@@ -83,25 +87,26 @@ def conversation_html(messages: list[dict], more: str = '') -> Html:
     body = ''.join(map(_message_html, messages))
     return Html(f'<style>{LOOK}</style><div class="talk">{body}{more}</div>')
 
-# %% ../../nbs/serving/07_transcripts.ipynb #5490eafe
+# %% ../../nbs/serving/07_transcripts.ipynb #b302d94e
 def page(rows: list[dict], title: str) -> str:
     "A self-contained HTML page of conversations, without scripts."
+    title = _escaped(title)
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     parts = []
     for number, row in enumerate(rows, 1):
         why = row_fault(row) if row['messages'] else ''
-        note = f'<p class="note">not in the rows to train on: {html.escape(why)}</p>' if why else ''
+        note = f'<p class="note">not in the rows to train on: {_escaped(why)}</p>' if why else ''
         head = f'<h2>Conversation {number}</h2>' if len(rows) > 1 else ''
         parts.append(head + conversation_html(row['messages'], note))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width">'
-        f'<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n'
-        f'<body><h1>{html.escape(title)}</h1>\n' + '\n'.join(parts) + '\n</body></html>\n'
+        f'<title>{title}</title><style>{STYLE}</style></head>\n'
+        f'<body><h1>{title}</h1>\n' + '\n'.join(parts) + '\n</body></html>\n'
     )
 
-# %% ../../nbs/serving/07_transcripts.ipynb #d375de76
+# %% ../../nbs/serving/07_transcripts.ipynb #a34999ce
 @dataclass
 class Transcript:
     "A talk on the disk as `NAME.jsonl`, a row for each conversation, and as `NAME.html`; `path` has no suffix."
