@@ -7,7 +7,7 @@ __all__ = ['PRIMES', 'HOSTS', 'TWINS', 'SHARES', 'REPAIRED', 'TOUR', 'UNKNOWN', 
            'recorded_reply', 'recorded_model', 'python_tools', 'CellView', 'Agent', 'make_sturdy', 'Lines', 'show_help',
            'about_tool', 'show_tools', 'clear_talk', 'save_talk', 'end_talk', 'Talk', 'new_transcript']
 
-# %% ../../nbs/serving/08_talk.ipynb #b4b4c5c3
+# %% ../../nbs/serving/08_talk.ipynb #517dc67c
 import contextlib
 import io
 import json
@@ -35,10 +35,9 @@ from k2lab.serving.agent import (
     python_tool,
 )
 from .client import Teacher, scripted
-from .tools import toolset
 from .transcripts import Transcript, conversation_html, row_of
 
-# %% ../../nbs/serving/08_talk.ipynb #6d793ad6
+# %% ../../nbs/serving/08_talk.ipynb #2753268a
 def share(part: float, whole: float, digits: int = 2) -> str:
     """The share of a part in a whole as a percentage.
 
@@ -79,7 +78,7 @@ HOSTS = Recorded(
     ('Error',),
 )
 
-# %% ../../nbs/serving/08_talk.ipynb #d2b858b2
+# %% ../../nbs/serving/08_talk.ipynb #9cd918e8
 TWINS = Recorded(
     'How many twins are among them, primes with a difference of 2?',
     (
@@ -118,7 +117,7 @@ REPAIRED = Recorded(
 )
 TOUR = (PRIMES, TWINS, SHARES, REPAIRED, HOSTS)
 
-# %% ../../nbs/serving/08_talk.ipynb #a232fb0a
+# %% ../../nbs/serving/08_talk.ipynb #575e7288
 UNKNOWN = (
     'I am a recording and know only the questions of the tour. Press Enter for the next one. '
     'For answers to your own questions, start me with a real model: `k2lab agent --help`.<|im_end|>'
@@ -162,7 +161,7 @@ def recorded_model(tour: Iterable[Recorded] = TOUR, pause: float = 0) -> Teacher
     transport = httpx.MockTransport(respond)
     return Teacher('http://recorded/v1', 'recorded', transport=transport)
 
-# %% ../../nbs/serving/08_talk.ipynb #08a3d9a6
+# %% ../../nbs/serving/08_talk.ipynb #efa861c4
 def python_tools(seconds: float = 10, memory_mb: int = 512, most: int = 8000) -> dict:
     "The sandboxed tool `python`; limits in seconds, MB, and characters of a result."
     return {'python': (PYTHON, python_tool(seconds, memory_mb, most))}
@@ -201,7 +200,7 @@ class CellView:
     def __repr__(self) -> str:
         return 'an exchange with an agent'
 
-# %% ../../nbs/serving/08_talk.ipynb #56a9d98f
+# %% ../../nbs/serving/08_talk.ipynb #33055253
 class Agent:
     """A conversation with a model that uses tools.
 
@@ -269,7 +268,7 @@ class Agent:
     def __repr__(self) -> str:
         return f'Agent({self.teacher.model}, tools: {", ".join(self.tools) or "none"}, {len(self.messages)} messages)'
 
-# %% ../../nbs/serving/08_talk.ipynb #aa26c6dc
+# %% ../../nbs/serving/08_talk.ipynb #0ba36110
 def make_sturdy(*streams):
     "Let streams of text take any bytes and any characters: what they cannot show becomes an escape."
     for stream in streams:
@@ -329,7 +328,7 @@ class Lines:
             self.history.touch(0o600)
             readline.write_history_file(self.history)
 
-# %% ../../nbs/serving/08_talk.ipynb #251dd57d
+# %% ../../nbs/serving/08_talk.ipynb #1a2171d4
 def show_help(talk: 'Talk', rest: str):
     "Show the commands."
     rows = [f'{name:8}{meaning}' for name, (_, meaning) in COMMANDS.items()]
@@ -358,7 +357,7 @@ def clear_talk(talk: 'Talk', rest: str):
     talk.agent.clear()
     talk.say('[the conversation is forgotten]')
 
-# %% ../../nbs/serving/08_talk.ipynb #78a7a23b
+# %% ../../nbs/serving/08_talk.ipynb #d1b61806
 def save_talk(talk: 'Talk', rest: str):
     "Write the talk to the two files of a name; without a name, say where it is kept."
     kept = talk.agent.transcript
@@ -391,7 +390,7 @@ COMMANDS = {
     '/exit': (end_talk, 'end; so does Ctrl-D'),
 }
 
-# %% ../../nbs/serving/08_talk.ipynb #3dafad90
+# %% ../../nbs/serving/08_talk.ipynb #4ae1d32e
 class Talk:
     "A conversation by lines: questions, commands, and a tour that an empty line continues."
 
@@ -453,7 +452,7 @@ class Talk:
         if self.tour:
             self.ask(self.tour[0].question)
 
-# %% ../../nbs/serving/08_talk.ipynb #5d1a8829
+# %% ../../nbs/serving/08_talk.ipynb #a59cb7c3
 def new_transcript(home: Path) -> Transcript:
     "A transcript with the next free name of today in a folder; OSError if nothing can be written there."
     home.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['argument_texts', 'obstacle', 'untitled', 'declared', 'toolset', 'tools_in']
 
-# %% ../../nbs/serving/06_tools.ipynb #34b64f39
+# %% ../../nbs/serving/06_tools.ipynb #ae8bc99b
 import importlib.util
 import inspect
 import re
@@ -18,7 +18,7 @@ from ..lab.config import LabError
 from ..lab.files import as_json, one_line
 from ..text.typescript import typescript_tools
 
-# %% ../../nbs/serving/06_tools.ipynb #299ea286
+# %% ../../nbs/serving/06_tools.ipynb #37ee5d5f
 _ENTRY = re.compile(r'\s+(\w+)\s*(?:\([^)]*\))?:\s*(.*)')
 _SECTION = ('Args:', 'Arguments:', 'Parameters:')
 
@@ -39,7 +39,7 @@ def argument_texts(doc: str, names: Iterable[str]) -> tuple[str, dict[str, str]]
             current = ''
     return '\n'.join(kept).strip(), texts
 
-# %% ../../nbs/serving/06_tools.ipynb #798d42a4
+# %% ../../nbs/serving/06_tools.ipynb #478a8a57
 _NAME = re.compile(r'[a-zA-Z_][a-zA-Z0-9_-]{0,63}')  # what servers take, without K2's dot
 
 
@@ -72,7 +72,7 @@ def _obstacle_of(parameter: inspect.Parameter) -> str:
         return f"its parameter '{parameter.name}' has no type; write `{parameter.name}: str`, or what it is"
     return ''
 
-# %% ../../nbs/serving/06_tools.ipynb #e59cbc4e
+# %% ../../nbs/serving/06_tools.ipynb #0407ac8b
 _DATA = ('default', 'enum', 'const', 'examples')  # keywords whose values are no schemas
 
 
@@ -93,7 +93,7 @@ def untitled(schema):
         if not (key == 'title' and isinstance(value, str))
     }
 
-# %% ../../nbs/serving/06_tools.ipynb #f4c807a0
+# %% ../../nbs/serving/06_tools.ipynb #6173d2c6
 def _mistakes(error) -> str:
     "What pydantic found wrong with the arguments, for the model."
     faults = error.errors(include_url=False, include_context=False, include_input=False)
@@ -152,7 +152,7 @@ def _place(function: Callable) -> str:
     code = getattr(inspect.unwrap(function), '__code__', None)
     return f'{code.co_filename}:{code.co_firstlineno}: {name}' if code else name
 
-# %% ../../nbs/serving/06_tools.ipynb #7c2f23a5
+# %% ../../nbs/serving/06_tools.ipynb #1f5d70b1
 def toolset(functions: Iterable[Callable]) -> dict:
     "`{name: (declaration, function)}` of typed functions; `LabError` for one that is no tool, or for a second name."
     tools: dict = {}
@@ -164,7 +164,7 @@ def toolset(functions: Iterable[Callable]) -> dict:
         tools[name] = declaration, checked
     return tools
 
-# %% ../../nbs/serving/06_tools.ipynb #8fe891e7
+# %% ../../nbs/serving/06_tools.ipynb #617bcffe
 def _run_file(path: Path):
     "The module of a Python file after running it; `LabError` with the line where it fails."
     name = f'tools_of_{re.sub(r"[^a-zA-Z0-9_]", "_", path.stem)}'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'LOOK', 'row_of', 'row_fault', 'conversation_html', 'page', 'Transcript']
 
-# %% ../../nbs/serving/07_transcripts.ipynb #3e27db2c
+# %% ../../nbs/serving/07_transcripts.ipynb #6aa4df72
 import html
 import re
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from ..lab.files import as_json, mask, writable, write_text
 from ..text.chat import check_call, mapped_texts, markup_read
 from ..text.layouts import as_conversation
 
-# %% ../../nbs/serving/07_transcripts.ipynb #7087ec7c
+# %% ../../nbs/serving/07_transcripts.ipynb #28612f51
 def row_of(messages: list[dict], tools: list[dict]) -> dict:
     "The conversation as a row `{'messages', 'tools'}`, without secrets."
     row = dict(messages=messages) | (dict(tools=tools) if tools else {})
@@ -36,7 +36,7 @@ def row_fault(row: dict) -> str:
         return str(e)
     return ''
 
-# %% ../../nbs/serving/07_transcripts.ipynb #36436347
+# %% ../../nbs/serving/07_transcripts.ipynb #31bb0d53
 STYLE = """:root{color-scheme:light dark;--ink:#1b1f24;--soft:#57606b;--wash:#f5f7f9;--line:#d9dee4;--paper:#fff}
 @media(prefers-color-scheme:dark){:root{--ink:#e4e7ea;--soft:#a0a9b3;--wash:#1e2329;--line:#3a424b;--paper:#14171a}}
 body{margin:0 auto;max-width:52rem;padding:1.5rem;background:var(--paper)}"""
@@ -87,7 +87,7 @@ def conversation_html(messages: list[dict], more: str = '') -> Html:
     body = ''.join(map(_message_html, messages))
     return Html(f'<style>{LOOK}</style><div class="talk">{body}{more}</div>')
 
-# %% ../../nbs/serving/07_transcripts.ipynb #b302d94e
+# %% ../../nbs/serving/07_transcripts.ipynb #e6cf9623
 def page(rows: list[dict], title: str) -> str:
     "A self-contained HTML page of conversations, without scripts."
     title = _escaped(title)
@@ -106,7 +106,7 @@ def page(rows: list[dict], title: str) -> str:
         f'<body><h1>{title}</h1>\n' + '\n'.join(parts) + '\n</body></html>\n'
     )
 
-# %% ../../nbs/serving/07_transcripts.ipynb #a34999ce
+# %% ../../nbs/serving/07_transcripts.ipynb #73e609c2
 @dataclass
 class Transcript:
     "A talk on the disk as `NAME.jsonl`, a row for each conversation, and as `NAME.html`; `path` has no suffix."
