@@ -6,8 +6,8 @@ Modules:
 - `k2lab.corpus.kernels`: Compiled kernels over UTF-8 bytes that find duplicates and contamination, each with a twin in plain Python that defines the result.
 - `k2lab.corpus.signals`: Compiled kernels that compute the counts of quality rules, each with a twin in plain Python that defines the result.
 - `k2lab.serving.server`: A small OpenAI-compatible server for small models: FastAPI in front of transformers.
-- `k2lab.tasks.jail`: The program of the sandbox's child (`python -I jail.py CONFIG`): walls, locks, and the loop that runs code.
-- `k2lab.tasks.sandbox`: Run a model's Python code where it can do no harm: once (`run_python`), or call after call with its variables kept (`PythonSession`).
+- `k2lab.tasks.jail`: The program of the sandbox's child: walls, locks, and the loop that runs the code.
+- `k2lab.tasks.sandbox`: Run a model's Python code where it can do no harm.
 - `k2lab.text.typescript`: Declarations of tools in the notation like TypeScript that Kimi K2.5 and K2.6 are trained on."""
 
 __version__ = "0.1.0"

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -80,7 +81,8 @@ def converse(talk: Talk, hello: str, typed: bool) -> int:
         while not talk.taken and talk.tour and not typed:  # an empty pipe: the whole tour
             talk.go_on()
     finally:
-        print(f'\n{kept(talk)}', file=sys.stdout if typed else sys.stderr)
+        print()
+        print(kept(talk), file=sys.stdout if typed else sys.stderr)
     return int(bool(talk.unanswered) and not typed)
 
 
@@ -227,23 +229,21 @@ def asked(teacher: Teacher, path: str) -> tuple[int, bytes]:
 @contextlib.contextmanager
 def checkpoint(name: str, options: dict) -> Iterator[Model]:
     "The lab's own server for a checkpoint, by its name, folder or hub id, while the block runs."
-    import tempfile
-
     from k2lab.launch_teacher_vllm import Config, serving
 
     scale = options['scale'] or (setting('lab', 'scale') if in_lab() else 'full')
     place, origin = place_for(name, scale, options['campaign'])
     served_name = Path(name).name.partition('@')[0]
     print(f'starting a server for {served_name} ({origin}) ...', file=sys.stderr)
-    with (
-        tempfile.TemporaryDirectory(prefix='k2lab-agent-') as home,
-        serving(Config(model=served_name), place, Path(home) / 'server.log') as served,
-    ):
+    log = talks_folder() / f'.server-{os.getpid()}.log'
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with serving(Config(model=served_name), place, log) as served:
         teacher = served.teacher()
         system = load_env(scale)['system'] if in_lab() else ''
         window = served_models(teacher).get(served_name, 0)
         hello = f'{served_name} ({origin}), ready in {served.ready_s:.0f} s.'
         yield Model(teacher, hello, system, window, options=dict(temperature=0.6))
+    log.unlink(missing_ok=True)
 
 
 def in_lab() -> bool:

@@ -1,8 +1,9 @@
-"""The program of the sandbox's child (`python -I jail.py CONFIG`): walls, locks, and the loop that runs code.
+"""The program of the sandbox's child: walls, locks, and the loop that runs the code.
 
-The first process builds the walls and watches; the process that it forks locks itself in and runs the
-code. The watching process is not locked, shares nothing with the code but two ends of pipes, and kills
-it when a limit is passed or when the keeper (the process that called `run_python`) is gone."""
+It is started as `python -I jail.py CONFIG` by [`sandbox.py`](sandbox.py). The first process builds the
+walls and watches; the process that it forks locks itself in and runs the code. The watching process is
+not locked, shares nothing with the code but ends of pipes, and kills it when a limit is passed or when
+the keeper (the process that called `run_python`) is gone."""
 
 # The standard library only, and little of it: this is the time that every call of `run_python` pays.
 import ast
@@ -24,7 +25,7 @@ HOME = '/sandbox'  # the one folder of the code, where there are walls
 FILES = 1000  # at most so many files and folders
 THREADS = 256  # and so many threads: each costs memory of the kernel that RLIMIT_AS does not count
 REFUSED = (
-    'The sandbox refuses processes, sockets, signals to others and files outside the current folder.'
+    'The sandbox refuses processes, sockets, signals to others and files outside its own folder.'
 )
 LANDLOCK = 7  # the newest version of Landlock that is known here
 LAST = 450  # calls with higher numbers did not exist when the table below was written: ENOSYS
@@ -119,7 +120,9 @@ def rules(pid: int) -> dict:
     descriptors = any_of((0, 1, 2, 3, 5, 1030, 1032, 1034))
     no_async = [([word(1, 4), word(2, 0, 0x2000)], None)]
     locks = [([word(1, command)], 0) for command in (6, 7)]
-    terminals = any_of((0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451))  # ask, wait or not, on exec
+    terminals = any_of(
+        (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+    )  # ask, wait or not, on exec
     own_name = any_of((2, 3, 15, 16, 23, 39, 0x53564D41), 0)  # no PDEATHSIG, no DUMPABLE
     stream_pair = [([word(0, 1), word(1, 1, 0xF)], None)]  # asyncio has one; it reaches nobody else
     return {
@@ -192,7 +195,14 @@ def read_only(libc, machine: str, path: str, flags: int):
     "Make the mount at a path and all mounts below it read-only, with more flags."
     attributes = struct.pack('QQQQ', 1 | flags, 0, 0, 0)
     must(
-        libc.syscall(OWN[machine]['mount_setattr'], -100, path.encode(), 0x8000, attributes, ctypes.c_size_t(32)),
+        libc.syscall(
+            OWN[machine]['mount_setattr'],
+            -100,
+            path.encode(),
+            0x8000,
+            attributes,
+            ctypes.c_size_t(32),
+        ),
         f'read-only {path}',
     )
 
@@ -243,7 +253,10 @@ def new_root(libc, machine: str, config: dict):
     must(libc.umount2(b'/.old', DETACH), 'umount')
     os.rmdir('/.old')
     attributes = struct.pack('QQQQ', 1, 0, 0, 0)
-    must(libc.syscall(OWN[machine]['mount_setattr'], -100, b'/', 0, attributes, ctypes.c_size_t(32)), 'read-only /')
+    must(
+        libc.syscall(OWN[machine]['mount_setattr'], -100, b'/', 0, attributes, ctypes.c_size_t(32)),
+        'read-only /',
+    )
 
 
 def become_first():
@@ -394,7 +407,8 @@ class Semaphore:
     def __init__(self, kind: int, value: int, maxvalue: int, name: str, unlink: bool):
         import threading
 
-        self.kind, self.maxvalue, self.name, self.handle = kind, maxvalue, name, 0
+        self.kind, self.maxvalue, self.handle = kind, maxvalue, 0
+        self.name = None if unlink else name
         self.value, self.owner, self.depth = value, 0, 0
         self.changed, self.me = threading.Condition(), threading.get_ident
 
@@ -531,11 +545,11 @@ def serve(calls: int, report: int) -> int:
     "Run each call that is read, in one scope, and report its status. The exit code after the last one."
     main = sys.modules['__main__'] = types.ModuleType('__main__')
     kept, status = [os.dup(1), os.dup(2)], 'ok'
-    for line in open(calls, 'rb'):
-        call = json.loads(line)
-        fresh_streams(kept)
-        status = safe_call(call['code'], vars(main))
-        with contextlib.suppress(OSError):  # the code closed it: its exit code tells
+    with contextlib.suppress(OSError):  # the code closed one of these pipes: its exit code tells
+        for line in open(calls, 'rb'):
+            call = json.loads(line)
+            fresh_streams(kept)
+            status = safe_call(call['code'], vars(main))
             os.write(report, f'{call["key"]} {status}\n'.encode())
     return 0 if status == 'ok' else 1
 
@@ -598,35 +612,39 @@ def folder_size(folder: str, most: int) -> int:
     return total
 
 
-def held_size(proc: int, number: str, most: int) -> int:
-    "Bytes of files that a process holds and no folder shows; a mapped one counts as too much."
+def held_size(proc: int, number: str, folder: str, most: int) -> int:
+    "Bytes of a folder's files that a process holds and no folder shows; a mapped one counts as too much."
     total = 0
     with contextlib.suppress(OSError):  # it has ended
-        for fd in os.listdir(folder := os.open(f'{number}/fd', os.O_RDONLY, dir_fd=proc)):
+        for fd in os.listdir(held := os.open(f'{number}/fd', os.O_RDONLY, dir_fd=proc)):
             with contextlib.suppress(OSError):
-                info = os.stat(fd, dir_fd=folder)
+                info = os.stat(fd, dir_fd=held)
                 total += used(info) if not info.st_nlink and stat.S_ISREG(info.st_mode) else 0
-        os.close(folder)
+        os.close(held)
         with open(os.open(f'{number}/maps', os.O_RDONLY, dir_fd=proc), errors='replace') as f:
-            gone = [line for line in f if line.endswith(' (deleted)\n')]
-        total += most + 1 if any('/dev/zero' not in line for line in gone) else 0
+            gone = [line for line in f if f' {folder}/' in line and line.endswith(' (deleted)\n')]
+        total += most + 1 if gone else 0
     return total
 
 
+def walled(config: dict) -> bool:
+    "Whether the code's folder is a file system of its own, in memory."
+    return config['namespaces'] or config['bwrap']
+
+
 def too_much_disk(config: dict, proc: int, number: str) -> bool:
-    "Whether the code holds more disk than it may; behind walls the kernel bounds it."
-    if config['namespaces']:
-        return False
-    if config['bwrap']:
-        info = os.statvfs(HOME)
-        return info.f_files - info.f_ffree > FILES
+    "Whether the code holds more disk than it may; behind walls the kernel bounds the bytes."
+    if walled(config):
+        info = os.statvfs(config['work'])
+        config['peak'] = max(config['peak'], 1 - info.f_bavail / info.f_blocks)
+        return info.f_files - info.f_ffree > FILES + 1
     size = folder_size(config['work'], config['disk'])
-    return size + (held_size(proc, number, config['disk']) if number else 0) > config['disk']
+    return size + held_size(proc, number, config['work'], config['disk']) > config['disk']
 
 
 def over(config: dict, proc: int, number: str) -> str:
     "Which limit the code has passed: 'disk', 'memory' or ''."
-    if number and threads_of(proc, number) > THREADS:
+    if threads_of(proc, number) > THREADS:
         return 'memory'
     return 'disk' if too_much_disk(config, proc, number) else ''
 
@@ -671,19 +689,14 @@ def watch_unsafe(config: dict, pid: int) -> str:
     return trouble
 
 
-def is_full(config: dict) -> bool:
-    "Whether the disk of the code is full: a write to a mapped file then ends in SIGBUS."
-    info = os.statvfs(config['work'])
-    return bool(config['namespaces'] or config['bwrap']) and not info.f_bavail
-
-
-def verdict(config: dict, pid: int, proc: int | None) -> dict:
+def verdict(config: dict, pid: int, proc: int) -> dict:
     "How the jailed process ended: its exit code or signal, its CPU seconds, and the limit it passed."
     trouble = watch_unsafe(config, pid) if config['unsafe'] else watch(config, pid, proc)
     _, state, usage = os.wait4(pid, 0)
-    full = not trouble and os.WIFSIGNALED(state) and os.WTERMSIG(state) == signal.SIGBUS
+    # a write to a mapped file for which there is no room ends in SIGBUS; the room is free again by now
+    full = os.WIFSIGNALED(state) and os.WTERMSIG(state) == signal.SIGBUS and config['peak'] > 0.5
     return dict(
-        over=trouble or ('disk' if full and is_full(config) else ''),
+        over=trouble or ('disk' if full else ''),
         signal=os.WTERMSIG(state) if os.WIFSIGNALED(state) else 0,
         exit=os.WEXITSTATUS(state) if os.WIFEXITED(state) else 0,
         seconds=usage.ru_utime + usage.ru_stime,
@@ -692,8 +705,8 @@ def verdict(config: dict, pid: int, proc: int | None) -> dict:
 
 def main():
     "Build the walls, start the jailed process, watch it, and report how it ended."
-    config = json.loads(sys.argv[1])
-    proc = None if config['unsafe'] else os.open('/proc', os.O_RDONLY)
+    config = json.loads(sys.argv[1]) | dict(peak=0.0)
+    proc = -1 if config['unsafe'] else os.open('/proc', os.O_RDONLY)
     if config['namespaces']:
         new_root(ctypes.CDLL(None, use_errno=True), config['machine'], config)
         if config['probe']:
@@ -702,8 +715,8 @@ def main():
     parent = os.getpid()
     pid = os.fork()
     if not pid:
-        mine = [proc, config.get('keeper'), config['control'], config['verdict']]
-        jail(config, parent, [fd for fd in mine if fd is not None])
+        mine = [proc, config.get('keeper', -1), config['control'], config['verdict']]
+        jail(config, parent, [fd for fd in mine if fd >= 0])
     os.write(config['verdict'], json.dumps(verdict(config, pid, proc)).encode())
     os._exit(0)
 

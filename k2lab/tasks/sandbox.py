@@ -1,6 +1,6 @@
-"""Run a model's Python code where it can do no harm: once (`run_python`), or call after call with its
-variables kept (`PythonSession`).
+"""Run a model's Python code where it can do no harm.
 
+`run_python` runs it once, in a fresh process; `PythonSession` keeps the process, so that variables stay.
 The code gets no network and none of your files; time, memory, disk, threads and output are bounded, and
 it ends with the process that asked for it. Two kinds of isolation hold at once where the machine allows:
 
@@ -13,8 +13,9 @@ it ends with the process that asked for it. Two kinds of isolation hold at once 
   name of its own.
 
 Without walls the sandbox holds with these differences. The disk is looked at every 50 ms, so a program
-can write more for that long before it is stopped. `os.chmod` and `os.utime` are refused. The code cannot read other files, but `os.stat` tells whether they exist, their sizes and times;
-the host's name can be read too.
+can write more for that long before it is stopped. `os.chmod` and `os.utime` are refused. The code cannot
+read other files, but `os.stat` tells whether they exist, their sizes and times; `os.uname` tells the
+host's name, and process numbers are the host's.
 
 Where the machine offers no locks (macOS, old kernels), `run_python` refuses, except with
 `allow_unsafe=True`. Not covered: the CPU's side channels and bugs of the kernel. Use a virtual machine
@@ -44,6 +45,7 @@ from . import jail
 from .jail import ARCHITECTURES, HOME, LANDLOCK, LOCKED
 
 SET_UP = 60  # seconds for the child to lock itself in, on a machine that is busy
+PATIENCE = 2  # seconds for it to end by itself before it is killed
 
 # ---- what the machine offers -----------------------------------------------------------------------
 
@@ -68,7 +70,7 @@ def readable() -> list:
 
 def wrapped(command: list, disk: int) -> list:
     "The command inside bubblewrap, where only the interpreter's files and a folder in memory are in sight."
-    own = '--unshare-all --hostname sandbox --cap-drop ALL --proc /proc --dev /dev --tmpfs /tmp'
+    own = '--unshare-all --as-pid-1 --hostname sandbox --cap-drop ALL --proc /proc --dev /dev --tmpfs /tmp'
     # root may map itself into namespaces of its own only with this one; the jail drops it
     root = ['--cap-add', 'CAP_SETFCAP'] if not os.getuid() else []
     paths = [path for path in readable() if not path.startswith(('/dev/', '/proc/'))]
@@ -94,7 +96,9 @@ def works(command: list) -> bool:
 @functools.cache
 def has_bwrap() -> bool:
     "Whether bubblewrap is installed and may make its namespaces here."
-    return bool(shutil.which('bwrap')) and works(wrapped([sys.executable, '-I', '-S', '-c', ''], 1 << 20))
+    return bool(shutil.which('bwrap')) and works(
+        wrapped([sys.executable, '-I', '-S', '-c', ''], 1 << 20)
+    )
 
 
 @functools.cache
@@ -213,7 +217,10 @@ class Worker:
 
     def __init__(self, config: dict):
         self.config, self.locked, self.process = config, False, None
-        self.folder, self.canary = '', None  # the latter is a file that the jail must not be able to read
+        self.folder, self.canary = (
+            '',
+            None,
+        )  # the latter is a file that the jail must not be able to read
         self.ends: dict[str, int] = {}
         try:
             self.start()
@@ -235,32 +242,49 @@ class Worker:
                 self.canary = tempfile.NamedTemporaryFile()
             if not (config['namespaces'] or config['bwrap']):
                 self.folder = os.path.realpath(tempfile.mkdtemp(prefix='k2lab-'))
-            config |= theirs | dict(work=self.folder or HOME, canary=getattr(self.canary, 'name', ''))
+            config |= theirs | dict(
+                work=self.folder or HOME, canary=getattr(self.canary, 'name', '')
+            )
             self.process = spawn(config, theirs)
         finally:
             for fd in theirs.values():
                 os.close(fd)
 
     def has_ended(self) -> bool:
-        "Whether the child is gone."
-        return self.process is None or self.process.poll() is not None
+        "Whether the child is gone. It is not reaped yet, so that its number stays that of its group."
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        with contextlib.suppress(ChildProcessError):  # reaped: this process ignores SIGCHLD
+            return self.process is None or os.waitid(os.P_PID, self.process.pid, flags) is not None
+        return True
 
     def close(self):
-        "Kill the child and whatever is in its process group, and leave nothing of it behind."
-        for fd in self.ends.values():
-            os.close(fd)
-        self.ends = {}
-        if self.canary:
-            self.canary.close()
+        """End the child and whatever is in its process group, and leave nothing of it behind.
+
+        The watching process ends the code when its pipe is closed, and reaps it: where nobody reaps
+        orphans, as in many containers, a kill of the whole group would leave some."""
+        for name in SENT:
+            if name in self.ends:
+                os.close(self.ends.pop(name))
         if self.process:
+            deadline = time.monotonic() + PATIENCE
+            while not self.has_ended() and time.monotonic() < deadline:
+                time.sleep(0.002)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+        self.clear()
+
+    def clear(self):
+        "Close the other pipes and delete the files."
+        for fd in self.ends.values():
+            os.close(fd)
+        if self.canary:
+            self.canary.close()
         if self.folder:
             with contextlib.suppress(OSError):
                 empty_folder(self.folder)
                 os.rmdir(self.folder)
-        self.process, self.folder = None, ''
+        self.ends, self.process, self.folder = {}, None, ''
 
 
 def status_of(verdict: dict, reply: str, cpu: float) -> str:
@@ -270,7 +294,11 @@ def status_of(verdict: dict, reply: str, cpu: float) -> str:
     number = verdict.get('signal', signal.SIGKILL)
     if verdict.get('over') in ('disk', 'memory'):
         return verdict['over']
-    if number == signal.SIGXCPU or number == signal.SIGKILL and 0 < cpu <= verdict.get('seconds', 0):
+    if (
+        number == signal.SIGXCPU
+        or number == signal.SIGKILL
+        and 0 < cpu <= verdict.get('seconds', 0)
+    ):
         return 'timeout'
     if number:
         return 'disk' if number == signal.SIGXFSZ else 'killed'
@@ -360,6 +388,10 @@ class Call:
             if self.last:
                 os.close(self.worker.ends.pop('calls'))
 
+    def has_ended(self) -> bool:
+        "Whether the child is gone; its pipe alone may be held open by a copy that another thread forked."
+        return 'verdict' not in self.open or self.worker.has_ended()
+
     def follow(self) -> str:
         "Exchange until the child has replied, or ended if this is its last call. The limit it passed, or ''."
         with selectors.DefaultSelector() as pick:
@@ -367,10 +399,10 @@ class Call:
                 pick.register(self.worker.ends[name], selectors.EVENT_READ, name)
             pick.register(self.worker.ends['calls'], selectors.EVENT_WRITE, 'calls')
             while not (trouble := self.trouble()):
-                if 'verdict' not in self.open or not self.last and self.reply():
+                if self.has_ended() or not self.last and self.reply():
                     break
                 left = max(0, self.deadline - time.monotonic())
-                for key, _ in pick.select(left + 0.001):
+                for key, _ in pick.select(min(left + 0.001, 0.5)):
                     self.handle(pick, key.data)
         return trouble
 
@@ -390,13 +422,15 @@ class Call:
         out, err = (self.text(name) for name in ('stdout', 'stderr'))
         if not self.worker.locked:
             raise set_up_failed(err)
-        ended, reply = 'verdict' not in self.open, self.reply()
+        ended, reply = self.has_ended(), self.reply()
         if ended and not trouble:
             verdict = json.loads(self.got['verdict'] or '{}')
             trouble = status_of(verdict, reply, self.worker.config['cpu'])
             if not self.last and trouble == 'ok':
                 trouble = 'error'
-        return Outcome(out, err, trouble or reply, lives=not (ended or trouble or reply == 'memory'))
+        return Outcome(
+            out, err, trouble or reply, lives=not (ended or trouble or reply == 'memory')
+        )
 
     def text(self, name: str) -> str:
         "What was written to a pipe, up to the limit; bytes that are no UTF-8 are replaced visibly."
@@ -504,7 +538,9 @@ class PythonSession:
         if not self.finish.alive:
             raise LabError('this PythonSession is closed; make a new one')
         if os.getpid() != self.owner:
-            raise LabError(f'this PythonSession belongs to process {self.owner}; make one in each process')
+            raise LabError(
+                f'this PythonSession belongs to process {self.owner}; make one in each process'
+            )
 
     def replace_dead(self) -> str:
         "A note if the process ended between two calls."
