@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 from ..lab.config import LabError
@@ -71,10 +72,9 @@ class PythonTool:
     One process of the sandbox serves all calls, each within `seconds`; it ends with this object."""
 
     def __init__(self, seconds: float, memory_mb: int, most: int, allow_unsafe: bool = False):
-        self.limits = dict(timeout=seconds, memory_mb=memory_mb, max_output=10 * most)
-        self.limits |= dict(allow_unsafe=allow_unsafe)
-        self.most, self.lost = most, ''
-        self.session = PythonSession(**self.limits)
+        unsafe = dict(allow_unsafe=allow_unsafe)
+        self.start = partial(PythonSession, seconds, memory_mb, 10 * most, **unsafe)
+        self.most, self.lost, self.session = most, '', self.start()
 
     def __call__(self, code: str) -> str:
         try:
@@ -91,7 +91,7 @@ class PythonTool:
     def forget(self):
         "Begin with a new process: no variable is left."
         self.session.close()
-        self.session, self.lost = PythonSession(**self.limits), ''
+        self.session, self.lost = self.start(), ''
 
 
 def python_tool(

@@ -363,7 +363,8 @@ def save_talk(talk: 'Talk', rest: str):
     kept = talk.agent.transcript
     if not rest and not kept:
         return talk.say('[give a name: /save NAME]')
-    path = Path(re.sub(r'\.(jsonl|html)$', '', rest)).expanduser() if rest else kept.path
+    named = Path(re.sub(r'\.(jsonl|html)$', '', rest)).expanduser()
+    path = kept.path if kept and not rest else named
     files = [path.with_name(f'{path.name}.{kind}') for kind in ('jsonl', 'html')]
     try:
         there = [f for f in files if f.exists() and path not in talk.saved]

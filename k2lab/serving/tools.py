@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from ..lab.config import LabError
 from ..lab.files import as_json, one_line
@@ -76,7 +77,7 @@ def _obstacle_of(parameter: inspect.Parameter) -> str:
 _DATA = ('default', 'enum', 'const', 'examples')  # keywords whose values are no schemas
 
 
-def untitled(schema):
+def untitled(schema: Any) -> Any:
     "A JSON schema without the titles that only repeat names."
     if isinstance(schema, list):
         return [untitled(s) for s in schema]
@@ -121,7 +122,8 @@ def _schema(function: Callable) -> dict:
     "The JSON schema of a function's arguments, without descriptions from its docstring."
     from pydantic import TypeAdapter, validate_call
 
-    return untitled(TypeAdapter(validate_call(function)).json_schema())
+    valid: Any = validate_call(function)
+    return untitled(TypeAdapter(valid).json_schema())
 
 
 def declared(function: Callable) -> tuple[dict, Callable]:
@@ -131,7 +133,8 @@ def declared(function: Callable) -> tuple[dict, Callable]:
     adds bounds and a description to a parameter."""
     if why := obstacle(function):
         raise LabError(f'{_place(function)}: {why}')
-    text, texts = argument_texts(inspect.getdoc(function), inspect.signature(function).parameters)
+    doc = inspect.getdoc(function) or ''
+    text, texts = argument_texts(doc, inspect.signature(function).parameters)
     try:
         schema = _schema(function)
         body = dict(name=function.__name__, description=text, parameters=schema)
