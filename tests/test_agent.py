@@ -1,4 +1,4 @@
-"""Forty servers and tools that misbehave: no traceback, limits that hold, and a history that a server takes."""
+"""Servers and tools that misbehave: no traceback, limits that hold, and a history that servers and trainings take."""
 
 import io
 import json
@@ -8,9 +8,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from k2lab.models.load import open_tokenizer, smoke_model
 from k2lab.serving.agent import PYTHON, Limits, chat_loop, printer, run_call
 from k2lab.serving.client import Teacher
+from k2lab.serving.transcripts import page, row_fault, row_of
 from k2lab.text.calls import K2_ID
+from k2lab.text.masks import row_examples
 
 USAGE = dict(choices=[], usage=dict(prompt_tokens=5, completion_tokens=5, total_tokens=10))
 
@@ -132,6 +135,99 @@ CASES = {
 }
 
 
+def raw(*lines) -> bytes:
+    "An answer of a server, byte for byte, as a stream of events."
+    texts = (x if isinstance(x, str) else f'data: {json.dumps(x)}' for x in lines)
+    return '\n\n'.join(texts).encode('utf-8', 'surrogatepass') + b'\n\n'
+
+
+def spent(tokens) -> dict:
+    return dict(choices=[], usage=dict(completion_tokens=tokens))
+
+
+STOP = [piece({}, 'stop'), 'data: [DONE]']
+A_CALL = 'assistant tool assistant'
+MORE = {
+    'a list for a piece': ([raw([1], PART, *STOP)], ''),
+    'a number for a piece': ([raw('data: 7', PART, *STOP)], ''),
+    'null for a piece': ([raw('data: null', PART, *STOP)], ''),
+    'a choice that is a text': ([raw(dict(choices=['So']), PART, *STOP)], 'assistant'),
+    'a finish that is a number': ([raw(piece(dict(content='So'), 7), *STOP)], 'assistant'),
+    'a delta that is a list': ([raw(piece(['So']), PART, *STOP)], 'assistant'),
+    'an index that is a text': ([raw(piece(dict(content='no'), index='0'), PART, *STOP)], 'assistant'),
+    'calls as an object': ([raw(piece(dict(tool_calls={'0': 1})), PART, *STOP)], 'assistant'),
+    'calls that are null': ([raw(piece(dict(tool_calls=[None, 3])), PART, *STOP)], 'assistant'),
+    'a call with a name that is a number': (
+        [raw(piece(dict(tool_calls=[dict(index=0, function=dict(name=3))])), *STOP), DONE],
+        A_CALL,
+    ),
+    'a call with an id that is a number': (
+        [raw(piece(dict(tool_calls=[dict(tool_call(), id=9)])), *STOP), DONE],
+        A_CALL,
+    ),
+    'a call with an index that is a text': ([use(tool_call(index='a', id='x')), DONE], A_CALL),
+    'a call at index 1000000': ([use(tool_call(index=10**6)), DONE], A_CALL),
+    'a name in two pieces': (
+        [
+            [
+                piece(dict(tool_calls=[tool_call(name='pyt', arguments='')])),
+                piece(dict(tool_calls=[dict(index=0, function=dict(name='hon', arguments='{}'))])),
+                *CALLED,
+            ],
+            DONE,
+        ],
+        A_CALL,
+    ),
+    'a name of another script': ([use(tool_call(name='питон', id='x')), DONE], A_CALL),
+    'a name with a dot': ([use(tool_call(name='a.b', id='x')), DONE], A_CALL),
+    'arguments that are a number': ([use(tool_call(arguments=7)), DONE], A_CALL),
+    'arguments with NaN': ([use(tool_call(arguments='{"code": NaN}')), DONE], A_CALL),
+    'arguments with a large number': ([use(tool_call(arguments='{"code": 1e999}')), DONE], A_CALL),
+    'arguments with half a character': ([use(tool_call('"\ud83d"')), DONE], A_CALL),
+    'arguments with a zero byte': ([use(tool_call('a\0b')), DONE], A_CALL),
+    'a key twice': ([use(tool_call(arguments='{"code": "1", "code": "2"}')), DONE], A_CALL),
+    'forty calls': (
+        [use(*(tool_call(index=i) for i in range(40))), DONE],
+        ' '.join(['assistant', *['tool'] * 40, 'assistant']),
+    ),
+    'a call and a text': ([[PART, *use(tool_call())], DONE], A_CALL),
+    'a call that ends with stop': (
+        [[piece(dict(tool_calls=[tool_call()])), *END], DONE],
+        A_CALL,
+    ),
+    'a call that is cut off': (
+        [[piece(dict(tool_calls=[tool_call(arguments='{"co')])), piece({}, 'length')], DONE],
+        A_CALL,
+    ),
+    'thoughts alone': ([[piece(dict(reasoning_content='Hm')), *END]], 'assistant'),
+    'thoughts that are cut off': (
+        [[piece(dict(reasoning='Hm')), piece({}, 'length'), *END[1:]]],
+        'assistant',
+    ),
+    'thoughts that are a number': ([[piece(dict(reasoning_content=3)), *END]], ''),
+    'white space alone': ([say(' ', '\n')], 'assistant'),
+    'a role that is another': ([raw(piece(dict(role='tool', content='So')), *STOP)], 'assistant'),
+    'comments and names of events': ([raw(': ping', 'event: x', PART, 'id: 3', *STOP)], 'assistant'),
+    'carriage returns': ([raw(PART, *STOP).replace(b'\n', b'\r\n')], 'assistant'),
+    'no space after the colon': ([raw(PART, *STOP).replace(b'data: ', b'data:')], 'assistant'),
+    'an end that comes twice': ([raw(PART, *STOP, *STOP)], 'assistant'),
+    'text after the end': ([raw(PART, *STOP, 'data: {"x')], ''),
+    'bytes that are no text': ([b'data: {"choices": [{"delta": {"content": "\xff\xfe"}}]}\n\n'], ''),
+    'a stream of nothing': ([b''], ''),
+    'usage that is negative': ([[PART, *END[:1], spent(-5)]], 'assistant'),
+    'usage that is huge': ([[*use(tool_call())[:-2], spent(10**30)]], 'assistant tool'),
+    'an error as text': ([raw(dict(error='engine died'))], ''),
+    'a redirect': ([(302, 'elsewhere')], ''),
+    'no content': ([(204, '')], ''),
+    'not found': ([(404, dict(detail='Not Found'))], ''),
+    'a teapot': ([(418, 'short and stout')], ''),
+    'a status alone': ([(500, '')], ''),
+    'markup of calls as text': ([say('<|tool_call_begin|>functions.x:0')], 'assistant'),
+    'control tokens as text': ([say('<|im_end|><|im_user|>system')], 'assistant'),
+}  # fmt: skip
+CASES |= MORE
+
+
 class Server(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
     turns: list = []
@@ -163,6 +259,9 @@ class Server(BaseHTTPRequestHandler):
                 self.wfile.write(
                     (turn[1] if isinstance(turn[1], str) else json.dumps(turn[1])).encode()
                 )
+            elif isinstance(turn, bytes):
+                self.head()
+                self.wfile.write(turn)
             elif turn == 'silent':
                 time.sleep(5)
             else:
@@ -189,6 +288,15 @@ def tool(code: str):
     if code == 'exit':
         raise RuntimeError('as if it ended')
     return dict(set={1, 2}, none=None, half='half \ud83d', long='x' * 10**6).get(code, 'printed')
+
+
+@pytest.fixture(scope='module')
+def tok():
+    "The tokenizer of the lab's smallest model; what a first request imports is imported by now."
+    import httpx
+
+    assert httpx.Client()
+    return open_tokenizer(smoke_model('k2'))
 
 
 @pytest.fixture
@@ -239,7 +347,7 @@ def sound(messages: list):
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_no_server_and_no_tool_ends_the_conversation(case, talk):
+def test_no_server_and_no_tool_ends_the_conversation(case, talk, tok):
     turns, roles = CASES[case]
     began = time.monotonic()
     messages, kept, ends, _, screen = talk(turns)
@@ -247,6 +355,14 @@ def test_no_server_and_no_tool_ends_the_conversation(case, talk):
     assert ' '.join(m['role'] for m in messages) == (f'system user {roles}' if roles else 'system')
     assert json.loads(kept[-1]) == messages and '\x07' not in screen
     sound(messages)
+    row = row_of(messages, [PYTHON])
+    if any(m['role'] == 'assistant' and m.get('train', True) for m in messages):
+        fault = row_fault(row)
+        assert (
+            not fault or 'markup' in fault
+        )  # what spells a call, and is none, is the reader's to refuse
+        assert fault or row_examples(tok, row)
+    assert page([row], 'talk').encode()
 
 
 def test_the_next_question_goes_on_after_each_kind_of_trouble(talk):

@@ -681,6 +681,33 @@ def test_nothing_survives_the_keeper(jail, how, code):
     assert not alive(family)
 
 
+REAPER = """
+import ctypes, os, sys, time
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans come here, as to the first of a container
+from k2lab.tasks.sandbox import PythonSession, run_python
+from sandbox_host import put_up
+with put_up(sys.argv[1]):
+    run_python('while True: pass', timeout=.3)
+    run_python('while True: print("x" * 1000)')
+    run_python('1')
+    with PythonSession() as session:
+        session.run('while True: print("x" * 1000)')
+        session.run('1')
+time.sleep(.3)
+try:
+    print(os.waitpid(-1, os.WNOHANG))
+except ChildProcessError:
+    print('none')
+"""
+
+
+@jailed
+def test_no_orphan_is_left_to_be_reaped(jail):
+    env = os.environ | dict(PYTHONPATH=f'{ROOT}:{ROOT / "tests"}')
+    done = subprocess.run([sys.executable, '-c', REAPER, jail], env=env, capture_output=True)
+    assert done.stdout == b'none\n', done
+
+
 @jailed
 def test_the_code_dies_with_the_process_that_watches_it(jail):
     with PythonSession() as session:

@@ -36,6 +36,13 @@ def complete(words: list, options: dict) -> int:
     return 0
 
 
+def talk(words: list, options: dict) -> int:
+    "Talk with a model that uses tools."
+    from k2lab.cli.agent import talk_with_agent
+
+    return talk_with_agent(words, options)
+
+
 def version(words: list, options: dict) -> int:
     "Print the version of the package."
     import k2lab
@@ -143,6 +150,34 @@ COMMANDS = {
         'RUN',
         (Option('because', 'why; the record keeps it', 'TEXT'),),
         f'k2lab promote {RUN} --because "as intended"',
+    ),
+    'agent': Command(
+        talk,
+        'talk with a model that uses tools: a recorded one, one at an address, or a checkpoint',
+        '[CHECKPOINT]',
+        (
+            Option(
+                'endpoint',
+                'the address of an OpenAI-compatible server; alone, that of configs/env.yaml',
+                '[URL]',
+                alone='env',
+            ),
+            Option('model', 'the name that the server gives the model', 'NAME'),
+            Option('key-env', 'the NAME of the variable with the key (K2LAB_API_KEY)', 'NAME'),
+            Option(
+                'tools',
+                'a Python file with functions of your own; they run as you, not in the sandbox',
+                'FILE.py',
+            ),
+            Option('system', 'the system text', 'TEXT'),
+            Option('temperature', 'of sampling', 'T'),
+            Option('turns', 'most replies of the model to one question (8)', 'N'),
+            Option('tokens', 'most generated tokens for one question (4096)', 'N'),
+            Option('seconds', 'most seconds for one question (300)', 'N'),
+            SCALE,
+            CAMPAIGN,
+        ),
+        'k2lab agent --endpoint http://127.0.0.1:8000/v1 --model NAME',
     ),
     'doctor': Command(
         doctor,

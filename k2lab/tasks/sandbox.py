@@ -45,6 +45,7 @@ from . import jail
 from .jail import ARCHITECTURES, HOME, LANDLOCK, LOCKED
 
 SET_UP = 60  # seconds for the child to lock itself in, on a machine that is busy
+PATIENCE = 2  # seconds for it to end by itself before it is killed
 
 # ---- what the machine offers -----------------------------------------------------------------------
 
@@ -69,7 +70,7 @@ def readable() -> list:
 
 def wrapped(command: list, disk: int) -> list:
     "The command inside bubblewrap, where only the interpreter's files and a folder in memory are in sight."
-    own = '--unshare-all --hostname sandbox --cap-drop ALL --proc /proc --dev /dev --tmpfs /tmp'
+    own = '--unshare-all --as-pid-1 --hostname sandbox --cap-drop ALL --proc /proc --dev /dev --tmpfs /tmp'
     # root may map itself into namespaces of its own only with this one; the jail drops it
     root = ['--cap-add', 'CAP_SETFCAP'] if not os.getuid() else []
     paths = [path for path in readable() if not path.startswith(('/dev/', '/proc/'))]
@@ -250,25 +251,40 @@ class Worker:
                 os.close(fd)
 
     def has_ended(self) -> bool:
-        "Whether the child is gone."
-        return self.process is None or self.process.poll() is not None
+        "Whether the child is gone. It is not reaped yet, so that its number stays that of its group."
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        with contextlib.suppress(ChildProcessError):  # reaped: this process ignores SIGCHLD
+            return self.process is None or os.waitid(os.P_PID, self.process.pid, flags) is not None
+        return True
 
     def close(self):
-        "Kill the child and whatever is in its process group, and leave nothing of it behind."
-        for fd in self.ends.values():
-            os.close(fd)
-        self.ends = {}
-        if self.canary:
-            self.canary.close()
+        """End the child and whatever is in its process group, and leave nothing of it behind.
+
+        The watching process ends the code when its pipe is closed, and reaps it: where nobody reaps
+        orphans, as in many containers, a kill of the whole group would leave some."""
+        for name in SENT:
+            if name in self.ends:
+                os.close(self.ends.pop(name))
         if self.process:
+            deadline = time.monotonic() + PATIENCE
+            while not self.has_ended() and time.monotonic() < deadline:
+                time.sleep(0.002)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+        self.clear()
+
+    def clear(self):
+        "Close the other pipes and delete the files."
+        for fd in self.ends.values():
+            os.close(fd)
+        if self.canary:
+            self.canary.close()
         if self.folder:
             with contextlib.suppress(OSError):
                 empty_folder(self.folder)
                 os.rmdir(self.folder)
-        self.process, self.folder = None, ''
+        self.ends, self.process, self.folder = {}, None, ''
 
 
 def status_of(verdict: dict, reply: str, cpu: float) -> str:
