@@ -10,7 +10,7 @@ __all__ = ['ROW_KINDS', 'PROSE_KINDS', 'PAGE_KINDS', 'CODE_KINDS', 'FILE_KINDS',
            'rest_json', 'list_members', 'member_at', 'html_text', 'plain_text', 'page_text', 'document_text', 'CsvText',
            'csv_row', 'Stream', 'archive', 'archived_page', 'unfolded', 'open_parquet', 'batch_rows', 'parquet_rows',
            'is_utf8', 'is_complete', 'as_table', 'text_of', 'part_text', 'licences_in', 'set_licence', 'Reading',
-           'value_at', 'move', 'LineReader', 'is_json', 'Reader']
+           'reading_of', 'value_at', 'move', 'LineReader', 'is_json', 'Reader']
 
 # %% ../../nbs/corpus/00_readers.ipynb #53d98013
 import base64
@@ -610,6 +610,14 @@ class Reading:
             move(row, 'key', counts)
         row['key'] = str(value)
         return ''
+
+
+def reading_of(settings: dict) -> Reading | None:
+    "A `Reading` from its fields as JSON keeps them; None of none."
+    as_tuple = lambda value: tuple(value) if isinstance(value, list) else value
+    return (
+        Reading(**{name: as_tuple(value) for name, value in settings.items()}) if settings else None
+    )
 
 
 def value_at(row: dict, name: str, default=None) -> Any:
