@@ -86,7 +86,7 @@ from k2lab.tasks.splits import (
     without,
 )
 from .tasks.stats import copy_baseline, majority_baseline
-from .tasks.traces import check_gym, check_trace_source, gym_rows, reasoning_set
+from .tasks.traces import asked_text, check_gym, check_trace_source, gym_rows, reasoning_set
 from .tasks.verify import prompt_of
 from .text.rows import read_rows
 
@@ -470,7 +470,7 @@ def reasoning_questions(cfg) -> Questions:
 def as_text(row: dict) -> dict:
     "A worked solution as a document to read."
     return dict(
-        text=f'{row["prompt"]}\n{row["reasoning"]}\n{row["final"]}',
+        text=f'{asked_text(row)}\n{row["reasoning"]}\n{row["final"]}',
         source=row.get('source', f'puzzles/{row["family"]}'),
         licence=row.get('licence', LICENCE),
     )
