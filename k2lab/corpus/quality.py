@@ -384,7 +384,7 @@ def is_code(text: str) -> bool:
     shown = ''.join(text.split())
     # letters, and the marks that belong to them in Thai or Hindi
     letters = sum(c.isalpha() or unicodedata.category(c)[0] == 'M' for c in shown)
-    return bool(shown) and (2 * marked >= len(lines) or letters < 0.8 * len(shown))
+    return len(shown) >= 20 and (2 * marked >= len(lines) or letters < 0.8 * len(shown))
 
 
 def drop_languages(table, wanted: list, least: float = 0.65, field: str = 'text') -> tuple:

@@ -590,8 +590,9 @@ class Reading:
             return f'no field {absent[0]!r}; the row has {known}: name its text by text: FIELD'
         values = {name: value_at(row, name) for name in self.text}
         texts = {name: '' if value is None else text_of(value) for name, value in values.items()}
+        alone = len(texts) == 1  # a number is a text among others only
         for name, text in texts.items():
-            if text is None:
+            if text is None or alone and isinstance(values[name], int | float):
                 return f'{name!r} must be text, this is {type(values[name]).__name__}: {values[name]!r:.40}'
             row.pop(name, None)
         if 'text' in row:
@@ -638,7 +639,7 @@ class LineReader:
     """The lines of a file, or those that begin in its bytes [start, stop).
 
     `bad` counts rejected rows, `span` is the range of bytes whose lines were read, and `partial`
-    says why the file was not read to its end; the row in which it was cut off is no bad row.
+    says why the file was not read to its end.
     `notes` counts what else was done. `on_bad` is called with {file, offset, line, bytes,
     reason}; without it a bad row is a `LabError`."""
 
@@ -649,7 +650,7 @@ class LineReader:
 
     def reject(self, line: int, offset: int, size: int, reason: str):
         "Counts a bad row and reports it to `on_bad`."
-        self.bad += not self.partial
+        self.bad += 1
         if self.partial:
             reason = f'cut off: {reason}'
         if not self.on_bad:

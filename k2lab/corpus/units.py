@@ -457,7 +457,9 @@ def check_whole(pieces: list, allow_partial: bool):
 
 def check_bad(pieces: list, folder, max_bad: float):
     "`LabError` if more than this share of the rows is bad, or there are none."
-    bad, rows = sum(p['rejected'] for p in pieces), sum(p['rows'] for p in pieces)
+    # the row in which a file was cut off is told with the file
+    bad = sum(p['rejected'] - bool(p['rejected'] and p.get('partial')) for p in pieces)
+    rows = sum(p['rows'] for p in pieces)
     if bad > max_bad * (bad + rows):
         worst = max(pieces, key=lambda p: p['rejected'])
         raise LabError(
