@@ -467,19 +467,17 @@ def parquet_rows(file, counts: Counter, texts=()):
     for batch in file.iter_batches(batch_rows(file.metadata), use_threads=False):
         for row in batch.to_pylist():
             if odd:
-                before = {name: row[name] for name in texts if isinstance(row.get(name), bytes)}
-                row = plain(row, counts)
-                row |= {name: value for name, value in before.items() if not is_utf8(value)}
+                bad = {name for name in texts if not is_utf8(row.get(name))}
+                row = {k: v if k in bad else plain(v, counts) for k, v in row.items()}
             yield unfolded(row) if ours else row
 
 
-def is_utf8(data: bytes) -> bool:
-    "Whether bytes are text in UTF-8."
+def is_utf8(data) -> bool:
+    "Whether bytes are text in UTF-8; anything else is."
     try:
-        data.decode()
+        return not isinstance(data, bytes) or data.decode() is not None
     except UnicodeDecodeError:
         return False
-    return True
 
 # %% ../../nbs/corpus/00_readers.ipynb #56702250
 def is_complete(row, names, fill) -> bool:
