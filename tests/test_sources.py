@@ -50,14 +50,12 @@ DOLMA = [
     for i in range(5)
 ]
 STACK = [
-    dict(
-        hexsha=f'{i:040x}',
-        size=99,
-        ext='py',
-        lang='Python',
-        content=f'def f{i}(x):\n\n\n    return x\n' * 4,
+    dict(hexsha=f'{i:040x}', size=99, ext='py', lang='Python', alphanum_fraction=0.5)
+    | dict(max_stars_repo_licenses=['MIT', 'Apache-2.0'])
+    | dict(
+        content=f'import os\n\n\ndef path{i}(name):\n    return os.path.join("{i}", name)\n\n\n'
+        f'if os.path.exists(path{i}("x")):  \n    print("there", {i})\n'
     )
-    | dict(max_stars_repo_licenses=['MIT', 'Apache-2.0'], alphanum_fraction=0.5)
     for i in range(5)
 ]
 FINEWEB = [
@@ -404,7 +402,7 @@ def test_cut_files_are_taken_where_that_is_asked_for(tmp_path):
     with pytest.raises(LabError, match='allow_partial: true takes what there is'):
         refine([spec], ['a'], Refining(near_duplicate_jaccard=None), tmp_path / 'one')
     made = refine([spec | dict(allow_partial=True)], ['a'], Refining(), tmp_path / 'two')
-    assert 100 < len(made.index) < 400 and 'it is cut or damaged' in str(made.steps[0]['notes'])
+    assert 20 < len(made.index) < 400 and 'it is cut or damaged' in str(made.steps[0]['notes'])
     (tmp_path / 'b.jsonl.gz').write_bytes(data + b'trailing bytes')
     made = refine(
         [dict(files=f'{tmp_path}/b.jsonl.gz')],

@@ -352,9 +352,9 @@ def write_documents(source: Source, limit: int | None, folder: Path, max_bad: fl
     whole = file_documents(source, bad.append, notes) if source.files else None
     rows = islice(whole or python_documents(source.package), limit)
     lines = [dumps_exactly(row) + b'\n' for row in rows]
-    write_whole(
-        rejects / 'rejects' / 'first.jsonl', b''.join(dumps_exactly(b) + b'\n' for b in bad)
-    )
+    if bad:
+        named = b''.join(dumps_exactly(row) + b'\n' for row in bad)
+        write_whole(rejects / 'rejects' / 'first.jsonl', named)
     files = Counter(str(row['file']) for row in bad)
     pieces = [dict(path=str(source.files or source.place), rows=len(lines), rejected=0)]
     check_bad(
