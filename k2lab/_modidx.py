@@ -141,6 +141,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'k2lab/corpus/operators.py'),
                                         'k2lab.corpus.operators.normalise_table': ( 'corpus/operators.html#normalise_table',
                                                                                     'k2lab/corpus/operators.py'),
+                                        'k2lab.corpus.operators.noted': ('corpus/operators.html#noted', 'k2lab/corpus/operators.py'),
                                         'k2lab.corpus.operators.sizes': ('corpus/operators.html#sizes', 'k2lab/corpus/operators.py'),
                                         'k2lab.corpus.operators.sorted_out': ( 'corpus/operators.html#sorted_out',
                                                                                'k2lab/corpus/operators.py'),

@@ -7,7 +7,7 @@ __all__ = ['SHOWN', 'CONTROL', 'CHANGES', 'hash_percent', 'held_out', 'counted',
            'unit_counts', 'normal', 'normalise', 'finish_normal', 'normal_batch', 'normal_column', 'normalise_table',
            'change_kinds', 'drop_short', 'fingerprint', 'exact_dedup', 'word_grams', 'gram_index', 'found_grams',
            'covers', 'clear_of', 'decontaminate', 'whole_shares', 'largest_mixture', 'mix_rows', 'drawn', 'check_pool',
-           'conserved', 'text_bytes', 'by_source', 'data_card', 'funnel']
+           'conserved', 'text_bytes', 'by_source', 'data_card', 'noted', 'funnel']
 
 # %% ../../nbs/corpus/04_operators.ipynb #e76a1555
 import hashlib
@@ -368,14 +368,25 @@ def data_card(name: str, rows: list, steps: Sequence = ()) -> dict:
     )
 
 # %% ../../nbs/corpus/04_operators.ipynb #cd745141
+def noted(step: dict) -> dict:
+    "{what: number} that the counts of a step tell: rows removed, notes of reading, texts that it would change."
+    told = step['removed'] | step.get('notes', {})
+    if step.get('code'):
+        told['kept as code'] = step['code']
+    if step.get('would_change'):
+        told['one spelling would change'] = step['would_change']
+        told |= {f'for {what}': n for what, n in step['changes'].items()}
+    return told
+
+
 def funnel(steps: list) -> list:
-    "The steps as table rows: step, rows in, rows out, removed and why."
+    "The steps as table rows: step, rows in, rows out, what was removed or noted."
     return [
         (
-            s['step'],
-            s['rows_in'],
-            s['rows_out'],
-            ', '.join(f'{n} {why}' for why, n in (s['removed'] | s.get('notes', {})).items()),
+            step['step'],
+            step['rows_in'],
+            step['rows_out'],
+            ', '.join(f'{n} {what}' for what, n in noted(step).items()),
         )
-        for s in steps
+        for step in steps
     ]
