@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from .formulas import with_formulas
@@ -548,11 +549,16 @@ def licences_in(value) -> list[str] | None:
 
 def set_licence(row: dict, fields=LICENCE_FIELDS) -> str:
     "Sets `licence` of a row by its own fields, if they name one; returns what is wrong with them, or ''."
-    named, had = [], row.get('licence')
-    for field in fields:
-        if field in row and (found := licences_in(row[field])) is None:
+    there, named, had = [field for field in fields if field in row], [], row.get('licence')
+    if not there:
+        return ''
+    if len(there) == 1 and row[there[0]].__class__ is str and row[there[0]].strip():
+        row['licence'] = row[there[0]]  # as in nearly all sets
+        return ''
+    for field in there:
+        if (found := licences_in(row[field])) is None:
             return f'{field!r} must be text or a list of texts, this is {type(row[field]).__name__}'
-        named += found if field in row else []
+        named += found
     if isinstance(had, list):
         row['licence_column'] = had
     row['licence'] = ' AND '.join(dict.fromkeys(named)) or None
@@ -574,15 +580,18 @@ class Reading:
         "Makes a row a document in place; returns what is wrong with it, or ''."
         if not isinstance(row, dict):
             return f'a row must be an object, this is {type(row).__name__}'
-        fields = (self.licence, *LICENCE_FIELDS) if self.licence else LICENCE_FIELDS
-        if 'source' in row and not isinstance(row['source'], str | None):
+        if row.get('source').__class__ not in (str, NoneType):
             move(row, 'source', counts)
-        return self.set_text(row, counts) or self.set_key(row, counts) or set_licence(row, fields)
+        reason = ''
+        if self.text != ('text',) or row.get('text').__class__ is not str:
+            reason = self.set_text(row, counts)
+        if self.key:
+            reason = reason or self.set_key(row, counts)
+        fields = (self.licence, *LICENCE_FIELDS) if self.licence else LICENCE_FIELDS
+        return reason or set_licence(row, fields)
 
     def set_text(self, row: dict, counts: Counter) -> str:
         "Sets `text` by the fields that are it; returns what is wrong, or ''."
-        if self.text == ('text',) and isinstance(row.get('text'), str):
-            return ''
         if absent := [name for name in self.text if value_at(row, name, self) is self]:
             known = ', '.join(f'{name!s:.40}' for name in [*row][:12])
             return f'no field {absent[0]!r}; the row has {known}: name its text by text: FIELD'
@@ -600,8 +609,6 @@ class Reading:
 
     def set_key(self, row: dict, counts: Counter) -> str:
         "Sets `key` by the field that names a document; returns what is wrong, or ''."
-        if not self.key:
-            return ''
         value = value_at(row, self.key)
         if not isinstance(value, (str, int)) or value == '':
             return f'{self.key!r} must name the document, this is {value!r:.40}'
@@ -868,11 +875,13 @@ class Reader(LineReader):
         before = stamp(self.path)
         manifest = read_manifest(self.path) if '://' not in self.path else None
         names, fill = self.names, [*self.fill.items()]
+        columns = self.reading.columns if self.reading else None
         for number, at, row in WAYS.get(self.kind, Reader._document)(self):
             reason = self.reading.document(row, self.notes) if self.reading else ''
             if not reason and is_complete(row, names, fill):
                 self.rows += 1
-                self.leave_out(row)
+                if columns is not None:
+                    self.leave_out(row, columns)
                 yield number, row
             else:
                 size = 0 if self.line is None else len(self.line)
@@ -893,13 +902,11 @@ class Reader(LineReader):
         elif not self.start and self.stop is None and rows != manifest['rows']:
             self.partial = f"{self.path}: {rows} rows, its manifest says {manifest['rows']}"
 
-    def leave_out(self, row: dict):
-        "Removes the columns of a row that its `Reading` does not name, and counts them."
-        if self.reading and self.reading.columns is not None:
-            stay = {*self.names, *self.columns, 'key', 'licence', *self.reading.columns}
-            for name in row.keys() - stay:
-                del row[name]
-                self.notes[f'column {name} left out'] += 1
+    def leave_out(self, row: dict, columns: tuple):
+        "Removes the columns of a row that are not named, and counts them."
+        for name in row.keys() - {*self.names, *self.columns, 'key', 'licence', *columns}:
+            del row[name]
+            self.notes[f'column {name} left out'] += 1
 
     def tables(self):
         "The good rows as `pyarrow.Table`s of about 4 MB: the format's fields, `columns`, and `extra`, all text."
