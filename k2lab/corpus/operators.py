@@ -186,7 +186,8 @@ def change_kinds(column) -> dict:
 
     found, other = {}, None
     for name, pattern in CHANGES.items():
-        hits = pc.match_substring_regex(column, pattern)
+        options = pc.MatchSubstringOptions(pattern)
+        hits = pc.call_function('match_substring_regex', [column], options)
         found[name] = pc.call_function('sum', [hits]).as_py()
         other = hits if other is None else pc.call_function('or', [other, hits])
     left = len(column) - pc.call_function('sum', [other]).as_py()

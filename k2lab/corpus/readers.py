@@ -7,10 +7,10 @@ __all__ = ['ROW_KINDS', 'PROSE_KINDS', 'PAGE_KINDS', 'CODE_KINDS', 'FILE_KINDS',
            'BATCH', 'LINE', 'NO_NUMBER', 'NO_TEXT', 'ROUNDED', 'BETWEEN', 'LFS', 'LICENCE_FIELDS', 'WAYS', 'suffix_of',
            'kind_of', 'matches', 'remote_matches', 'find_files', 'foreign', 'Unread', 'answering', 'stamp', 'open_raw',
            'split_lines', 'codec', 'dumps_exactly', 'plain', 'no_constant', 'loads_exactly', 'second_opinion',
-           'rest_json', 'list_members', 'member_at', 'html_text', 'plain_text', 'page_text', 'document_text', 'CsvText',
-           'csv_row', 'Stream', 'archive', 'archived_page', 'unfolded', 'open_parquet', 'batch_rows', 'parquet_rows',
-           'is_utf8', 'is_complete', 'as_table', 'text_of', 'part_text', 'licences_in', 'set_licence', 'Reading',
-           'reading_of', 'value_at', 'move', 'LineReader', 'is_json', 'Reader']
+           'rest_json', 'list_members', 'after_space', 'member_at', 'html_text', 'plain_text', 'page_text',
+           'document_text', 'CsvText', 'csv_row', 'Stream', 'archive', 'archived_page', 'unfolded', 'open_parquet',
+           'batch_rows', 'parquet_rows', 'is_utf8', 'is_complete', 'as_table', 'text_of', 'part_text', 'licences_in',
+           'set_licence', 'Reading', 'reading_of', 'value_at', 'move', 'LineReader', 'is_json', 'Reader']
 
 # %% ../../nbs/corpus/00_readers.ipynb #53d98013
 import base64
@@ -248,8 +248,8 @@ def loads_exactly(line: bytes):
 
 def second_opinion(line: bytes, counts: Counter) -> tuple[dict | None, str]:
     "(row, '') of a line that only the fast parser refuses, else (None, what is wrong with it)."
-    row, reason = parse_line(line)
-    row = plain(row, counts)
+    parsed, reason = parse_line(line)
+    row: Any = plain(parsed, counts)
     try:
         dumps_exactly(row)
     except UnicodeEncodeError:
@@ -286,7 +286,7 @@ def list_members(pieces, most: int = LINE):
             continue
         if not at:
             at = text.find('[') + 1
-        while (at := BETWEEN.match(text, at).end()) < len(text):
+        while (at := after_space(text, at)) < len(text):
             if text[at] == ']':
                 return
             value, end = member_at(parse, text, at, piece is None, most)
@@ -296,6 +296,12 @@ def list_members(pieces, most: int = LINE):
             at = end
         text, at, least = '[' + text[at:], 1, 2 * (len(text) - at)
     raise ValueError('the list never ends')
+
+
+def after_space(text: str, at: int) -> int:
+    "The place after the white space and commas at a place."
+    found = BETWEEN.match(text, at)
+    return found.end() if found else at
 
 
 def member_at(parse, text: str, at: int, last: bool, most: int) -> tuple:
@@ -596,7 +602,9 @@ class Reading:
             known = ', '.join(f'{name!s:.40}' for name in [*row][:12])
             return f'no field {absent[0]!r}; the row has {known}: name its text by text: FIELD'
         values = {name: value_at(row, name) for name in self.text}
-        texts = {name: '' if value is None else text_of(value) for name, value in values.items()}
+        texts: dict[str, Any] = {
+            name: '' if value is None else text_of(value) for name, value in values.items()
+        }
         alone = len(texts) == 1  # a number is a text among others only
         for name, text in texts.items():
             if text is None or alone and isinstance(values[name], int | float):
@@ -620,10 +628,10 @@ class Reading:
 
 def reading_of(settings: dict) -> Reading | None:
     "A `Reading` from its fields as JSON keeps them; None of none."
-    as_tuple = lambda value: tuple(value) if isinstance(value, list) else value
-    return (
-        Reading(**{name: as_tuple(value) for name, value in settings.items()}) if settings else None
-    )
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
+    return Reading(**fields) if fields else None
 
 
 def value_at(row: dict, name: str, default=None) -> Any:

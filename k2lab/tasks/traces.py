@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['THOUGHTS', 'LAYOUTS', 'FIELDS', 'MORE_FIELDS', 'OPEN', 'CLOSE', 'SPEC', 'NUMBERS', 'Trace', 'Unfit', 'gsm8k',
-           'generations', 'solved', 'programs', 'triples', 'conversation_row', 'plain_text', 'check_turns', 'replied',
+           'generations', 'solved', 'programs', 'triples', 'conversation_row', 'said_text', 'check_turns', 'replied',
            'named_fields', 'text_in', 'used_fields', 'layout_of', 'parted', 'checked_parts', 'graded_row', 'fault_of',
            'Loose', 'check_trace_source', 'raw_traces', 'row_traces', 'reading_counts', 'part_and_verify', 'asked_text',
            'questions_of', 'problems_of', 'one_each', 'not_asked', 'reasoning_set', 'check_gym', 'gym_row', 'gym_rows']
@@ -92,11 +92,11 @@ def conversation_row(row: dict) -> list:
     while messages[-1]['role'] != 'assistant':
         messages, left = messages[:-1], ['a last turn without a reply']
     first = messages[0]['role'] == 'system'
-    system, turns = (plain_text(messages[0]) if first else ''), messages[first:]
+    system, turns = (said_text(messages[0]) if first else ''), messages[first:]
     check_turns(turns)
     if any(m.get('reasoning_content') for m in turns[:-1]):
         left.append('thoughts of earlier turns')
-    texts = list(map(plain_text, turns))
+    texts = list(map(said_text, turns))
     pairs = [list(pair) for pair in zip(texts[:-2:2], texts[1:-2:2])]
     before = dict(system=system, history=pairs, tools=talk.get('tools'))
     before = {name: value for name, value in before.items() if value}
@@ -105,7 +105,7 @@ def conversation_row(row: dict) -> list:
     return [Trace(texts[-2], texts[-1], answer, (), thoughts, before, tuple(left))]
 
 
-def plain_text(message: dict) -> str:
+def said_text(message: dict) -> str:
     "The content of a message as text."
     return text_of(message['content']) or ''
 
