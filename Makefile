@@ -18,7 +18,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTED := $(VENV)/.tested
-PLAIN := setup.py k2lab/__main__.py $(wildcard k2lab/cli/*.py k2lab/bench/*.py) $(addprefix k2lab/,corpus/kernels.py corpus/signals.py tasks/jail.py tasks/sandbox.py lab/slurm.py models/mla.py serving/drafts.py serving/engine.py serving/protocol.py serving/responses.py serving/server.py text/typescript.py training/muon.py)
+PLAIN := setup.py k2lab/__main__.py $(wildcard k2lab/cli/*.py k2lab/bench/*.py) $(addprefix k2lab/,corpus/formulas.py corpus/kernels.py corpus/signals.py tasks/jail.py tasks/sandbox.py lab/slurm.py models/mla.py serving/drafts.py serving/engine.py serving/protocol.py serving/responses.py serving/server.py text/typescript.py training/muon.py)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 

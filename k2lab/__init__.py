@@ -3,6 +3,7 @@
 Modules:
 
 - `k2lab.bench.peers`: Other tools at the work that `python -m k2lab.bench` measures, each as its own documents show it.
+- `k2lab.corpus.formulas`: Puts the TeX of each formula of an html page in its place, once.
 - `k2lab.corpus.kernels`: Compiled kernels over UTF-8 bytes that find duplicates and contamination, each with a twin in plain Python that defines the result.
 - `k2lab.corpus.signals`: Compiled kernels that compute the counts of quality rules, each with a twin in plain Python that defines the result.
 - `k2lab.serving.engine`: One thread that computes the answers of all requests: rows of several requests in one batch, or batches in turn.

@@ -628,6 +628,7 @@ def test_domain_mode_leaves_its_files_and_passes_its_checks(domain_job):
     assert set(domain_job.record['saves']) == {
         'domain',
         'domain_heldout',
+        'domain_heldout_rest',
         'general',
         'general_heldout',
         'domain_sft',
@@ -756,9 +757,9 @@ def test_an_empty_or_broken_file_source_is_refused(prepared, tmp_path):
     (tmp_path / 'empty.jsonl').write_text('')
     (tmp_path / 'bad.jsonl').write_text('{"text": "a"}\n{"text": 1}\n')
     for limit, file, message in (
-        (5, 'empty', 'no documents in .*empty.jsonl'),
+        (5, 'empty', 'no rows in .*empty.jsonl'),
         (None, 'empty', 'no rows in .*empty.jsonl'),
-        (5, 'bad', "bad.jsonl:2: 'text' must be text"),
+        (5, 'bad', "1 of 2 rows are bad .*bad.jsonl, line 2: 'text' must be text"),
         (None, 'bad', "1 of 2 rows are bad .*bad.jsonl, line 2: 'text' must be text"),
     ):
         with pytest.raises(LabError, match=message):
@@ -792,17 +793,21 @@ def test_text_alone_needs_no_questions(prepared, tmp_path):
             for i in range(40)
         )
     )
-    job = prepared(
+    alone = partial(
+        prepared,
         sources=[dict(files=f'{tmp_path}/notes.jsonl', licence='CC0-1.0')],
         questions=0,
         general_sources=[],
         limit=None,
-        heldout_rows=40,
+        heldout_rows=3,
     )
-    assert set(job.record['saves']) == {'domain', 'domain_heldout'} and all(
-        c['ok'] for c in job.record['checks']
-    )
-    train, heldout = keys(job, 'domain'), keys(job, 'domain_heldout')
+    job = alone()
+    assert set(job.record['saves']) == {'domain'} and len(keys(job, 'domain')) == 40
+    job = alone(heldout_percent=15)
+    assert set(job.record['saves']) == {'domain', 'domain_heldout', 'domain_heldout_rest'}
+    assert all(c['ok'] for c in job.record['checks']) and len(keys(job, 'domain_heldout')) == 3
+    train = keys(job, 'domain')
+    heldout = keys(job, 'domain_heldout') | keys(job, 'domain_heldout_rest')
     everything = {f'note{i}' for i in range(40)}
     assert heldout == {k for k in everything if operators.held_out(k, 15)}
     assert train | heldout == everything and not train & heldout

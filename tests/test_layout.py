@@ -30,6 +30,7 @@ MODULES = sorted(p for p in (ROOT / 'k2lab').rglob('*.py') if p.name != '_modidx
 PLAIN = {
     '__main__',
     'corpus.kernels',
+    'corpus.formulas',
     'corpus.signals',
     'tasks.jail',
     'tasks.sandbox',

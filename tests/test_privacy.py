@@ -41,6 +41,9 @@ def said(text, kind=None) -> list:
         ("o'neil@trinity.ie", "o'neil@trinity.ie"),
         ('mailto:a@b.co', 'a@b.co'),
         ('x@xn--mller-kva.xn--p1ai', 'x@xn--mller-kva.xn--p1ai'),
+        ('почта иван@пример.рф, да', 'иван@пример.рф'),
+        ('γράψτε στο νίκος@uni.gr', 'νίκος@uni.gr'),
+        ('Ada@Lovelace.org', 'Ada@Lovelace.org'),
     ],
 )
 def test_mail(text, found):
@@ -67,6 +70,10 @@ def test_mail(text, found):
         'a@b',
         'user@test.org',
         '$USER@mail.net',
+        'call foo@Bar.class in the second method',
+        'foo@bar.method',
+        'this@Outer.field',
+        'user@MyModel.find',
     ],
 )
 def test_no_mail(text):
@@ -90,6 +97,14 @@ def test_no_mail(text):
         ('001-403-229-7923', '001-403-229-7923'),
         ('Fax number 20 7946 0958', '20 7946 0958'),
         ('tél. 01 72 17 48 81', '01 72 17 48 81'),
+        ('Тел.: 8 (495) 123-45-67', '8 (495) 123-45-67'),
+        ('电话：13812345678', '13812345678'),
+        ('전화번호: 02-123-4567', '02-123-4567'),
+        ('teléfono: 91 123 45 67', '91 123 45 67'),
+        ('Telefonnummer: 0731 50-12345', '0731 50-12345'),
+        ('call me at 020 7946 0958', '020 7946 0958'),
+        ('+49.30.1234567', '+49.30.1234567'),
+        ('+420 123 456 789', '+420 123 456 789'),
     ],
 )
 def test_phone(text, found):
@@ -117,6 +132,16 @@ def test_phone(text, found):
         'lib-415-555-2671',
         '+0123456789',
         '+123456789012345678',
+        'coordinates +48.8566 12.3522',
+        'at +48.85 12.35 m',
+        '+37 46.493, -122 25.164',
+        '+37 46 29.6',
+        '+48.8566+012.3522/',
+        '+40.7128, -74.0060',
+        'latitude: +48856612',
+        '2023-11-18 10:00:00 +1200 2023-11-19',
+        'call 1234567 times',
+        'the system call 12345678',
     ],
 )
 def test_no_phone(text):

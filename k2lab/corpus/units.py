@@ -29,7 +29,7 @@ from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
-from .readers import WAYS, Reader, Unread, find_files, kind_of, stamp
+from .readers import WAYS, Reader, Unread, find_files, kind_of, reading_of, stamp
 from .writers import SHARD_BYTES, Shards
 from ..lab.config import LabError, one_of
 from ..lab.files import read_lines
@@ -96,6 +96,9 @@ class Plan:
     config: dict = field(default_factory=dict)  # its keyword arguments
     format: str = 'domain'
     columns: tuple = ()  # keys that the operator wants as columns
+    reading: dict = field(
+        default_factory=dict
+    )  # the fields of a `Reading`: how rows become documents
     ending: str = '.jsonl'
     room: int = SHARD_BYTES  # bytes of a shard, about
     licence: str = 'unknown'
@@ -181,9 +184,8 @@ def read_piece(piece: Piece, plan: Plan, on_bad):
     "A reader for a piece; `Unread` if the file has changed since the work was planned."
     if stamp(piece.path) != (piece.size, piece.mark):
         raise Unread(f'{piece.path}: changed since the work was cut')
-    return Reader(
-        piece.path, plan.format, plan.columns, dict(piece.fill), piece.start, piece.stop, on_bad
-    )
+    span, reading = (piece.start, piece.stop), reading_of(plan.reading)
+    return Reader(piece.path, plan.format, plan.columns, dict(piece.fill), *span, on_bad, reading)
 
 
 def piece_receipt(piece: Piece, reader: Reader) -> dict:
@@ -197,6 +199,7 @@ def piece_receipt(piece: Piece, reader: Reader) -> dict:
         rows=reader.rows,
         rejected=reader.bad,
         partial=reader.partial,
+        notes=dict(reader.notes),
         note='no rows in this file' if empty else '',
     )
 
@@ -448,13 +451,15 @@ def check_whole(pieces: list, allow_partial: bool):
     if partial and not allow_partial:
         raise LabError(
             f'{len(partial)} file{"s" if len(partial) > 1 else ""} not whole '
-            f'(allow_partial takes what there is): {"; ".join(partial[:3])}'
+            f'(allow_partial: true takes what there is): {"; ".join(partial[:3])}'
         )
 
 
 def check_bad(pieces: list, folder, max_bad: float):
     "`LabError` if more than this share of the rows is bad, or there are none."
-    bad, rows = sum(p['rejected'] for p in pieces), sum(p['rows'] for p in pieces)
+    # the row in which a file was cut off is told with the file
+    bad = sum(p['rejected'] - bool(p['rejected'] and p.get('partial')) for p in pieces)
+    rows = sum(p['rows'] for p in pieces)
     if bad > max_bad * (bad + rows):
         worst = max(pieces, key=lambda p: p['rejected'])
         raise LabError(
@@ -515,6 +520,7 @@ def corpus_index(receipts: list, pieces: list, plan: Plan) -> dict:
         rows=sum(r['kept'] for r in receipts),
         counts=counts,
         partial=partial_files(pieces),
+        notes=reduce(added, (p['notes'] for p in pieces), {}),
         empty=[p['path'] for p in pieces if p['note']],
         bytes=sum(s['bytes'] for s in shards),
         cpu_seconds=round(sum(r['cpu_seconds'] for r in receipts), 3),

@@ -64,29 +64,36 @@ class Sides:
         return [item for item in items if self.holds(side, key(item))]
 
 # %% ../../nbs/tasks/06_splits.ipynb #ebe4c51d
-def sorted_by_side(corpus: Refined, settings: Refining, sides: Sides, asked: Set) -> tuple:
-    "(index of the training side, of the held-out side, of the keys in `asked`; counts)."
+def sorted_by_side(corpus: Refined, settings: Refining, sides: Sides | list, asked: Set) -> tuple:
+    "(index of the training side, of the held-out side, of the keys in `asked`; counts); `sides` may be one a source."
     index, steps = unique(corpus, settings)
-    of = lambda key: 0 if sides.of(key) == 'evaluation' else 1 if key in asked else -1
-    why = [of(key) for key in index['key'].to_pylist()]
+    each = sides if isinstance(sides, list) else [sides] * len(corpus.names)
+    of = lambda one, key: 0 if one.of(key) == 'evaluation' else 1 if key in asked else -1
+    keyed = zip(index['spec'].to_pylist(), index['key'].to_pylist())
+    why = [of(each[spec], key) for spec, key in keyed]
     train, counts = sorted_out('hold out', index, why, ['held out', 'asked in development'])
     held, known = (index.filter([reason == side for reason in why]) for side in (0, 1))
     return train, held, known, [*steps, counts]
 
 # %% ../../nbs/tasks/06_splits.ipynb #53c33ff2
 def split_texts(
-    corpus: Refined, settings: Refining, sides: Sides, eval_sets: dict, asked: Set = frozenset()
+    corpus: Refined,
+    settings: Refining,
+    sides: Sides | list,
+    eval_sets: dict,
+    asked: Set = frozenset(),
 ) -> tuple:
     "(training index, held-out index, counts); training quotes no held-out or asked page, no eval text."
     train, heldout, known, steps = sorted_by_side(corpus, settings, sides, asked)
     pages = dict(zip(('held-out documents', 'development documents'), (heldout, known)))
     texts = {name: texts_of(corpus, index) for name, index in pages.items() if len(index)}
     kept, last = without_contaminated(corpus, train, {**texts, **eval_sets})
-    if not len(kept) or not len(heldout):
+    most = max(one.evaluation for one in (sides if isinstance(sides, list) else [sides]))
+    if not len(kept) or most and not len(heldout):
         raise LabError(
             f'{steps[0]["rows_in"]} documents of {", ".join(corpus.names)} leave {len(kept)} '
             f'to train on and {len(heldout)} held out: name more sources, '
-            f'or change the share held out ({sides.evaluation} %)'
+            f'or change the share held out ({most} %)'
         )
     return kept, heldout, [*corpus.steps, *steps, last]
 

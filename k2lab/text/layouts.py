@@ -66,7 +66,11 @@ LAYOUTS = {
     'prompt_completion': Layout('prompt', ('completion',), takes=('reasoning', *_TURNS)),
     'prompt_response': Layout('prompt', ('response',), takes=('reasoning', *_TURNS)),
     'prompt_reasoning_final': Layout(
-        'prompt', ('final',), ('reasoning',), takes=_TURNS, rides=('answer', 'entry')
+        'prompt',
+        ('final',),
+        ('reasoning',),
+        takes=_TURNS,
+        rides=('answer', 'entry', 'tests', 'judge', 'verified'),
     ),
     'question_answer': Layout('question', ('answer',), takes=('reasoning', *_TURNS)),
     'unpaired': Layout('prompt', ('completion',), ('label',), takes=('reasoning', *_TURNS)),
