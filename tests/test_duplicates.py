@@ -100,17 +100,76 @@ def test_hashes_by_hand():
 
 
 def test_a_letter_is_what_python_takes_for_one():
-    table = kernels.word_classes()
-    import re
-
+    table, spelled = kernels.word_classes()
     for c in range(kernels.CODE_POINTS):
-        if 0xD800 <= c < 0xE000:
+        if 0xD800 <= c < 0xE000 or c == 0x5F:
             continue
-        assert bool(table[c]) == bool(re.match(r'\w', chr(c).lower())), hex(c)
+        letters, what = kernels.folded_letters(chr(c)), int(table[c])
+        if what <= kernels.SPELLED and what != kernels.SKIPPED:
+            first = kernels.SPELLED - what + 1
+            assert spelled[first - 1] == len(letters) > 1, hex(c)
+            seen = spelled[first : first + len(letters)].tolist()
+        else:
+            seen = [] if what == kernels.SKIPPED else [what]
+        if any(map(str.isalnum, letters)):
+            assert [abs(x) for x in seen] == [ord(x) if x.isalnum() else 0 for x in letters], hex(c)
+        else:
+            assert not any(seen) and bool(seen) == bool(letters), hex(c)
     assert not any(
-        re.match(r'\w', chr(c)) for c in range(kernels.CODE_POINTS, 0x110000)
+        chr(c).isalnum() for c in range(kernels.CODE_POINTS, 0x110000)
     )  # nothing above is a letter
     assert table[ord('Q')] == ord('q') and table[ord('图')] == -ord('图') and table[ord(' ')] == 0
+
+
+HIDING = [
+    *'aBxQL_.<>&123',
+    *('<b>', '</b>', '<div class="x">', '<br/>', '<foo>', '<!-- x -->', '<!--', '-->', 'a</'),
+    *('&amp;', '&lt;', '&nbsp;', '&#233;', '&#xE9;', '&#xZ;', '&bogus;', '&UnderBar;', '&#95;'),
+    *('&#10;', '&#0;', '&#1114112;', '__', '12', '\n', '\n\n', '\r\n', ' ', ': ', '> ', 'Line '),
+    *('ﬁ', '½', 'é', 'e\u0301', '\u200d', '\u00ad', '한', '\u0e01', '图', '㌀', 'ﷺ', '\U000e0101'),
+    *('ß', 'İ', 'ı', '\u02bc', '\t', '\x00', '\x1f', '\x7f', '٣', '\u0640', '＿', '𝐀', '\ufe33', 'а'),
+]
+
+
+@pytest.mark.parametrize('seed', range(8))
+@pytest.mark.parametrize('numbers', [True, False])
+def test_what_hides_words_is_seen_through_as_by_the_twin(monkeypatch, seed, numbers):
+    rng = random.Random(seed)
+    texts = [''.join(rng.choices(HIDING, k=rng.randrange(1, 40))).encode() for _ in range(300)]
+    fast, plain = both(monkeypatch, lambda: kernels.word_hashes(*laid(texts), numbers))
+    assert same(fast, plain)
+
+
+PLAIN = 'ten nodes of the graph were closed before the first edge was relaxed'
+
+
+@pytest.mark.parametrize(
+    'written',
+    [
+        'ten\u00a0nodes of the gr\u00adaph were clo\u200bsed before the \u202efirst\u202c edge was rel\u2060axed',
+        'ｔｅｎ nodes 𝐨𝐟 the graph were closed before the ﬁrst edge was RELAXED',
+        'te\u0301n nódes of the graph wëre closed befo\u0308re the fırst edge was relaxed',
+        '> ten nodes of\n>> the graph were\n> closed before the first edge was relaxed',
+        '12 ten nodes of\n13 the graph were\n14 closed before the first\n15 edge was relaxed',
+        'L1: ten nodes of the graph\n\nL2: were closed before the first\nL3: edge was relaxed',
+        '[00:01] ten nodes of the graph\n[00:07] were closed before the first edge was relaxed',
+        '<p>ten <b>no</b>des of&nbsp;the <a href="x">graph</a> were</p><li>closed before the '
+        '<!-- here -->first&#32;edge was re<wbr>laxed',
+        '**ten nodes** of the _graph_ were `closed` before — the “first” edge ‘was’ ~~relaxed~~',
+        'ten nоdеs оf the grарh were closed before the first edge wаs relaxed',
+        'ten nodes of &amp;quot;the graph&amp;quot; were closed before the first edge was relaxed',
+    ],
+)
+def test_one_text_however_it_is_written(written):
+    assert kernels.gram_words(written) == PLAIN.split()
+
+
+def test_numbers_of_a_text_stay():
+    assert kernels.gram_words('There are\n3 apples and\nfour pears') == (
+        'there are 3 apples and four pears'.split()
+    )
+    assert kernels.gram_words('1. a\n2. b', numbers=False) == ['1', 'a', '2', 'b']
+    assert kernels.gram_words('12\n13\n14') == ['12', '13', '14']  # lines of numbers alone
 
 
 @pytest.mark.parametrize('seed', range(4))
