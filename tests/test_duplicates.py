@@ -127,7 +127,22 @@ HIDING = [
     *('&amp;', '&lt;', '&nbsp;', '&#233;', '&#xE9;', '&#xZ;', '&bogus;', '&UnderBar;', '&#95;'),
     *('&#10;', '&#0;', '&#1114112;', '__', '12', '\n', '\n\n', '\r\n', ' ', ': ', '> ', 'Line '),
     *('ﬁ', '½', 'é', 'e\u0301', '\u200d', '\u00ad', '한', '\u0e01', '图', '㌀', 'ﷺ', '\U000e0101'),
-    *('ß', 'İ', 'ı', '\u02bc', '\t', '\x00', '\x1f', '\x7f', '٣', '\u0640', '＿', '𝐀', '\ufe33', 'а'),
+    *(
+        'ß',
+        'İ',
+        'ı',
+        '\u02bc',
+        '\t',
+        '\x00',
+        '\x1f',
+        '\x7f',
+        '٣',
+        '\u0640',
+        '＿',
+        '𝐀',
+        '\ufe33',
+        'а',
+    ),
 ]
 
 
@@ -617,15 +632,75 @@ def test_decisions_are_those_of_the_plain_operator(seed):
     assert 0 < len(plain) < 200
 
 
+NOTICE = 'This file is part of the library and may be copied under the terms of the three clause BSD licence.'
+
+
 def test_boilerplate_is_common_and_stays():
-    notice = 'This file is part of the library and may be copied under the terms of the three clause BSD licence.'
-    texts = [f'Page {i}. {notice}' for i in range(12)] + [ITEM]
-    assert (
-        duplicates.drop_contaminated(pa.table(dict(text=texts)), [f'{notice} and more', ITEM])[
-            0
-        ].num_rows
-        == 12
-    )
+    texts = [f'Page {i}. {NOTICE}' for i in range(12)] + [ITEM]
+    exam = [f'{NOTICE} {" ".join(ITEM.split()[:20])[::-1]}', ITEM]  # half of it is the notice
+    assert duplicates.drop_contaminated(pa.table(dict(text=texts)), exam)[0].num_rows == 12
+
+
+def numbered_words(prefix, n):
+    return ' '.join(f'{prefix}{i}' for i in range(n))
+
+
+@pytest.mark.parametrize('quoted', [1, 2, 10, 11, 12, 100, 500, 10_000])
+@pytest.mark.parametrize('part', [1.0, 0.8])
+def test_an_item_is_removed_however_often_it_is_quoted(quoted, part):
+    items = [numbered_words(f'w{k}x', 60) for k in range(3)]
+    words = items[1].split()
+    quote = ' '.join(words[: round(part * len(words))])
+    texts = [f'Page {i} begins so. {quote} And so on, {i}.' for i in range(quoted)]
+    clean = [f'{numbered_words(f"c{i}y", 30)} {NOTICE}' for i in range(200)]
+    exam = [*items, f'{items[2]} {NOTICE}']  # the notice is a quarter of the last one
+    kept, counts = duplicates.drop_contaminated(pa.table(dict(text=texts + clean)), dict(exam=exam))
+    assert kept['text'].to_pylist() == clean and counts['contaminated'] == {'exam': quoted}
+
+
+def test_26_words_of_a_long_item_are_enough_and_25_are_not():
+    long = numbered_words('w', 300)
+    texts = [
+        ' '.join(['before', *long.split()[k : k + n], 'after']) for k, n in ((70, 26), (9, 25))
+    ]
+    assert duplicates.drop_contaminated(pa.table(dict(text=texts)), [long])[0].num_rows == 1
+    page = duplicates.run_index(dict(pages=[long]), pages=['pages'])
+    assert duplicates.drop_contaminated(pa.table(dict(text=texts)), page)[0].num_rows == 2
+
+
+@pytest.mark.parametrize('words', range(5, 20))
+def test_four_fifths_of_a_short_item_are_enough(words):
+    item = numbered_words('w', words)
+    part = ' '.join(item.split()[: words if words < 10 else -(-4 * words // 5)])
+    texts = [f'{i} says: {part}. It is so.' for i in range(30)] + ['something else']
+    kept, _ = duplicates.drop_contaminated(pa.table(dict(text=texts)), [item])
+    assert kept['text'].to_pylist() == ['something else']
+
+
+def test_a_held_out_page_in_many_rows_gives_way_and_a_question_does_not():
+    page = numbered_words('w', 60)
+    for quoted, left in ((10, 1), (11, 12)):
+        table = pa.table(dict(text=[f'{i}: {page}' for i in range(quoted)] + ['else']))
+        index = duplicates.run_index(dict(q=['a b c d e f'], pages=[page]), pages=['pages'])
+        kept, counts = duplicates.drop_contaminated(table, index)
+        assert kept.num_rows == left and counts.get('crowded', []) == ([1] if left > 1 else [])
+        assert duplicates.drop_contaminated(table, [page])[0].num_rows == 1
+
+
+def test_line_numbers_of_the_item_and_of_the_page():
+    lines = [numbered_words(f'l{i}x', 9) for i in range(6)]
+    numbered = '\n'.join(f'{i}. {line}' for i, line in enumerate(lines, 1))
+    forms = ['\n'.join(lines), numbered, numbered.replace('\n', ' '), f'> {numbered}']
+    for item, hosts in ((0, (0, 1, 3)), (1, (0, 1, 2, 3)), (2, (1, 2, 3))):
+        for host in hosts:
+            table = pa.table(dict(text=[f'So it says:\n\n{forms[host]}\n\nand ends.']))
+            kept, _ = duplicates.drop_contaminated(table, [forms[item]])
+            assert not kept.num_rows, (item, host)
+
+
+def test_texts_too_short_to_search_for_are_counted():
+    index = duplicates.run_index(dict(a=['', 'one two', 'one two three four five'], b=['?']))
+    assert index.short == 3 and [index.set_of(i) for i in range(4)] == ['a', 'a', 'a', 'b']
 
 
 def test_removing_what_is_removed_removes_nothing_more():

@@ -565,12 +565,15 @@ def _entity(text, i, names, points):  # (where the entity of html at `i` ends, o
     return (after, 38) if after > i + 1 else (0, 0)
 
 
-def _word_hashes(data, ends, numbers, table, spelled, names, kinds, points, out, out_ends):
+def _word_hashes(
+    data, ends, numbers, table, spelled, names, kinds, points, out, out_ends, numbered
+):
     k = 0
     for d in range(len(out_ends) - 1):
         text, i, h, inside = data[ends[d] : ends[d + 1]], 0, U(SEED), False
         if numbers:
             i = _number_end(text, 0)
+        numbered[d] = i > 0
         while i < len(text):
             c, width = int(text[i]), 1
             if c < 0x80 and table[c] > 0:  # nearly every byte of most texts
@@ -593,6 +596,7 @@ def _word_hashes(data, ends, numbers, table, spelled, names, kinds, points, out,
                 c = 32
             elif c == 10 and numbers:
                 width = _number_end(text, i + 1) - i
+                numbered[d] = numbered[d] or width > 1
             elif c == 60:
                 until, kind = _tag(text, i, names, kinds)
                 if until:
@@ -642,19 +646,48 @@ def _word_hashes(data, ends, numbers, table, spelled, names, kinds, points, out,
 
 def word_hashes(data, ends, numbers: bool = True) -> tuple[Any, Any]:
     "(hashes, ends) of the words of texts: `word_hash` of `gram_words`; ill-formed UTF-8 separates words."
+    return numbered_hashes(data, ends, numbers)[:2]
+
+
+def numbered_hashes(data, ends, numbers: bool = True) -> tuple[Any, Any, Any]:
+    "`word_hashes`, and for each text whether its lines have numbers that were left out."
     import numpy as np
 
     if not machine(_word_hashes):
         texts = [text.decode('utf-8', 'replace') for text in each(data, ends)]
-        return ragged([[word_hash(word) for word in gram_words(text, numbers)] for text in texts])
+        words = [gram_words(text, numbers) for text in texts]
+        numbered = [numbers and a != gram_words(text, False) for a, text in zip(words, texts)]
+        return *ragged([list(map(word_hash, some)) for some in words]), np.array(numbered, bool)
     wide = np.count_nonzero(
         data[ends[0] : ends[-1]] >> 7
     )  # one of these can stand for several words
     room = (int(ends[-1] - ends[0]) + len(ends)) // 2 + 2 * wide + 1
     out, out_ends = np.empty(room, np.uint64), np.zeros(len(ends), np.int64)
+    numbered = np.zeros(len(ends) - 1, bool)
     tables = (*word_classes(), *html_names())
-    k = machine(_word_hashes)(data, ends, numbers, *tables, out, out_ends)
-    return out[:k], out_ends
+    k = machine(_word_hashes)(data, ends, numbers, *tables, out, out_ends, numbered)
+    return out[:k], out_ends, numbered
+
+
+def picked(values, ends, rows) -> tuple[Any, Any]:
+    "(values, ends) of some rows of ragged values."
+    import numpy as np
+
+    sizes = np.diff(ends)[rows]
+    until = np.insert(np.cumsum(sizes), 0, 0)
+    at = np.arange(until[-1]) + np.repeat(ends[:-1][rows] - until[:-1], sizes)
+    return values[at], until
+
+
+def reading_hashes(data, ends) -> Iterator[tuple[Any, Any, Any]]:
+    "Yields (hashes, ends, numbers of texts): words without the numbers of lines, and with them where there are any."
+    import numpy as np
+
+    hashes, until, numbered = numbered_hashes(data, ends)
+    yield hashes, until, np.arange(len(ends) - 1)
+    if numbered.any():
+        rows = np.flatnonzero(numbered)
+        yield *word_hashes(*picked(data, ends, rows), False), rows
 
 
 def _gram_hashes(words, ends, n, top, out, out_ends):
