@@ -267,8 +267,8 @@ SKIPPED, SPELLED = -(1 << 30), -(1 << 29)  # classes below those of letters
 
 
 @cache
-def word_classes() -> tuple[Any, Any]:
-    """(what each code point does in `gram_words`, letters of those that stand for several), int32.
+def word_classes() -> tuple[Any, Any, Any]:
+    """(what a first byte does, each code point, letters of those that stand for several), int32.
 
     0 separates, c > 0 continues a word as c, c < 0 is the word -c, `SKIPPED` is not seen, and
     `SPELLED` - i stands for the letters from i + 1 on, as many as number i says."""
@@ -283,7 +283,9 @@ def word_classes() -> tuple[Any, Any]:
             spelled += [len(several), *several]
         else:
             classes.append(several[0] if several else SKIPPED)
-    return np.array(classes, np.int32), np.array(spelled, np.int32)
+    begins = np.array(classes[:128] + [-1] * 128, np.int32)  # -1: more is to be looked at
+    begins[[ord(c) for c in '\n<&_']] = -1
+    return begins, np.array(classes, np.int32), np.array(spelled, np.int32)
 
 
 OWN_WORD = re.compile(f'[{UNSPACED}]')
@@ -566,24 +568,31 @@ def _entity(text, i, names, points):  # (where the entity of html at `i` ends, o
 
 
 def _word_hashes(
-    data, ends, numbers, table, spelled, names, kinds, points, out, out_ends, numbered
+    data, ends, numbers, bytes_, table, spelled, names, kinds, points, out, out_ends, numbered
 ):
     k = 0
     for d in range(len(out_ends) - 1):
         text, i, h, inside = data[ends[d] : ends[d + 1]], 0, U(SEED), False
+        n = len(text)
         if numbers:
             i = _number_end(text, 0)
         numbered[d] = i > 0
-        while i < len(text):
-            c, width = int(text[i]), 1
-            if c < 0x80 and table[c] > 0:  # nearly every byte of most texts
-                h, inside, i = ((h if inside else U(SEED)) ^ U(table[c])) * U(PRIME), True, i + 1
+        while i < n:
+            what = bytes_[text[i]]
+            if what > 0:  # nearly every byte of most texts
+                h, inside, i = (h ^ U(what)) * U(PRIME), True, i + 1
                 continue
+            if what == 0:
+                if inside:
+                    out[k], k, h, inside = h, k + 1, U(SEED), False
+                i += 1
+                continue
+            c, width = int(text[i]), 1
             if c >= 0xC2:  # ill-formed bytes separate, as U+FFFD would
                 width = 2 if c < 0xE0 else 3 if c < 0xF0 else 4
-                good = i + width <= len(text) and c < 0xF5
+                good = i + width <= n and c < 0xF5
                 c = c & (0xFF >> (width + 1))
-                for j in range(i + 1, min(i + width, len(text))):
+                for j in range(i + 1, min(i + width, n)):
                     good = good and text[j] & 0xC0 == 0x80
                     c = c << 6 | (text[j] & 0x3F)
                 if (
@@ -607,9 +616,9 @@ def _word_hashes(
                     c, width = point, until - i
             elif c == 95:
                 j = i
-                while j < len(text) and text[j] == 95:
+                while j < n and text[j] == 95:
                     j += 1
-                inner = i > 0 and j < len(text)
+                inner = i > 0 and j < n
                 inner = inner and (_alpha(text[i - 1]) or _digit(text[i - 1]))
                 inner = inner and (_alpha(text[j]) or _digit(text[j]))
                 for _ in range(j - i if inner else 0):
@@ -628,13 +637,14 @@ def _word_hashes(
                 last = first + spelled[first - 1]
             for at in range(first, last):
                 c = int(spelled[at]) if what <= SPELLED else what
-                if inside and c <= 0:
+                if c > 0:
+                    h, inside = (h ^ U(c)) * U(PRIME), True
+                    continue
+                if inside:
                     out[k], k = h, k + 1
-                if c != 0:
-                    h = ((h if inside and c > 0 else U(SEED)) ^ U(abs(c))) * U(PRIME)
                 if c < 0:
-                    out[k], k = h, k + 1
-                inside = c > 0
+                    out[k], k = (U(SEED) ^ U(-c)) * U(PRIME), k + 1
+                h, inside = U(SEED), False
         if inside:
             out[k], k = h, k + 1
         out_ends[d + 1] = k
@@ -687,7 +697,9 @@ def reading_hashes(data, ends) -> Iterator[tuple[Any, Any, Any]]:
     yield hashes, until, np.arange(len(ends) - 1)
     if numbered.any():
         rows = np.flatnonzero(numbered)
-        yield *word_hashes(*picked(data, ends, rows), False), rows
+        parts = [data[ends[row] : ends[row + 1]] for row in rows]
+        until = np.insert(np.cumsum(list(map(len, parts))), 0, 0)
+        yield *word_hashes(np.concatenate(parts), until, False), rows
 
 
 def _gram_hashes(words, ends, n, top, out, out_ends):
