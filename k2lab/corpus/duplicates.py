@@ -246,7 +246,8 @@ class RunIndex:
     lengths: Any  # words of each run of a reading
     texts: Any  # the number of the text that it is a reading of
     names: dict  # {set: texts}
-    pages: frozenset  # sets of held-out pages, not of questions
+    pages: frozenset  # sets of pages, of which 26 words give nothing away
+    yielding: frozenset  # those of them that give way to what many rows hold
 
     @property
     def short(self) -> int:
@@ -274,7 +275,7 @@ def text_slices(named: dict):
         for start in range(0, len(part), SHARE_OF_TEXTS):
             yield packed(part[start : start + SHARE_OF_TEXTS])
 
-# %% ../../nbs/corpus/05_duplicates.ipynb #8990a773
+# %% ../../nbs/corpus/05_duplicates.ipynb #dd05516c
 def reading_runs(data, ends, n: int, least: int):
     "Yields (run hashes, runs of each reading, words, run length, texts) of texts, by run length."
     import numpy as np
@@ -288,8 +289,8 @@ def reading_runs(data, ends, n: int, least: int):
             yield grams.copy(), np.diff(last), words[rows], lengths[rows], texts[rows]
 
 
-def run_index(texts, n: int = 13, least: int = 5, pages=()) -> RunIndex:
-    "The `RunIndex` of a list of texts, or of {name: list or Arrow column}; `pages`: names of held-out pages."
+def run_index(texts, n: int = 13, least: int = 5, pages=(), yielding=()) -> RunIndex:
+    "The `RunIndex` of a list of texts, or of {name: list or Arrow column}; `pages`, `yielding`: names of sets."
     import numpy as np
 
     named = texts if isinstance(texts, dict) else {'evaluation': texts}
@@ -303,7 +304,10 @@ def run_index(texts, n: int = 13, least: int = 5, pages=()) -> RunIndex:
     ends = np.insert(np.cumsum(sizes), 0, 0)
     names = {name: len(part) for name, part in named.items()}
     return RunIndex(
-        n, *sorted_runs(hashes, ends), ends, words, lengths, of_text, names, frozenset(pages)
+        n,
+        *sorted_runs(hashes, ends),
+        *(ends, words, lengths, of_text, names),
+        *map(frozenset, (pages, yielding)),
     )
 
 
@@ -390,7 +394,7 @@ def all_held(index: RunIndex, rows, places, wanted) -> Held:
         start = stop
     return Held(*map(np.concatenate, zip(*parts)))
 
-# %% ../../nbs/corpus/05_duplicates.ipynb #c1203c42
+# %% ../../nbs/corpus/05_duplicates.ipynb #4bb8f4a9
 def needed_runs(index: RunIndex, share: float, left_out) -> Any:
     "For each reading how many of its rare runs remove a row; infinite for texts that are left out."
     import numpy as np
@@ -405,20 +409,20 @@ def needed_runs(index: RunIndex, share: float, left_out) -> Any:
 
 
 def crowded_pages(index: RunIndex, held: Held, common: int):
-    "The numbers of the held-out pages that more than `common` rows hold."
+    "The numbers of the yielding pages that more than `common` rows hold."
     import numpy as np
 
     texts = np.unique(np.stack((index.texts[held.reading], held.row)), axis=1)[0]
     texts, counts = np.unique(texts, return_counts=True)
-    paged = np.array([index.set_of(text) in index.pages for text in texts.tolist()], bool)
-    return texts[paged & (counts > common)]
+    yields = np.array([index.set_of(text) in index.yielding for text in texts.tolist()], bool)
+    return texts[yields & (counts > common)]
 
 
-def quoting_rows(index: RunIndex, rows, places, common: int, share: float) -> tuple:
+def quoting_rows(index: RunIndex, rows, places, common: int, share: float, whole: float) -> tuple:
     "(rows that hold a text or a rare part of one, numbers of crowded pages); as `clear_of` decides."
     import numpy as np
 
-    holds = all_held(index, rows, places, lambda h: h.words >= WHOLE * index.words[h.reading])
+    holds = all_held(index, rows, places, lambda h: h.words >= whole * index.words[h.reading])
     crowded = crowded_pages(index, holds, common)
     gone = np.unique(holds.row[~np.isin(index.texts[holds.reading], crowded)])
     needed, left = needed_runs(index, share, crowded), ~np.isin(rows, gone)
@@ -440,6 +444,7 @@ def drop_contaminated(
     share: float = 0.2,
     field: str = 'text',
     column=None,
+    whole: float = WHOLE,
 ) -> tuple:
     "(rows that hold no evaluation text and no rare part of one, counts); texts: list, {name: list} or `RunIndex`."
     import numpy as np
@@ -449,7 +454,7 @@ def drop_contaminated(
     rows, places = matching_runs(column, index)
     here = np.isin(rows, numbers)
     rows, places = rows[here], places[here]
-    gone, crowded = quoting_rows(index, rows, places, common, share)
+    gone, crowded = quoting_rows(index, rows, places, common, share, whole)
     quoted = np.isin(rows, gone)
     covered = coverage(index, rows[quoted], places[quoted], crowded)
     more = dict(crowded=crowded.tolist()) if len(crowded) else {}

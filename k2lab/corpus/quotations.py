@@ -6,12 +6,13 @@
 __all__ = ['TABLE', 'DROPPED', 'BETWEEN_DIGITS', 'BLOCK', 'BASE', 'PART', 'WHOLE_UNDER', 'AT_ONCE', 'SLOTS', 'letters_of',
            'window_hashes', 'Quotation', 'Wanted', 'wanted_items', 'block_hashes', 'common_length', 'common_part',
            'share_held', 'sieve_of', 'seeds_in', 'grouped', 'quotations', 'parts_of', 'published_texts',
-           'check_quotations']
+           'check_published', 'told_of']
 
-# %% ../../nbs/corpus/10_quotations.ipynb #e55a150c
+# %% ../../nbs/corpus/10_quotations.ipynb #7e148222
 import html
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from .readers import Reader
 from ..lab.config import LabError
 from ..text.rows import FORMATS
 
-# %% ../../nbs/corpus/10_quotations.ipynb #2f930337
+# %% ../../nbs/corpus/10_quotations.ipynb #1e07b667
 TABLE = bytes(range(256)).lower()
 DROPPED = bytes(c for c in range(128) if not chr(c).isalnum())
 BETWEEN_DIGITS = re.compile(r'(?<=\d)[\W_]+(?=\d)')
@@ -44,7 +45,7 @@ def letters_of(text: str) -> bytes:
         else re.sub(rb'[^\w\x1d\x80-\xff]|_', b'', data).lower()
     )
 
-# %% ../../nbs/corpus/10_quotations.ipynb #ff4041f2
+# %% ../../nbs/corpus/10_quotations.ipynb #00ab923c
 BLOCK = 16  # letters
 BASE = 0x5851F42D4C957F2D  # odd
 
@@ -64,7 +65,7 @@ class Quotation(NamedTuple):
     "A row that holds an evaluation item."
 
     row: int  # from 1
-    name: str  # of the set
+    name: Any  # of the set
     item: int  # from 1
     share: float  # of its letters
 
@@ -78,19 +79,19 @@ class Wanted:
     hashes: Any  # of blocks, sorted
     owners: Any  # the item of each block
     places: Any  # where it begins in the item
-    short: int  # items too short to be searched for
+    short: Counter  # by set, items too short to be searched for
 
 
 def wanted_items(sets: dict) -> Wanted:
     "The `Wanted` of {name: texts}; items under 5 words or 16 letters are counted as too short."
     import numpy as np
 
-    letters, names, short = [], [], 0
+    letters, names, short = [], [], Counter()
     for name, texts in sets.items():
         for number, text in enumerate(texts, 1):
             data = letters_of(text)
             if len(data) < BLOCK or len(gram_words(text[:200])) < 5:
-                short += 1
+                short[name] += 1
                 continue
             letters.append(data)
             names.append((name, number))
@@ -110,7 +111,7 @@ def block_hashes(letters: bytes) -> tuple:
     places = np.unique(np.append(np.arange(0, len(hashes), BLOCK), len(hashes) - 1))
     return hashes[places], places
 
-# %% ../../nbs/corpus/10_quotations.ipynb #264ea82c
+# %% ../../nbs/corpus/10_quotations.ipynb #845ee5f3
 PART, WHOLE_UNDER = 60, 75  # letters
 
 
@@ -143,7 +144,7 @@ def share_held(item: bytes, row: bytes, seeds: list) -> float:
             held[begin:end] = b'\1' * (end - begin)
     return sum(held) / len(item)
 
-# %% ../../nbs/corpus/10_quotations.ipynb #7fa6ec69
+# %% ../../nbs/corpus/10_quotations.ipynb #877caa2d
 AT_ONCE, SLOTS = 1 << 20, 22  # letters that are looked at in one go; bits of the filter
 
 
@@ -207,7 +208,7 @@ def parts_of(rows: Iterable[bytes]) -> Iterator[tuple[int, list]]:
             first, some, size = first + len(some), [], 0
     yield first, some
 
-# %% ../../nbs/corpus/10_quotations.ipynb #076d3286
+# %% ../../nbs/corpus/10_quotations.ipynb #1c81ce5a
 def published_texts(path, format: str) -> Iterator[str]:
     "The texts of the rows of a published file; `LabError` if it cannot be read to its end."
     fields = [name for name in FORMATS[format] if name != 'source']
@@ -218,16 +219,29 @@ def published_texts(path, format: str) -> Iterator[str]:
         raise LabError(reader.partial)
 
 
-def check_quotations(job, path, format: str, wanted: Wanted, what: str, share: float = 0.8):
-    "Checks that no row of a published file holds `share` of the letters of an item; `what` the items are."
+def check_published(job, path, format: str, sets: dict, share: float = 0.8):
+    "Checks that no row of a published file holds `share` of any text; sets: {what the texts are: {name: texts}}."
+    wanted = wanted_items(
+        {(what, name): texts for what in sets for name, texts in sets[what].items()}
+    )
     found = list(quotations(published_texts(path, format), wanted, share))
-    detail = f'{len(found)} quotations of {len(wanted.letters)} searched for'
-    if wanted.short:
-        detail += f', {wanted.short} too short to search for'
-    if found:
-        first = max(found, key=lambda q: q.share)
-        detail += (
-            f'; row {first.row} holds {first.share:.0%} of {first.name}, item {first.item}: '
-            'leave this row out of its source'
-        )
-    job.check(f'no {what} stands in {str(path).rpartition("/")[2]}', not found, detail)
+    file = str(path).rpartition('/')[2].partition('.')[0]
+    for what in sets:
+        some = [quotation for quotation in found if quotation.name[0] == what]
+        searched = sum(name[0] == what for name, _ in wanted.names)
+        short = sum(n for name, n in wanted.short.items() if name[0] == what)
+        job.check(f'no {what} occurs in {file}', not some, told_of(some, searched, short))
+
+
+def told_of(found: list, searched: int, short: int) -> str:
+    "What the check says of the quotations that were found."
+    detail = f'{len(found)} quotations; {searched} texts searched for'
+    if short:
+        detail += f', {short} too short to search for'
+    if not found:
+        return detail
+    first = max(found, key=lambda q: (q.share, -q.row))
+    return (
+        f'{detail}; row {first.row} holds {first.share:.0%} of {first.name[1]}, number '
+        f'{first.item}: leave such rows out of their source'
+    )

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'CHOICES', 'SHORT', 'HUB', 'ENDINGS', 'Item', 'value_at', 'spoken', 'asks', 'question_of', 'item_of',
            'spoken_all', 'eval_files', 'hub_files', 'AnyRow', 'json_rows', 'text_rows', 'eval_rows', 'eval_items',
-           'eval_texts']
+           'items_of', 'eval_texts']
 
-# %% ../../nbs/tasks/10_eval_sets.ipynb #7403cb92
+# %% ../../nbs/tasks/10_eval_sets.ipynb #cdd15bdf
 import json
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 from ..corpus.readers import Reader, find_files, stamp
 from ..lab.config import LabError
 from ..text.rows import parse_lines, read_bytes, unpack
 
-# %% ../../nbs/tasks/10_eval_sets.ipynb #f69ed596
+# %% ../../nbs/tasks/10_eval_sets.ipynb #c5c269e8
 # where a question stands, the first that a row has; names in any case, with a point inside an object
 QUESTIONS = (
     'text',
@@ -59,7 +60,7 @@ def value_at(row: dict, name: str):
     outer, _, inner = name.partition('.')
     return value_at(fields[outer], inner) if isinstance(fields.get(outer), dict) and inner else None
 
-# %% ../../nbs/tasks/10_eval_sets.ipynb #a1806c6c
+# %% ../../nbs/tasks/10_eval_sets.ipynb #ec4bd822
 def spoken(value) -> str:
     "The text of a question: of text, a list of texts or parts, or what users say in a conversation; '' for none."
     if isinstance(value, str):
@@ -104,7 +105,7 @@ def spoken_all(choices) -> str:
         filter(None, map(spoken, choices if isinstance(choices, (list, tuple)) else []))
     )
 
-# %% ../../nbs/tasks/10_eval_sets.ipynb #f262c3ed
+# %% ../../nbs/tasks/10_eval_sets.ipynb #2a4df726
 HUB = re.compile(r'hf://(?:datasets/)?([\w.-]+/[\w.-]+)/?')
 ENDINGS = ('parquet', 'jsonl', 'jsonl.gz', 'json', 'csv')
 
@@ -139,7 +140,7 @@ def hub_files(name: str) -> list[str]:
                 return some
     raise LabError(f'eval_sets: hf://{name} has no file that ends in {", ".join(ENDINGS)}')
 
-# %% ../../nbs/tasks/10_eval_sets.ipynb #aa4a8b5c
+# %% ../../nbs/tasks/10_eval_sets.ipynb #d8e5dc35
 class AnyRow(Reader):
     "A reader of rows without a fixed format."
 
@@ -189,11 +190,17 @@ def eval_rows(path: str) -> Iterator[tuple[int, dict]]:
     if reader.partial:
         raise LabError(reader.partial)
 
-# %% ../../nbs/tasks/10_eval_sets.ipynb #37257f8c
+# %% ../../nbs/tasks/10_eval_sets.ipynb #dce86d60
 def eval_items(pattern: str) -> list[Item]:
     "The items of an evaluation set; `LabError` names the first row without text, and its fields."
+    return [*items_of(tuple((path, *stamp(path)) for path in eval_files(pattern)))]
+
+
+@lru_cache(maxsize=16)  # a stage asks for the same files several times
+def items_of(files: tuple) -> list[Item]:
+    "The items of files, (path, size, mark of change) each."
     items = []
-    for path in eval_files(pattern):
+    for path, *_ in files:
         for number, row in eval_rows(path):
             if not (item := item_of(row)):
                 fields = ', '.join(map(str, row)) if isinstance(row, dict) else type(row).__name__
@@ -204,7 +211,7 @@ def eval_items(pattern: str) -> list[Item]:
                 )
             items.append(item)
     if not items:
-        raise LabError(f'eval_sets: no items in {pattern}')
+        raise LabError(f'eval_sets: no items in {", ".join(path for path, *_ in files)}')
     return items
 
 
