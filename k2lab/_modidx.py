@@ -282,6 +282,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'k2lab/corpus/quotations.py'),
                                          'k2lab.corpus.quotations.grouped': ( 'corpus/quotations.html#grouped',
                                                                               'k2lab/corpus/quotations.py'),
+                                         'k2lab.corpus.quotations.joined': ('corpus/quotations.html#joined', 'k2lab/corpus/quotations.py'),
                                          'k2lab.corpus.quotations.letters_of': ( 'corpus/quotations.html#letters_of',
                                                                                  'k2lab/corpus/quotations.py'),
                                          'k2lab.corpus.quotations.parts_of': ( 'corpus/quotations.html#parts_of',

@@ -564,8 +564,8 @@ def split_part(job, part: Part, out: KeptOut, pages: dict) -> list[TextFile]:
         steps = [*steps, counts]
     job.check(f'{name}: rows in = rows out + removed', not conserved(steps), conserved(steps))
     shown = lowest_hashed(heldout, job.cfg.heldout_rows)
-    items, mine = out.eval_sets, {set_name: out.eval_sets[set_name] for set_name in out.foreign}
-    kept_out = {'evaluation item': items, 'held-out document': {**pages}}
+    mine = {set_name: out.eval_sets[set_name] for set_name in out.foreign}
+    kept_out = {'evaluation item': out.eval_sets, 'held-out document': {**pages}}
     return [
         TextFile(name, name, texts, train, (steps, settings, mixed), kept_out),
         TextFile(f'{name}_heldout', name, texts, shown, (), {'evaluation item': mine}),

@@ -385,14 +385,28 @@ def _folded(data, ends, out, out_ends, plain):
         out_ends[d + 1], plain[d] = w, ascii
 
 
+@cache
+def unseen() -> re.Pattern:
+    "A pattern for the code points that are not seen; accents are."
+    gone = [chr(c) for c, shown in respelled().items() if shown is None]
+    return re.compile(f'[{"".join(c for c in gone if unicodedata.category(c)[0] in "CL")}]')
+
+
+def one_spelling(text: str) -> str:
+    "A text in lower case, of one width (NFKC), without what is not seen, with one space for any white space."
+    if not text.isascii():
+        text = unseen().sub('', unicodedata.normalize('NFKC', text))
+    return ' '.join(text.lower().split())
+
+
 def plain_folded(text: bytes) -> bytes:
-    "A text in lower case with one space for any white space, by Python's own rules."
-    words = text.decode('utf-8', 'surrogatepass').lower().split()
-    return ' '.join(words).encode('utf-8', 'surrogatepass')
+    "`one_spelling` of a text in UTF-8."
+    seen = one_spelling(text.decode('utf-8', 'surrogatepass'))
+    return seen.encode('utf-8', 'surrogatepass')
 
 
 def folded(data, ends) -> list[bytes]:
-    "Each text in lower case with one space for any white space, as bytes: `' '.join(text.lower().split())`."
+    "`one_spelling` of each text, as bytes."
     import numpy as np
 
     if not machine(_folded):

@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .kernels import gram_words as words_in, text_batches, tidied
+from .kernels import gram_words as words_in, one_spelling, text_batches, tidied
 from ..lab.config import LabError
 
 # %% ../../nbs/corpus/04_operators.ipynb #7b7606a6
@@ -173,8 +173,8 @@ def drop_short(rows: list, least: int = 80) -> tuple:
 
 # %% ../../nbs/corpus/04_operators.ipynb #b3784a64
 def fingerprint(text: str) -> bytes:
-    "16 bytes that are the same for texts that differ only in case and white space."
-    return hashlib.sha256(' '.join(text.lower().split()).encode()).digest()[:16]
+    "16 bytes that are the same for texts that differ only in case, white space, width and what is not seen."
+    return hashlib.sha256(one_spelling(text).encode()).digest()[:16]
 
 
 def exact_dedup(rows: list, field: str = 'text', against: Sequence = ()) -> tuple:

@@ -7,7 +7,7 @@ __all__ = ['QUESTIONS', 'CHOICES', 'SHORT', 'HUB', 'ENDINGS', 'Item', 'value_at'
            'spoken_all', 'eval_files', 'hub_files', 'AnyRow', 'json_rows', 'text_rows', 'eval_rows', 'eval_items',
            'items_of', 'eval_texts']
 
-# %% ../../nbs/tasks/10_eval_sets.ipynb #cdd15bdf
+# %% ../../nbs/tasks/10_eval_sets.ipynb #5d864da9
 import json
 import re
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ..corpus.readers import Reader, find_files, stamp
-from ..lab.config import LabError
+from ..lab.config import LabError, switch_named
 from ..text.rows import parse_lines, read_bytes, unpack
 
-# %% ../../nbs/tasks/10_eval_sets.ipynb #c5c269e8
+# %% ../../nbs/tasks/10_eval_sets.ipynb #eb4ecee4
 # where a question stands, the first that a row has; names in any case, with a point inside an object
 QUESTIONS = (
     'text',
@@ -60,7 +60,7 @@ def value_at(row: dict, name: str):
     outer, _, inner = name.partition('.')
     return value_at(fields[outer], inner) if isinstance(fields.get(outer), dict) and inner else None
 
-# %% ../../nbs/tasks/10_eval_sets.ipynb #ec4bd822
+# %% ../../nbs/tasks/10_eval_sets.ipynb #0bfcf0f5
 def spoken(value) -> str:
     "The text of a question: of text, a list of texts or parts, or what users say in a conversation; '' for none."
     if isinstance(value, str):
@@ -105,7 +105,7 @@ def spoken_all(choices) -> str:
         filter(None, map(spoken, choices if isinstance(choices, (list, tuple)) else []))
     )
 
-# %% ../../nbs/tasks/10_eval_sets.ipynb #2a4df726
+# %% ../../nbs/tasks/10_eval_sets.ipynb #3ee04c3d
 HUB = re.compile(r'hf://(?:datasets/)?([\w.-]+/[\w.-]+)/?')
 ENDINGS = ('parquet', 'jsonl', 'jsonl.gz', 'json', 'csv')
 
@@ -115,8 +115,9 @@ def eval_files(pattern: str) -> list[str]:
     if not pattern.startswith('hf://'):
         return find_files(pattern)
     try:
-        whole = HUB.fullmatch(pattern)
-        return hub_files(whole[1]) if whole else find_files(pattern)
+        with switch_named(pattern):
+            whole = HUB.fullmatch(pattern)
+            return hub_files(whole[1]) if whole else find_files(pattern)
     except LabError:
         raise
     except Exception as error:  # the hub's client raises what its transport raises
@@ -140,7 +141,7 @@ def hub_files(name: str) -> list[str]:
                 return some
     raise LabError(f'eval_sets: hf://{name} has no file that ends in {", ".join(ENDINGS)}')
 
-# %% ../../nbs/tasks/10_eval_sets.ipynb #d8e5dc35
+# %% ../../nbs/tasks/10_eval_sets.ipynb #cfd0b88e
 class AnyRow(Reader):
     "A reader of rows without a fixed format."
 
@@ -159,12 +160,12 @@ def json_rows(path: str) -> list:
         if faults:
             raise LabError(f'{faults[0]} (nor is the file one JSON value)') from None
         return rows
-    lists = (
-        [whole] if isinstance(whole, list) else [v for v in whole.values() if isinstance(v, list)]
-    )
-    if len(lists) == 1 and (isinstance(whole, list) or not question_of(whole)):
-        return lists[0]
-    return [whole]
+    if isinstance(whole, list):
+        return whole
+    if not isinstance(whole, dict):
+        raise LabError(f'{path}: one {type(whole).__name__}; a list of rows is expected, or lines')
+    lists = [value for value in whole.values() if isinstance(value, list)]
+    return lists[0] if len(lists) == 1 and not question_of(whole) else [whole]
 
 
 def text_rows(text: str) -> list[dict]:
@@ -190,7 +191,7 @@ def eval_rows(path: str) -> Iterator[tuple[int, dict]]:
     if reader.partial:
         raise LabError(reader.partial)
 
-# %% ../../nbs/tasks/10_eval_sets.ipynb #dce86d60
+# %% ../../nbs/tasks/10_eval_sets.ipynb #77c44040
 def eval_items(pattern: str) -> list[Item]:
     "The items of an evaluation set; `LabError` names the first row without text, and its fields."
     return [*items_of(tuple((path, *stamp(path)) for path in eval_files(pattern)))]
