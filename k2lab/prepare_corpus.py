@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['ROW_FORMAT', 'EVALUATION', 'SAMPLING', 'DEVELOPMENT', 'SIDE_SEED', 'PACKAGE_HELDOUT', 'SAMPLE', 'MUCH', 'SUFFIX',
            'PROMPT_KEYS', 'work', 'check_question_weights', 'check_evaluation_sources', 'Config', 'source_name',
-           'files_name', 'source_names', 'eval_texts', 'check_files', 'content_of', 'enter_files', 'check',
-           'check_inputs', 'with_licence', 'Questions', 'own_sides', 'make_way', 'set_rows', 'side_questions',
+           'files_name', 'source_names', 'check_files', 'content_of', 'enter_files', 'check', 'check_inputs',
+           'with_licence', 'Questions', 'own_sides', 'make_way', 'set_items', 'set_rows', 'side_questions',
            'check_balance', 'training_weights', 'training_questions', 'heldout_of', 'domain_sides', 'function_sides',
            'check_asked', 'domain_questions', 'reasoning_questions', 'as_text', 'traces_of', 'refine_settings',
            'source_settings', 'refined_texts', 'sample_of', 'removed_of', 'tell_removed', 'Part', 'TextFile',
-           'parts_of', 'card_settings', 'weights_of', 'mixed_rows', 'weighed_rows', 'split_part', 'heldout_files',
-           'publish_text', 'split_parts', 'first_documents', 'recall_questions', 'Prepared', 'prepare_domain',
-           'check_questions', 'check_functions', 'publish_questions', 'row_origin', 'functions_asked', 'gather_rejects',
-           'reasoning_origin', 'prepare_reasoning', 'show_first_rows', 'trivial_scores', 'prepare_corpora']
+           'parts_of', 'card_settings', 'weights_of', 'mixed_rows', 'weighed_rows', 'KeptOut', 'split_part',
+           'heldout_files', 'publish_text', 'split_parts', 'first_documents', 'recall_questions', 'Prepared',
+           'prepare_domain', 'kept_out', 'check_rows', 'check_questions', 'check_functions', 'publish_questions',
+           'row_origin', 'functions_asked', 'gather_rejects', 'reasoning_origin', 'prepare_reasoning',
+           'show_first_rows', 'trivial_scores', 'prepare_corpora']
 
 # %% ../nbs/10_prepare_corpus.ipynb #0484b1b0
 import importlib.metadata
@@ -41,6 +42,7 @@ from k2lab.corpus.pipeline import (
     texts_card,
     texts_of,
 )
+from .corpus.quotations import check_published
 from .corpus.readers import find_files, kind_of, stamp
 from k2lab.corpus.sources import (
     PRESETS,
@@ -59,6 +61,7 @@ from .lab.files import as_json, sha256, write_text
 from .lab.inputs import files_sha256
 from .models.load import local_folder
 from .models.quantized import TOKENIZER_FILES
+from .tasks.eval_sets import Item, eval_files, eval_items, eval_texts
 from .tasks.puzzles import PUZZLE_FAMILIES, check_families, make_puzzles
 from k2lab.tasks.questions import (
     QUESTION_FAMILIES,
@@ -76,9 +79,9 @@ from k2lab.tasks.splits import (
     check_apart,
     check_facts,
     check_guessing,
-    check_held,
     check_unread,
     list_counts,
+    not_quoting,
     read_own,
     split_functions,
     split_own,
@@ -88,7 +91,6 @@ from k2lab.tasks.splits import (
 from .tasks.stats import copy_baseline, majority_baseline
 from .tasks.traces import asked_text, check_gym, check_trace_source, gym_rows, reasoning_set
 from .tasks.verify import prompt_of
-from .text.rows import read_rows
 
 # %% ../nbs/10_prepare_corpus.ipynb #9837607e
 def check_question_weights(weights: dict):
@@ -228,14 +230,6 @@ def source_names(specs: list) -> list:
         for i, name in enumerate(names)
     ]
 
-
-def eval_texts(eval_sets: dict) -> dict:
-    "{name: texts} of evaluation files: the text of each row, or its question."
-    return {
-        name: [row['text'] if 'text' in row else prompt_of(row) for row in read_rows(path)]
-        for name, path in eval_sets.items()
-    }
-
 # %% ../nbs/10_prepare_corpus.ipynb #b68b6014
 ROW_FORMAT = dict(domain='domain_sft', reasoning='reasoning_sft')  # of own rows, by mode
 
@@ -247,10 +241,10 @@ def check_files(patterns: list):
         stamp(path)
 
 
-def content_of(pattern: str) -> str:
+def content_of(pattern: str, find=find_files) -> str:
     "One hash of the files behind a pattern, or of the marks of change of remote ones; empty if there are none."
     try:
-        paths = find_files(pattern)
+        paths = find(pattern)
         known = {p: stamp(p) if '://' in p else sha256(Path(p)) for p in paths}
     except LabError:
         return ''
@@ -263,13 +257,17 @@ def enter_files(job):
     specs = cfg.sources + cfg.general_sources + cfg.question_sources + cfg.evaluation_sources
     named = [spec.get('files', []) for spec in specs + cfg.trace_sources]
     lists = [[files] if isinstance(files, str) else files for files in named]
-    for pattern in sum(lists, [*cfg.own_rows, *cfg.eval_sets.values()]):
+    for pattern in sum(lists, [*cfg.own_rows]):
         job.saw(pattern, partial(content_of, pattern))
+    for pattern in cfg.eval_sets.values():
+        job.saw(pattern, partial(content_of, pattern, eval_files))
 
 
 def check(cfg, env: dict):
     "`LabError` for the first file or package of the mode that is missing; `prepare` asks before it leaves a folder."
-    check_files([*cfg.own_rows, *cfg.eval_sets.values()])
+    check_files(cfg.own_rows)
+    for pattern in cfg.eval_sets.values():
+        eval_files(pattern)
     if cfg.mode == 'reasoning':
         for spec in cfg.trace_sources:
             check_trace_source(spec)
@@ -335,15 +333,25 @@ def own_sides(own: OwnRows, eval_items: int, dev_items: int) -> dict[str, list]:
     return parts
 
 
-def make_way(name: str, rows: list, asked: list) -> tuple[list, dict]:
-    "(generated rows whose question is not in `asked`, your evaluation rows; counts)."
-    kept = without(rows, asked)
-    return kept, counted(name, rows, kept, {'asked by your evaluation': len(rows) - len(kept)})
+def make_way(name: str, rows: list, asked: list, items: list) -> tuple[list, dict]:
+    "(rows whose question is not in `asked`, your evaluation rows, and that hold no text of `items`; counts)."
+    new = without(rows, asked)
+    kept = not_quoting(new, items)
+    removed = {
+        'asked by your evaluation': len(rows) - len(new),
+        'quotes your evaluation sets': len(new) - len(kept),
+    }
+    return kept, counted(name, rows, kept, removed)
+
+
+def set_items(cfg) -> list[Item]:
+    "The items of your evaluation sets."
+    return [item for path in cfg.eval_sets.values() for item in eval_items(path)]
 
 
 def set_rows(cfg) -> list[dict]:
     "The questions of your evaluation sets as rows."
-    return [dict(prompt=text) for texts in eval_texts(cfg.eval_sets).values() for text in texts]
+    return [dict(prompt=item.question) for item in set_items(cfg)]
 
 
 def side_questions(cfg, split: FunctionSides, side: str) -> list:
@@ -438,10 +446,12 @@ def domain_questions(cfg) -> Questions:
     if cfg.questions or rows:
         check_asked(cfg, rows, {side: generated[side] + sides[side] for side in sides})
     questions = training_questions(cfg, split.train, made + own.evaluation)
-    questions, counts = make_way('questions', questions, own.evaluation + known)
+    items = [item.text for item in set_items(cfg)]
+    questions, counts = make_way('questions', questions, own.evaluation + known, items)
+    own_train, fewer_own = make_way('own rows to train on', own.train, [], items)
     lists = [list_counts(side, getattr(split, side), split.seen(side)) for side in SIDE_SEED]
-    steps = [split.counts, *lists, own.counts, counts]
-    return Questions(questions + own.train, generated, sides, steps, functions=split)
+    steps = [split.counts, *lists, own.counts, fewer_own, counts]
+    return Questions(questions + own_train, generated, sides, steps, functions=split)
 
 # %% ../nbs/10_prepare_corpus.ipynb #0da82e2e
 def reasoning_questions(cfg) -> Questions:
@@ -461,10 +471,12 @@ def reasoning_questions(cfg) -> Questions:
     most = cfg.eval_puzzles + cfg.dev_items
     own = split_own(rows, heldout_of(cfg), most, asked + known, prompts)
     sides = own_sides(own, cfg.eval_puzzles, cfg.dev_items)
-    puzzles, fewer_puzzles = make_way('puzzles', puzzles, own.evaluation + known)
-    prompts, fewer_prompts = make_way('problems to sample on', prompts, own.evaluation + known)
-    steps = [own.counts, fewer_puzzles, fewer_prompts]
-    return Questions(puzzles + own.train, made, sides, steps, prompts)
+    items, asked = [item.text for item in set_items(cfg)], own.evaluation + known
+    puzzles, fewer_puzzles = make_way('puzzles', puzzles, asked, items)
+    prompts, fewer_prompts = make_way('problems to sample on', prompts, asked, items)
+    own_train, fewer_own = make_way('own rows to train on', own.train, [], items)
+    steps = [own.counts, fewer_own, fewer_puzzles, fewer_prompts]
+    return Questions(puzzles + own_train, made, sides, steps, prompts)
 
 
 def as_text(row: dict) -> dict:
@@ -579,6 +591,7 @@ class TextFile:
     texts: Refined
     index: Any
     about: tuple = ()  # steps, settings and mixture for the card
+    kept_out: dict = field(default_factory=dict)  # {what: {name: texts}} that no row may hold
 
 
 def parts_of(job) -> list[Part]:
@@ -644,30 +657,41 @@ def weighed_rows(part: Part, train, epochs: int) -> int:
     raise LabError(f'mixture: no number of documents keeps the weights: {told}; change a weight')
 
 
-def split_part(job, part: Part, eval_sets: dict, asked: set) -> tuple[list[TextFile], list[str]]:
-    "(the training and the held-out file of a part, checked; held-out texts)."
+@dataclass(frozen=True)
+class KeptOut:
+    "What the documents of a corpus must not hold."
+
+    eval_sets: dict  # {name: texts} of yours, and of the questions that are asked
+    foreign: list  # the names of yours: held-out documents must not hold these either
+    asked: set  # keys of the documents that development questions are about
+
+
+def split_part(job, part: Part, out: KeptOut, pages: dict) -> list[TextFile]:
+    "The training and the held-out file of a part; `pages`: {name: texts} of what other parts hold out."
     name, texts, settings = part.name, part.texts, part.settings
     job.log(phase=f'comparing {name} documents')
-    train, heldout, steps = split_texts(texts, settings, part.sides, eval_sets, asked)
-    heldout_texts = texts_of(texts, heldout)
-    questions = [text for some in eval_sets.values() for text in some]
-    if questions or heldout_texts:
-        check_held(job, questions + heldout_texts, name, texts, train)
+    train, heldout, steps = split_texts(
+        texts, settings, part.sides, out.eval_sets, out.asked, out.foreign, pages
+    )
+    pages[f'{name}_heldout'] = texts_of(texts, heldout)
     mixed = {}
     if part.rows is not None or any(part.weights):
         train, counts, mixed = mixed_rows(job.cfg, part, train)
         steps = [*steps, counts]
     job.check(f'{name}: rows in = rows out + removed', not conserved(steps), conserved(steps))
-    files = [TextFile(name, name, texts, train, (steps, settings, mixed))]
-    return files + heldout_files(name, texts, heldout, job.cfg.heldout_rows), heldout_texts
+    mine = {set_name: out.eval_sets[set_name] for set_name in out.foreign}
+    kept_out = {'evaluation item': out.eval_sets, 'held-out document': {**pages}}
+    files = [TextFile(name, name, texts, train, (steps, settings, mixed), kept_out)]
+    kept_out = {'evaluation item': mine}
+    return files + heldout_files(name, texts, heldout, job.cfg.heldout_rows, kept_out)
 
 
-def heldout_files(name: str, texts: Refined, heldout, most: int) -> list[TextFile]:
+def heldout_files(name: str, texts: Refined, heldout, most: int, kept_out: dict) -> list[TextFile]:
     "The files of the held-out documents: at most `most` to evaluate on, and the others; no empty ones."
     ranked = lowest_hashed(heldout, len(heldout))
     parts = {'heldout': ranked.slice(0, most), 'heldout_rest': ranked.slice(most)}
     return [
-        TextFile(f'{name}_{side}', name, texts, index)
+        TextFile(f'{name}_{side}', name, texts, index, (), kept_out)
         for side, index in parts.items()
         if len(index)
     ]
@@ -677,16 +701,16 @@ def publish_text(job, file: TextFile) -> dict:
     "Publishes a file of documents and returns its card."
     card = texts_card(file.name, file.texts, file.index, *file.about)
     origin = origin_of({name: source['documents'] for name, source in card['sources'].items()})
-    return card | publish_texts(job, file.name, file.texts, file.index, file.format, origin)
+    card |= publish_texts(job, file.name, file.texts, file.index, file.format, origin)
+    check_published(job, job.folder / card['file'], file.format, file.kept_out)
+    return card
 
 # %% ../nbs/10_prepare_corpus.ipynb #5733b763
-def split_parts(job, parts: list[Part], eval_sets: dict, asked: set) -> list[TextFile]:
+def split_parts(job, parts: list[Part], out: KeptOut) -> list[TextFile]:
     "The files of all parts; general text must not quote the held-out domain documents either."
-    files, heldout = [], {}
+    files, pages = [], {}
     for part in parts:
-        more, texts = split_part(job, part, {**heldout, **eval_sets}, asked)
-        files += more
-        heldout[f'{part.name}_heldout'] = texts
+        files += split_part(job, part, out, pages)
     return files
 
 
@@ -730,11 +754,8 @@ def prepare_domain(job) -> Prepared:
     cfg = job.cfg
     job.log(phase='making questions')
     questions = domain_questions(cfg)
-    eval_sets = eval_texts(cfg.eval_sets)
     asked = {f'domain_questions{SUFFIX[side]}': questions.asked(side) for side in SIDE_SEED}
-    eval_sets |= {name: list(map(prompt_of, rows)) for name, rows in asked.items() if rows}
-    developed = {row['group'] for row in questions.generated['development']}
-    files = split_parts(job, parts_of(job), eval_sets, developed)
+    files = split_parts(job, parts_of(job), kept_out(cfg, asked, questions))
     read = {*files[0].index['key'].to_pylist()}
     recall, steps = recall_questions(cfg, questions.functions, read)
     check_questions(job, questions, dict(domain_sft=questions.train), recall)
@@ -743,7 +764,26 @@ def prepare_domain(job) -> Prepared:
     cards = [publish_text(job, file) for file in files]
     sets = {name: rows for name, rows in {**asked, **recall}.items() if rows}
     cards += publish_questions(job, dict(domain_sft=questions.train) | sets)
+    check_rows(job, cards, ['domain_sft'])
     return Prepared(cards, questions.steps + steps, sets)
+
+
+def kept_out(cfg, asked: dict, questions: Questions) -> KeptOut:
+    "What no document may hold: your evaluation sets, and the questions of {file: rows} in `asked`."
+    sets = eval_texts(cfg.eval_sets)
+    made = {
+        f'{name} (asked here)': list(map(prompt_of, rows)) for name, rows in asked.items() if rows
+    }
+    developed = {row['group'] for row in questions.generated['development']}
+    return KeptOut(sets | made, [*sets], developed)
+
+
+def check_rows(job, cards: list, names: list):
+    "Checks that no published row of the files named holds a whole item of your evaluation sets."
+    sets = {'item of eval_sets': eval_texts(job.cfg.eval_sets)}
+    for card in cards:
+        if job.cfg.eval_sets and card['name'] in names:
+            check_published(job, job.folder / card['file'], card['format'], sets, share=1)
 
 
 def check_questions(job, questions: Questions, training: dict, more: dict | None = None):
@@ -843,6 +883,7 @@ def prepare_reasoning(job) -> Prepared:
         for name, rows, format, made, counts in files
         if rows
     ]
+    check_rows(job, cards, ['reasoning', 'reasoning_sft', 'reasoning_prompts'])
     return Prepared(cards, questions.steps, asked)
 
 # %% ../nbs/10_prepare_corpus.ipynb #f270fdcc

@@ -100,17 +100,91 @@ def test_hashes_by_hand():
 
 
 def test_a_letter_is_what_python_takes_for_one():
-    table = kernels.word_classes()
-    import re
-
+    _, table, spelled = kernels.word_classes()
     for c in range(kernels.CODE_POINTS):
-        if 0xD800 <= c < 0xE000:
+        if 0xD800 <= c < 0xE000 or c == 0x5F:
             continue
-        assert bool(table[c]) == bool(re.match(r'\w', chr(c).lower())), hex(c)
+        letters, what = kernels.folded_letters(chr(c)), int(table[c])
+        if what <= kernels.SPELLED and what != kernels.SKIPPED:
+            first = kernels.SPELLED - what + 1
+            assert spelled[first - 1] == len(letters) > 1, hex(c)
+            seen = spelled[first : first + len(letters)].tolist()
+        else:
+            seen = [] if what == kernels.SKIPPED else [what]
+        if any(map(str.isalnum, letters)):
+            assert [abs(x) for x in seen] == [ord(x) if x.isalnum() else 0 for x in letters], hex(c)
+        else:
+            assert not any(seen) and bool(seen) == bool(letters), hex(c)
     assert not any(
-        re.match(r'\w', chr(c)) for c in range(kernels.CODE_POINTS, 0x110000)
+        chr(c).isalnum() for c in range(kernels.CODE_POINTS, 0x110000)
     )  # nothing above is a letter
     assert table[ord('Q')] == ord('q') and table[ord('图')] == -ord('图') and table[ord(' ')] == 0
+
+
+HIDING = [
+    *'aBxQL_.<>&123',
+    *('<b>', '</b>', '<div class="x">', '<br/>', '<foo>', '<!-- x -->', '<!--', '-->', 'a</'),
+    *('&amp;', '&lt;', '&nbsp;', '&#233;', '&#xE9;', '&#xZ;', '&bogus;', '&UnderBar;', '&#95;'),
+    *('&#10;', '&#0;', '&#1114112;', '__', '12', '\n', '\n\n', '\r\n', ' ', ': ', '> ', 'Line '),
+    *('ﬁ', '½', 'é', 'e\u0301', '\u200d', '\u00ad', '한', '\u0e01', '图', '㌀', 'ﷺ', '\U000e0101'),
+    *(
+        'ß',
+        'İ',
+        'ı',
+        '\u02bc',
+        '\t',
+        '\x00',
+        '\x1f',
+        '\x7f',
+        '٣',
+        '\u0640',
+        '＿',
+        '𝐀',
+        '\ufe33',
+        'а',
+    ),
+]
+
+
+@pytest.mark.parametrize('seed', range(8))
+@pytest.mark.parametrize('numbers', [True, False])
+def test_what_hides_words_is_seen_through_as_by_the_twin(monkeypatch, seed, numbers):
+    rng = random.Random(seed)
+    texts = [''.join(rng.choices(HIDING, k=rng.randrange(1, 40))).encode() for _ in range(300)]
+    fast, plain = both(monkeypatch, lambda: kernels.word_hashes(*laid(texts), numbers))
+    assert same(fast, plain)
+
+
+PLAIN = 'ten nodes of the graph were closed before the first edge was relaxed'
+
+
+@pytest.mark.parametrize(
+    'written',
+    [
+        'ten\u00a0nodes of the gr\u00adaph were clo\u200bsed before the \u202efirst\u202c edge was rel\u2060axed',
+        'ｔｅｎ nodes 𝐨𝐟 the graph were closed before the ﬁrst edge was RELAXED',
+        'te\u0301n nódes of the graph wëre closed befo\u0308re the fırst edge was relaxed',
+        '> ten nodes of\n>> the graph were\n> closed before the first edge was relaxed',
+        '12 ten nodes of\n13 the graph were\n14 closed before the first\n15 edge was relaxed',
+        'L1: ten nodes of the graph\n\nL2: were closed before the first\nL3: edge was relaxed',
+        '[00:01] ten nodes of the graph\n[00:07] were closed before the first edge was relaxed',
+        '<p>ten <b>no</b>des of&nbsp;the <a href="x">graph</a> were</p><li>closed before the '
+        '<!-- here -->first&#32;edge was re<wbr>laxed',
+        '**ten nodes** of the _graph_ were `closed` before — the “first” edge ‘was’ ~~relaxed~~',
+        'ten nоdеs оf the grарh were closed before the first edge wаs relaxed',
+        'ten nodes of &amp;quot;the graph&amp;quot; were closed before the first edge was relaxed',
+    ],
+)
+def test_one_text_however_it_is_written(written):
+    assert kernels.gram_words(written) == PLAIN.split()
+
+
+def test_numbers_of_a_text_stay():
+    assert kernels.gram_words('There are\n3 apples and\nfour pears') == (
+        'there are 3 apples and four pears'.split()
+    )
+    assert kernels.gram_words('1. a\n2. b', numbers=False) == ['1', 'a', '2', 'b']
+    assert kernels.gram_words('12\n13\n14') == ['12', '13', '14']  # lines of numbers alone
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -558,15 +632,75 @@ def test_decisions_are_those_of_the_plain_operator(seed):
     assert 0 < len(plain) < 200
 
 
+NOTICE = 'This file is part of the library and may be copied under the terms of the three clause BSD licence.'
+
+
 def test_boilerplate_is_common_and_stays():
-    notice = 'This file is part of the library and may be copied under the terms of the three clause BSD licence.'
-    texts = [f'Page {i}. {notice}' for i in range(12)] + [ITEM]
-    assert (
-        duplicates.drop_contaminated(pa.table(dict(text=texts)), [f'{notice} and more', ITEM])[
-            0
-        ].num_rows
-        == 12
-    )
+    texts = [f'Page {i}. {NOTICE}' for i in range(12)] + [ITEM]
+    exam = [f'{NOTICE} {" ".join(ITEM.split()[:20])[::-1]}', ITEM]  # half of it is the notice
+    assert duplicates.drop_contaminated(pa.table(dict(text=texts)), exam)[0].num_rows == 12
+
+
+def numbered_words(prefix, n):
+    return ' '.join(f'{prefix}{i}' for i in range(n))
+
+
+@pytest.mark.parametrize('quoted', [1, 2, 10, 11, 12, 100, 500, 10_000])
+@pytest.mark.parametrize('part', [1.0, 0.8])
+def test_an_item_is_removed_however_often_it_is_quoted(quoted, part):
+    items = [numbered_words(f'w{k}x', 60) for k in range(3)]
+    words = items[1].split()
+    quote = ' '.join(words[: round(part * len(words))])
+    texts = [f'Page {i} begins so. {quote} And so on, {i}.' for i in range(quoted)]
+    clean = [f'{numbered_words(f"c{i}y", 30)} {NOTICE}' for i in range(200)]
+    exam = [*items, f'{items[2]} {NOTICE}']  # the notice is a quarter of the last one
+    kept, counts = duplicates.drop_contaminated(pa.table(dict(text=texts + clean)), dict(exam=exam))
+    assert kept['text'].to_pylist() == clean and counts['contaminated'] == {'exam': quoted}
+
+
+def test_26_words_of_a_long_item_are_enough_and_25_are_not():
+    long = numbered_words('w', 300)
+    texts = [
+        ' '.join(['before', *long.split()[k : k + n], 'after']) for k, n in ((70, 26), (9, 25))
+    ]
+    assert duplicates.drop_contaminated(pa.table(dict(text=texts)), [long])[0].num_rows == 1
+    page = duplicates.run_index(dict(pages=[long]), pages=['pages'])
+    assert duplicates.drop_contaminated(pa.table(dict(text=texts)), page)[0].num_rows == 2
+
+
+@pytest.mark.parametrize('words', range(5, 20))
+def test_four_fifths_of_a_short_item_are_enough(words):
+    item = numbered_words('w', words)
+    part = ' '.join(item.split()[: words if words < 10 else -(-4 * words // 5)])
+    texts = [f'{i} says: {part}. It is so.' for i in range(30)] + ['something else']
+    kept, _ = duplicates.drop_contaminated(pa.table(dict(text=texts)), [item])
+    assert kept['text'].to_pylist() == ['something else']
+
+
+def test_a_held_out_page_in_many_rows_gives_way_and_a_question_does_not():
+    page = numbered_words('w', 60)
+    for quoted, left in ((10, 1), (11, 12)):
+        table = pa.table(dict(text=[f'{i}: {page}' for i in range(quoted)] + ['else']))
+        index = duplicates.run_index(dict(q=['a b c d e f'], pages=[page]), pages=['pages'])
+        kept, counts = duplicates.drop_contaminated(table, index)
+        assert kept.num_rows == left and counts.get('crowded', []) == ([1] if left > 1 else [])
+        assert duplicates.drop_contaminated(table, [page])[0].num_rows == 1
+
+
+def test_line_numbers_of_the_item_and_of_the_page():
+    lines = [numbered_words(f'l{i}x', 9) for i in range(6)]
+    numbered = '\n'.join(f'{i}. {line}' for i, line in enumerate(lines, 1))
+    forms = ['\n'.join(lines), numbered, numbered.replace('\n', ' '), f'> {numbered}']
+    for item, hosts in ((0, (0, 1, 3)), (1, (0, 1, 2, 3)), (2, (1, 2, 3))):
+        for host in hosts:
+            table = pa.table(dict(text=[f'So it says:\n\n{forms[host]}\n\nand ends.']))
+            kept, _ = duplicates.drop_contaminated(table, [forms[item]])
+            assert not kept.num_rows, (item, host)
+
+
+def test_texts_too_short_to_search_for_are_counted():
+    index = duplicates.run_index(dict(a=['', 'one two', 'one two three four five'], b=['?']))
+    assert index.short == 3 and [index.set_of(i) for i in range(4)] == ['a', 'a', 'a', 'b']
 
 
 def test_removing_what_is_removed_removes_nothing_more():

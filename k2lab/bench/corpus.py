@@ -30,13 +30,13 @@ def eval_passages(texts: list[str], known: list[str]) -> list[str]:
     "Passages of 40 to 60 words from texts that share no run of 13 words with the known ones."
     import pyarrow as pa
 
-    from k2lab.corpus.duplicates import matching_runs, run_index
+    from k2lab.corpus.duplicates import held_by, matching_runs, run_index
 
     long = [text for text in texts if len(text.split()) > 100]
     passages = [' '.join(re.findall(r'\w+', text)[5 : 45 + len(text) % 20]) for text in long]
-    index, owners, _, lengths = run_index(passages)
-    matches = matching_runs(pa.array(known), index, lengths).values()
-    shared = {i for places in matches for place in places for i in owners[place]}
+    index = run_index(passages)
+    held = held_by(index, *matching_runs(pa.array(known), index))
+    shared = {*index.texts[held.reading].tolist()}
     return [passage for i, passage in enumerate(passages) if i not in shared]
 
 

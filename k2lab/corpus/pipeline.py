@@ -442,8 +442,8 @@ def unique(corpus: Refined, settings: Refining) -> tuple:
     return index, [copies, near]
 
 
-def without_contaminated(corpus: Refined, index, eval_sets: dict) -> tuple:
-    "(index of the documents that do not quote evaluation texts {name: list}, counts)."
+def without_contaminated(corpus: Refined, index, eval_sets) -> tuple:
+    "(index of the documents that do not quote evaluation texts, {name: list} or a `RunIndex`; counts)."
     step = partial(drop_contaminated, texts=eval_sets, column=corpus.texts['text'])
     return shown(corpus, index, step)
 

@@ -556,7 +556,9 @@ def publish_adapter(job, model, weights: dict):
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path, config.revision = base, revision or None
     for name, value in vars(config).items():
-        if isinstance(value, set):  # written in the order of Python's hashes, another one in each process
+        if isinstance(
+            value, set
+        ):  # written in the order of Python's hashes, another one in each process
             setattr(config, name, sorted(value))
     named = model.get_base_model()  # the card that PEFT writes names it three times
     named.name_or_path = named.config._name_or_path = base
