@@ -37,6 +37,7 @@ from k2lab.corpus.pipeline import (
     tables_of,
     texts_card,
     texts_of,
+    values_of,
 )
 from .corpus.readers import find_files, kind_of, stamp
 from .corpus.sources import distributions, documents, licence_of, package_folder
@@ -542,7 +543,7 @@ def split_part(job, part: Part, eval_sets: dict, asked: set) -> tuple[list[TextF
         train, counts, mixed = mixed_rows(job.cfg, part, train)
         steps = [*steps, counts]
     job.check(f'{name}: rows in = rows out + removed', not conserved(steps), conserved(steps))
-    shown = lowest_hashed(heldout, job.cfg.heldout_rows)
+    shown = lowest_hashed(texts, heldout, job.cfg.heldout_rows)
     return [
         TextFile(name, name, texts, train, (steps, settings, mixed)),
         TextFile(f'{name}_heldout', name, texts, shown),
@@ -611,7 +612,7 @@ def prepare_domain(job) -> Prepared:
     eval_sets |= {name: list(map(prompt_of, rows)) for name, rows in asked.items() if rows}
     developed = {row['group'] for row in questions.generated['development']}
     files = split_parts(job, parts_of(job), eval_sets, developed)
-    read = {*files[0].index['key'].to_pylist()}
+    read = {*values_of(files[0].texts, files[0].index, 'key')}
     recall, steps = recall_questions(cfg, questions.functions, read)
     check_questions(job, questions, dict(domain_sft=questions.train), recall)
     check_functions(job, questions, recall)

@@ -16,7 +16,7 @@ import fsspec
 import psutil
 import pytest
 
-from k2lab.corpus import readers
+from k2lab.corpus import readers, units as units_
 from k2lab.corpus.readers import LINE, Reader, as_table, find_files
 from k2lab.corpus.units import Plan, plan_units, receipt_of, run_units, shard_files
 from k2lab.corpus.writers import Shards, json_lines
@@ -272,6 +272,7 @@ def test_a_source_that_disappears_is_named_and_its_unit_is_not_done(tmp_path, mo
     monkeypatch.setattr(
         readers, 'BATCH', 500
     )  # several tables a unit, so that it happens in the middle of one
+    monkeypatch.setattr(units_, 'BATCH', 500)
     for name in 'ab':
         (tmp_path / f'{name}.jsonl').write_bytes(joined(*(line(f'{name}{i}') for i in range(50))))
     units = plan_units(f'{tmp_path}/?.jsonl', size=2000)
@@ -319,7 +320,7 @@ def test_what_a_fast_parser_would_change_or_refuse_is_kept(tmp_path):
     index = run_units(plan_units(f'{tmp_path}/a.jsonl'), Plan(), tmp_path / 'out')
     assert shard_files(tmp_path / 'out')[0].read_bytes() == joined(
         b'{"text":"a","source":"x","id":123456789012345678901234567890,"loss":1.5}',
-        b'{"text":"a","source":"x","id":123456789012345678901234567890,"loss":NaN}',
+        b'{"text":"a","source":"x","id":123456789012345678901234567890,"loss":null}',
     )
     assert index['rejected'] == 0
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LICENCE', 'BLUE', 'PALE', 'RED', 'UNITS', 'SOURCE_HEADER', 'HUB_LICENCES', 'SIZES', 'BASELINES', 'CONTEXT',
-           'origin_of', 'publish_rows', 'read_card', 'card_table', 'picture', 'plain_label', 'bars', 'card_chart',
-           'left_after', 'funnel_chart', 'histogram_charts', 'histogram_on', 'counts_of', 'sizes_joined',
+           'CROISSANT_TYPES', 'origin_of', 'publish_rows', 'read_card', 'card_table', 'picture', 'plain_label', 'bars',
+           'card_chart', 'left_after', 'funnel_chart', 'histogram_charts', 'histogram_on', 'counts_of', 'sizes_joined',
            'count_charts', 'shares_of', 'mixture_chart', 'element', 'rows_table', 'source_rows', 'entry_report',
-           'card_report', 'hub_licence', 'fields_of', 'front_matter', 'cell', 'markdown_table', 'baseline_text',
-           'entry_text', 'questions_text', 'readme', 'file_object', 'record_set', 'protocol', 'croissant',
-           'write_card_pages']
+           'card_report', 'hub_licence', 'columns_of', 'feature', 'front_matter', 'cell', 'markdown_table',
+           'baseline_text', 'entry_text', 'questions_text', 'readme', 'file_object', 'record_set', 'protocol',
+           'croissant', 'write_card_pages']
 
 # %% ../../nbs/corpus/09_card.ipynb #4265c7fe
 import html
@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from .operators import conserved, data_card, funnel
+from .writers import column_kinds
 from ..lab.config import LabError
 from ..lab.display import GREY, PLOT_STYLE, Html, Picture, Table
 from ..lab.files import as_json, write_text
@@ -59,6 +60,7 @@ def publish_rows(
         origin=origin,
         sha256=manifest['sha256'],
         file=f'{name}.jsonl',
+        columns=column_kinds(rows),
     )
 
 # %% ../../nbs/corpus/09_card.ipynb #91495ea8
@@ -452,9 +454,17 @@ def hub_licence(names: list) -> dict:
     return dict(license=known[0] if len(known) == 1 else known)
 
 
-def fields_of(entry: dict) -> tuple:
-    "The fields of the rows of a corpus."
-    return FORMATS[entry['format']]
+def columns_of(entry: dict) -> dict:
+    "{name: kind} of the columns of a corpus; without `columns` in its card the text fields of its format."
+    return entry.get('columns') or dict.fromkeys(FORMATS[entry['format']], 'string')
+
+
+def feature(name: str, kind: str) -> dict:
+    "A column as `datasets` writes it in a README."
+    if kind.startswith('list '):
+        inner = kind[5:]
+        return dict(name=name, dtype='json') if inner == 'date' else dict(name=name, list=inner)
+    return dict(name=name, dtype='json' if kind == 'date' else kind)
 
 
 def front_matter(card: dict, name: str) -> dict:
@@ -464,7 +474,7 @@ def front_matter(card: dict, name: str) -> dict:
     info = [
         dict(
             config_name=e['name'],
-            features=[dict(name=f, dtype='string') for f in fields_of(e)],
+            features=[feature(*column) for column in columns_of(e).items()],
             splits=[dict(name='train', num_bytes=e['bytes'], num_examples=e['documents'])],
         )
         for e in corpora
@@ -640,13 +650,17 @@ def file_object(entry: dict, size: int) -> dict:
     }
 
 
+CROISSANT_TYPES = {'int64': 'sc:Integer', 'float64': 'sc:Float', 'bool': 'sc:Boolean'}
+
+
 def record_set(entry: dict) -> dict:
     "The rows of a file in Croissant."
-    field = lambda name: {
+    field = lambda name, kind: {
         '@type': 'cr:Field',
         '@id': f"{entry['name']}/{name}",
         'name': name,
-        'dataType': 'sc:Text',
+        'dataType': CROISSANT_TYPES.get(kind.removeprefix('list '), 'sc:Text'),
+        **({'isArray': True, 'arrayShape': '-1'} if kind.startswith('list ') else {}),
         'source': {'fileObject': {'@id': entry['file']}, 'extract': {'column': name}},
     }
     return {
@@ -654,7 +668,7 @@ def record_set(entry: dict) -> dict:
         '@id': entry['name'],
         'name': entry['name'],
         'description': f"{entry['documents']} rows from {entry['origin']}",
-        'field': list(map(field, fields_of(entry))),
+        'field': [field(*column) for column in columns_of(entry).items()],
     }
 
 # %% ../../nbs/corpus/09_card.ipynb #5013927c

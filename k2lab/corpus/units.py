@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['UNIT', 'FILES', 'HERE', 'DEATHS', 'SHARDS_FILE', 'WORK_ENGINES', 'Piece', 'file_pieces', 'distinct_files',
            'plan_units', 'Plan', 'keep', 'shorter', 'operator_of', 'code_of', 'key_of', 'added', 'removed', 'worked',
-           'read_piece', 'piece_receipt', 'work_unit', 'work_pieces', 'unit_receipt', 'receipt_of', 'work_from_stdin',
-           'try_unit', 'threads', 'Worker', 'worker_loop', 'next_unit', 'run_workers', 'ray_data', 'run_ray_workers',
-           'check_spans', 'check_books', 'partial_files', 'check_whole', 'check_bad', 'first_bad', 'finalize_corpus',
-           'corpus_index', 'need_receipt', 'remove_stale', 'run_units', 'work_units', 'shard_files']
+           'read_piece', 'piece_receipt', 'work_unit', 'work_pieces', 'piece_tables', 'joined_tables', 'unit_receipt',
+           'receipt_of', 'work_from_stdin', 'try_unit', 'threads', 'Worker', 'worker_loop', 'next_unit', 'run_workers',
+           'ray_data', 'run_ray_workers', 'check_spans', 'check_books', 'partial_files', 'check_whole', 'check_bad',
+           'first_bad', 'finalize_corpus', 'corpus_index', 'need_receipt', 'remove_stale', 'run_units', 'work_units',
+           'shard_files']
 
 # %% ../../nbs/corpus/02_units.ipynb #0e400f19
 import contextlib
@@ -29,7 +30,7 @@ from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
-from .readers import WAYS, Reader, Unread, find_files, kind_of, stamp
+from .readers import BATCH, WAYS, Reader, Unread, find_files, kind_of, stamp
 from .writers import SHARD_BYTES, Shards
 from ..lab.config import LabError, one_of
 from ..lab.files import read_lines
@@ -218,16 +219,36 @@ def work_pieces(unit: tuple, plan: Plan, shards: Shards, rejects) -> tuple[list[
     "(entries of the pieces in the receipt, counts of the operator) after reading, working and writing."
     pieces, counts, operate = [], None, operator_of(plan)
     on_bad = lambda bad: rejects.write(json.dumps(bad).encode() + b'\n')
+    for table in joined_tables(piece_tables(unit, plan, on_bad, pieces)):
+        table, more = worked(operate, table, plan)
+        counts = added(counts, more)
+        shards.write(table)
+    return pieces, counts
+
+
+def piece_tables(unit: tuple, plan: Plan, on_bad, pieces: list):
+    "Yields the tables of the pieces of a unit; the entry of each piece that is read is added to `pieces`."
     for piece in unit:
         reader = read_piece(piece, plan, on_bad)
-        for table in reader.tables():
-            table, more = worked(operate, table, plan)
-            counts = added(counts, more)
-            shards.write(table)
+        yield from reader.tables()
         pieces.append(piece_receipt(piece, reader))
         if why := pieces[-1]['partial'] or pieces[-1]['note']:
             on_bad(dict(file=piece.path, offset=reader.span[1], reason=why))
-    return pieces, counts
+
+
+def joined_tables(tables):
+    "Yields tables of about 4 MB: small ones are joined, so that operators start seldom."
+    import pyarrow as pa
+
+    held, size = [], 0
+    for table in tables:
+        held.append(table)
+        size += table.nbytes
+        if size >= BATCH:
+            yield pa.concat_tables(held).combine_chunks()
+            held, size = [], 0
+    if held:
+        yield pa.concat_tables(held).combine_chunks()
 
 
 def unit_receipt(key: str, pieces: list, counts, shards: list, seconds: float) -> dict:

@@ -16,7 +16,14 @@ from itertools import chain
 
 from ..corpus.duplicates import drop_contaminated, fingerprints
 from ..corpus.operators import counted, fingerprint, hash_percent, held_out, sorted_out
-from ..corpus.pipeline import Refined, Refining, texts_of, unique, without_contaminated
+from k2lab.corpus.pipeline import (
+    Refined,
+    Refining,
+    texts_of,
+    unique,
+    values_of,
+    without_contaminated,
+)
 from ..corpus.sources import functions
 from ..lab.config import LabError
 from k2lab.tasks.questions import (
@@ -68,7 +75,7 @@ def sorted_by_side(corpus: Refined, settings: Refining, sides: Sides, asked: Set
     "(index of the training side, of the held-out side, of the keys in `asked`; counts)."
     index, steps = unique(corpus, settings)
     of = lambda key: 0 if sides.of(key) == 'evaluation' else 1 if key in asked else -1
-    why = [of(key) for key in index['key'].to_pylist()]
+    why = [of(key) for key in values_of(corpus, index, 'key')]
     train, counts = sorted_out('hold out', index, why, ['held out', 'asked in development'])
     held, known = (index.filter([reason == side for reason in why]) for side in (0, 1))
     return train, held, known, [*steps, counts]
@@ -304,7 +311,7 @@ def check_held(job, held: list, name: str, corpus: Refined, index):
     "Checks that no held-out text occurs in the documents of an index, whole or in rare word runs."
     import pyarrow as pa
 
-    copies = {*fingerprints(pa.table(dict(text=held)))} & {*index['mark'].to_pylist()}
+    copies = {*fingerprints(pa.table(dict(text=held)))} & {*values_of(corpus, index, 'mark')}
     runs = drop_contaminated(index, held, column=corpus.texts['text'])[1]['removed']
     job.check(
         f'no held-out document occurs in {name}',

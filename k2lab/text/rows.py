@@ -175,7 +175,13 @@ def write_rows(path, rows, format: str, licence: str = 'unknown', origin: str = 
     for i, row in enumerate(rows, 1):
         if reason := fault(row, format):
             raise LabError(f'{path.name}: row {i} not written: {reason}')
-        lines.append(json.dumps(row, ensure_ascii=False))
+        try:
+            lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False))
+        except ValueError:
+            raise LabError(
+                f'{path.name}: row {i} not written: it holds NaN or an infinite number, '
+                'for which JSON has no word: write null'
+            ) from None
     data = compress(''.join(f'{line}\n' for line in lines).encode(), path.name)
     write_whole(path, data)
     return publish_manifest(
