@@ -41,8 +41,9 @@ from k2lab.corpus.pipeline import (
 )
 from .corpus.readers import find_files, kind_of, stamp
 from .corpus.sources import distributions, documents, licence_of, package_folder
+from .corpus.unit_cache import UnitCache
 from .corpus.units import added
-from .lab.config import LabError
+from .lab.config import LabError, lab_path
 from .lab.files import as_json, sha256, write_text
 from .lab.inputs import files_sha256
 from .models.load import local_folder
@@ -159,6 +160,8 @@ class Config:
     # corpus of one seed has read what another seed evaluates on
     seed: int = 0
     workers: int = 1  # processes that read and refine documents
+    # GB of refined documents kept beside the runs, so that a later run need not refine them; 0: none
+    keep_refined_gb: float = 20
     # on this machine, or by Ray Data on many ($RAY_ADDRESS)
     engine: Literal['local', 'ray'] = 'local'
     # share of the rows of a source that may be bad; each is named in rejects.jsonl
@@ -181,6 +184,8 @@ class Config:
             raise LabError(
                 "refine: tokenizer is a field of the stage, the name of a model; set that"
             )
+        if not self.keep_refined_gb >= 0:
+            raise LabError(f'keep_refined_gb is {self.keep_refined_gb}; a number from 0 on')
         for family, n in self.family_weights.items():
             if not isinstance(n, int) or n < 1:
                 raise LabError(f'family_weights: {family} has {n}; a whole number from 1 on')
@@ -469,7 +474,8 @@ def refine_settings(job):
 def refined_texts(job, part: str, specs: list) -> Refined:
     "The documents of the sources of a part that pass the steps for single documents."
     cfg = job.cfg
-    return refine(
+    cache = UnitCache(lab_path('runs') / '.refined', gb) if (gb := cfg.keep_refined_gb) else None
+    texts = refine(
         specs,
         source_names(specs),
         refine_settings(job),
@@ -479,7 +485,11 @@ def refined_texts(job, part: str, specs: list) -> Refined:
         workers=cfg.workers,
         engine=cfg.engine,
         max_bad=cfg.max_bad,
+        cache=cache,
     )
+    if cache:
+        job.log(phase=f'{part}: {cache}')
+    return texts
 
 # %% ../nbs/10_prepare_corpus.ipynb #c60e7fb4
 @dataclass(frozen=True)

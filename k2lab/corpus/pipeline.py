@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['WIDE', 'LENGTH', 'tokenizer_at', 'READ_AT_ONCE', 'SLICE', 'SLICE_BYTES', 'WORK_COLUMNS', 'Refining', 'refining',
            'edges_of', 'histogram', 'histograms', 'shortened', 'stepped', 'counted_tokens', 'redacted_table', 'begun',
-           'drop_poor_counted', 'local_steps', 'with_keys', 'refined', 'source_files', 'refine_source', 'mapped',
-           'rows_in', 'Documents', 'Column', 'index_of', 'Refined', 'values_of', 'marks_of', 'sketches_of', 'refine',
-           'log_source', 'read_step', 'all_steps', 'gone_of', 'shown', 'unique', 'without_contaminated', 'texts_of',
-           'tables_of', 'in_order', 'mix', 'publish_texts', 'lowest_hashed', 'cuts_of', 'pictures_of', 'texts_card']
+           'drop_poor_counted', 'local_steps', 'with_keys', 'refined', 'source_files', 'folder_sha256', 'refine_source',
+           'mapped', 'rows_in', 'Documents', 'Column', 'index_of', 'Refined', 'values_of', 'marks_of', 'sketches_of',
+           'refine', 'log_source', 'read_step', 'all_steps', 'gone_of', 'shown', 'unique', 'without_contaminated',
+           'texts_of', 'tables_of', 'in_order', 'mix', 'publish_texts', 'lowest_hashed', 'cuts_of', 'pictures_of',
+           'texts_card']
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #a23b8481
 import json
@@ -44,6 +45,8 @@ from .sources import documents
 from .units import Plan, added, plan_units, run_units, shard_files
 from .writers import Columns, Lines
 from ..lab.config import LabError, one_of
+from ..lab.files import sha256
+from ..lab.inputs import files_sha256
 from ..text.encoder import count_tokens
 from ..text.rows import publish_manifest, publishing, write_whole
 from ..text.tokenizer import tokenizer_in
@@ -296,6 +299,14 @@ def source_files(spec: dict, folder: Path, limit: int | None = None) -> tuple:
     return str(path), dict(licence='unknown')
 
 
+def folder_sha256(folder: str) -> str:
+    "One hash of the small files of a folder, such as a tokenizer's; empty for no folder."
+    if not folder:
+        return ''
+    small = (p for p in Path(folder).iterdir() if p.is_file() and p.stat().st_size < 64 << 20)
+    return files_sha256({path.name: sha256(path) for path in sorted(small)})
+
+
 def refine_source(
     spec: dict, settings: Refining, folder, limit: int | None = None, format: str = 'domain', **how
 ) -> dict:
@@ -303,8 +314,9 @@ def refine_source(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files, fill = source_files(spec, folder, limit)
+    columns, reads = ('key', 'licence'), folder_sha256(settings.tokenizer)
     plan = Plan(
-        'k2lab.corpus.pipeline:refined', asdict(settings), format, ('key', 'licence'), '.arrow'
+        'k2lab.corpus.pipeline:refined', asdict(settings), format, columns, '.arrow', reads=reads
     )
     return run_units(plan_units(files, **fill), plan, folder / 'units', **how)
 

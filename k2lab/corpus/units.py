@@ -26,7 +26,7 @@ import traceback
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,7 @@ class Plan:
     room: int = SHARD_BYTES  # bytes of a shard, about
     licence: str = 'unknown'
     origin: str = ''
+    reads: str = ''  # a hash of what the operator reads besides the rows
 
 
 def keep(table) -> tuple:
@@ -539,6 +540,7 @@ def corpus_index(receipts: list, pieces: list, plan: Plan) -> dict:
         empty=[p['path'] for p in pieces if p['note']],
         bytes=sum(s['bytes'] for s in shards),
         cpu_seconds=round(sum(r['cpu_seconds'] for r in receipts), 3),
+        cached=sum(bool(r.get('cached')) for r in receipts),
         digest=hashlib.sha256(digests.encode()).hexdigest(),
         plan=asdict(plan),
         shards=shards,
@@ -575,8 +577,11 @@ def run_units(
     max_bad: float = 0.001,
     allow_partial: bool = False,
     log=lambda **kv: None,
+    cache: Any = None,
 ) -> dict:
-    "Works on all units without a receipt and returns the index; `LabError` if rows are missing or bad."
+    """Works on all units without a receipt and returns the index; `LabError` if rows are missing or bad.
+
+    `cache`, a `k2lab.corpus.unit_cache.UnitCache`, gives units that an earlier run has finished, and gets new ones."""
     folder = Path(folder)
     for name in ('receipts', 'rejects'):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -584,8 +589,12 @@ def run_units(
     one_of('engine', engine, WORK_ENGINES)
     with owning(folder):
         (folder / SHARDS_FILE).unlink(missing_ok=True)
-        todo = deque(unit for unit in units if not receipt_of(unit, plan, folder))
-        unread = work_units(todo, plan, folder, workers, engine, log)
+        ready = lambda unit: (
+            receipt_of(unit, plan, folder) or (cache and cache.fetch(unit, plan, folder))
+        )
+        todo = deque(unit for unit in units if not ready(unit))
+        kept = partial(cache.store, plan=plan, folder=folder) if cache else lambda unit: None
+        unread = work_units(todo, plan, folder, workers, engine, log, kept)
         if unread:
             raise LabError(
                 f'{len(unread)} of {len(units)} units could not be read, the others are done: '
@@ -594,8 +603,12 @@ def run_units(
         return finalize_corpus(units, plan, folder, max_bad, allow_partial)
 
 
-def work_units(todo: deque, plan: Plan, folder, workers: int, engine: str, log) -> list[str]:
-    "Works on all units of `todo` and returns why some could not be read; `LabError` if one fails."
+def work_units(
+    todo: deque, plan: Plan, folder, workers: int, engine: str, log, keep=lambda unit: None
+) -> list[str]:
+    """Works on all units of `todo` and returns why some could not be read; `LabError` if one fails.
+
+    `keep` is called with each unit that is done."""
     unread, steps, count = [], len(todo), Counter()
 
     def done(unit, answer):
@@ -603,6 +616,8 @@ def work_units(todo: deque, plan: Plan, folder, workers: int, engine: str, log) 
             raise LabError(answer['error'])
         if 'unread' in answer:
             unread.append(answer['unread'])
+        else:
+            keep(unit)
         count['done'] += 1
         log(phase='working', step=count['done'], steps=steps)
 
