@@ -474,7 +474,8 @@ def refine_settings(job):
 def refined_texts(job, part: str, specs: list) -> Refined:
     "The documents of the sources of a part that pass the steps for single documents."
     cfg = job.cfg
-    cache = UnitCache(lab_path('runs') / '.refined', gb) if (gb := cfg.keep_refined_gb) else None
+    gb = 0 if 'reproduces' in job.record else cfg.keep_refined_gb  # a repetition does the work
+    cache = UnitCache(lab_path('runs') / '.refined', gb) if gb else None
     texts = refine(
         specs,
         source_names(specs),

@@ -1,4 +1,4 @@
-"""What a corpus run leaves can be used by others, whatever its size: loaders, memory, shards, what is kept for later."""
+"""What a corpus run leaves can be used by others, whatever its size: loaders, memory, shards and kept units."""
 
 import json
 import math
@@ -175,3 +175,84 @@ def test_tables_and_rows_give_the_same_columns():
     columns = Columns()
     columns.add_table(as_table(texts))
     assert columns.kinds == dict(text='string', key='string', n='float64')
+
+
+# beyond memory
+
+
+@pytest.fixture(scope='module')
+def family():
+    "400 texts: copies, near copies of several degrees, chains of versions, and texts that share nothing."
+    import random
+
+    rng, texts = random.Random(3), []
+    for i in range(100):
+        tokens = words(i, 80).split()
+        texts.append(' '.join(tokens))
+        for _ in range(i % 5):
+            for _ in range(rng.choice((0, 1, 3, 12))):
+                tokens[rng.randrange(len(tokens))] = f'x{rng.randrange(10**6)}'
+            texts.append(' '.join(tokens).upper() if rng.random() < 0.2 else ' '.join(tokens))
+    rng.shuffle(texts)
+    return texts
+
+
+def test_the_size_of_parts_on_disk_does_not_change_what_is_kept(family, monkeypatch, tmp_path):
+    import pyarrow as pa
+
+    from k2lab.corpus import duplicates
+
+    column = pa.chunked_array([family[:130], family[130:131], family[131:]], pa.string())
+    want = duplicates.near_owners(column).tolist()
+    assert len(set(want)) < len(want) - 60
+    monkeypatch.setattr(duplicates, 'PART_BYTES', 100)
+    monkeypatch.setattr(duplicates, 'TAKEN_BYTES', 3000)
+    monkeypatch.setattr(duplicates, 'TAKEN_ROWS', 7)
+    cut = [duplicates.sketch(column[a:b]) for a, b in ((0, 50), (50, 51), (51, None))]
+    parts = [(rows + start, keys) for (rows, keys), start in zip(cut, (0, 50, 51))]
+    assert duplicates.near_owners(column, sketches=parts, folder=tmp_path).tolist() == want
+    assert not [*tmp_path.iterdir()]
+    marks = duplicates.mark_array(duplicates.fingerprints(pa.table(dict(text=family))))
+    first, sizes = duplicates.first_of_each(marks)
+    again, others = duplicates.first_of_each(marks, room=3)
+    assert first.tolist() == again.tolist() and sorted(sizes) == sorted(others)
+    seen = set()
+    plain = [not (mark in seen or seen.add(mark)) for mark in map(bytes, marks)]
+    assert first.tolist() == plain and sum(sizes) == len(family)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    "`Documents` in three files of several batches, and the same rows as a list."
+    import pyarrow as pa
+
+    from k2lab.corpus.pipeline import Documents
+
+    rows, paths = [], []
+    for i, sizes in enumerate(([5, 1, 7], [3], [2, 9])):
+        paths.append(tmp_path / f'{i}.arrow')
+        schema = pa.schema(dict(text=pa.string(), n=pa.int64()))
+        with pa.OSFile(str(paths[-1]), 'wb') as file, pa.ipc.new_file(file, schema) as out:
+            for size in sizes:
+                new = [dict(text=f't{len(rows) + j}', n=len(rows) + j) for j in range(size)]
+                out.write_table(pa.Table.from_pylist(new, schema))
+                rows += new
+    return Documents(paths), rows
+
+
+def test_stored_documents_are_read_like_a_table(stored):
+    import random
+
+    documents, rows = stored
+    assert len(documents) == len(rows) == 27
+    got = [(start, batch.to_pylist()) for start, batch in documents.batches()]
+    assert [row for _, part in got for row in part] == rows
+    assert all(part[0] == rows[start] for start, part in got)
+    for seed in range(20):
+        rng = random.Random(seed)
+        some = [rng.randrange(27) for _ in range(rng.choice((0, 1, 5, 40)))]
+        assert documents.take(some).to_pylist() == [rows[i] for i in some]
+        assert documents['n'].take(some).to_pylist() == some
+        some.sort()
+        assert documents.take(some, ['n'])['n'].to_pylist() == some
+    assert documents['text'][26].as_py() == 't26' and len(documents['text']) == 27

@@ -138,7 +138,7 @@ def buckets(rows, keys) -> tuple[Any, Any]:
 
 # %% ../../nbs/corpus/05_duplicates.ipynb #86baeee0
 REACH = 64  # rows of a bucket that a row is compared with
-TAKEN_ROWS, TAKEN_BYTES = 4096, 16 << 20  # of texts that are in memory at once, about
+TAKEN_ROWS, TAKEN_BYTES = 4096, 4 << 20  # of texts that are in memory at once, about
 
 
 def taken(column, rows):

@@ -7,11 +7,12 @@ __all__ = ['WIDE', 'LENGTH', 'tokenizer_at', 'READ_AT_ONCE', 'SLICE', 'SLICE_BYT
            'edges_of', 'histogram', 'histograms', 'shortened', 'stepped', 'counted_tokens', 'redacted_table', 'begun',
            'drop_poor_counted', 'local_steps', 'with_keys', 'refined', 'source_files', 'folder_sha256', 'refine_source',
            'mapped', 'rows_in', 'Documents', 'Column', 'index_of', 'Refined', 'values_of', 'marks_of', 'sketches_of',
-           'refine', 'log_source', 'read_step', 'all_steps', 'gone_of', 'shown', 'unique', 'without_contaminated',
-           'texts_of', 'tables_of', 'in_order', 'mix', 'publish_texts', 'lowest_hashed', 'cuts_of', 'pictures_of',
-           'texts_card']
+           'refine', 'log_source', 'read_step', 'all_steps', 'gone_of', 'remembered', 'shown', 'unique',
+           'without_contaminated', 'texts_sha256', 'texts_of', 'tables_of', 'in_order', 'mix', 'publish_texts',
+           'lowest_hashed', 'cuts_of', 'pictures_of', 'texts_card']
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #a23b8481
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -428,6 +429,8 @@ class Refined:
     index: Any  # table with a row for each document
     steps: list  # counts so far
     names: list  # of the sources
+    identity: tuple = ()  # hashes of the documents of each source
+    cache: Any = None  # a `k2lab.corpus.unit_cache.UnitCache`, which keeps results of steps, too
 
 
 READ_AT_ONCE = 1 << 16  # values of a column
@@ -486,7 +489,12 @@ def refine(
         raise LabError(f'no document of {", ".join(names)} passes: {json.dumps(gone_of(indexes))}')
     texts = Documents([path for place in folders for path in shard_files(place / 'units')])
     return Refined(
-        texts, index_of(texts, rows), [read_step(indexes), *all_steps(indexes)], list(names)
+        texts,
+        index_of(texts, rows),
+        [read_step(indexes), *all_steps(indexes)],
+        list(names),
+        tuple(index['digest'] for index in indexes),
+        how.get('cache'),
     )
 
 
@@ -519,6 +527,25 @@ def gone_of(indexes: list) -> dict:
     return dict(out)
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #27d42597
+def remembered(corpus: Refined, before, step, settings) -> tuple:
+    """`shown` of a step, or what an earlier run found by the same step on the same documents.
+
+    `settings` are all that the step depends on besides the documents of the index, as JSON knows them."""
+    import numpy as np
+    import pyarrow as pa
+
+    if corpus.cache is None:
+        return shown(corpus, before, step)
+    rows = hashlib.sha256(before['row'].to_numpy().tobytes()).hexdigest()
+    name = corpus.cache.result_name([corpus.identity, rows, settings])
+    if found := corpus.cache.result(name):
+        stays, counts = found
+        return before.filter(pa.array(np.isin(before['row'].to_numpy(), stays))), counts
+    after, counts = shown(corpus, before, step)
+    corpus.cache.keep_result(name, after['row'].to_numpy(), counts)
+    return after, counts
+
+
 def shown(corpus: Refined, before, step) -> tuple:
     "(index, counts) of a step that looks at all documents, with samples of what it removed."
     import numpy as np
@@ -537,26 +564,39 @@ def shown(corpus: Refined, before, step) -> tuple:
 
 def unique(corpus: Refined, settings: Refining) -> tuple:
     "(index without copies and near copies, counts)."
-    marks = marks_of(corpus.texts)
-    index, copies = shown(corpus, corpus.index, partial(drop_copies, marks=marks))
+    step = lambda index: drop_copies(index, marks=marks_of(corpus.texts))
+    index, copies = remembered(corpus, corpus.index, step, ['copies'])
     if settings.near_duplicate_jaccard is None:
         return index, [copies]
-    step = partial(
-        drop_near,
-        least=settings.near_duplicate_jaccard,
-        max_share=settings.max_cluster_share,
+    options = dict(
+        least=settings.near_duplicate_jaccard, max_share=settings.max_cluster_share
+    )
+    step = lambda index: drop_near(
+        index,
         column=corpus.texts['text'],
         sketches=sketches_of(corpus, index),
         folder=Path(corpus.texts.paths[0]).parent,
+        **options,
     )
-    index, near = shown(corpus, index, step)
+    index, near = remembered(corpus, index, step, ['near copies', options])
     return index, [copies, near]
 
 
 def without_contaminated(corpus: Refined, index, eval_sets: dict) -> tuple:
     "(index of the documents that do not quote evaluation texts {name: list}, counts)."
     step = partial(drop_contaminated, texts=eval_sets, column=corpus.texts['text'])
-    return shown(corpus, index, step)
+    return remembered(corpus, index, step, ['contaminated', texts_sha256(eval_sets)])
+
+
+def texts_sha256(named: dict) -> str:
+    "SHA-256 of named lists of texts."
+    one = hashlib.sha256()
+    for name, texts in named.items():
+        for text in (name, *texts):
+            data = text.encode('utf-8', 'surrogatepass')
+            one.update(len(data).to_bytes(8, 'big') + data)
+        one.update(b'\0')
+    return one.hexdigest()
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #a7a4fddd
 def texts_of(corpus: Refined, index) -> list:

@@ -168,23 +168,56 @@ class UnitCache:
     def fetch(self, unit: tuple, plan: Plan, folder) -> bool:
         "Whether an earlier run has finished this unit; its files are then in the run's folder."
         name = self.name(unit, plan)
+        entry = self.whole_entry(name) if name else None
+        if entry is None:
+            return False
         try:
-            entry = json.loads((self.folder / name / 'entry.json').read_text()) if name else None
-            whole = entry and all(
-                digest_of(self.folder / name / file) == digest
-                for file, digest in entry['files'].items()
-            )
-        except (OSError, ValueError):
-            return False
-        if not whole:
-            shutil.rmtree(
-                self.folder / name if entry else self.folder / '.none', ignore_errors=True
-            )
-            return False
-        os.utime(self.folder / name / 'entry.json')
-        place_unit(self.folder / name, entry, unit, key_of(unit, plan), Path(folder))
+            place_unit(self.folder / name, entry, unit, key_of(unit, plan), Path(folder))
+        except FileNotFoundError:
+            return False  # another run has made room meanwhile
         self.taken += 1
         return True
+
+    def whole_entry(self, name: str) -> dict | None:
+        "The entry of what is kept under a name, None if it is not there; what is damaged is removed."
+        place = self.folder / name
+        if not place.exists():
+            return None
+        try:
+            entry = json.loads((place / 'entry.json').read_text())
+            if all(digest_of(place / file) == digest for file, digest in entry['files'].items()):
+                os.utime(place / 'entry.json')
+                return entry
+        except (OSError, ValueError, KeyError):
+            pass
+        shutil.rmtree(place, ignore_errors=True)
+        return None
+
+    def result_name(self, decides) -> str:
+        "The name of a step's result: a hash of what decides it, as JSON knows it, and of the code."
+        code = code_of('k2lab.corpus.pipeline:refined')
+        whole = json.dumps([decides, code, library_versions()], sort_keys=True)
+        return f'result-{hashlib.sha256(whole.encode()).hexdigest()[:40]}'
+
+    def keep_result(self, name: str, rows, counts: dict):
+        "Keeps the rows that a step on all documents leaves, and its counts."
+        part = self.folder / f'.{name}.{os.getpid()}'
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        (part / 'rows').write_bytes(rows.astype('int64').tobytes())
+        (part / 'counts.json').write_text(json.dumps(counts))
+        if not (self.folder / name).exists():
+            self.seal(part, self.folder / name, '')
+        shutil.rmtree(part, ignore_errors=True)
+
+    def result(self, name: str) -> tuple | None:
+        "(rows, counts) that `keep_result` kept, or None."
+        import numpy as np
+
+        if self.whole_entry(name) is None:
+            return None
+        counts = json.loads((self.folder / name / 'counts.json').read_text())
+        return np.fromfile(self.folder / name / 'rows', np.int64), counts
 
     def __str__(self):
         return (
