@@ -27,11 +27,14 @@ from typing import Annotated, Any, Literal
 from .corpus.card import LICENCE, origin_of, publish_rows, write_card_pages
 from .corpus.operators import conserved, counted
 from k2lab.corpus.pipeline import (
+    Output,
     Refined,
     Refining,
     lowest_hashed,
     mix,
+    mix_amounts,
     publish_texts,
+    publish_tokens,
     refine,
     refining,
     tables_of,
@@ -160,6 +163,15 @@ class Config:
     # corpus of one seed has read what another seed evaluates on
     seed: int = 0
     workers: int = 1  # processes that read and refine documents
+    # kind of the files of documents: .jsonl, .jsonl.gz, .jsonl.zst or .parquet
+    output: str = '.jsonl'
+    # MB of such a file; null: all documents to train on are in one file, else in a folder of files
+    shard_mb: float | None = None
+    # token shards for trainers, too: a folder NAME_tokens for each file of documents to train on
+    token_shards: bool = False
+    # tokens of the domain to train on: `weight` is then a share of tokens, and documents of a small
+    # source come up again, up to `epochs` times
+    domain_tokens: int | None = None
     # GB of refined documents kept beside the runs, so that a later run need not refine them; 0: none
     keep_refined_gb: float = 20
     # on this machine, or by Ray Data on many ($RAY_ADDRESS)
@@ -184,6 +196,13 @@ class Config:
             raise LabError(
                 "refine: tokenizer is a field of the stage, the name of a model; set that"
             )
+        Output(self.output, self.shard_mb)
+        if not self.tokenizer and (self.token_shards or self.domain_tokens is not None):
+            raise LabError('token_shards and domain_tokens count tokens: set `tokenizer`, too')
+        if self.domain_rows is not None and self.domain_tokens is not None:
+            raise LabError('domain_rows and domain_tokens: a mixture is of documents or of tokens')
+        if self.domain_tokens is not None and not self.domain_tokens > 0:
+            raise LabError(f'domain_tokens is {self.domain_tokens}; a number above 0')
         if not self.keep_refined_gb >= 0:
             raise LabError(f'keep_refined_gb is {self.keep_refined_gb}; a number from 0 on')
         for family, n in self.family_weights.items():
@@ -536,6 +555,9 @@ def weights_of(specs: list) -> list:
 # %% ../nbs/10_prepare_corpus.ipynb #e14c174d
 def mixed_rows(cfg, part: Part, train) -> tuple:
     "(index, counts, {source: share}) of the documents of a part to train on, mixed by weight."
+    if part.name == 'domain' and cfg.domain_tokens:
+        amount = ('tokens', cfg.domain_tokens)
+        return mix_amounts(part.texts, train, part.weights, *amount, cfg.seed, cfg.epochs)
     rows: Any = part.rows  # None only where `split_part` does not mix
     most = rows if any(part.weights) else min(rows, cfg.epochs * len(train))
     return mix(part.texts, train, part.weights, most, cfg.seed, cfg.epochs)
@@ -550,7 +572,7 @@ def split_part(job, part: Part, eval_sets: dict, asked: set) -> tuple[list[TextF
     questions = [text for some in eval_sets.values() for text in some]
     check_held(job, questions + heldout_texts, name, texts, train)
     mixed = {}
-    if part.rows is not None:
+    if part.rows is not None or (part.name == 'domain' and job.cfg.domain_tokens):
         train, counts, mixed = mixed_rows(job.cfg, part, train)
         steps = [*steps, counts]
     job.check(f'{name}: rows in = rows out + removed', not conserved(steps), conserved(steps))
@@ -563,9 +585,16 @@ def split_part(job, part: Part, eval_sets: dict, asked: set) -> tuple[list[TextF
 
 def publish_text(job, file: TextFile) -> dict:
     "Publishes a file of documents and returns its card."
-    card = texts_card(file.name, file.texts, file.index, *file.about)
+    card, cfg = texts_card(file.name, file.texts, file.index, *file.about), job.cfg
     origin = origin_of({name: source['documents'] for name, source in card['sources'].items()})
-    return card | publish_texts(job, file.name, file.texts, file.index, file.format, origin)
+    what = (job, file.name, file.texts, file.index)
+    if not file.about:  # held out: small, and read by evaluations
+        return card | publish_texts(*what, file.format, origin)
+    card |= publish_texts(*what, file.format, origin, Output(cfg.output, cfg.shard_mb))
+    if cfg.token_shards:
+        room = int((cfg.shard_mb or 256) * 1e6)
+        card['token_shards'] = publish_tokens(*what, refine_settings(job).tokenizer, room)
+    return card
 
 # %% ../nbs/10_prepare_corpus.ipynb #5733b763
 def split_parts(job, parts: list[Part], eval_sets: dict, asked: set) -> list[TextFile]:

@@ -256,3 +256,127 @@ def test_stored_documents_are_read_like_a_table(stored):
         some.sort()
         assert documents.take(some, ['n'])['n'].to_pylist() == some
     assert documents['text'][26].as_py() == 't26' and len(documents['text']) == 27
+
+
+# files of files, tokens
+
+
+def corpus_files(tmp_path, n: int = 80) -> list:
+    "Two sources, the second a quarter as large as the first."
+    a = [dict(text=words(i), source='a', n=i) for i in range(n)]
+    b = [dict(text=words(1000 + i), source='b', extra='x') for i in range(n // 4)]
+    return [
+        dict(files=write(tmp_path / 'a.jsonl', a), licence='MIT'),
+        dict(files=write(tmp_path / 'b.jsonl', b), licence='CC0-1.0'),
+    ]
+
+
+@pytest.mark.parametrize('ending', ['.jsonl', '.jsonl.gz', '.jsonl.zst', '.parquet'])
+@pytest.mark.parametrize('shard_mb', [None, 0.005])
+def test_documents_in_other_files_are_the_same_documents(prepared, tmp_path, ending, shard_mb):
+    import datasets
+
+    sources = corpus_files(tmp_path)
+    job = prepared(**SMALL, sources=sources, heldout_percent=10, output=ending, shard_mb=shard_mb)
+    plain = prepared(**SMALL, sources=sources, heldout_percent=10)
+    want = read_rows(plain.folder / 'domain.jsonl')
+    shown = datasets.load_dataset(str(job.folder), 'domain', cache_dir=str(tmp_path / 'hub'))
+    shown = list(shown['train'])
+    assert [row['text'] for row in shown] == [row['text'] for row in want]
+    assert job.folder.joinpath('croissant.json').is_file()
+    (entry,) = [
+        e
+        for e in json.loads((job.folder / 'card.json').read_text())['corpora']
+        if e['name'] == 'domain'
+    ]
+    if shard_mb:
+        assert len(entry['files']) > 1 and sum(f['rows'] for f in entry['files']) == len(want)
+    if ending != '.parquet':
+        path = job.folder / ('domain' if shard_mb else f'domain{ending}')
+        assert read_rows(path, 'domain') == want
+        assert all(same(row, other) for row, other in zip(want, shown))
+
+
+def test_a_cut_shard_and_an_empty_folder_are_noticed(prepared, tmp_path):
+    job = prepared(**SMALL, sources=corpus_files(tmp_path), heldout_percent=10, shard_mb=0.005)
+    shard = sorted((job.folder / 'domain').glob('*.jsonl'))[1]
+    shard.write_bytes(shard.read_bytes()[:-20])
+    with pytest.raises(LabError, match='the file was cut or changed'):
+        read_rows(job.folder / 'domain')
+    (tmp_path / 'none').mkdir()
+    with pytest.raises(LabError, match='no rows; a folder of rows has .jsonl'):
+        read_rows(tmp_path / 'none')
+
+
+@pytest.mark.parametrize(
+    'changes,reason',
+    [
+        (dict(output='.csv'), "'.csv'"),
+        (dict(shard_mb=0), 'shard_mb is 0'),
+        (dict(token_shards=True, tokenizer=None), 'set `tokenizer`, too'),
+        (dict(domain_tokens=1000, tokenizer=None), 'set `tokenizer`, too'),
+        (dict(domain_tokens=1000, domain_rows=5), 'of documents or of tokens'),
+        (dict(domain_tokens=-1), 'a number above 0'),
+        (dict(keep_refined_gb=-1), 'a number from 0 on'),
+    ],
+)
+def test_wrong_output_is_refused_before_the_work(changes, reason):
+    with pytest.raises(LabError, match=reason):
+        prepare_corpus.Config(**{'tokenizer': 'x'} | changes)
+
+
+def test_a_mixture_by_tokens_has_the_tokens_and_repeats_a_small_source(prepared, tmp_path):
+    sources = [spec | dict(weight=weight) for spec, weight in zip(corpus_files(tmp_path), (1, 3))]
+    options = SMALL | dict(tokenizer='Kimi-K2-Base', heldout_percent=10, sources=sources)
+    with pytest.raises(LabError, match='b.jsonl has .* tokens, its share is .* 1 epoch'):
+        prepared(**options, domain_tokens=20_000)
+    job = prepared(**options, domain_tokens=20_000, epochs=5, token_shards=True)
+    card = json.loads((job.folder / 'card.json').read_text())
+    entry = next(e for e in card['corpora'] if e['name'] == 'domain')
+    tokens = [source['tokens'] for source in entry['sources'].values()]
+    assert abs(sum(tokens) - 20_000) < 400 and abs(tokens[1] / sum(tokens) - 0.75) < 0.02
+    epochs = [source['epochs'] for source in entry['sources'].values()]
+    assert epochs[0] == 1 and epochs[1] > 2
+    # the end of each document is one more
+    assert entry['token_shards']['tokens'] == sum(tokens) + entry['documents']
+
+
+def test_training_rows_from_token_shards_are_those_from_text(tmp_path):
+    from types import SimpleNamespace
+
+    from k2lab.text.token_shards import MANIFEST, TokenShards, TokenWriter
+    from k2lab.text.tokenizer import build_tokenizer
+    from k2lab.train_continual_pretrain import documents_of, training_rows
+
+    domain, general = ([words(i + s, 5 + i % 40) for i in range(150)] for s in (0, 500))
+    tok = build_tokenizer(domain, 500)
+    for name, texts in dict(domain=domain, general=general).items():
+        writer = TokenWriter(tmp_path / name, tok, room=1000)
+        for at in range(0, 150, 10):
+            writer.write(texts[at : at + 10])
+        assert len(writer.close()['shards']) > 3
+        write_rows(tmp_path / f'{name}.jsonl', [dict(text=t, source='s') for t in texts], 'domain')
+    for passes, share, length in ((1, 0.3, 64), (0.4, 0, 33), (2.5, 0.5, 1000)):
+        cfg = SimpleNamespace(seed=3, passes=passes, replay_share=share, length=length)
+        texts = [documents_of(tmp_path / f'{name}.jsonl', tok) for name in ('domain', 'general')]
+        shards = [documents_of(tmp_path / name, tok) for name in ('domain', 'general')]
+        rows = training_rows(tok, cfg, *texts)
+        assert isinstance(rows, list) and isinstance(shards[0], TokenShards)
+        assert list(training_rows(tok, cfg, *shards)) == rows
+        assert list(training_rows(tok, cfg, shards[0], texts[1])) == rows
+    (tmp_path / 'domain/ids-001.npy').write_bytes(b'\x93NUMPY')
+    with pytest.raises(LabError, match='ids-001.npy: cannot be read'):
+        documents_of(tmp_path / 'domain', tok)
+    (tmp_path / 'general' / MANIFEST).write_text('{}')
+    with pytest.raises(LabError, match='no token shards'):
+        documents_of(tmp_path / 'general', tok)
+
+
+def test_a_lazy_list_of_rows_is_the_dataset_that_a_list_is(tmp_path):
+    from k2lab.text.token_shards import Chosen
+    from k2lab.training.trainer import dataset_of, with_labels
+
+    rows = [dict(input_ids=[i, i + 1, 70_000], completion_mask=[1, 0, 1]) for i in range(30)]
+    numbers = [3, 7, 29, 3]
+    lazy = dataset_of(Chosen([rows[:10], rows[10:]], numbers), tmp_path)
+    assert list(lazy) == list(dataset_of([with_labels(rows[i]) for i in numbers], tmp_path))

@@ -7,7 +7,7 @@ __all__ = ['LICENCE', 'BLUE', 'PALE', 'RED', 'UNITS', 'SOURCE_HEADER', 'HUB_LICE
            'CROISSANT_TYPES', 'origin_of', 'publish_rows', 'read_card', 'card_table', 'picture', 'plain_label', 'bars',
            'card_chart', 'left_after', 'funnel_chart', 'histogram_charts', 'histogram_on', 'counts_of', 'sizes_joined',
            'count_charts', 'shares_of', 'mixture_chart', 'element', 'rows_table', 'source_rows', 'entry_report',
-           'card_report', 'hub_licence', 'columns_of', 'feature', 'front_matter', 'cell', 'markdown_table',
+           'card_report', 'hub_licence', 'files_of', 'columns_of', 'feature', 'front_matter', 'cell', 'markdown_table',
            'baseline_text', 'entry_text', 'questions_text', 'readme', 'file_object', 'record_set', 'protocol',
            'croissant', 'write_card_pages']
 
@@ -454,6 +454,11 @@ def hub_licence(names: list) -> dict:
     return dict(license=known[0] if len(known) == 1 else known)
 
 
+def files_of(entry: dict) -> list[dict]:
+    "The files of a corpus, one or its shards: {file, sha256} each."
+    return entry.get('files') or [dict(file=entry['file'], sha256=entry['sha256'])]
+
+
 def columns_of(entry: dict) -> dict:
     "{name: kind} of the columns of a corpus; without `columns` in its card the text fields of its format."
     return entry.get('columns') or dict.fromkeys(FORMATS[entry['format']], 'string')
@@ -638,13 +643,14 @@ CONTEXT = {
 
 
 def file_object(entry: dict, size: int) -> dict:
-    "A file in Croissant; `size` is in bytes."
+    "A file of `files_of` in Croissant; `size` is in bytes."
+    parquet = entry['file'].endswith('.parquet')
     return {
         '@type': 'cr:FileObject',
         '@id': entry['file'],
         'name': entry['file'],
         'contentUrl': entry['file'],
-        'encodingFormat': 'application/jsonlines',
+        'encodingFormat': 'application/x-parquet' if parquet else 'application/jsonlines',
         'contentSize': f'{size} B',
         'sha256': entry['sha256'],
     }
@@ -722,8 +728,10 @@ def croissant(card: dict, name: str, sizes: dict, day: str = '') -> dict:
         'version': '1.0.0',
         **({'datePublished': day} if day else {}),
         **{key: value for key, value in terms.items() if value},
-        'distribution': [file_object(entry, sizes[entry['file']]) for entry in corpora],
-        'recordSet': list(map(record_set, corpora)),
+        'distribution': [
+            file_object(file, sizes[file['file']]) for entry in corpora for file in files_of(entry)
+        ],
+        'recordSet': [record_set(entry) for entry in corpora if not entry.get('files')],
     }
 
 # %% ../../nbs/corpus/09_card.ipynb #06347b49
@@ -732,10 +740,11 @@ def write_card_pages(folder):
     folder = Path(folder)
     card, path = json.loads((folder / 'card.json').read_text(encoding='utf-8')), folder / 'run.json'
     record = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-    missing = [entry['file'] for entry in card['corpora'] if not (folder / entry['file']).is_file()]
+    files = [file['file'] for entry in card['corpora'] for file in files_of(entry)]
+    missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise LabError(f'{folder}: {", ".join(missing)} is not there, but card.json lists it')
-    sizes = {entry['file']: (folder / entry['file']).stat().st_size for entry in card['corpora']}
+    sizes = {file: (folder / file).stat().st_size for file in files}
     name = (
         f"{card.get('mode', 'a')} corpus of {record['campaign']}"
         if record.get('campaign')
