@@ -1481,6 +1481,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'k2lab.prepare_corpus.mixed_rows': ('prepare_corpus.html#mixed_rows', 'k2lab/prepare_corpus.py'),
                                       'k2lab.prepare_corpus.own_sides': ('prepare_corpus.html#own_sides', 'k2lab/prepare_corpus.py'),
                                       'k2lab.prepare_corpus.parts_of': ('prepare_corpus.html#parts_of', 'k2lab/prepare_corpus.py'),
+                                      'k2lab.prepare_corpus.plan': ('prepare_corpus.html#plan', 'k2lab/prepare_corpus.py'),
                                       'k2lab.prepare_corpus.prepare_corpora': ( 'prepare_corpus.html#prepare_corpora',
                                                                                 'k2lab/prepare_corpus.py'),
                                       'k2lab.prepare_corpus.prepare_domain': ( 'prepare_corpus.html#prepare_domain',

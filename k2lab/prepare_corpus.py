@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROW_FORMAT', 'EVALUATION', 'SAMPLING', 'DEVELOPMENT', 'SIDE_SEED', 'SUFFIX', 'PROMPT_KEYS', 'work',
            'check_question_weights', 'check_evaluation_sources', 'Config', 'source_name', 'source_names', 'eval_texts',
-           'check_source', 'check_files', 'content_of', 'enter_files', 'check', 'check_inputs', 'with_licence',
+           'check_source', 'check_files', 'content_of', 'enter_files', 'check', 'plan', 'check_inputs', 'with_licence',
            'Questions', 'own_sides', 'make_way', 'set_rows', 'side_questions', 'check_balance', 'training_weights',
            'training_questions', 'domain_sides', 'function_sides', 'check_asked', 'domain_questions',
            'reasoning_questions', 'as_text', 'traces_of', 'refine_settings', 'refined_texts', 'Part', 'TextFile',
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from .corpus.card import LICENCE, origin_of, publish_rows, write_card_pages
+from .corpus.estimate import corpus_plan
 from .corpus.operators import conserved, counted
 from k2lab.corpus.pipeline import (
     Output,
@@ -45,7 +46,7 @@ from k2lab.corpus.pipeline import (
 from .corpus.readers import find_files, kind_of, stamp
 from .corpus.sources import distributions, documents, licence_of, package_folder
 from .corpus.unit_cache import UnitCache
-from .corpus.units import added
+from .corpus.units import added, distinct_files
 from .lab.config import LabError, lab_path
 from .lab.files import as_json, sha256, write_text
 from .lab.inputs import files_sha256
@@ -285,6 +286,17 @@ def check(cfg, env: dict):
         raise LabError('no documents in an empty list of sources')
     for spec in cfg.sources + cfg.general_sources + cfg.question_sources + cfg.evaluation_sources:
         check_source(spec)
+
+
+def plan(cfg, env: dict, campaign: str, changes: dict) -> dict:
+    "What a run on large files is estimated to take, under `refusal` why it does not fit here; empty for small ones."
+    specs = [*cfg.sources, *cfg.general_sources] if cfg.mode == 'domain' and not cfg.limit else []
+    files = [
+        (distinct_files(spec['files']), dict(licence='unknown'))
+        for spec in specs
+        if 'files' in spec
+    ]
+    return corpus_plan(files, refining(cfg.refine), cfg.workers, lab_path('runs'))
 
 
 def check_inputs(job):
