@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROW_FORMAT', 'EVALUATION', 'SAMPLING', 'DEVELOPMENT', 'SIDE_SEED', 'PACKAGE_HELDOUT', 'SAMPLE', 'MUCH', 'SUFFIX',
            'PROMPT_KEYS', 'work', 'check_question_weights', 'check_evaluation_sources', 'Config', 'source_name',
-           'files_name', 'source_names', 'check_files', 'content_of', 'enter_files', 'check', 'check_inputs',
+           'files_name', 'source_names', 'check_files', 'content_of', 'enter_files', 'check', 'plan', 'check_inputs',
            'with_licence', 'Questions', 'own_sides', 'make_way', 'set_items', 'set_rows', 'side_questions',
            'check_balance', 'training_weights', 'training_questions', 'heldout_of', 'domain_sides', 'function_sides',
            'check_asked', 'domain_questions', 'reasoning_questions', 'as_text', 'traces_of', 'refine_settings',
@@ -28,19 +28,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from .corpus.card import LICENCE, origin_of, publish_rows, write_card_pages
+from .corpus.estimate import corpus_plan
 from .corpus.operators import conserved, counted, largest_mixture
 from k2lab.corpus.pipeline import (
+    Output,
     Refined,
     Refining,
     lowest_hashed,
     mix,
+    mix_amounts,
     publish_texts,
+    publish_tokens,
     refine,
     refined,
     refining,
     tables_of,
     texts_card,
     texts_of,
+    values_of,
 )
 from .corpus.quotations import check_published
 from .corpus.readers import find_files, kind_of, stamp
@@ -55,8 +60,9 @@ from k2lab.corpus.sources import (
     source_of,
     suggested_preset,
 )
+from .corpus.unit_cache import UnitCache
 from .corpus.units import added, distinct_files
-from .lab.config import LabError
+from .lab.config import LabError, lab_path
 from .lab.files import as_json, sha256, write_text
 from .lab.inputs import files_sha256
 from .models.load import local_folder
@@ -176,6 +182,17 @@ class Config:
     # corpus of one seed has read what another seed evaluates on
     seed: int = 0
     workers: int = 1  # processes that read and refine documents
+    # kind of the files of documents: .jsonl, .jsonl.gz, .jsonl.zst or .parquet
+    output: str = '.jsonl'
+    # MB of such a file; null: all documents to train on are in one file, else in a folder of files
+    shard_mb: float | None = None
+    # token shards for trainers, too: a folder NAME_tokens for each file of documents to train on
+    token_shards: bool = False
+    # tokens of the domain to train on: `weight` is then a share of tokens, and documents of a small
+    # source come up again, up to `epochs` times
+    domain_tokens: int | None = None
+    # GB of refined documents kept beside the runs, so that a later run need not refine them; 0: none
+    keep_refined_gb: float = 20
     # on this machine, or by Ray Data on many ($RAY_ADDRESS)
     engine: Literal['local', 'ray'] = 'local'
     # share of the rows of a source that may be bad; each is named in rejects.jsonl
@@ -201,6 +218,15 @@ class Config:
             raise LabError(
                 "refine: tokenizer is a field of the stage, the name of a model; set that"
             )
+        Output(self.output, self.shard_mb)
+        if not self.tokenizer and (self.token_shards or self.domain_tokens is not None):
+            raise LabError('token_shards and domain_tokens count tokens: set `tokenizer`, too')
+        if self.domain_rows is not None and self.domain_tokens is not None:
+            raise LabError('domain_rows and domain_tokens: a mixture is of documents or of tokens')
+        if self.domain_tokens is not None and not self.domain_tokens > 0:
+            raise LabError(f'domain_tokens is {self.domain_tokens}; a number above 0')
+        if not self.keep_refined_gb >= 0:
+            raise LabError(f'keep_refined_gb is {self.keep_refined_gb}; a number from 0 on')
         for family, n in self.family_weights.items():
             if not isinstance(n, int) or n < 1:
                 raise LabError(f'family_weights: {family} has {n}; a whole number from 1 on')
@@ -276,6 +302,17 @@ def check(cfg, env: dict):
         raise LabError('no documents in an empty list of sources')
     for spec in cfg.sources + cfg.general_sources + cfg.question_sources + cfg.evaluation_sources:
         check_source(spec)
+
+
+def plan(cfg, env: dict, campaign: str, changes: dict) -> dict:
+    "What a run on large files is estimated to take, under `refusal` why it does not fit here; empty for small ones."
+    specs = [*cfg.sources, *cfg.general_sources] if cfg.mode == 'domain' and not cfg.limit else []
+    files = [
+        (distinct_files(spec['files']), dict(licence='unknown'))
+        for spec in specs
+        if 'files' in spec
+    ]
+    return corpus_plan(files, refining(cfg.refine), cfg.workers, lab_path('runs'))
 
 
 def check_inputs(job):
@@ -518,7 +555,9 @@ def refined_texts(job, part: str, specs: list) -> Refined:
     settings = [source_settings(job, spec) for spec in specs]
     for spec, name, one in zip(specs, names, settings):
         tell_removed(job, spec, name, one)
-    return refine(
+    gb = 0 if 'reproduces' in job.record else cfg.keep_refined_gb  # a repetition does the work
+    cache = UnitCache(lab_path('runs') / '.refined', gb) if gb else None
+    texts = refine(
         specs,
         names,
         settings,
@@ -529,7 +568,11 @@ def refined_texts(job, part: str, specs: list) -> Refined:
         engine=cfg.engine,
         max_bad=cfg.max_bad,
         allow_partial=cfg.allow_partial,
+        cache=cache,
     )
+    if cache:
+        job.log(phase=f'{part}: {cache}')
+    return texts
 
 # %% ../nbs/10_prepare_corpus.ipynb #dfb540bb
 SAMPLE, MUCH = 200, 0.2  # documents of a sample; the share of them whose loss is told
@@ -631,6 +674,9 @@ def weights_of(specs: list) -> list:
 # %% ../nbs/10_prepare_corpus.ipynb #e14c174d
 def mixed_rows(cfg, part: Part, train) -> tuple:
     "(index, counts, {source: share}) of the documents of a part to train on, mixed by weight."
+    if part.name == 'domain' and cfg.domain_tokens:
+        amount = ('tokens', cfg.domain_tokens)
+        return mix_amounts(part.texts, train, part.weights, *amount, cfg.seed, cfg.epochs)
     rows: Any = part.rows  # None only where weights say how many, or `split_part` does not mix
     if not any(part.weights):
         return mix(
@@ -675,7 +721,8 @@ def split_part(job, part: Part, out: KeptOut, pages: dict) -> list[TextFile]:
     )
     pages[f'{name}_heldout'] = texts_of(texts, heldout)
     mixed = {}
-    if part.rows is not None or any(part.weights):
+    tokens = part.name == 'domain' and job.cfg.domain_tokens
+    if part.rows is not None or any(part.weights) or tokens:
         train, counts, mixed = mixed_rows(job.cfg, part, train)
         steps = [*steps, counts]
     job.check(f'{name}: rows in = rows out + removed', not conserved(steps), conserved(steps))
@@ -688,7 +735,7 @@ def split_part(job, part: Part, out: KeptOut, pages: dict) -> list[TextFile]:
 
 def heldout_files(name: str, texts: Refined, heldout, most: int, kept_out: dict) -> list[TextFile]:
     "The files of the held-out documents: at most `most` to evaluate on, and the others; no empty ones."
-    ranked = lowest_hashed(heldout, len(heldout))
+    ranked = lowest_hashed(texts, heldout, len(heldout))
     parts = {'heldout': ranked.slice(0, most), 'heldout_rest': ranked.slice(most)}
     return [
         TextFile(f'{name}_{side}', name, texts, index, (), kept_out)
@@ -699,9 +746,16 @@ def heldout_files(name: str, texts: Refined, heldout, most: int, kept_out: dict)
 
 def publish_text(job, file: TextFile) -> dict:
     "Publishes a file of documents and returns its card."
-    card = texts_card(file.name, file.texts, file.index, *file.about)
+    card, cfg = texts_card(file.name, file.texts, file.index, *file.about), job.cfg
     origin = origin_of({name: source['documents'] for name, source in card['sources'].items()})
-    card |= publish_texts(job, file.name, file.texts, file.index, file.format, origin)
+    what = (job, file.name, file.texts, file.index)
+    if not file.about:  # held out: small, and read by evaluations
+        card |= publish_texts(*what, file.format, origin)
+    else:
+        card |= publish_texts(*what, file.format, origin, Output(cfg.output, cfg.shard_mb))
+        if cfg.token_shards:
+            room = int((cfg.shard_mb or 256) * 1e6)
+            card['token_shards'] = publish_tokens(*what, refine_settings(job).tokenizer, room)
     check_published(job, job.folder / card['file'], file.format, file.kept_out)
     return card
 
@@ -756,7 +810,7 @@ def prepare_domain(job) -> Prepared:
     questions = domain_questions(cfg)
     asked = {f'domain_questions{SUFFIX[side]}': questions.asked(side) for side in SIDE_SEED}
     files = split_parts(job, parts_of(job), kept_out(cfg, asked, questions))
-    read = {*files[0].index['key'].to_pylist()}
+    read = {*values_of(files[0].texts, files[0].index, 'key')}
     recall, steps = recall_questions(cfg, questions.functions, read)
     check_questions(job, questions, dict(domain_sft=questions.train), recall)
     check_functions(job, questions, recall)

@@ -20,6 +20,7 @@ from k2lab.corpus.pipeline import (
     tables_of,
     texts_of,
     unique,
+    values_of,
     without_contaminated,
 )
 from k2lab.corpus.units import Plan, plan_units, run_units
@@ -208,13 +209,12 @@ def test_a_document_is_on_the_side_of_its_key_wherever_it_lies(library, tmp_path
         ],
     )
     again = refine([dict(files=f'{tmp_path}/one.jsonl')], ['one'], Refining(), tmp_path / 'again')
-    keys = lambda made: dict(zip(texts_of(made, made.index), made.index['key'].to_pylist()))
+    keys = lambda made: dict(zip(texts_of(made, made.index), values_of(made, made.index, 'key')))
     assert keys(made) == keys(again) and all(key.startswith('text:') for key in keys(made).values())
     (tmp_path / 'note.md').write_text(page(random.Random(5)))
     note = refine([dict(files=f'{tmp_path}/note.md')], ['note'], Refining(), tmp_path / 'note')
-    assert note.index['key'].to_pylist() == [f'{tmp_path}/note.md'] and note.index[
-        'licence'
-    ].to_pylist() == ['unknown']
+    assert [*values_of(note, note.index, 'key')] == [f'{tmp_path}/note.md']
+    assert [*values_of(note, note.index, 'licence')] == ['unknown']
 
 
 def test_documents_that_quote_an_evaluation_set_go_and_it_is_named(library, tmp_path):

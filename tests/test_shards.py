@@ -16,7 +16,7 @@ import fsspec
 import psutil
 import pytest
 
-from k2lab.corpus import readers
+from k2lab.corpus import readers, units as units_
 from k2lab.corpus.readers import LINE, Reader, as_table, find_files
 from k2lab.corpus.units import Plan, plan_units, receipt_of, run_units, shard_files
 from k2lab.corpus.writers import Shards, json_lines
@@ -272,6 +272,7 @@ def test_a_source_that_disappears_is_named_and_its_unit_is_not_done(tmp_path, mo
     monkeypatch.setattr(
         readers, 'BATCH', 500
     )  # several tables a unit, so that it happens in the middle of one
+    monkeypatch.setattr(units_, 'BATCH', 500)
     for name in 'ab':
         (tmp_path / f'{name}.jsonl').write_bytes(joined(*(line(f'{name}{i}') for i in range(50))))
     units = plan_units(f'{tmp_path}/?.jsonl', size=2000)

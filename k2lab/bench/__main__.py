@@ -18,6 +18,7 @@ from k2lab.bench.scores import scores
 from k2lab.bench.sharded import sharded
 from k2lab.bench.tokens import tokens
 from k2lab.bench.training import train
+from k2lab.bench.volume import volume
 from k2lab.lab.config import LabError, did_you_mean
 
 BENCHMARKS: dict[str, tuple[Callable, str]] = {
@@ -32,6 +33,7 @@ BENCHMARKS: dict[str, tuple[Callable, str]] = {
     'sharded': (sharded, 'the memory of two processes that train a model together'),
     'plan': (plan, "the plan's memory against what processes take"),
     'chain': (chain, 'from JSON lines to tokens against datatrove'),
+    'volume': (volume, 'time and memory of prepare_corpus on a corpus of any size'),
 }
 
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LICENCE', 'BLUE', 'PALE', 'RED', 'UNITS', 'SOURCE_HEADER', 'HUB_LICENCES', 'SIZES', 'BASELINES', 'CONTEXT',
-           'origin_of', 'publish_rows', 'read_card', 'card_table', 'picture', 'plain_label', 'bars', 'card_chart',
-           'left_after', 'funnel_chart', 'histogram_charts', 'histogram_on', 'counts_of', 'sizes_joined',
+           'CROISSANT_TYPES', 'origin_of', 'publish_rows', 'read_card', 'card_table', 'picture', 'plain_label', 'bars',
+           'card_chart', 'left_after', 'funnel_chart', 'histogram_charts', 'histogram_on', 'counts_of', 'sizes_joined',
            'count_charts', 'shares_of', 'mixture_chart', 'element', 'rows_table', 'source_rows', 'entry_report',
-           'card_report', 'hub_licence', 'fields_of', 'front_matter', 'cell', 'markdown_table', 'baseline_text',
-           'entry_text', 'questions_text', 'readme', 'file_object', 'record_set', 'protocol', 'croissant',
-           'write_card_pages']
+           'card_report', 'hub_licence', 'files_of', 'columns_of', 'feature', 'front_matter', 'cell', 'markdown_table',
+           'baseline_text', 'entry_text', 'questions_text', 'readme', 'file_object', 'record_set', 'protocol',
+           'croissant', 'write_card_pages']
 
 # %% ../../nbs/corpus/09_card.ipynb #4265c7fe
 import html
@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from .operators import conserved, data_card, funnel
+from .writers import column_kinds
 from ..lab.config import LabError
 from ..lab.display import GREY, PLOT_STYLE, Html, Picture, Table
 from ..lab.files import as_json, write_text
@@ -59,6 +60,7 @@ def publish_rows(
         origin=origin,
         sha256=manifest['sha256'],
         file=f'{name}.jsonl',
+        columns=column_kinds(rows),
     )
 
 # %% ../../nbs/corpus/09_card.ipynb #91495ea8
@@ -452,9 +454,22 @@ def hub_licence(names: list) -> dict:
     return dict(license=known[0] if len(known) == 1 else known)
 
 
-def fields_of(entry: dict) -> tuple:
-    "The fields of the rows of a corpus."
-    return FORMATS[entry['format']]
+def files_of(entry: dict) -> list[dict]:
+    "The files of a corpus, one or its shards: {file, sha256} each."
+    return entry.get('files') or [dict(file=entry['file'], sha256=entry['sha256'])]
+
+
+def columns_of(entry: dict) -> dict:
+    "{name: kind} of the columns of a corpus; without `columns` in its card the text fields of its format."
+    return entry.get('columns') or dict.fromkeys(FORMATS[entry['format']], 'string')
+
+
+def feature(name: str, kind: str) -> dict:
+    "A column as `datasets` writes it in a README."
+    if kind.startswith('list '):
+        inner = kind[5:]
+        return dict(name=name, dtype='json') if inner == 'date' else dict(name=name, list=inner)
+    return dict(name=name, dtype='json' if kind == 'date' else kind)
 
 
 def front_matter(card: dict, name: str) -> dict:
@@ -464,7 +479,7 @@ def front_matter(card: dict, name: str) -> dict:
     info = [
         dict(
             config_name=e['name'],
-            features=[dict(name=f, dtype='string') for f in fields_of(e)],
+            features=[feature(*column) for column in columns_of(e).items()],
             splits=[dict(name='train', num_bytes=e['bytes'], num_examples=e['documents'])],
         )
         for e in corpora
@@ -628,25 +643,30 @@ CONTEXT = {
 
 
 def file_object(entry: dict, size: int) -> dict:
-    "A file in Croissant; `size` is in bytes."
+    "A file of `files_of` in Croissant; `size` is in bytes."
+    parquet = entry['file'].endswith('.parquet')
     return {
         '@type': 'cr:FileObject',
         '@id': entry['file'],
         'name': entry['file'],
         'contentUrl': entry['file'],
-        'encodingFormat': 'application/jsonlines',
+        'encodingFormat': 'application/x-parquet' if parquet else 'application/jsonlines',
         'contentSize': f'{size} B',
         'sha256': entry['sha256'],
     }
 
 
+CROISSANT_TYPES = {'int64': 'sc:Integer', 'float64': 'sc:Float', 'bool': 'sc:Boolean'}
+
+
 def record_set(entry: dict) -> dict:
     "The rows of a file in Croissant."
-    field = lambda name: {
+    field = lambda name, kind: {
         '@type': 'cr:Field',
         '@id': f"{entry['name']}/{name}",
         'name': name,
-        'dataType': 'sc:Text',
+        'dataType': CROISSANT_TYPES.get(kind.removeprefix('list '), 'sc:Text'),
+        **({'isArray': True, 'arrayShape': '-1'} if kind.startswith('list ') else {}),
         'source': {'fileObject': {'@id': entry['file']}, 'extract': {'column': name}},
     }
     return {
@@ -654,7 +674,7 @@ def record_set(entry: dict) -> dict:
         '@id': entry['name'],
         'name': entry['name'],
         'description': f"{entry['documents']} rows from {entry['origin']}",
-        'field': list(map(field, fields_of(entry))),
+        'field': [field(*column) for column in columns_of(entry).items()],
     }
 
 # %% ../../nbs/corpus/09_card.ipynb #5013927c
@@ -708,8 +728,10 @@ def croissant(card: dict, name: str, sizes: dict, day: str = '') -> dict:
         'version': '1.0.0',
         **({'datePublished': day} if day else {}),
         **{key: value for key, value in terms.items() if value},
-        'distribution': [file_object(entry, sizes[entry['file']]) for entry in corpora],
-        'recordSet': list(map(record_set, corpora)),
+        'distribution': [
+            file_object(file, sizes[file['file']]) for entry in corpora for file in files_of(entry)
+        ],
+        'recordSet': [record_set(entry) for entry in corpora if not entry.get('files')],
     }
 
 # %% ../../nbs/corpus/09_card.ipynb #06347b49
@@ -718,10 +740,11 @@ def write_card_pages(folder):
     folder = Path(folder)
     card, path = json.loads((folder / 'card.json').read_text(encoding='utf-8')), folder / 'run.json'
     record = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-    missing = [entry['file'] for entry in card['corpora'] if not (folder / entry['file']).is_file()]
+    files = [file['file'] for entry in card['corpora'] for file in files_of(entry)]
+    missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise LabError(f'{folder}: {", ".join(missing)} is not there, but card.json lists it')
-    sizes = {entry['file']: (folder / entry['file']).stat().st_size for entry in card['corpora']}
+    sizes = {file: (folder / file).stat().st_size for file in files}
     name = (
         f"{card.get('mode', 'a')} corpus of {record['campaign']}"
         if record.get('campaign')

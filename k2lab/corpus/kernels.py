@@ -233,7 +233,7 @@ def text_batches(column, room: int = BATCH_BYTES) -> Iterator[tuple[Any, Any]]:
     import pyarrow as pa
 
     first = 0
-    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+    for chunk in [column] if isinstance(column, pa.Array) else column.chunks:
         if chunk.null_count:
             row = first + chunk.is_null().index(True).as_py()
             raise LabError(f'row {row} has no text: drop or fill it first')

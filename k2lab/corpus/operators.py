@@ -345,15 +345,15 @@ def mix_rows(pools: dict, weights: dict, n: int, seed: int = 0, epochs: int = 1)
     rng = random.Random(f'mixture {seed}')
     rows = [row for name, k in sorted(want.items()) if k for row in drawn(pools[name], k, rng)]
     rng.shuffle(rows)
-    everything = [row for pool in pools.values() for row in pool]
+    everything = range(sum(map(len, pools.values())))
     again = sum(max(0, k - len(pools[name])) for name, k in want.items())
     left = {'not drawn': len(everything) - len(rows) + again}
     return rows, counted('mix', everything, rows, left) | (dict(repeated=again) if again else {})
 
 
-def drawn(pool: list, k: int, rng: random.Random) -> list:
+def drawn(pool: Sequence, k: int, rng: random.Random) -> list:
     "k rows of a pool: all of it as often as k allows, then a sample."
-    return pool * (k // len(pool)) + rng.sample(pool, k % len(pool))
+    return [*pool] * (k // len(pool)) + rng.sample(pool, k % len(pool))
 
 
 def check_pool(name: str, size: int, share: int, epochs: int):

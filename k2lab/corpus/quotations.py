@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .kernels import gram_words
-from .readers import Reader
+from .readers import Reader, find_files
 from ..lab.config import LabError
 from ..text.rows import FORMATS
 
@@ -217,13 +217,14 @@ def parts_of(rows: Iterable[bytes]) -> Iterator[tuple[int, list]]:
 
 # %% ../../nbs/corpus/10_quotations.ipynb #990d6294
 def published_texts(path, format: str) -> Iterator[str]:
-    "The texts of the rows of a published file; `LabError` if it cannot be read to its end."
+    "The texts of the rows of a published file, or of files by a pattern; `LabError` if one cannot be read to its end."
     fields = [name for name in FORMATS[format] if name != 'source']
-    reader = Reader(path, format)
-    for _, row in reader.records():
-        yield '\n'.join(row[name] for name in fields)
-    if reader.partial:
-        raise LabError(reader.partial)
+    for file in find_files(str(path)):
+        reader = Reader(file, format)
+        for _, row in reader.records():
+            yield '\n'.join(row[name] for name in fields)
+        if reader.partial:
+            raise LabError(reader.partial)
 
 
 def check_published(job, path, format: str, sets: dict, share: float = 0.8):

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['UNIT', 'FILES', 'HERE', 'DEATHS', 'SHARDS_FILE', 'WORK_ENGINES', 'Piece', 'file_pieces', 'distinct_files',
            'plan_units', 'Plan', 'keep', 'shorter', 'operator_of', 'code_of', 'key_of', 'added', 'removed', 'worked',
-           'read_piece', 'piece_receipt', 'work_unit', 'work_pieces', 'unit_receipt', 'receipt_of', 'work_from_stdin',
-           'try_unit', 'threads', 'Worker', 'worker_loop', 'next_unit', 'run_workers', 'ray_data', 'run_ray_workers',
-           'check_spans', 'check_books', 'partial_files', 'check_whole', 'check_bad', 'first_bad', 'finalize_corpus',
-           'corpus_index', 'need_receipt', 'remove_stale', 'run_units', 'work_units', 'shard_files']
+           'read_piece', 'piece_receipt', 'work_unit', 'work_pieces', 'piece_tables', 'joined_tables', 'unit_receipt',
+           'receipt_of', 'work_from_stdin', 'try_unit', 'threads', 'Worker', 'worker_loop', 'next_unit', 'run_workers',
+           'ray_data', 'run_ray_workers', 'check_spans', 'check_books', 'partial_files', 'check_whole', 'check_bad',
+           'first_bad', 'finalize_corpus', 'corpus_index', 'need_receipt', 'remove_stale', 'run_units', 'work_units',
+           'shard_files']
 
 # %% ../../nbs/corpus/02_units.ipynb #0e400f19
 import contextlib
@@ -25,11 +26,11 @@ import traceback
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Any
 
-from .readers import WAYS, Reader, Unread, find_files, kind_of, reading_of, stamp
+from .readers import BATCH, WAYS, Reader, Unread, find_files, kind_of, reading_of, stamp
 from .writers import SHARD_BYTES, Shards
 from ..lab.config import LabError, one_of
 from ..lab.files import read_lines
@@ -103,6 +104,7 @@ class Plan:
     room: int = SHARD_BYTES  # bytes of a shard, about
     licence: str = 'unknown'
     origin: str = ''
+    reads: str = ''  # a hash of what the operator reads besides the rows
 
 
 def keep(table) -> tuple:
@@ -221,16 +223,36 @@ def work_pieces(unit: tuple, plan: Plan, shards: Shards, rejects) -> tuple[list[
     "(entries of the pieces in the receipt, counts of the operator) after reading, working and writing."
     pieces, counts, operate = [], None, operator_of(plan)
     on_bad = lambda bad: rejects.write(json.dumps(bad).encode() + b'\n')
+    for table in joined_tables(piece_tables(unit, plan, on_bad, pieces)):
+        table, more = worked(operate, table, plan)
+        counts = added(counts, more)
+        shards.write(table)
+    return pieces, counts
+
+
+def piece_tables(unit: tuple, plan: Plan, on_bad, pieces: list):
+    "Yields the tables of the pieces of a unit; the entry of each piece that is read is added to `pieces`."
     for piece in unit:
         reader = read_piece(piece, plan, on_bad)
-        for table in reader.tables():
-            table, more = worked(operate, table, plan)
-            counts = added(counts, more)
-            shards.write(table)
+        yield from reader.tables()
         pieces.append(piece_receipt(piece, reader))
         if why := pieces[-1]['partial'] or pieces[-1]['note']:
             on_bad(dict(file=piece.path, offset=reader.span[1], reason=why))
-    return pieces, counts
+
+
+def joined_tables(tables):
+    "Yields tables of about 4 MB: small ones are joined, so that operators start seldom."
+    import pyarrow as pa
+
+    held, size = [], 0
+    for table in tables:
+        held.append(table)
+        size += table.nbytes
+        if size >= BATCH:
+            yield pa.concat_tables(held).combine_chunks()
+            held, size = [], 0
+    if held:
+        yield pa.concat_tables(held).combine_chunks()
 
 
 def unit_receipt(key: str, pieces: list, counts, shards: list, seconds: float) -> dict:
@@ -524,6 +546,7 @@ def corpus_index(receipts: list, pieces: list, plan: Plan) -> dict:
         empty=[p['path'] for p in pieces if p['note']],
         bytes=sum(s['bytes'] for s in shards),
         cpu_seconds=round(sum(r['cpu_seconds'] for r in receipts), 3),
+        cached=sum(bool(r.get('cached')) for r in receipts),
         digest=hashlib.sha256(digests.encode()).hexdigest(),
         plan=asdict(plan),
         shards=shards,
@@ -560,8 +583,11 @@ def run_units(
     max_bad: float = 0.001,
     allow_partial: bool = False,
     log=lambda **kv: None,
+    cache: Any = None,
 ) -> dict:
-    "Works on all units without a receipt and returns the index; `LabError` if rows are missing or bad."
+    """Works on all units without a receipt and returns the index; `LabError` if rows are missing or bad.
+
+    `cache`, a `k2lab.corpus.unit_cache.UnitCache`, gives units that an earlier run has finished, and gets new ones."""
     folder = Path(folder)
     for name in ('receipts', 'rejects'):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -569,8 +595,12 @@ def run_units(
     one_of('engine', engine, WORK_ENGINES)
     with owning(folder):
         (folder / SHARDS_FILE).unlink(missing_ok=True)
-        todo = deque(unit for unit in units if not receipt_of(unit, plan, folder))
-        unread = work_units(todo, plan, folder, workers, engine, log)
+        ready = lambda unit: (
+            receipt_of(unit, plan, folder) or (cache and cache.fetch(unit, plan, folder))
+        )
+        todo = deque(unit for unit in units if not ready(unit))
+        kept = partial(cache.store, plan=plan, folder=folder) if cache else lambda unit: None
+        unread = work_units(todo, plan, folder, workers, engine, log, kept)
         if unread:
             raise LabError(
                 f'{len(unread)} of {len(units)} units could not be read, the others are done: '
@@ -579,8 +609,12 @@ def run_units(
         return finalize_corpus(units, plan, folder, max_bad, allow_partial)
 
 
-def work_units(todo: deque, plan: Plan, folder, workers: int, engine: str, log) -> list[str]:
-    "Works on all units of `todo` and returns why some could not be read; `LabError` if one fails."
+def work_units(
+    todo: deque, plan: Plan, folder, workers: int, engine: str, log, keep=lambda unit: None
+) -> list[str]:
+    """Works on all units of `todo` and returns why some could not be read; `LabError` if one fails.
+
+    `keep` is called with each unit that is done."""
     unread, steps, count = [], len(todo), Counter()
 
     def done(unit, answer):
@@ -588,6 +622,8 @@ def work_units(todo: deque, plan: Plan, folder, workers: int, engine: str, log) 
             raise LabError(answer['error'])
         if 'unread' in answer:
             unread.append(answer['unread'])
+        else:
+            keep(unit)
         count['done'] += 1
         log(phase='working', step=count['done'], steps=steps)
 

@@ -17,7 +17,13 @@ from itertools import chain
 
 from ..corpus.duplicates import drop_contaminated, run_index
 from ..corpus.operators import counted, fingerprint, hash_percent, held_out, sorted_out
-from ..corpus.pipeline import Refined, Refining, unique, without_contaminated
+from k2lab.corpus.pipeline import (
+    Refined,
+    Refining,
+    unique,
+    values_of,
+    without_contaminated,
+)
 from ..corpus.sources import functions
 from ..lab.config import LabError
 from k2lab.tasks.questions import (
@@ -70,7 +76,7 @@ def sorted_by_side(corpus: Refined, settings: Refining, sides: Sides | list, ask
     index, steps = unique(corpus, settings)
     each = sides if isinstance(sides, list) else [sides] * len(corpus.names)
     of = lambda one, key: 0 if one.of(key) == 'evaluation' else 1 if key in asked else -1
-    keyed = zip(index['spec'].to_pylist(), index['key'].to_pylist())
+    keyed = zip(index['spec'].to_pylist(), values_of(corpus, index, 'key'))
     why = [of(each[spec], key) for spec, key in keyed]
     train, counts = sorted_out('hold out', index, why, ['held out', 'asked in development'])
     held, known = (index.filter([reason == side for reason in why]) for side in (0, 1))

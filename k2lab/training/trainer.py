@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['TRL_OPTIONS', 'REFUSED_OPTIONS', 'LAB_DEFAULTS', 'HEAD_RATES', 'LOSSES', 'NEEDS', 'SORTING', 'check_options',
            'options', 'optimizer_for', 'check_trainable', 'check_together', 'check_losses', 'balance_router',
-           'expert_load', 'with_labels', 'collator_for', 'Adapted', 'adapted_for', 'fit_options', 'supervised_trainer',
-           'fit_sft', 'loads_onto', 'own_ledger', 'resumed_from', 'attach_callbacks', 'trained_summary',
-           'coverage_line', 'trained_from', 'finish_fit', 'check_cut', 'with_length', 'usable_pairs',
+           'expert_load', 'with_labels', 'collator_for', 'Adapted', 'adapted_for', 'fit_options', 'dataset_of',
+           'supervised_trainer', 'fit_sft', 'loads_onto', 'own_ledger', 'resumed_from', 'attach_callbacks',
+           'trained_summary', 'coverage_line', 'trained_from', 'finish_fit', 'check_cut', 'with_length', 'usable_pairs',
            'preference_trainer', 'fit_dpo', 'Notices', 'log_notices', 'tokenizer_for', 'open_to_train', 'open_for']
 
 # %% ../../nbs/training/02_trainer.ipynb #250829bf
 import contextlib
 import dataclasses
 import logging
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -367,17 +369,29 @@ def fit_options(job, kind, trainer: dict, phase: str, sampling: str, **more):
     return opts
 
 
-def supervised_trainer(
-    ready: Adapted, tok, rows: list, collate, opts, optimizer: str, load: Loading
-):
-    "TRL's trainer for rows with labels; `LabError` if the backend replaced our collator."
-    from datasets import Dataset
+def dataset_of(rows: Sequence, folder):
+    "Rows with labels as a dataset; rows without, if they are no list, are written to a folder one by one."
+    from datasets import Dataset, Features, List, Value
+
+    if isinstance(rows, list):
+        return Dataset.from_list(rows)
+    numbers = List(Value('int32'))
+    return Dataset.from_generator(
+        lambda: map(with_labels, rows),
+        Features(input_ids=numbers, labels=numbers),
+        cache_dir=str(folder),
+        fingerprint='rows',
+    )
+
+
+def supervised_trainer(ready: Adapted, tok, rows, collate, opts, optimizer: str, load: Loading):
+    "TRL's trainer for a dataset of rows with labels; `LabError` if the backend replaced our collator."
     from trl.trainer.sft_trainer import SFTTrainer
 
     fit = SFTTrainer(
         ready.model,
         opts,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=rows,
         processing_class=tok,
         peft_config=ready.peft_config,
         data_collator=collate,
@@ -393,7 +407,7 @@ def fit_sft(
     job,
     model,
     tok,
-    examples: list,
+    examples: Sequence,
     trainer: dict,
     optimizer: str = 'adamw',
     load: Loading = DEFAULT_LOADING,
@@ -403,22 +417,28 @@ def fit_sft(
 ):
     """The model trained on `[{'input_ids', 'completion_mask'}]`; ledger and coverage go into the job's record.
 
+    Examples that are no list (`k2lab.text.token_shards.Chosen`) are never all in memory.
+
     Examples are packed into rows of `room` tokens if that is not 0; `parts` allows documents trained in part."""
     from trl.trainer.sft_config import SFTConfig
 
     check_trainable(load, optimizer, bool(room))
     ready = adapted_for(model, load, trainer, job.seed)
     model = ready.model
-    rows = [with_labels(e) for e in (pack(examples, room) if room else examples)]
+    rows: Any = examples
+    if room or isinstance(examples, list):
+        rows = [with_labels(e) for e in (pack([*examples], room) if room else examples)]
     sampling = 'random' if room else 'group_by_length'
     opts = fit_options(job, SFTConfig, ready.trainer, phase, sampling)
     ledger = Ledger(tok, wait=True, parts=parts, examples=examples)
     collate = recording(collator_for(model, tok, bool(room)), ledger)
-    with samples_apart(model) if room else contextlib.nullcontext():
+    apart = samples_apart(model) if room else contextlib.nullcontext()
+    with apart, tempfile.TemporaryDirectory(prefix='rows-') as aside:
         if room:
             check_alone(model, rows, tok.pad_token_id)
         model.train()
-        fit = supervised_trainer(ready, tok, rows, collate, opts, optimizer, load)
+        dataset = dataset_of(rows, aside)
+        fit = supervised_trainer(ready, tok, dataset, collate, opts, optimizer, load)
         return finish_fit(job, fit, ledger, phase, load)
 
 # %% ../../nbs/training/02_trainer.ipynb #6fbb4dc4
