@@ -169,8 +169,8 @@ class Config:
     dev_items: int = 90  # questions or puzzles to choose settings on, and own rows at most
     recall_items: int = 300  # closed-book questions for each of the two at most
     families: list = field(default_factory=lambda: list(PUZZLE_FAMILIES))  # puzzle families
-    # reasoning sets of others, each answer checked: {files: GLOB or URL, licence: TEXT, judge:
-    # number, ...}
+    # reasoning sets of others: {files: GLOB or URL, licence: TEXT, judge: number, ...}; each answer
+    # is checked, judge: none takes rows without one
     trace_sources: list = field(default_factory=list)
     # problems of reasoning-gym to sample on, by family, {chain_sum: 200}
     gym: dict[str, int] = field(default_factory=dict)

@@ -223,6 +223,40 @@ def test_no_evaluation_question_is_learned():
     }
 
 
+def test_only_what_was_checked_is_called_verified(tmp_path):
+    rows = [
+        dict(problem='6*7?', solution='Six sevens.\n\nSo \\boxed{42}.'),  # MATH
+        dict(problem='5*7?', solution='Five sevens.\n\nSo 36.', answer='35'),
+        dict(problem='4*7?', solution='Four sevens.\n\nSo 28.', answer='28'),
+        dict(problem='3*7?', solution='Three sevens.\n\nSo 21.'),
+    ]
+    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    found, steps = reasoning_set(dict(files=f'{tmp_path}/a.jsonl'))
+    assert [(r['answer'], r['verified']) for r in found] == [('42', False), ('28', True)]
+    (verify,) = [step for step in steps if step['step'] == 'verify']
+    assert verify['removed'] == {
+        'wrong answer': 1,
+        'nothing to check its answer by (judge: none takes it)': 1,
+    }
+    assert verify['notes'] == {'taken unchecked': 1}
+
+
+def test_a_set_without_answers_is_refused_unless_that_is_asked_for(tmp_path):
+    (tmp_path / 'a.jsonl').write_text(json.dumps(dict(problem='?', solution='a\n\nb')) + '\n')
+    spec = dict(files=f'{tmp_path}/a.jsonl')
+    with pytest.raises(LabError, match='1 rows, and nothing to check.*judge: none'):
+        reasoning_set(spec)
+    found, steps = reasoning_set(spec | dict(judge='none'))
+    assert len(found) == 1 and steps[3]['notes'] == {'taken unchecked': 1}
+
+
+def test_the_answer_of_gsm8k_stands_in_its_solution(tmp_path):
+    row = dict(question='6*7?', answer='Six sevens.\n#### 42')
+    (tmp_path / 'a.jsonl').write_text(json.dumps(row) + '\n')
+    (found,), _ = reasoning_set(dict(files=f'{tmp_path}/a.jsonl'))
+    assert found['answer'] == '42' and not found['verified']
+
+
 def test_a_set_is_accounted_for_from_the_first_row_to_the_last(tmp_path):
     lines = [
         '{broken',
