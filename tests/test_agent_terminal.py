@@ -285,7 +285,7 @@ def test_an_empty_pipe_plays_the_whole_tour(home):
     assert code == 0 and out.count('\nyou: ') == 5 and '← 3.21 %' in out
     assert len(kept(home)) == 1
     code, out, err = pipe(home, '/exit\n')
-    assert (code, out) == (0, '') and 'nothing was asked' in err
+    assert (code, out) == (0, '\n') and 'nothing was asked' in err
     assert len(list((home / 'runs' / 'conversations').glob('*.html'))) == 1
 
 

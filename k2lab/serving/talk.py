@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -283,7 +284,8 @@ class Lines:
         make_sturdy(sys.stdin, sys.stdout)
         self.typed = sys.stdin.isatty() and sys.stdout.isatty()
         self.words, self.history = sorted(words), history
-        if self.typed:
+        if self.typed:  # Ctrl-C works even if whoever started this process ignores it
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             with contextlib.suppress(ImportError):
                 self.prepare()
 
