@@ -747,8 +747,6 @@ EVERYDAY = {
 @jailed
 @pytest.mark.parametrize('name', EVERYDAY)
 def test_everyday_code_works(jail, name):
-    if jail in ('bare', 'bwrap') and name == 'copy':
-        pytest.skip('modes of files can be changed only behind walls of its own')
     got = run_python(EVERYDAY[name], timeout=20)
     assert got['status'] == 'ok' and not got['stderr'], got
 

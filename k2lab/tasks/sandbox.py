@@ -13,9 +13,9 @@ it ends with the process that asked for it. Two kinds of isolation hold at once 
   name of its own.
 
 Without walls the sandbox holds with these differences. The disk is looked at every 50 ms, so a program
-can write more for that long before it is stopped. `os.chmod` and `os.utime` are refused. The code cannot
-read other files, but `os.stat` tells whether they exist, their sizes and times; `os.uname` tells the
-host's name, and process numbers are the host's.
+can write more for that long before it is stopped. `os.chmod` and `os.utime` cannot change a file. The
+code cannot read other files, but `os.stat` tells whether they exist, their sizes and times; `os.uname`
+tells the host's name, and process numbers are the host's.
 
 Where the machine offers no locks (macOS, old kernels), `run_python` refuses, except with
 `allow_unsafe=True`. Not covered: the CPU's side channels and bugs of the kernel. Use a virtual machine
