@@ -59,7 +59,7 @@ GROUPS = {
     'signal': ('the host process gets no signal', 4),
     'disk': ('no more than twice the 32 MB can be held', 12),
     'host': ('a result with the right status is returned, and nothing is harmed or left', 4),
-    'memory': ('no more than the limit can be used', 4),
+    'memory': ('no more than the limit can be used', 12),
 }
 TEXT = Path(__file__).parent / 'data' / 'sandbox_attacks.txt'
 

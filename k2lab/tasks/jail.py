@@ -395,6 +395,8 @@ def lock_down(config: dict, parent: int):
     seccomp(libc, machine, config['namespaces'])
     prove(libc, config)
     use_semaphores()
+    if not config['namespaces']:
+        grant_what_is()
 
 
 class Semaphore:
@@ -462,6 +464,21 @@ def use_semaphores():
     import _multiprocessing
 
     _multiprocessing.SemLock = Semaphore
+
+
+def grant_what_is():
+    "Let `os.chmod` succeed where the mode is already what is asked, as after every `shutil.copy`."
+    real = os.chmod
+
+    def chmod(path, mode, *, dir_fd=None, follow_symlinks=True):
+        try:
+            real(path, mode, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
+        except PermissionError:
+            info = os.stat(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
+            if stat.S_IMODE(info.st_mode) != mode:
+                raise
+
+    os.chmod = chmod
 
 
 # ---- the code --------------------------------------------------------------------------------------
@@ -657,6 +674,30 @@ def obey(control: int, pid: int) -> str:
     return commands
 
 
+def delete_folder(folder: str):
+    """Delete a folder with all that is in it: names of any bytes, any depth, no rights.
+
+    Folders in folders are moved up and opened one at a time, so depth costs neither stack nor path."""
+    os.chmod(folder, 0o700)
+    top, mark = os.open(folder, os.O_RDONLY | os.O_DIRECTORY), os.urandom(8).hex()
+    waiting = os.listdir(top)
+    for name in waiting:
+        if not stat.S_ISDIR(os.lstat(name, dir_fd=top).st_mode):
+            os.unlink(name, dir_fd=top)
+            continue
+        os.chmod(name, 0o700, dir_fd=top)
+        inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
+        for child in os.listdir(inner):
+            if stat.S_ISDIR(os.lstat(child, dir_fd=inner).st_mode):
+                os.chmod(child, 0o700, dir_fd=inner)
+            waiting.append(f'{mark}-{len(waiting)}')
+            os.rename(child, waiting[-1], src_dir_fd=inner, dst_dir_fd=top)
+        os.close(inner)
+        os.rmdir(name, dir_fd=top)
+    os.close(top)
+    os.rmdir(folder)
+
+
 def watch(config: dict, pid: int, proc: int) -> str:
     "Wait for the jailed process, and kill it when it passes a limit or the keeper is gone. Why, or ''."
     child, poll, command, trouble = os.pidfd_open(pid), select.poll(), '1', ''
@@ -675,24 +716,26 @@ def watch(config: dict, pid: int, proc: int) -> str:
     return trouble
 
 
-def watch_unsafe(config: dict, pid: int) -> str:
-    "The same on any system, by looking every 20 ms: the disk and the keeper's end of the pipe only."
-    command, trouble = '1', ''
-    while not trouble:
-        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            return ''
+def watch_unsafe(config: dict, pid: int) -> tuple:
+    "The same on any system, by looking every 20 ms at the disk and the pipe; with what `wait4` gives."
+    command = '1'
+    while not (ended := os.wait4(pid, os.WNOHANG))[0]:
         if select.select([config['control']], [], [], 0.02)[0]:
             command = obey(config['control'], pid)
         full = folder_size(config['work'], config['disk']) > config['disk']
-        trouble = '' if command and not full else 'disk' if full else 'closed'
-    os.kill(pid, signal.SIGKILL)
-    return trouble
+        if full or not command:
+            os.kill(pid, signal.SIGKILL)
+            return 'disk' if full else 'closed', os.wait4(pid, 0)
+    return '', ended
 
 
 def verdict(config: dict, pid: int, proc: int) -> dict:
     "How the jailed process ended: its exit code or signal, its CPU seconds, and the limit it passed."
-    trouble = watch_unsafe(config, pid) if config['unsafe'] else watch(config, pid, proc)
-    _, state, usage = os.wait4(pid, 0)
+    if config['unsafe']:
+        trouble, (_, state, usage) = watch_unsafe(config, pid)
+    else:
+        trouble = watch(config, pid, proc)
+        _, state, usage = os.wait4(pid, 0)
     # a write to a mapped file for which there is no room ends in SIGBUS; the room is free again by now
     full = os.WIFSIGNALED(state) and os.WTERMSIG(state) == signal.SIGBUS and config['peak'] > 0.5
     return dict(
@@ -717,7 +760,12 @@ def main():
     if not pid:
         mine = [proc, config.get('keeper', -1), config['control'], config['verdict']]
         jail(config, parent, [fd for fd in mine if fd >= 0])
-    os.write(config['verdict'], json.dumps(verdict(config, pid, proc)).encode())
+    said = verdict(config, pid, proc)
+    if said['over'] == 'closed' and not walled(config):
+        with contextlib.suppress(OSError):  # the keeper, if it lives, is at it too
+            delete_folder(config['work'])
+    with contextlib.suppress(BrokenPipeError):
+        os.write(config['verdict'], json.dumps(said).encode())
     os._exit(0)
 
 

@@ -13,9 +13,9 @@ it ends with the process that asked for it. Two kinds of isolation hold at once 
   name of its own.
 
 Without walls the sandbox holds with these differences. The disk is looked at every 50 ms, so a program
-can write more for that long before it is stopped. `os.chmod` and `os.utime` are refused. The code cannot
-read other files, but `os.stat` tells whether they exist, their sizes and times; `os.uname` tells the
-host's name, and process numbers are the host's.
+can write more for that long before it is stopped. `os.chmod` and `os.utime` cannot change a file. The
+code cannot read other files, but `os.stat` tells whether they exist, their sizes and times; `os.uname`
+tells the host's name, and process numbers are the host's.
 
 Where the machine offers no locks (macOS, old kernels), `run_python` refuses, except with
 `allow_unsafe=True`. Not covered: the CPU's side channels and bugs of the kernel. Use a virtual machine
@@ -31,7 +31,6 @@ import platform
 import selectors
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
@@ -42,7 +41,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import jail
-from .jail import ARCHITECTURES, HOME, LANDLOCK, LOCKED
+from .jail import ARCHITECTURES, HOME, LANDLOCK, LOCKED, delete_folder
 
 SET_UP = 60  # seconds for the child to lock itself in, on a machine that is busy
 PATIENCE = 2  # seconds for it to end by itself before it is killed
@@ -167,29 +166,6 @@ def settings_of(limits: Limits, once: bool) -> dict:
     )
 
 
-def empty_folder(folder: str):
-    """Delete what is in a folder: names of any bytes, any depth, no rights.
-
-    Folders in folders are moved up and opened one at a time, so depth costs neither stack nor path."""
-    os.chmod(folder, 0o700)
-    top, mark = os.open(folder, os.O_RDONLY | os.O_DIRECTORY), os.urandom(8).hex()
-    waiting = os.listdir(top)
-    for name in waiting:
-        if not stat.S_ISDIR(os.lstat(name, dir_fd=top).st_mode):
-            os.unlink(name, dir_fd=top)
-            continue
-        os.chmod(name, 0o700, dir_fd=top)
-        inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
-        for child in os.listdir(inner):
-            if stat.S_ISDIR(os.lstat(child, dir_fd=inner).st_mode):
-                os.chmod(child, 0o700, dir_fd=inner)
-            waiting.append(f'{mark}-{len(waiting)}')
-            os.rename(child, waiting[-1], src_dir_fd=inner, dst_dir_fd=top)
-        os.close(inner)
-        os.rmdir(name, dir_fd=top)
-    os.close(top)
-
-
 SENT = ('calls', 'control')  # pipes that the keeper writes to; it reads the others
 PIPES = (*SENT, 'stdout', 'stderr', 'report', 'verdict')
 STATUSES = ('ok', 'error', 'memory', 'disk')  # what the child can report
@@ -217,11 +193,8 @@ class Worker:
 
     def __init__(self, config: dict):
         self.config, self.locked, self.process = config, False, None
-        self.folder, self.canary = (
-            '',
-            None,
-        )  # the latter is a file that the jail must not be able to read
-        self.ends: dict[str, int] = {}
+        self.folder, self.ends = '', dict[str, int]()
+        self.canary = None  # a file that the jail must not be able to read
         try:
             self.start()
         except BaseException:
@@ -252,6 +225,8 @@ class Worker:
 
     def has_ended(self) -> bool:
         "Whether the child is gone. It is not reaped yet, so that its number stays that of its group."
+        if sys.platform != 'linux' and self.process:
+            return self.process.poll() is not None
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
         with contextlib.suppress(ChildProcessError):  # reaped: this process ignores SIGCHLD
             return self.process is None or os.waitid(os.P_PID, self.process.pid, flags) is not None
@@ -274,16 +249,20 @@ class Worker:
             self.process.wait()
         self.clear()
 
+    def drop_canary(self):
+        "Delete the file that the jail has tried to read."
+        if self.canary:
+            self.canary.close()
+        self.canary = None
+
     def clear(self):
         "Close the other pipes and delete the files."
         for fd in self.ends.values():
             os.close(fd)
-        if self.canary:
-            self.canary.close()
+        self.drop_canary()
         if self.folder:
             with contextlib.suppress(OSError):
-                empty_folder(self.folder)
-                os.rmdir(self.folder)
+                delete_folder(self.folder)
         self.ends, self.process, self.folder = {}, None, ''
 
 
@@ -294,11 +273,8 @@ def status_of(verdict: dict, reply: str, cpu: float) -> str:
     number = verdict.get('signal', signal.SIGKILL)
     if verdict.get('over') in ('disk', 'memory'):
         return verdict['over']
-    if (
-        number == signal.SIGXCPU
-        or number == signal.SIGKILL
-        and 0 < cpu <= verdict.get('seconds', 0)
-    ):
+    spent = 0 < cpu <= verdict.get('seconds', 0)
+    if number == signal.SIGXCPU or number == signal.SIGKILL and spent:
         return 'timeout'
     if number:
         return 'disk' if number == signal.SIGXFSZ else 'killed'
@@ -359,6 +335,7 @@ class Call:
         "The child has locked itself in: the seconds of the code begin."
         if data.startswith(LOCKED):
             self.worker.locked = True
+            self.worker.drop_canary()
             self.deadline = time.monotonic() + self.limits.timeout
             self.got['report'] += data[len(LOCKED) :]
 
