@@ -245,6 +245,7 @@ class Said:
     cut: bool
     tokens: int
     left: bool  # markup of a call stands where none belongs
+    as_written: bool = True  # the ids are those that the model wrote
 
 
 def _marked(text: str | None) -> bool:
@@ -265,7 +266,8 @@ def said_in(text: str, cut: bool, tokens: int, opened: bool | None = None) -> Sa
     left = (
         any(map(_marked, parts)) or bool(reply.get('unread')) or uneven(text, reply['tool_calls'])
     )
-    return Said(reply, cut, tokens, left)
+    ids = all(c['id'] in text for c in reply['tool_calls'])
+    return Said(reply, cut, tokens, left, ids)
 
 
 def said_by(answer: dict) -> Said:
@@ -324,7 +326,7 @@ def verdicts(row: dict, said: Said) -> dict:
     of_calls = dict(
         schema=all(is_valid(c, tools) for c in calls),
         names=all(c['function']['name'] in tools for c in calls),
-        ids=ids_hold(calls, row['messages']),
+        ids=said.as_written and ids_hold(calls, row['messages']),
     )
     asked = bool(calls or said.left) and not said.cut
     return dict(
