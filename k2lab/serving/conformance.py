@@ -6,8 +6,8 @@
 __all__ = ['USED', 'SHARES', 'MEASURES', 'ENDPOINT', 'Calling', 'calling_of', 'tool_prompts', 'validator_of', 'check_tools',
            'checked_row', 'checked_rows', 'read_prompts', 'Said', 'uneven', 'said_in', 'said_by', 'is_valid',
            'named_call', 'ids_hold', 'verdicts', 'reply_item', 'share_items', 'trigger_items', 'trigger_counts',
-           'parts_of', 'trigger_change', 'of_ceiling', 'ask_checkpoint', 'led', 'ask_endpoint', 'what_judges', 'Sample',
-           'ToolCalls', 'compared', 'tool_calls']
+           'parts_of', 'of_ceiling', 'ask_checkpoint', 'led', 'ask_endpoint', 'what_judges', 'Sample', 'ToolCalls',
+           'beside', 'tool_calls']
 
 # %% ../../nbs/serving/05_conformance.ipynb #c8b2a096
 import inspect
@@ -26,15 +26,15 @@ from ..models.placement import in_parts
 from .client import Teacher, both_names, choices_in, post, read_chat
 from k2lab.tasks.items import (
     bounds,
-    change_line,
     clusters,
     column,
+    compared_line,
     content_hash,
     item_of,
     own_line,
     pair_items,
 )
-from ..tasks.stats import Estimate, drawn_units, jackknife, paired_ratio, student, unit_sums
+from ..tasks.stats import paired_ratio
 from ..text.calls import CALL_TOKENS, K2_ID, called, declared, json_object, parse_reply
 from ..text.chat import call_ids, check_messages, content_text, opened_thought, prompt_ids
 from ..text.rows import read_rows
@@ -387,22 +387,7 @@ def parts_of(items: list, reference: list | None) -> dict[str, list]:
     trigger = {} if reference is None else dict(tool_trigger=trigger_items(reference, items))
     return trigger | parts | dict(tool_cut=items)
 
-# %% ../../nbs/serving/05_conformance.ipynb #71381dff
-def trigger_change(before: list, after: list) -> Estimate:
-    "The F1 after minus that before over equal prompts, by the jackknife over groups."
-    import numpy as np
-
-    pairs = pair_items(before, after)
-    names = ('agreed', 'called')
-    sums = [column(side, name) for side in (pairs.before, pairs.after) for name in names]
-    sums = unit_sums(np.stack(sums, 1), drawn_units(len(pairs.after), clusters(pairs.after)))
-    change = lambda s: s[:, 2] / s[:, 3] - s[:, 0] / s[:, 1]
-    with np.errstate(invalid='ignore', divide='ignore'):
-        value, se = float(change(sums.sum(0)[None])[0]), jackknife(sums, change)
-    half = student(sums[:, 3]) * se
-    return Estimate(value, value - half, value + half, se, len(pairs.after), len(sums))
-
-
+# %% ../../nbs/serving/05_conformance.ipynb #413be7e6
 def of_ceiling(ceiling: list, items: list) -> dict | None:
     "The F1 as a share of the reference's agreement with itself, over equal prompts; None where that is 0."
     pairs = pair_items(ceiling, items)
@@ -544,8 +529,8 @@ class ToolCalls:
             line = self.line(name, measure, items)
             measured = [o for o in others if o in self.samples]
             for other in measured:
-                beside = compared(measure, self.parts(other)[measure], items)
-                self.job.measure(measure, **line | beside | dict(compared_with=other))
+                paired = beside(self.parts(other)[measure], items)
+                self.job.measure(measure, **line | paired | dict(compared_with=other))
             if not measured:
                 self.job.measure(measure, **line)
 
@@ -571,18 +556,13 @@ class ToolCalls:
         return line | dict(of_ceiling=of_ceiling(ceiling, items))
 
 
-def compared(measure: str, before: list, after: list) -> dict:
-    "`before` and `change` of a line; without a change where no prompt counts for both."
-    if not before or not {i['item'] for i in before} & {i['item'] for i in after}:
-        return {}
-    if measure == 'tool_trigger':
-        if not all(sum(column(side, 'called')) for side in (before, after)):
-            return {}
-        e = trigger_change(before, after)
-        change = bounds(e) | dict(n=e.n)
-    else:
-        change = change_line(before, after)
-    return dict(before=own_line(before)['after'], change=change)
+def beside(before: list, after: list) -> dict:
+    "`before, change, ratio` of a line; empty where no prompt counts for both."
+    shared = {i['item'] for i in before} & {i['item'] for i in after}
+    empty = any(
+        'agreed' in side[0] and not sum(column(side, 'called')) for side in (before, after) if side
+    )
+    return {} if empty or not shared else compared_line(before, after)
 
 
 def tool_calls(job) -> ToolCalls | None:
