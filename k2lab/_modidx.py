@@ -2258,6 +2258,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'k2lab/serving/conformance.py'),
                                            'k2lab.serving.conformance.named_call': ( 'serving/conformance.html#named_call',
                                                                                      'k2lab/serving/conformance.py'),
+                                           'k2lab.serving.conformance.no_value': ( 'serving/conformance.html#no_value',
+                                                                                   'k2lab/serving/conformance.py'),
                                            'k2lab.serving.conformance.of_ceiling': ( 'serving/conformance.html#of_ceiling',
                                                                                      'k2lab/serving/conformance.py'),
                                            'k2lab.serving.conformance.parts_of': ( 'serving/conformance.html#parts_of',

@@ -5,10 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from campaigns import campaign
 
 from k2lab import evaluate as stage
 from k2lab.lab.config import LabError
 from k2lab.lab.job import start
+from k2lab.reports.page import items_html, make_report, report_html, report_json
+from k2lab.reports.results import gather
 from k2lab.serving import conformance
 from k2lab.serving.client import Teacher, scripted
 from k2lab.serving.conformance import (
@@ -175,6 +178,7 @@ def test_known_faults_give_the_figures_worked_out_by_hand():
     assert trigger['change']['value'] == pytest.approx(8 / 11 - 0.8)
     got = {name: (lines[name]['after'], lines[name]['n']) for name in MEASURES[1:]}
     assert got == dict(
+        tool_called=(6 / 8, 8),
         tool_schema=(4 / 6, 6),
         tool_names=(5 / 6, 6),
         tool_ids=(5 / 6, 6),
@@ -195,7 +199,7 @@ def test_a_perfect_reference_gives_one():
     for name in ('untuned', 'tuned'):
         calls.report(name, [])
         lines = lines_of(job)
-        assert [lines[m]['after'] for m in MEASURES] == [1, 1, 1, 1, 1, 0]
+        assert [lines[m]['after'] for m in MEASURES] == [1, 0.5, 1, 1, 1, 1, 0]
         assert lines['tool_trigger']['of_ceiling'] == dict(value=1, low=1, high=1)
 
 
@@ -205,9 +209,11 @@ def test_a_model_that_never_calls_has_no_share_of_calls():
     calls.take('tuned', KEY, says(*[NO] * 8))
     calls.report('tuned', ['untuned'])
     lines = lines_of(job)
-    assert 'after' not in lines['tool_trigger'] and lines['tool_trigger']['n'] == 8
-    assert lines['tool_schema']['note'] == 'no reply calls a tool'
-    assert lines['tool_cut']['after'] == 0
+    assert set(lines) == {'tool_called', 'tool_cut'}
+    assert (lines['tool_called']['after'], lines['tool_cut']['after']) == (0, 0)
+    none = dict.fromkeys(MEASURES[2:6], 'no reply calls a tool')
+    neither = dict(tool_trigger='neither the model nor the reference calls a tool')
+    assert lines['tool_called']['without_value'] == none | neither
 
 
 def test_a_model_that_cannot_be_asked_is_a_failed_check():
@@ -320,3 +326,27 @@ def test_the_stage_measures_a_checkpoint_and_an_endpoint(monkeypatch):
             assert score_of(own).value == line['after']
             assert all(i['prompt'] and 'reply' in i for i in own)
     assert lines[ENDPOINT, 'tool_cut']['n'] == 4
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+def test_a_report_shows_the_measures_also_of_a_model_that_never_calls(tmp_path):
+    home = campaign(tmp_path / 'demo', n=40)
+    [folder] = home.glob('*-evaluate')
+    job, calls = stand_in(reference='k2_domain_instruct', prompts=8)
+    job.folder, job.first = folder, True
+    calls.take('k2_domain_instruct', KEY, says(*[YES, NO] * 8))
+    calls.take('k2_reason_sft', KEY, says(*[YES, YES, NO, NO] * 2))
+    calls.take('k2_think_dpo', KEY, says(*[NO] * 8))
+    for name, other in (('k2_reason_sft', 'k2_domain_instruct'), ('k2_think_dpo', 'k2_reason_sft')):
+        calls.report(name, [other])
+    record = json.loads((folder / 'run.json').read_text())
+    empty = dict.fromkeys(('before', 'after', 'low', 'high', 'n'))
+    lines = [empty | dict(stage='evaluate', seed=0) | line for line in job.record['metrics']]
+    (folder / 'run.json').write_text(json.dumps(record | dict(metrics=record['metrics'] + lines)))
+    evidence = gather(home, 'nano')
+    page = report_html(make_report([evidence], []))
+    assert 'tool calls valid by schema' in page and 'calls a tool when the reference does' in page
+    assert 'tool calls valid by schema' in items_html(evidence, 20)
+    report_json(make_report([evidence], []))

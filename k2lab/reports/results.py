@@ -69,6 +69,7 @@ MEASURES = {
     'reasoning_tokens': Measure('tokens of a reply', 'count', 'lower'),
     'cut': Measure('replies cut off', 'share', 'lower'),
     'tool_trigger': Measure('calls a tool when the reference does, F1', 'share', 'higher'),
+    'tool_called': Measure('replies that call a tool', 'share'),
     'tool_schema': Measure('tool calls valid by schema', 'share', 'higher'),
     'tool_names': Measure('tool calls of declared tools', 'share', 'higher'),
     'tool_ids': Measure('tool calls with right ids', 'share', 'higher'),

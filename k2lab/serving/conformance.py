@@ -7,7 +7,7 @@ __all__ = ['USED', 'SHARES', 'MEASURES', 'ENDPOINT', 'Calling', 'calling_of', 't
            'checked_row', 'checked_rows', 'read_prompts', 'Said', 'uneven', 'said_in', 'said_by', 'is_valid',
            'named_call', 'ids_hold', 'verdicts', 'reply_item', 'share_items', 'trigger_items', 'trigger_counts',
            'parts_of', 'of_ceiling', 'ask_checkpoint', 'led', 'ask_endpoint', 'what_judges', 'Sample', 'ToolCalls',
-           'beside', 'tool_calls']
+           'no_value', 'beside', 'tool_calls']
 
 # %% ../../nbs/serving/05_conformance.ipynb #c8b2a096
 import inspect
@@ -350,9 +350,15 @@ def reply_item(row: dict, said: Said) -> dict:
     )
 
 # %% ../../nbs/serving/05_conformance.ipynb #95a47aca
-SHARES = dict(tool_schema='schema', tool_names='names', tool_ids='ids', tool_sections='sections')
+SHARES = dict(
+    tool_called='called',
+    tool_schema='schema',
+    tool_names='names',
+    tool_ids='ids',
+    tool_sections='sections',
+)
 MEASURES = ('tool_trigger', *SHARES, 'tool_cut')
-_VERDICTS = ('called', *SHARES.values())
+_VERDICTS = tuple(SHARES.values())
 
 
 def share_items(items: list, verdict: str) -> list[dict]:
@@ -525,9 +531,14 @@ class ToolCalls:
 
     def report(self, name: str, others: list[str]):
         "Enter the lines of a model in the record, beside those of each of the `others`."
-        for measure, items in self.parts(name).items() if name in self.samples else ():
+        parts = self.parts(name) if name in self.samples else {}
+        empty = {measure: why for measure, items in parts.items() if (why := no_value(items))}
+        measured = [o for o in others if o in self.samples]
+        for measure, items in parts.items():
+            if measure in empty:
+                continue
             line = self.line(name, measure, items)
-            measured = [o for o in others if o in self.samples]
+            line |= dict(without_value=empty) if measure == 'tool_called' and empty else {}
             for other in measured:
                 paired = beside(self.parts(other)[measure], items)
                 self.job.measure(measure, **line | paired | dict(compared_with=other))
@@ -535,16 +546,12 @@ class ToolCalls:
                 self.job.measure(measure, **line)
 
     def line(self, name: str, measure: str, items: list) -> dict:
-        "The line of a score; without a value where no reply says anything about the measure."
-        more = dict(checkpoint=name, side=self.job.cfg.side)
-        if not any(i.get('called') for i in items) and measure == 'tool_trigger':
-            return more | dict(n=len(items), note='neither calls a tool')
-        if not items:
-            return more | dict(n=0, note='no reply calls a tool')
+        "The line of a score."
         score = self.samples[name].part(self.job, measure, items)
-        if measure == 'tool_trigger':
-            more |= dict(trigger=trigger_counts(items)) | self.beside_ceiling(items)
-        return own_line(items) | more | dict(key=score.key)
+        line = own_line(items) | dict(key=score.key, checkpoint=name, side=self.job.cfg.side)
+        if measure != 'tool_trigger':
+            return line
+        return line | dict(trigger=trigger_counts(items)) | self.beside_ceiling(items)
 
     def beside_ceiling(self, items: list) -> dict:
         "What a line of the trigger says of the reference's agreement with itself."
@@ -556,13 +563,18 @@ class ToolCalls:
         return line | dict(of_ceiling=of_ceiling(ceiling, items))
 
 
+def no_value(items: list) -> str:
+    "Why a measure has no value, or an empty string."
+    if not items:
+        return 'no reply calls a tool'
+    silent = 'agreed' in items[0] and not sum(column(items, 'called'))
+    return 'neither the model nor the reference calls a tool' if silent else ''
+
+
 def beside(before: list, after: list) -> dict:
     "`before, change, ratio` of a line; empty where no prompt counts for both."
     shared = {i['item'] for i in before} & {i['item'] for i in after}
-    empty = any(
-        'agreed' in side[0] and not sum(column(side, 'called')) for side in (before, after) if side
-    )
-    return {} if empty or not shared else compared_line(before, after)
+    return compared_line(before, after) if shared and not no_value(before) else {}
 
 
 def tool_calls(job) -> ToolCalls | None:
