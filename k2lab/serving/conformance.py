@@ -6,8 +6,8 @@
 __all__ = ['USED', 'SHARES', 'MEASURES', 'ENDPOINT', 'Calling', 'calling_of', 'tool_prompts', 'validator_of', 'check_tools',
            'checked_row', 'checked_rows', 'read_prompts', 'Said', 'uneven', 'said_in', 'said_by', 'is_valid',
            'named_call', 'ids_hold', 'verdicts', 'reply_item', 'share_items', 'trigger_items', 'trigger_counts',
-           'parts_of', 'trigger_change', 'of_ceiling', 'ask_checkpoint', 'led', 'ask_endpoint', 'what_judges', 'Sample',
-           'ToolCalls', 'compared', 'tool_calls']
+           'parts_of', 'of_ceiling', 'ask_checkpoint', 'led', 'ask_endpoint', 'what_judges', 'Sample', 'ToolCalls',
+           'no_value', 'beside', 'tool_calls']
 
 # %% ../../nbs/serving/05_conformance.ipynb #c8b2a096
 import inspect
@@ -26,15 +26,15 @@ from ..models.placement import in_parts
 from .client import Teacher, both_names, choices_in, post, read_chat
 from k2lab.tasks.items import (
     bounds,
-    change_line,
     clusters,
     column,
+    compared_line,
     content_hash,
     item_of,
     own_line,
     pair_items,
 )
-from ..tasks.stats import Estimate, drawn_units, jackknife, paired_ratio, student, unit_sums
+from ..tasks.stats import paired_ratio
 from ..text.calls import CALL_TOKENS, K2_ID, called, declared, json_object, parse_reply
 from ..text.chat import call_ids, check_messages, content_text, opened_thought, prompt_ids
 from ..text.rows import read_rows
@@ -245,6 +245,7 @@ class Said:
     cut: bool
     tokens: int
     left: bool  # markup of a call stands where none belongs
+    as_written: bool = True  # the ids are those that the model wrote
 
 
 def _marked(text: str | None) -> bool:
@@ -265,7 +266,8 @@ def said_in(text: str, cut: bool, tokens: int, opened: bool | None = None) -> Sa
     left = (
         any(map(_marked, parts)) or bool(reply.get('unread')) or uneven(text, reply['tool_calls'])
     )
-    return Said(reply, cut, tokens, left)
+    ids = all(c['id'] in text for c in reply['tool_calls'])
+    return Said(reply, cut, tokens, left, ids)
 
 
 def said_by(answer: dict) -> Said:
@@ -324,7 +326,7 @@ def verdicts(row: dict, said: Said) -> dict:
     of_calls = dict(
         schema=all(is_valid(c, tools) for c in calls),
         names=all(c['function']['name'] in tools for c in calls),
-        ids=ids_hold(calls, row['messages']),
+        ids=said.as_written and ids_hold(calls, row['messages']),
     )
     asked = bool(calls or said.left) and not said.cut
     return dict(
@@ -348,9 +350,15 @@ def reply_item(row: dict, said: Said) -> dict:
     )
 
 # %% ../../nbs/serving/05_conformance.ipynb #95a47aca
-SHARES = dict(tool_schema='schema', tool_names='names', tool_ids='ids', tool_sections='sections')
+SHARES = dict(
+    tool_called='called',
+    tool_schema='schema',
+    tool_names='names',
+    tool_ids='ids',
+    tool_sections='sections',
+)
 MEASURES = ('tool_trigger', *SHARES, 'tool_cut')
-_VERDICTS = ('called', *SHARES.values())
+_VERDICTS = tuple(SHARES.values())
 
 
 def share_items(items: list, verdict: str) -> list[dict]:
@@ -385,22 +393,7 @@ def parts_of(items: list, reference: list | None) -> dict[str, list]:
     trigger = {} if reference is None else dict(tool_trigger=trigger_items(reference, items))
     return trigger | parts | dict(tool_cut=items)
 
-# %% ../../nbs/serving/05_conformance.ipynb #71381dff
-def trigger_change(before: list, after: list) -> Estimate:
-    "The F1 after minus that before over equal prompts, by the jackknife over groups."
-    import numpy as np
-
-    pairs = pair_items(before, after)
-    names = ('agreed', 'called')
-    sums = [column(side, name) for side in (pairs.before, pairs.after) for name in names]
-    sums = unit_sums(np.stack(sums, 1), drawn_units(len(pairs.after), clusters(pairs.after)))
-    change = lambda s: s[:, 2] / s[:, 3] - s[:, 0] / s[:, 1]
-    with np.errstate(invalid='ignore', divide='ignore'):
-        value, se = float(change(sums.sum(0)[None])[0]), jackknife(sums, change)
-    half = student(sums[:, 3]) * se
-    return Estimate(value, value - half, value + half, se, len(pairs.after), len(sums))
-
-
+# %% ../../nbs/serving/05_conformance.ipynb #413be7e6
 def of_ceiling(ceiling: list, items: list) -> dict | None:
     "The F1 as a share of the reference's agreement with itself, over equal prompts; None where that is 0."
     pairs = pair_items(ceiling, items)
@@ -538,26 +531,27 @@ class ToolCalls:
 
     def report(self, name: str, others: list[str]):
         "Enter the lines of a model in the record, beside those of each of the `others`."
-        for measure, items in self.parts(name).items() if name in self.samples else ():
+        parts = self.parts(name) if name in self.samples else {}
+        empty = {measure: why for measure, items in parts.items() if (why := no_value(items))}
+        measured = [o for o in others if o in self.samples]
+        for measure, items in parts.items():
+            if measure in empty:
+                continue
             line = self.line(name, measure, items)
-            measured = [o for o in others if o in self.samples]
+            line |= dict(without_value=empty) if measure == 'tool_called' and empty else {}
             for other in measured:
-                beside = compared(measure, self.parts(other)[measure], items)
-                self.job.measure(measure, **line | beside | dict(compared_with=other))
+                paired = beside(self.parts(other)[measure], items)
+                self.job.measure(measure, **line | paired | dict(compared_with=other))
             if not measured:
                 self.job.measure(measure, **line)
 
     def line(self, name: str, measure: str, items: list) -> dict:
-        "The line of a score; without a value where no reply says anything about the measure."
-        more = dict(checkpoint=name, side=self.job.cfg.side)
-        if not any(i.get('called') for i in items) and measure == 'tool_trigger':
-            return more | dict(n=len(items), note='neither calls a tool')
-        if not items:
-            return more | dict(n=0, note='no reply calls a tool')
+        "The line of a score."
         score = self.samples[name].part(self.job, measure, items)
-        if measure == 'tool_trigger':
-            more |= dict(trigger=trigger_counts(items)) | self.beside_ceiling(items)
-        return own_line(items) | more | dict(key=score.key)
+        line = own_line(items) | dict(key=score.key, checkpoint=name, side=self.job.cfg.side)
+        if measure != 'tool_trigger':
+            return line
+        return line | dict(trigger=trigger_counts(items)) | self.beside_ceiling(items)
 
     def beside_ceiling(self, items: list) -> dict:
         "What a line of the trigger says of the reference's agreement with itself."
@@ -569,18 +563,18 @@ class ToolCalls:
         return line | dict(of_ceiling=of_ceiling(ceiling, items))
 
 
-def compared(measure: str, before: list, after: list) -> dict:
-    "`before` and `change` of a line; without a change where no prompt counts for both."
-    if not before or not {i['item'] for i in before} & {i['item'] for i in after}:
-        return {}
-    if measure == 'tool_trigger':
-        if not all(sum(column(side, 'called')) for side in (before, after)):
-            return {}
-        e = trigger_change(before, after)
-        change = bounds(e) | dict(n=e.n)
-    else:
-        change = change_line(before, after)
-    return dict(before=own_line(before)['after'], change=change)
+def no_value(items: list) -> str:
+    "Why a measure has no value, or an empty string."
+    if not items:
+        return 'no reply calls a tool'
+    silent = 'agreed' in items[0] and not sum(column(items, 'called'))
+    return 'neither the model nor the reference calls a tool' if silent else ''
+
+
+def beside(before: list, after: list) -> dict:
+    "`before, change, ratio` of a line; empty where no prompt counts for both."
+    shared = {i['item'] for i in before} & {i['item'] for i in after}
+    return compared_line(before, after) if shared and not no_value(before) else {}
 
 
 def tool_calls(job) -> ToolCalls | None:

@@ -23,6 +23,7 @@ from k2lab.tasks.stats import (
     paired_change,
     paired_ratio,
     paired_ratio_change,
+    paired_ratio_difference,
     ratio_estimate,
 )
 
@@ -114,8 +115,10 @@ def change_of(pairs: Pairs) -> Estimate:
     before, after = column(pairs.before, name), column(pairs.after, name)
     if name not in RATIOS:
         return paired_change(before, after, groups, families_of(pairs.after))
-    sizes = column(pairs.after, RATIOS[name])
-    if sizes != column(pairs.before, RATIOS[name]):
+    sizes, old_sizes = column(pairs.after, RATIOS[name]), column(pairs.before, RATIOS[name])
+    if name == 'agreed':  # each model makes its own calls
+        return paired_ratio_difference(before, after, old_sizes, sizes, groups)
+    if sizes != old_sizes:
         raise LabError(f'the items differ in their {RATIOS[name]}: they cannot be compared')
     return paired_ratio_change(before, after, sizes, groups)
 

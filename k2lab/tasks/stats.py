@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['wilson', 'Estimate', 'codes', 'drawn_units', 'jackknife', 'unit_sums', 'student_quantile', 'student', 'Spread',
            'numbers', 'joined_strata', 'mean_spread', 'binary', 'mean_estimate', 'ratio_estimate', 'paired_change',
-           'paired_ratio', 'paired_ratio_change', 'verdict', 'items_needed', 'one_sided', 'refused', 'improved',
-           'by_family', 'with_total', 'most_frequent', 'majority_baseline', 'copied_pieces', 'right_copies',
-           'copy_baseline']
+           'paired_ratio', 'paired_ratio_change', 'paired_ratio_difference', 'verdict', 'items_needed', 'one_sided',
+           'refused', 'improved', 'by_family', 'with_total', 'most_frequent', 'majority_baseline', 'copied_pieces',
+           'right_copies', 'copy_baseline']
 
 # %% ../../nbs/tasks/05_stats.ipynb #d39f9514
 import math
@@ -227,6 +227,21 @@ def paired_ratio_change(before, after, bottoms, groups=None) -> Estimate:
     import numpy as np
 
     return ratio_estimate(numbers(after, before) - np.asarray(before, float), bottoms, groups)
+
+# %% ../../nbs/tasks/05_stats.ipynb #b2cce9de
+def paired_ratio_difference(before, after, before_bottoms, after_bottoms, groups=None) -> Estimate:
+    "The change of `sum / sum(bottoms)` over equal items whose bottoms differ, such as the F1 of two models."
+    import numpy as np
+
+    columns = [numbers(c, before, groups) for c in (after, after_bottoms, before, before_bottoms)]
+    sums = unit_sums(np.stack(columns, 1), drawn_units(len(before), groups))
+    change = lambda s: s[:, 0] / s[:, 1] - s[:, 2] / s[:, 3]
+    if not (sum(before_bottoms) and sum(after_bottoms)):
+        raise LabError('a ratio to nothing: the lower sum is zero')
+    with np.errstate(invalid='ignore', divide='ignore'):
+        value, se = float(change(sums.sum(0)[None])[0]), jackknife(sums, change)
+    half = student(sums[:, 1]) * se
+    return Estimate(value, value - half, value + half, se, len(before), len(sums))
 
 # %% ../../nbs/tasks/05_stats.ipynb #1c40d764
 def verdict(e: Estimate, limit: float, at_least: bool = True) -> str:
