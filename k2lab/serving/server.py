@@ -13,6 +13,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -221,6 +222,21 @@ async def news_of(engine: Engine, runs: list[Run]) -> AsyncIterator:
             yield item
 
 
+async def asked(engine: Engine, kind: type, work: Callable, request: Request):
+    "The answer to a request that needs no model."
+    body = await body_of(request)
+    return JSONResponse(await run_in_threadpool(lambda: work(engine, read(kind, body))))
+
+
+async def answered(engine: Engine, kind: type, plan: Callable, shape: Callable, request: Request):
+    "The answer to a request to the model, whole or as a stream; refused before its first byte."
+    body = await body_of(request)
+    runs = await run_in_threadpool(lambda: plan(engine, read(kind, body)))
+    if runs[0].ask.stream:
+        return Stream(engine, runs)
+    return await whole(engine, request, runs, shape)
+
+
 def create_app(model, tok, name: str, key: str) -> FastAPI:
     "The web application for one model. Every route but /health wants `Authorization: Bearer <key>`."
     if not key:
@@ -271,32 +287,16 @@ def add_routes(app: FastAPI, engine: Engine):
         engine.known(name)
         return card()
 
-    @app.post('/tokenize')
-    async def tokenize(request: Request):
-        return await asked(request, TokenizeAsk, tokenized)
-
-    @app.post('/detokenize')
-    async def detokenize(request: Request):
-        return await asked(request, DetokenizeAsk, detokenized)
-
-    @app.post('/v1/completions')
-    async def completions(request: Request):
-        return await answered(request, CompletionAsk, completion_runs, responses.completion)
-
-    @app.post('/v1/chat/completions')
-    async def chat_completions(request: Request):
-        return await answered(request, ChatAsk, chat_runs, responses.chat_completion)
-
-    async def asked(request: Request, kind, work: Callable):
-        body = await body_of(request)
-        return JSONResponse(await run_in_threadpool(lambda: work(engine, read(kind, body))))
-
-    async def answered(request: Request, kind, plan: Callable, shape: Callable):
-        body = await body_of(request)
-        runs = await run_in_threadpool(lambda: plan(engine, read(kind, body)))
-        if runs[0].ask.stream:
-            return Stream(engine, runs)
-        return await whole(engine, request, runs, shape)
+    for path, kind, work in (
+        ('/tokenize', TokenizeAsk, tokenized),
+        ('/detokenize', DetokenizeAsk, detokenized),
+    ):
+        app.add_route(path, partial(asked, engine, kind, work), methods=['POST'])
+    for path, kind, plan, shape in (
+        ('/v1/completions', CompletionAsk, completion_runs, responses.completion),
+        ('/v1/chat/completions', ChatAsk, chat_runs, responses.chat_completion),
+    ):
+        app.add_route(path, partial(answered, engine, kind, plan, shape), methods=['POST'])
 
 
 def serve(place, name: str, host: str = '127.0.0.1', port: int = 8000, key: str = ''):
