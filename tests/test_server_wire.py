@@ -594,3 +594,67 @@ def test_several_threads_tokenize_at_once(client):
     ask = lambda _: client.post('/tokenize', json=body).json().get('count')
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(ask, range(40)))) == 1 and threading.active_count() < 60
+
+
+# ---- calls
+
+
+def scripted(parts, text: str, **options):
+    "A client of a model that says a text, control tokens as such."
+    from test_server import Scripted
+
+    model, tok = parts
+    ids = [*tok(text, add_special_tokens=False).input_ids, tok.convert_tokens_to_ids('<|im_end|>')]
+    return TestClient(
+        server.create_app(Scripted(model, ids), tok, 'tiny', 'secret'), headers=KEY, **options
+    )
+
+
+def call_text(tok, name: str, number: int) -> str:
+    if '<|tool_call_begin|>' in tok.get_added_vocab():
+        return (
+            f'<|tool_call_begin|>functions.{name}:{number}<|tool_call_argument_begin|>'
+            '{"x": 1}<|tool_call_end|>'
+        )
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {{"x": 1}}}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    'names,options,called',
+    [
+        (['look', 'look_up'], {}, ['look', 'look_up']),
+        (['look', 'look_up'], dict(parallel_tool_calls=False), ['look']),
+        (['other'], {}, []),
+        (['look'], dict(tools=[]), []),
+        (['look', 'look'], dict(stop=['{"x"']), []),
+    ],
+)
+def test_calls_are_told_alike_whole_and_streamed(parts, names, options, called):
+    tok = parts[1]
+    calls = ''.join(call_text(tok, name, i) for i, name in enumerate(names))
+    web = scripted(parts, f'See 😀. {calls}')
+    ask = dict(messages=USER, tools=TOOLS, temperature=0, max_tokens=400) | options
+    (whole,) = web.post(CHAT, json=ask).json()['choices']
+    assert said_of(events(web.post(CHAT, json=ask | dict(stream=True)))) == told(whole)
+    found = whole['message'].get('tool_calls') or []
+    assert [c['function']['name'] for c in found] == called
+    assert whole['finish_reason'] == ('tool_calls' if called else 'stop')
+    if called:
+        assert whole['message']['content'] == 'See 😀.'
+        assert {c['function']['arguments'] for c in found} == {'{"x": 1}'}
+    elif not options.get('stop'):
+        assert names[0] in whole['message']['content']  # no declared tool: the text stays whole
+
+
+def test_a_thought_that_the_prompt_opens_is_streamed_as_one(parts, monkeypatch):
+    from k2lab.serving import responses
+
+    monkeypatch.setattr(responses, 'opened_thought', lambda prompt: '<think>')
+    web = scripted(parts, '6 times 7</think>42')
+    ask = dict(messages=USER, temperature=0, max_tokens=60)
+    (whole,) = web.post(CHAT, json=ask).json()['choices']
+    assert whole['message']['reasoning'] == '6 times 7' and whole['message']['content'] == '42'
+    chunks = events(web.post(CHAT, json=ask | dict(stream=True)))
+    assert said_of(chunks) == told(whole) and len(chunks) > 4
+    (cut,) = web.post(CHAT, json=ask | dict(stop='times')).json()['choices']
+    assert (cut['message']['reasoning'], cut['message']['content']) == ('6 ', '')
