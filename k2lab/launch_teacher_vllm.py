@@ -192,7 +192,7 @@ def running(words: list[str], key: str, log: Path) -> Iterator[subprocess.Popen]
         process = subprocess.Popen(
             guard.command(words),
             env=environment(key),
-            stdin=guard.line,
+            stdin=guard.line.fileno(),
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -269,8 +269,9 @@ class Served:
 
         os.environ['K2LAB_SERVED_KEY'] = self.key
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        options = dict(transport=httpx.HTTPTransport(limits=limits)) | options
-        return Teacher(f'{self.url}/v1', self.model, 'K2LAB_SERVED_KEY', **options)
+        direct = httpx.HTTPTransport(limits=limits)
+        name = 'K2LAB_SERVED_KEY'
+        return Teacher(f'{self.url}/v1', self.model, name, transport=direct, **options)
 
 
 @contextlib.contextmanager

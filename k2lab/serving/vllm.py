@@ -94,8 +94,8 @@ def options_of(words: list[str]) -> dict:
 
 def _value_of(values: list[str]):
     "What an option was given: True without a value, a list of several."
-    values = [int(v) if re.fullmatch('-?[1-9][0-9]*|0', v) else v for v in values]
-    return values if len(values) > 1 else values[0] if values else True
+    read = [int(v) if re.fullmatch('-?[1-9][0-9]*|0', v) else v for v in values]
+    return read if len(read) > 1 else read[0] if read else True
 
 # %% ../../nbs/serving/04_vllm.ipynb #0dbaa4ee
 CODE = (

@@ -225,5 +225,6 @@ def with_smolagents(url: str, model: str, folder: Path) -> dict:
 
 if __name__ == '__main__':
     name, url, model, folder = sys.argv[1:]
-    print()  # what a client writes may lack its line end
-    print(json.dumps(globals()[f'with_{name}'](url, model, Path(folder)), ensure_ascii=False))
+    found = globals()[f'with_{name}'](url, model, Path(folder))
+    print()  # what a client wrote may lack its line end
+    print(json.dumps(found, ensure_ascii=False))
