@@ -404,7 +404,7 @@ def text_slices(named: dict):
         for start in range(0, len(part), SHARE_OF_TEXTS):
             yield packed(part[start : start + SHARE_OF_TEXTS])
 
-# %% ../../nbs/corpus/05_duplicates.ipynb #dd05516c
+# %% ../../nbs/corpus/05_duplicates.ipynb #6e177356
 def reading_runs(data, ends, n: int, least: int):
     "Yields (run hashes, runs of each reading, words, run length, texts) of texts, by run length."
     import numpy as np
@@ -523,7 +523,7 @@ def all_held(index: RunIndex, rows, places, wanted) -> Held:
         start = stop
     return Held(*map(np.concatenate, zip(*parts)))
 
-# %% ../../nbs/corpus/05_duplicates.ipynb #4bb8f4a9
+# %% ../../nbs/corpus/05_duplicates.ipynb #560d5775
 def needed_runs(index: RunIndex, share: float, left_out) -> Any:
     "For each reading how many of its rare runs remove a row; infinite for texts that are left out."
     import numpy as np

@@ -388,8 +388,9 @@ def _folded(data, ends, out, out_ends, plain):
 @cache
 def unseen() -> re.Pattern:
     "A pattern for the code points that are not seen; accents are."
-    gone = [chr(c) for c, shown in respelled().items() if shown is None]
-    return re.compile(f'[{"".join(c for c in gone if unicodedata.category(c)[0] in "CL")}]')
+    gone = [chr(c) for c, shown in respelled().items() if shown is None and c not in TAGS]
+    some = ''.join(re.escape(c) for c in gone if unicodedata.category(c)[0] != 'M')
+    return re.compile(f'[{some}{chr(TAGS[0])}-{chr(TAGS[-1])}]')
 
 
 def one_spelling(text: str) -> str:
@@ -618,8 +619,19 @@ def _word_hashes(
             elif c >= 0x80:
                 c = 32
             elif c == 10 and numbers:
-                width = _number_end(text, i + 1) - i
-                numbered[d] = numbered[d] or width > 1
+                j = i + 1
+                while j < n and text[j] == 32:
+                    j += 1
+                near = j < n and not _alpha(
+                    text[j]
+                )  # a number stands within seven bytes, or after marks
+                for at in range(j, min(j + 7, n)):
+                    near |= 48 <= text[at] < 58
+                width = j - i
+                if near:
+                    until = _number_end(text, i + 1)
+                    numbered[d] = numbered[d] or until > i + 1
+                    width = max(width, until - i)
             elif c == 60:
                 until, kind = _tag(text, i, names, kinds)
                 if until:
