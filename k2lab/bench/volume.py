@@ -81,4 +81,7 @@ def volume(megabytes: float = 200, rounds: int = 2):
         print(f'{size:.0f} MB in {len([*corpus.iterdir()])} files')
         for _ in range(rounds):
             one = in_new_process(one_run, f'{corpus}/*.jsonl', runs, {})
-            print(f'{one["cpu_s"]} CPU s, {size / one["cpu_s"]:.1f} MB/s, peak {one["peak_mb"]} MB', one)
+            print(
+                f'{one["cpu_s"]} CPU s, {size / one["cpu_s"]:.1f} MB/s, peak {one["peak_mb"]} MB',
+                one,
+            )
