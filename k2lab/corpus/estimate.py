@@ -8,7 +8,6 @@ __all__ = ['SAMPLE', 'PER_DOCUMENT', 'KEY_BYTES', 'RUNS', 'LARGE', 'sample_table
 
 # %% ../../nbs/corpus/12_estimate.ipynb #cbf49825
 import shutil
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -17,7 +16,6 @@ from pathlib import Path
 from .duplicates import drop_copies, drop_near
 from .pipeline import Refining, refined
 from .readers import Reader, stamp
-from .units import distinct_files
 from .writers import json_lines
 
 # %% ../../nbs/corpus/12_estimate.ipynb #e85e55b4
