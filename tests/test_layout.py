@@ -56,6 +56,7 @@ PLAIN = {
             'sharded',
             'tokens',
             'training',
+            'volume',
         )
     ),
 }
