@@ -62,6 +62,7 @@ PLAIN = {
             'sharded',
             'tokens',
             'training',
+            'volume',
         )
     ),
 }
