@@ -398,13 +398,13 @@ SHARE_OF_TEXTS = 500  # texts of a list that are taken at once
 def text_slices(named: dict):
     "Yields (data, ends) of about a megabyte of the texts of {name: list or Arrow column}."
     for part in named.values():
-        if not isinstance(part, (list, tuple)):
+        if not isinstance(part, list):
             yield from text_batches(part, 1 << 20)
             continue
         for start in range(0, len(part), SHARE_OF_TEXTS):
             yield packed(part[start : start + SHARE_OF_TEXTS])
 
-# %% ../../nbs/corpus/05_duplicates.ipynb #6e177356
+# %% ../../nbs/corpus/05_duplicates.ipynb #f8aff6e7
 def reading_runs(data, ends, n: int, least: int):
     "Yields (run hashes, runs of each reading, words, run length, texts) of texts, by run length."
     import numpy as np
@@ -423,7 +423,8 @@ def run_index(texts, n: int = 13, least: int = 5, pages=(), yielding=()) -> RunI
     import numpy as np
 
     named = texts if isinstance(texts, dict) else {'evaluation': texts}
-    parts, first = [(np.empty(0, np.uint64), *[np.empty(0, np.int64)] * 4)], 0
+    parts: list[Any] = [(np.empty(0, np.uint64), *[np.empty(0, np.int64)] * 4)]
+    first = 0
     for data, ends in text_slices(named):
         for *part, of_text in reading_runs(data, ends, n, least):
             parts.append((*part, of_text + first))
@@ -432,11 +433,10 @@ def run_index(texts, n: int = 13, least: int = 5, pages=(), yielding=()) -> RunI
     del parts
     ends = np.insert(np.cumsum(sizes), 0, 0)
     names = {name: len(part) for name, part in named.items()}
+    different, starts, runs, new = sorted_runs(hashes, ends)
+    sets = frozenset(pages), frozenset(yielding)
     return RunIndex(
-        n,
-        *sorted_runs(hashes, ends),
-        *(ends, words, lengths, of_text, names),
-        *map(frozenset, (pages, yielding)),
+        n, different, starts, runs, new, ends, words, lengths, of_text, names, sets[0], sets[1]
     )
 
 
@@ -523,7 +523,7 @@ def all_held(index: RunIndex, rows, places, wanted) -> Held:
         start = stop
     return Held(*map(np.concatenate, zip(*parts)))
 
-# %% ../../nbs/corpus/05_duplicates.ipynb #560d5775
+# %% ../../nbs/corpus/05_duplicates.ipynb #e84e8bba
 def needed_runs(index: RunIndex, share: float, left_out) -> Any:
     "For each reading how many of its rare runs remove a row; infinite for texts that are left out."
     import numpy as np

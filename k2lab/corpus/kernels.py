@@ -95,7 +95,8 @@ def number_end(text: str, start: int) -> int:
     if not number:
         return at
     line = text.find('\n', start) + 1 or len(text)
-    if NUMBER.match(text, re.compile(r'(?:[ \t\r]*\n)*').match(text, line).end()):
+    blank = re.compile(r'(?:[ \t\r]*\n)*').match(text, line)
+    if NUMBER.match(text, blank.end() if blank else line):
         return number.end()
     while start and text[start - 1] in ' \t\r\n':
         start -= 1

@@ -8,7 +8,7 @@ __all__ = ['SPACED', 'TAGS', 'LINE_NUMBERS', 'BLOCK', 'BASE', 'PART', 'WHOLE_UND
            'share_held', 'sieve_of', 'seeds_in', 'grouped', 'quotations', 'parts_of', 'published_texts',
            'check_published', 'told_of']
 
-# %% ../../nbs/corpus/10_quotations.ipynb #f4f67749
+# %% ../../nbs/corpus/10_quotations.ipynb #0b3c8cdc
 import html
 import re
 import unicodedata
@@ -22,7 +22,7 @@ from .readers import Reader, find_files
 from ..lab.config import LabError
 from ..text.rows import FORMATS
 
-# %% ../../nbs/corpus/10_quotations.ipynb #158bdf3a
+# %% ../../nbs/corpus/10_quotations.ipynb #b9b16d31
 SPACED = bytes(c if c > 127 or chr(c).isalnum() else 32 for c in bytes(range(256)).lower())
 TAGS = re.compile(r'<!--.*?-->|<[^<>\n]{1,300}>', re.S)
 LINE_NUMBERS = re.compile(r'\n[\W_]{0,9}+\d++(?=\W)(?=.*[^\W\d])')
@@ -52,7 +52,7 @@ def joined(spaced: bytes) -> bytes:
     out[1:][digit[1:] & digit[:-1] & (np.diff(at) > 1)] -= 47  # '0' becomes 1
     return out.tobytes()
 
-# %% ../../nbs/corpus/10_quotations.ipynb #8a6d5426
+# %% ../../nbs/corpus/10_quotations.ipynb #73791416
 BLOCK = 16  # letters
 BASE = 0x5851F42D4C957F2D  # odd
 
@@ -118,7 +118,7 @@ def block_hashes(letters: bytes) -> tuple:
     places = np.unique(np.append(np.arange(0, len(hashes), BLOCK), len(hashes) - 1))
     return hashes[places], places
 
-# %% ../../nbs/corpus/10_quotations.ipynb #202d79db
+# %% ../../nbs/corpus/10_quotations.ipynb #d9773311
 PART, WHOLE_UNDER = 60, 75  # letters
 
 
@@ -151,7 +151,7 @@ def share_held(item: bytes, row: bytes, seeds: list) -> float:
             held[begin:end] = b'\1' * (end - begin)
     return sum(held) / len(item)
 
-# %% ../../nbs/corpus/10_quotations.ipynb #712f8dc5
+# %% ../../nbs/corpus/10_quotations.ipynb #ce0a821b
 AT_ONCE, SLOTS = 1 << 20, 22  # letters that are looked at in one go; bits of the filter
 
 
@@ -201,7 +201,8 @@ def quotations(texts: Iterable[str], wanted: Wanted, share: float = 0.8) -> Iter
                 continue  # a part of 60 letters has 3 blocks of 16, or 2 and nearly a third and fourth
             held = share_held(item, rows[row], seeds)
             if held >= share:
-                yield Quotation(first + row + 1, *wanted.names[i], held)
+                name, number = wanted.names[i]
+                yield Quotation(first + row + 1, name, number, held)
 
 
 def parts_of(rows: Iterable[bytes]) -> Iterator[tuple[int, list]]:
@@ -215,7 +216,7 @@ def parts_of(rows: Iterable[bytes]) -> Iterator[tuple[int, list]]:
             first, some, size = first + len(some), [], 0
     yield first, some
 
-# %% ../../nbs/corpus/10_quotations.ipynb #990d6294
+# %% ../../nbs/corpus/10_quotations.ipynb #9d7fa606
 def published_texts(path, format: str) -> Iterator[str]:
     "The texts of the rows of a published file, or of files by a pattern; `LabError` if one cannot be read to its end."
     fields = [name for name in FORMATS[format] if name != 'source']
