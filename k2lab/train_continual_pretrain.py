@@ -72,8 +72,8 @@ def training_rows(tok, cfg, domain, general) -> Sequence:
     "Shuffled training rows of both corpora, texts or `TokenShards`; a list where both are texts."
     rng = random.Random(cfg.seed)
     ours, theirs = (stream_rows(tok, part, cfg.length, rng) for part in (domain, general))
-    rows = repeated(range(len(ours)), round(len(ours) * cfg.passes), rng)
-    more = range(len(ours), len(ours) + len(theirs))
+    rows = repeated([*range(len(ours))], round(len(ours) * cfg.passes), rng)
+    more = [*range(len(ours), len(ours) + len(theirs))]
     rows += repeated(more, replay_rows(len(rows), cfg.replay_share), rng)
     chosen = Chosen([ours, theirs], rng.sample(rows, len(rows)))
     return list(chosen) if isinstance(ours, list) and isinstance(theirs, list) else chosen

@@ -39,13 +39,14 @@ def varied_texts(texts: list) -> Iterator[str]:
 def write_corpus(folder: Path, megabytes: float) -> float:
     "Write JSONL files of about the size from the texts of the installed packages; returns the megabytes."
     texts, room, written = varied_texts(installed_texts(200, pages=True)), megabytes * 1e6, 0
-    for number in count():
-        if written >= room:
-            return written / 1e6
+    numbers = count()
+    while written < room:
+        number = next(numbers)
         with open(folder / f'{number:04}.jsonl', 'wb') as file:
             while file.tell() < FILE_MB * 1e6 and written + file.tell() < room:
                 file.write(json.dumps(dict(text=next(texts), source='bench')).encode() + b'\n')
             written += file.tell()
+    return written / 1e6
 
 
 def one_run(files: str, runs: str, changes: dict) -> dict:

@@ -34,7 +34,7 @@ def held_out(key: str, percent: float) -> bool:
     return hash_percent(key) < percent
 
 # %% ../../nbs/corpus/04_operators.ipynb #0374f780
-def counted(step: str, rows: list, kept: list, removed: dict | None = None) -> dict:
+def counted(step: str, rows: Sequence, kept: Sequence, removed: dict | None = None) -> dict:
     "The counts of one step; the number removed is in `removed` by reason."
     return dict(
         step=step,

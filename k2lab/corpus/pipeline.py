@@ -590,7 +590,9 @@ def unique(corpus: Refined, settings: Refining) -> tuple:
     index, copies = remembered(corpus, corpus.index, step, ['copies'])
     if settings.near_duplicate_jaccard is None:
         return index, [copies]
-    options = dict(least=settings.near_duplicate_jaccard, max_share=settings.max_cluster_share)
+    options: dict[str, Any] = dict(
+        least=settings.near_duplicate_jaccard, max_share=settings.max_cluster_share
+    )
     step = lambda index: drop_near(
         index,
         column=corpus.texts['text'],
@@ -725,8 +727,8 @@ def mix_amounts(
     rows = np.array(rng.sample(all_of := np.concatenate(drawn).tolist(), len(all_of)), np.int64)
     kept = len(np.unique(rows))
     left, again = len(index) - kept, len(rows) - kept
-    counts = dict(step='mix', rows_in=len(index), rows_out=len(rows))
-    counts['removed'] = {'not drawn': left} if left else {}
+    removed = {'not drawn': left} if left else {}
+    counts = dict(step='mix', rows_in=len(index), rows_out=len(rows), removed=removed)
     more = dict(repeated=again) if again else {}
     return mixed_index(index, pools, asked, rows, counts | more)
 

@@ -120,7 +120,7 @@ class Columns:
                 self.add({name: value} for value in values.to_pylist() if value is not None)
         if 'extra' in table.column_names and table['extra'].null_count < table.num_rows:
             extra = table['extra'].drop_null().to_pylist()
-            named = (json.loads(strict_json(text)) for text in extra)
+            named = (json.loads(strict_json(text) or '{}') for text in extra)
             own = {*table.column_names} - {'extra'}  # a row may have a key of that name
             self.add({k: v for k, v in row.items() if k not in own} for row in named)
 

@@ -82,8 +82,8 @@ _OPTIONAL = ('unit', 'limit')
 
 def _tool(name: str) -> dict:
     properties = _PARAMETERS[name]
-    schema = dict(_OBJECT, properties=properties)
-    schema['required'] = [p for p in properties if p not in _OPTIONAL]
+    required = [p for p in properties if p not in _OPTIONAL]
+    schema = dict(_OBJECT, properties=properties, required=required)
     words = name.replace('_', ' ').capitalize() + '.'
     return dict(type='function', function=dict(name=name, description=words, parameters=schema))
 
@@ -174,10 +174,10 @@ def validator_of(schema: dict):
 
 def check_tools(tools, where: str):
     "`LabError` unless these are tools in OpenAI's shape with valid schemas, each name once."
-    functions = (
-        [t.get('function') for t in tools if isinstance(t, dict)] if isinstance(tools, list) else []
-    )
-    names = [f.get('name') for f in functions if isinstance(f, dict)]
+    tools = tools if isinstance(tools, list) else []
+    functions = [t.get('function') for t in tools if isinstance(t, dict)]
+    functions = [f for f in functions if isinstance(f, dict)]
+    names = [f.get('name') for f in functions]
     if not names or len(names) < len(tools) or not all(n and isinstance(n, str) for n in names):
         raise LabError(
             f'{where}: tools must be a list of {{type: function, function: {{name, parameters}}}}'

@@ -54,7 +54,9 @@ def joined_digest(states: list[dict]) -> str:
 class Ledger:
     "What was trained: `add` each batch, read `summary()`; with `wait`, a batch counts once `passed` is called."
 
-    def __init__(self, tok, wait: bool = False, parts: bool = False, examples: list | None = None):
+    def __init__(
+        self, tok, wait: bool = False, parts: bool = False, examples: Sequence | None = None
+    ):
         self.audit = Audit(tok, parts, examples)
         self.ends = turn_ends(tok)
         self.batches = self.packed_rows = self.rows = self.tokens = self.places = 0

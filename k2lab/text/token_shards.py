@@ -11,6 +11,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..lab.config import LabError
 from ..lab.files import sha256
@@ -56,7 +57,7 @@ class TokenWriter:
         import numpy as np
 
         arrays = dict(ids=np.concatenate(self.held), ends=np.cumsum(np.concatenate(self.lengths)))
-        shard = dict(documents=len(arrays['ends']), tokens=len(arrays['ids']))
+        shard: dict[str, Any] = dict(documents=len(arrays['ends']), tokens=len(arrays['ids']))
         for name, array in arrays.items():
             path = self.folder / f'{name}-{len(self.shards):03}.npy'
             np.save(path, array)
