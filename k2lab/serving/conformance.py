@@ -402,7 +402,9 @@ def of_ceiling(ceiling: list, items: list) -> dict | None:
     ]
     if not sum(sides[0]):
         return None
-    return bounds(paired_ratio(*sides[:2], clusters(pairs.after), *sides[2:]))
+    before, after, before_bottoms, after_bottoms = sides
+    groups = clusters(pairs.after)
+    return bounds(paired_ratio(before, after, groups, before_bottoms, after_bottoms))
 
 # %% ../../nbs/serving/05_conformance.ipynb #1ef61516
 def ask_checkpoint(
@@ -556,7 +558,7 @@ class ToolCalls:
     def beside_ceiling(self, items: list) -> dict:
         "What a line of the trigger says of the reference's agreement with itself."
         ceiling = self.ceiling()
-        if not any(i['called'] for i in ceiling):
+        if self.again is None or not any(i['called'] for i in ceiling):
             return {}
         kept = self.again.part(self.job, 'tool_trigger_ceiling', ceiling)
         line = dict(ceiling=own_line(ceiling)['after'], ceiling_key=kept.key)

@@ -218,7 +218,7 @@ class Reading:
     "A reader of pieces that come one by one: its `_run` asks for each with `yield from self._next()`."
 
     def __init__(self):
-        self.again, self.out = deque(), []
+        self.again, self.out = deque(), list()
         self.loop = self._run()
         next(self.loop)
 

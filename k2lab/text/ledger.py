@@ -9,6 +9,7 @@ __all__ = ['ENTERED', 'chained', 'speech', 'joined_digest', 'Ledger']
 import hashlib
 from array import array
 from collections import Counter, deque
+from collections.abc import Sequence
 
 from ..lab.config import LabError
 from .audit import Audit, batch_rows
