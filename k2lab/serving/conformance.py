@@ -82,8 +82,8 @@ _OPTIONAL = ('unit', 'limit')
 
 def _tool(name: str) -> dict:
     properties = _PARAMETERS[name]
-    schema = dict(_OBJECT, properties=properties)
-    schema['required'] = [p for p in properties if p not in _OPTIONAL]
+    needed = [p for p in properties if p not in _OPTIONAL]
+    schema = dict(_OBJECT, properties=properties, required=needed)
     words = name.replace('_', ' ').capitalize() + '.'
     return dict(type='function', function=dict(name=name, description=words, parameters=schema))
 
@@ -174,10 +174,10 @@ def validator_of(schema: dict):
 
 def check_tools(tools, where: str):
     "`LabError` unless these are tools in OpenAI's shape with valid schemas, each name once."
-    functions = (
-        [t.get('function') for t in tools if isinstance(t, dict)] if isinstance(tools, list) else []
-    )
-    names = [f.get('name') for f in functions if isinstance(f, dict)]
+    listed = tools if isinstance(tools, list) else []
+    found = [t.get('function') for t in listed if isinstance(t, dict)]
+    functions = [f for f in found if isinstance(f, dict)]
+    names = [f.get('name') for f in functions]
     if not names or len(names) < len(tools) or not all(n and isinstance(n, str) for n in names):
         raise LabError(
             f'{where}: tools must be a list of {{type: function, function: {{name, parameters}}}}'
@@ -402,7 +402,8 @@ def of_ceiling(ceiling: list, items: list) -> dict | None:
     ]
     if not sum(sides[0]):
         return None
-    return bounds(paired_ratio(*sides[:2], clusters(pairs.after), *sides[2:]))
+    old, new, old_calls, new_calls = sides
+    return bounds(paired_ratio(old, new, clusters(pairs.after), old_calls, new_calls))
 
 # %% ../../nbs/serving/05_conformance.ipynb #1ef61516
 def ask_checkpoint(
@@ -556,7 +557,7 @@ class ToolCalls:
     def beside_ceiling(self, items: list) -> dict:
         "What a line of the trigger says of the reference's agreement with itself."
         ceiling = self.ceiling()
-        if not any(i['called'] for i in ceiling):
+        if self.again is None or not any(i['called'] for i in ceiling):
             return {}
         kept = self.again.part(self.job, 'tool_trigger_ceiling', ceiling)
         line = dict(ceiling=own_line(ceiling)['after'], ceiling_key=kept.key)

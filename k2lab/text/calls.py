@@ -14,6 +14,7 @@ import re
 from collections import deque
 from collections.abc import Generator
 from itertools import count, groupby
+from typing import Any
 
 # %% ../../nbs/text/03_calls.ipynb #85dcb093
 K2_ID = re.compile(r'functions\.[\w.-]+:\d+')
@@ -214,7 +215,8 @@ class Reading:
     "A reader of pieces that come one by one: its `_run` asks for each with `yield from self._next()`."
 
     def __init__(self):
-        self.again, self.out = deque(), []
+        self.again: deque = deque()
+        self.out: list = []
         self.loop = self._run()
         next(self.loop)
 
@@ -222,13 +224,14 @@ class Reading:
         "What is certain after these pieces."
         for piece in pieces:
             self.loop.send(piece)
-        out, self.out = self.out, []
-        return out
+        found = self.out
+        self.out = []
+        return found
 
-    def _run(self) -> Generator:
+    def _run(self) -> Generator[Any, Any, Any]:
         raise NotImplementedError
 
-    def _next(self) -> Generator:
+    def _next(self) -> Generator[Any, Any, Any]:
         return self.again.popleft() if self.again else (yield)
 
     def _back(self, *pieces: tuple):
@@ -243,7 +246,7 @@ class CallReader(Reading):
         self.pending, self.raw = [], []  # what is not decided yet: in a section, of a call
         super().__init__()
 
-    def _run(self) -> Generator:
+    def _run(self) -> Generator[Any, Any, Any]:
         while True:
             kind, text = yield from self._next()
             if kind in ('section', 'call') and self.tools != {}:
@@ -253,7 +256,7 @@ class CallReader(Reading):
             elif text:
                 self.out.append(('text', text))
 
-    def _calls(self, kind: str, text: str) -> Generator:
+    def _calls(self, kind: str, text: str) -> Generator[Any, Any, Any]:
         "A section, or calls without one."
         inside, found, words, self.pending = False, False, False, []
         self._back((kind, text))
@@ -327,7 +330,7 @@ class CallReader(Reading):
         self.out += [('text', t) for t in kept if t]
         self.pending = []
 
-    def _take(self) -> Generator:
+    def _take(self) -> Generator[Any, Any, Any]:
         piece = yield from self._next()
         self.raw.append(piece[1])
         return piece
@@ -336,7 +339,7 @@ class CallReader(Reading):
         self._back(*pieces)
         del self.raw[len(self.raw) - len(pieces) :]
 
-    def _header(self) -> Generator:
+    def _header(self) -> Generator[Any, Any, Any]:
         "The id of a call, and the token after it."
         header = ''
         while True:
@@ -346,7 +349,7 @@ class CallReader(Reading):
             elif kind != 'call' or header.strip():
                 return header, (kind, text)
 
-    def _until(self, ends: tuple, opening: str) -> Generator:
+    def _until(self, ends: tuple, opening: str) -> Generator[Any, Any, Any]:
         "The pieces before the end of arguments, and that end; a repeated `opening` is skipped."
         taken, quotes = [], Quotes()
         while True:
@@ -362,7 +365,7 @@ class CallReader(Reading):
             taken, last = taken[:n], taken[n]
         return ''.join(text for _, text in taken), last
 
-    def _call(self, header: str) -> Generator:
+    def _call(self, header: str) -> Generator[Any, Any, Any]:
         "The call that begins here; None if it is none, and then its text is in `raw`."
         last = ('arguments', '')
         if not header:
@@ -377,7 +380,7 @@ class CallReader(Reading):
             self._put_back(last)
         return call
 
-    def _tag(self, text: str) -> Generator:
+    def _tag(self, text: str) -> Generator[Any, Any, Any]:
         "A call between Qwen's tags."
         self.raw, self.pending = [text], []
         body, last = yield from self._until(('tag end', 'tag'), 'tag')
@@ -399,7 +402,7 @@ class ThoughtReader(Reading):
         self.opened, self.unread, self.broken = opened, '', False
         super().__init__()
 
-    def _event(self) -> Generator:
+    def _event(self) -> Generator[Any, Any, Any]:
         "The next text, call or stop."
         while True:
             kind, value = yield from self._next()
@@ -411,13 +414,13 @@ class ThoughtReader(Reading):
         if text:
             self.out.append({key: text})
 
-    def _run(self) -> Generator:
+    def _run(self) -> Generator[Any, Any, Any]:
         opened = yield from self._begins()
         if opened:
             yield from self._thought()
         yield from self._content()
 
-    def _begins(self) -> Generator:
+    def _begins(self) -> Generator[Any, Any, Any]:
         "Whether the reply begins with a thought; the tag is taken off."
         text, kind = '', 'text'
         while kind == 'text' and '<think>'.startswith(text.lstrip()):
@@ -431,7 +434,7 @@ class ThoughtReader(Reading):
         )
         return (yield from self._closes()) if self.opened is None else self.opened
 
-    def _closes(self) -> Generator:
+    def _closes(self) -> Generator[Any, Any, Any]:
         "Whether a thought is closed that the reply did not open."
         held, text = [], ''
         while True:
@@ -443,7 +446,7 @@ class ThoughtReader(Reading):
                 self._back(*held)
                 return tag is not None and tag[0] == '</think>'
 
-    def _thought(self) -> Generator:
+    def _thought(self) -> Generator[Any, Any, Any]:
         "Text up to `</think>`, or to the first call."
         self.out.append(dict(reasoning=''))
         text = ''
@@ -462,7 +465,7 @@ class ThoughtReader(Reading):
                 self._back(('text', after))
                 return
 
-    def _content(self) -> Generator:
+    def _content(self) -> Generator[Any, Any, Any]:
         "Text and calls; white space at the ends of a text with calls is left out."
         text, calls, said = '', 0, False
         while True:
