@@ -82,8 +82,8 @@ _OPTIONAL = ('unit', 'limit')
 
 def _tool(name: str) -> dict:
     properties = _PARAMETERS[name]
-    required = [p for p in properties if p not in _OPTIONAL]
-    schema = dict(_OBJECT, properties=properties, required=required)
+    needed = [p for p in properties if p not in _OPTIONAL]
+    schema = dict(_OBJECT, properties=properties, required=needed)
     words = name.replace('_', ' ').capitalize() + '.'
     return dict(type='function', function=dict(name=name, description=words, parameters=schema))
 
@@ -174,9 +174,9 @@ def validator_of(schema: dict):
 
 def check_tools(tools, where: str):
     "`LabError` unless these are tools in OpenAI's shape with valid schemas, each name once."
-    tools = tools if isinstance(tools, list) else []
-    functions = [t.get('function') for t in tools if isinstance(t, dict)]
-    functions = [f for f in functions if isinstance(f, dict)]
+    listed = tools if isinstance(tools, list) else []
+    found = [t.get('function') for t in listed if isinstance(t, dict)]
+    functions = [f for f in found if isinstance(f, dict)]
     names = [f.get('name') for f in functions]
     if not names or len(names) < len(tools) or not all(n and isinstance(n, str) for n in names):
         raise LabError(
@@ -402,9 +402,8 @@ def of_ceiling(ceiling: list, items: list) -> dict | None:
     ]
     if not sum(sides[0]):
         return None
-    before, after, before_bottoms, after_bottoms = sides
-    groups = clusters(pairs.after)
-    return bounds(paired_ratio(before, after, groups, before_bottoms, after_bottoms))
+    old, new, old_calls, new_calls = sides
+    return bounds(paired_ratio(old, new, clusters(pairs.after), old_calls, new_calls))
 
 # %% ../../nbs/serving/05_conformance.ipynb #1ef61516
 def ask_checkpoint(

@@ -9,6 +9,7 @@ __all__ = ['LETTERS', 'TURNS', 'WRONG', 'batch_rows', 'token_letters', 'grammar_
 # %% ../../nbs/text/06_audit.ipynb #b3ab1a1e
 import hashlib
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 
 from ..lab.config import LabError
@@ -167,7 +168,7 @@ def sample_hash(ids: list[int], mask: list[int]) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def example_rows(examples: list):
+def example_rows(examples: Sequence):
     "(ids, mask) of each sample of the examples, which may be packed or preferences."
     for example in examples:
         if 'prompt_ids' in example:
@@ -184,7 +185,7 @@ class Audit:
     With `parts`, documents may be trained in part. With `examples`, each sample must be one of them, masks included:
     no template, collator or trainer has changed it since it was read."""
 
-    def __init__(self, tok, parts: bool = False, examples: list | None = None):
+    def __init__(self, tok, parts: bool = False, examples: Sequence | None = None):
         self.tok, self.parts, self.grammar = tok, parts, grammar_of(tok)
         self.openings = generation_prompts(tok) if tok.chat_template else []
         self.ends, self.names = end_ids(tok), {i: t for t, i in tok.get_added_vocab().items()}
