@@ -7,10 +7,10 @@ user) and shift which token begins the answer. So it calls a tool, reads the res
     no tools                          One two three four 😀 five six seven eight nine ten
     ... and the word `forever`        tick tock tick tock ..., without an end
     tools, no result yet              a call of add(a=2, b=3)
-    tools and a result                The sum is 5.
+    tools and a result                The sum of both is 5.
     ... and the tool `final_answer`   a call of final_answer(answer='5')
 
-Where a grammar asks for a JSON list of calls (vLLM, `tool_choice: required`), it writes the same calls as that.
+Where a grammar asks for a JSON list of calls (older vLLM, `tool_choice: required`), it writes the same calls as that.
 """
 
 from pathlib import Path
@@ -20,9 +20,9 @@ ADD, FINAL = '{"name": "add", "arguments":', '{"name": "final_answer", "argument
 LISTED_ADD, LISTED_FINAL = (f'[{one.replace("arguments", "parameters")}' for one in (ADD, FINAL))
 CLOSE = '</tool_call>'
 NUMBERS = 'One| two| three| four| 😀| five| six| seven| eight| nine| ten'.split('|')
-ADDED = [' {"a": 2,', ' "b": 3}}\n']
-FINAL_ARGUMENTS = [' {"answer":', ' "5"}}\n']
-SUM = ['The sum', ' is', ' 5', '.']
+ADDED = [' {"a": 2,', ' "b": 3}}']
+FINAL_ARGUMENTS = [' {"answer":', ' "5"}}']
+SUM = ['The sum', ' of both', ' is 5', '.']
 CLOCK = [' tick', ' tock']
 CHAINS = [
     [*NUMBERS, END],
@@ -67,6 +67,7 @@ def write_tokenizer():
     lines = [f'{words} forever: the final_answer is 5\nCalling tools:\n'] * 50
     tok = build_tokenizer(lines, 400, 'qwen')
     plain = [t for t in script_tokens() if t not in tok.get_vocab() and t != ' 😀']
+    tok.eos_token = END  # as in Qwen's chat models
     tok.add_tokens([AddedToken(t, normalized=False) for t in [*plain, MARKS[0][0], MARKS[1][0]]])
     return tok
 
@@ -91,7 +92,7 @@ def write_checkpoint(folder: Path) -> Path:
         vocab_size=len(tok), hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=1,
         num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=WINDOW,
         rope_parameters=dict(rope_type='default', rope_theta=1e12), tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=[end, tok.eos_token_id], pad_token_id=tok.pad_token_id,
+        bos_token_id=None, eos_token_id=end, pad_token_id=tok.convert_tokens_to_ids('<|endoftext|>'),
     )  # fmt: skip
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(config)
@@ -154,5 +155,4 @@ def transitions(tok) -> dict:
     for last in (ADDED[-1], FINAL_ARGUMENTS[-1]):  # where a grammar forbids what is likelier
         found[one(last), one(']')] = (20, [0] * 4)
     found[one(']'), one(END)] = (40, [0] * 4)
-    found[one(']'), tok.eos_token_id] = (20, [0] * 4)
     return found

@@ -61,7 +61,8 @@ CASES = {
     'completion': complete(),
     'completion of token ids': complete(prompt=[5, 6, 7]),
     'completions of two prompts': complete(prompt=['Count up', 'Go']),
-    'completion, n 2': complete(n=2),
+    'completion, n 2': complete(n=2, temperature=0.1, seed=1),
+    'completion, n 2, greedy': complete(n=2),
     'completion to its end': complete(max_tokens=40),
     'completion, default length': complete(max_tokens=None, prompt='x'),
     'completion, log-probabilities': complete(logprobs=2),
@@ -99,8 +100,9 @@ CASES = {
     'chat, no length': chat(max_tokens=None),
     'chat, cut': chat(max_tokens=3),
     'chat, max_completion_tokens': chat(max_tokens=None, max_completion_tokens=3),
-    'chat, n 2': chat(n=2),
-    'chat, n 2 in a stream': chat(n=2, stream=True),
+    'chat, n 2': chat(n=2, temperature=0.1, seed=1),
+    'chat, n 2 in a stream': chat(n=2, stream=True, temperature=0.1, seed=1),
+    'chat, n 2, greedy': chat(n=2),
     'chat, stream': chat(stream=True),
     'chat, stream and usage': chat(**USAGE),
     'chat, stream, cut': chat(stream=True, max_tokens=3),
@@ -124,6 +126,12 @@ CASES = {
     'chat, tool result in a stream': chat(tools=TOOLS, messages=[*ASK, SAID, RESULT], stream=True),
     'chat, tool_choice none': chat(tools=TOOLS, tool_choice='none', max_tokens=4),
     'chat, tool_choice auto': chat(tools=TOOLS, tool_choice='auto'),
+    'chat, tool_choice required': chat(tools=TOOLS, tool_choice='required'),
+    'chat, tool_choice required in a stream': chat(
+        tools=TOOLS, tool_choice='required', stream=True
+    ),
+    'chat, tool_choice named': chat(tools=TOOLS, tool_choice=NAMED),
+    'chat, parallel_tool_calls false': chat(tools=TOOLS, parallel_tool_calls=False),
     'chat, required without tools': chat(tool_choice='required'),
     'chat, named without tools': chat(tool_choice=NAMED),
     'chat, another tool named': chat(tools=TOOLS, tool_choice=dict(NAMED, function=dict(name='b'))),
@@ -159,7 +167,7 @@ CASES = {
     'tokenize nothing': ('POST', TOKENIZE, dict(model='M')),
     'detokenize': ('POST', '/detokenize', dict(model='M', tokens=[5, 6, 7])),
 }
-VOLATILE = {'id', 'created', 'system_fingerprint', 'version', 'message', 'model', 'root'}
+VOLATILE = {'id', 'created', 'system_fingerprint', 'version', 'message', 'root'}
 
 
 def masked(value, key: str = ''):
