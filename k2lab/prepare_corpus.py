@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from .corpus.card import LICENCE, origin_of, publish_rows, write_card_pages
-from .corpus.estimate import corpus_plan
+from .scale.estimate import corpus_plan
 from .corpus.operators import conserved, counted, largest_mixture
 from k2lab.corpus.pipeline import (
     Output,

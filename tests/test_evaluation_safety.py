@@ -388,6 +388,7 @@ def prepared(tmp_path, monkeypatch):
             sources=[dict(files=jsonl(tmp_path / 'texts.jsonl', rows))],
             eval_sets=dict(mine=jsonl(tmp_path / 'items.jsonl', items)),
             heldout_rows=1000,
+            heldout_percent=15,
         )
         job = start('prepare_corpus', 'smoke', None, base | changes)
         prepare_corpus.prepare_corpora(job)

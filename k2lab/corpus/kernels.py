@@ -190,7 +190,8 @@ def numba() -> Any:
         return None
     from numba.extending import register_jitable
 
-    for part in (_gap, _alpha, _digit, _number, _number_end, _place, _comment, _tag, _entity):
+    parts = (_gap, _alpha, _digit, _number, _number_end, _place, _comment, _tag, _entity)
+    for part in (*parts, _character, _line_end):
         register_jitable(part)  # kernels may call these
     return numba
 
@@ -583,6 +584,38 @@ def _entity(text, i, names, points):  # (where the entity of html at `i` ends, o
     return (after, 38) if after > i + 1 else (0, 0)
 
 
+def _character(text, i):  # (code point at `i`, not of ASCII, its bytes); a space if ill-formed
+    n, c = len(text), int(text[i])
+    if c < 0xC2:
+        return 32, 1
+    width = 2 if c < 0xE0 else 3 if c < 0xF0 else 4
+    good = i + width <= n and c < 0xF5
+    c = c & (0xFF >> (width + 1))
+    for j in range(i + 1, min(i + width, n)):
+        good = good and text[j] & 0xC0 == 0x80
+        c = c << 6 | (text[j] & 0x3F)
+    if (
+        not good
+        or (width == 3 and (c < 0x800 or 0xD800 <= c < 0xE000))
+        or (width == 4 and (c < 0x10000 or c > 0x10FFFF))
+    ):
+        return 32, 1
+    return c, width
+
+
+def _line_end(text, i):  # (bytes of a line end at `i` and a number after it, if one is there)
+    n, j = len(text), i + 1
+    while j < n and text[j] == 32:
+        j += 1
+    near = j < n and not _alpha(text[j])  # a number stands within seven bytes, or after marks
+    for at in range(j, min(j + 7, n)):
+        near |= 48 <= text[at] < 58
+    if not near:
+        return j - i, False
+    until = _number_end(text, i + 1)
+    return max(j, until) - i, until > i + 1
+
+
 def _word_hashes(
     data, ends, numbers, bytes_, table, spelled, names, kinds, points, out, out_ends, numbered
 ):
@@ -604,35 +637,11 @@ def _word_hashes(
                 i += 1
                 continue
             c, width = int(text[i]), 1
-            if c >= 0xC2:  # ill-formed bytes separate, as U+FFFD would
-                width = 2 if c < 0xE0 else 3 if c < 0xF0 else 4
-                good = i + width <= n and c < 0xF5
-                c = c & (0xFF >> (width + 1))
-                for j in range(i + 1, min(i + width, n)):
-                    good = good and text[j] & 0xC0 == 0x80
-                    c = c << 6 | (text[j] & 0x3F)
-                if (
-                    not good
-                    or (width == 3 and (c < 0x800 or 0xD800 <= c < 0xE000))
-                    or (width == 4 and (c < 0x10000 or c > 0x10FFFF))
-                ):
-                    c, width = 32, 1
-            elif c >= 0x80:
-                c = 32
+            if c >= 0x80:
+                c, width = _character(text, i)
             elif c == 10 and numbers:
-                j = i + 1
-                while j < n and text[j] == 32:
-                    j += 1
-                near = j < n and not _alpha(
-                    text[j]
-                )  # a number stands within seven bytes, or after marks
-                for at in range(j, min(j + 7, n)):
-                    near |= 48 <= text[at] < 58
-                width = j - i
-                if near:
-                    until = _number_end(text, i + 1)
-                    numbered[d] = numbered[d] or until > i + 1
-                    width = max(width, until - i)
+                width, at_number = _line_end(text, i)
+                numbered[d] = numbered[d] or at_number
             elif c == 60:
                 until, kind = _tag(text, i, names, kinds)
                 if until:

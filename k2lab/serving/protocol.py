@@ -252,6 +252,8 @@ class Tool(Fields):
 
 
 class Named(Fields):
+    "The name of a tool."
+
     name: Text
 
 
