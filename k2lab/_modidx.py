@@ -2019,6 +2019,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'k2lab.sample_teacher.keep_answers': ('sample_teacher.html#keep_answers', 'k2lab/sample_teacher.py'),
                                       'k2lab.sample_teacher.leave': ('sample_teacher.html#leave', 'k2lab/sample_teacher.py'),
                                       'k2lab.sample_teacher.lost_why': ('sample_teacher.html#lost_why', 'k2lab/sample_teacher.py'),
+                                      'k2lab.sample_teacher.not_evaluated': ( 'sample_teacher.html#not_evaluated',
+                                                                              'k2lab/sample_teacher.py'),
                                       'k2lab.sample_teacher.note': ('sample_teacher.html#note', 'k2lab/sample_teacher.py'),
                                       'k2lab.sample_teacher.pair_card': ('sample_teacher.html#pair_card', 'k2lab/sample_teacher.py'),
                                       'k2lab.sample_teacher.pair_up': ('sample_teacher.html#pair_up', 'k2lab/sample_teacher.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Mode', 'Reject', 'WORKERS', 'WHOLE', 'work', 'plan', 'Config', 'ask_locally', 'from_server', 'keep_answers',
-           'ask_server', 'replayed', 'asked_rows', 'Pair', 'by_length', 'wrong_pairs', 'candidates', 'lost_why',
-           'pair_up', 'row_family', 'Preferences', 'preferences', 'verified_rows', 'quartiles', 'pair_card',
+           'ask_server', 'replayed', 'asked_rows', 'not_evaluated', 'Pair', 'by_length', 'wrong_pairs', 'candidates',
+           'lost_why', 'pair_up', 'row_family', 'Preferences', 'preferences', 'verified_rows', 'quartiles', 'pair_card',
            'get_replies', 'answered', 'sample', 'sampling_counts', 'note', 'publish_corpus', 'leave']
 
 # %% ../nbs/50_sample_teacher.ipynb #dcdfed16
@@ -24,6 +24,8 @@ from .models.placement import phase_of
 from .scale.plan import planned
 from .serving.answers import sample_rows
 from .serving.client import Teacher
+from .tasks.eval_sets import eval_texts
+from .tasks.traces import not_asked
 from .tasks.verify import prompt_of, verify
 from .text.rows import read_rows, write_rows
 from .training.metrics import prompts_of
@@ -50,6 +52,8 @@ class Config:
     ask: dict[Mode, dict[str, int]] = field(
         default_factory=lambda: {'preferences': {}, 'distill': {}}
     )
+    # evaluation sets, {name: corpus or file}, whose questions are never asked
+    eval_sets: dict[str, str] = field(default_factory=dict)
     # answers to each prompt, by mode
     samples: dict[Mode, int] = field(default_factory=lambda: {'preferences': 6, 'distill': 1})
     # by mode; 0: greedy
@@ -179,7 +183,22 @@ def asked_rows(job) -> list[dict]:
         corpus = read_rows(job.find(name))
         for r in rng.sample(corpus, min(n, len(corpus))):
             rows[prompt_of(r)] = r
-    return list(rows.values())
+    return not_evaluated(job, list(rows.values()))
+
+
+def not_evaluated(job, rows: list[dict]) -> list[dict]:
+    "The rows that ask nothing of `eval_sets`; how many do is a check. `LabError` if that is all of them."
+    places = {name: str(job.find(place)) for name, place in job.cfg.eval_sets.items()}
+    questions = [text for texts in eval_texts(places).values() for text in texts]
+    if not questions:
+        return rows
+    asked = [dict(prompt=prompt_of(row), row=row) for row in rows]
+    kept = [one['row'] for one in not_asked(asked, questions)[0]]
+    why = f'{len(rows) - len(kept)} of {len(rows)} prompts ask what eval_sets hold'
+    if not kept:
+        raise LabError(f'{why}: none is left to ask')
+    job.check('prompts of eval_sets are not asked', True, why)
+    return kept
 
 # %% ../nbs/50_sample_teacher.ipynb #af5301eb
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Sampling over an endpoint gives what sampling in this process gives, and its record can be replayed by name."""
 
+import json
+
 import pytest
 from test_server import listening
 
@@ -52,6 +54,25 @@ def test_an_endpoint_answers_as_the_checkpoint_does_and_is_replayed_by_name(
     }
     name = str(job.folder / 'teacher_answers.jsonl')
     assert get_replies(job_of(tmp_path, monkeypatch, served, replay=name), rows) == over
+
+
+def test_no_question_of_an_evaluation_set_is_asked(tmp_path, monkeypatch):
+    from k2lab.sample_teacher import asked_rows
+
+    rows = asked_rows(job_of(tmp_path, monkeypatch, 'http://127.0.0.1:1/v1'))
+    exam = tmp_path / 'exam.jsonl'
+    exam.write_text(json.dumps(dict(question=rows[1]['prompt'].upper(), answer='1')) + '\n')
+    job = job_of(tmp_path, monkeypatch, 'http://127.0.0.1:1/v1', eval_sets=f'{{exam: {exam}}}')
+    left = asked_rows(job)
+    assert rows[1] not in left and len(left) < len(rows)
+    (check,) = [
+        c for c in job.record['checks'] if c['name'] == 'prompts of eval_sets are not asked'
+    ]
+    assert f'{len(rows) - len(left)} of {len(rows)}' in check['detail']
+    exam.write_text(''.join(json.dumps(dict(question=r['prompt'])) + '\n' for r in rows))
+    again = job_of(tmp_path, monkeypatch, 'http://127.0.0.1:1/v1', eval_sets=f'{{exam: {exam}}}')
+    with pytest.raises(LabError, match='6 of 6 prompts ask what eval_sets hold'):
+        asked_rows(again)
 
 
 def test_prompts_that_an_endpoint_refuses_are_counted(served, tmp_path, monkeypatch):
