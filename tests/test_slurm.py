@@ -270,7 +270,8 @@ def recorded(tmp_path, monkeypatch):
     "A function that submits a stage of the lab to an sbatch that only records, and returns what was asked."
     (tmp_path / 'bin').mkdir()
     (tmp_path / 'bin/sbatch').write_text(RECORDER.format(folder=tmp_path))
-    (tmp_path / 'bin/squeue').write_text('#!/bin/sh\n')
+    for name in ('squeue', 'srun'):  # submitit looks whether srun is there
+        (tmp_path / 'bin' / name).write_text('#!/bin/sh\n')
     for tool in tmp_path.glob('bin/*'):
         tool.chmod(0o755)
     (tmp_path / 'configs').mkdir()
