@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from .corpus.card import LICENCE, origin_of, publish_rows, write_card_pages
-from .scale.estimate import corpus_plan
 from .corpus.operators import conserved, counted, largest_mixture
 from k2lab.corpus.pipeline import (
     Output,
@@ -67,6 +66,7 @@ from .lab.files import as_json, sha256, write_text
 from .lab.inputs import files_sha256
 from .models.load import local_folder
 from .models.quantized import TOKENIZER_FILES
+from .scale.estimate import corpus_plan
 from .tasks.eval_sets import Item, eval_files, eval_items, eval_texts
 from .tasks.puzzles import PUZZLE_FAMILIES, check_families, make_puzzles
 from k2lab.tasks.questions import (

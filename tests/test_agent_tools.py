@@ -229,7 +229,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize('function', REFUSED, ids=lambda f: getattr(f, '__name__', type(f).__name__))
+@pytest.mark.parametrize(
+    'function', REFUSED, ids=lambda f: getattr(f, '__name__', type(f).__name__)
+)
 def test_what_is_no_tool_is_refused_by_name(function):
     with pytest.raises(LabError) as e:
         toolset([function])

@@ -405,8 +405,8 @@ def test_what_does_not_fit_is_refused_before_a_folder_is_made(tmp_path, monkeypa
 
 
 def test_an_estimate_grows_with_the_files_and_the_workers(tmp_path):
-    from k2lab.scale.estimate import estimated, misfit
     from k2lab.corpus.pipeline import Refining
+    from k2lab.scale.estimate import estimated, misfit
     from k2lab.text.rows import compress
 
     rows = ''.join(json.dumps(dict(text=words(i, 200), source='s')) + '\n' for i in range(400))
