@@ -194,12 +194,10 @@ def test_decontamination_by_hand():
     assert gone(words(4, 18) + ', and so on') and not gone('nothing of it')
 
 
-def test_decontamination_spares_boilerplate_and_finds_short_questions():
+def test_decontamination_finds_what_is_quoted_often_and_short_questions():
     many = [dict(text=words(0, 13) + f' page {i}') for i in range(11)]
-    assert (
-        len(operators.decontaminate(many, [words(0, 13)])[0]) == 11
-        and not operators.decontaminate(many[:10], [words(0, 13)])[0]
-    )
+    for quoted in (many, many[:10]):
+        assert not operators.decontaminate(quoted, [words(0, 13)])[0]
     short = 'what is the default of weight'
     assert (
         not operators.decontaminate([dict(text=f'Q: {short}?')], [short])[0]

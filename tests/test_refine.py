@@ -310,6 +310,7 @@ def test_a_killed_preparation_goes_on_where_it_was_and_ends_the_same(library, tm
         'c',
         f'sources=[{{files: "{library}/*.jsonl", licence: MIT}}]',
         f'own_rows=["{tmp_path}/own.jsonl"]',
+        'heldout_percent=15',
         'limit=null',
         'workers=2',
         'general_sources=[{package: fsspec}]',

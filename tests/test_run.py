@@ -47,8 +47,8 @@ def wait_for(found, seconds: float = 60):
         (
             ['train_toi'],
             "unknown command 'train_toi' (did you mean 'train_toy'?); valid: "
-            'pipeline, plan, runs, show, watch, resume, reproduce, diff, tag, note, promote, doctor, '
-            'selftest, new, convert, export, completion, train_toy',
+            'pipeline, plan, runs, show, watch, resume, reproduce, diff, tag, note, promote, agent, '
+            'doctor, selftest, serve, new, convert, export, completion, train_toy',
         ),
         (
             ['train_toy', '--scale', 'nan'],

@@ -8,7 +8,7 @@ import pytest
 
 from k2lab.corpus import readers
 from k2lab.corpus.operators import conserved, largest_mixture, mix_rows
-from k2lab.corpus.pipeline import Refining, refine, refining, texts_of
+from k2lab.corpus.pipeline import Refining, refine, refining, texts_of, values_of
 from k2lab.corpus.quality import DOMAIN, drop_licences, drop_poor, is_allowed, is_code
 from k2lab.corpus.readers import Reader, Reading, find_files, list_members
 from k2lab.corpus.sources import PRESETS, documents, preset_of, source_of
@@ -102,7 +102,7 @@ def test_a_public_layout_is_read_with_a_line_of_config(tmp_path, name):
     assert len(texts) == 5 and made.steps[0]['rows_in'] == 5 and conserved(made.steps) == ''
     if name == 'the stack':
         assert texts == [row['content'] for row in STACK]
-        assert set(made.index['licence'].to_pylist()) == {'MIT AND Apache-2.0'}
+        assert {*values_of(made, made.index, 'licence')} == {'MIT AND Apache-2.0'}
     elif name in ('c4', 'dolma', 'fineweb'):
         rows = dict(c4=C4, dolma=DOLMA, fineweb=FINEWEB)[name]
         assert texts == [row['text'] for row in rows]
@@ -144,10 +144,10 @@ SHAREGPT = [
 def test_conversations_of_open_thoughts_and_share_gpt(tmp_path):
     (tmp_path / 'open.parquet').write_bytes(parquet(OPENTHOUGHTS))
     (tmp_path / 'share.json').write_text(json.dumps(SHAREGPT))
-    found, steps = reasoning_set(dict(files=f'{tmp_path}/open.parquet'))
+    found, steps = reasoning_set(dict(files=f'{tmp_path}/open.parquet', judge='none'))
     assert [r['final'] for r in found] == ['0', '2', '4'] and conserved(steps) == ''
     assert {r['system'] for r in found} == {'Think first.'}
-    found, steps = reasoning_set(dict(files=f'{tmp_path}/share.json'))
+    found, steps = reasoning_set(dict(files=f'{tmp_path}/share.json', judge='none'))
     assert [r['history'] for r in found] == [
         [[f'Name number {i}.', f'It is {i}.']] for i in range(3)
     ]
@@ -198,7 +198,7 @@ def test_every_column_is_kept_or_left_out_and_counted(tmp_path):
     (tmp_path / 'a.jsonl').write_text(lines([row]))
     spec = dict(files=f'{tmp_path}/a.jsonl', text='content', id='sha', columns=['url'])
     made = refine([spec], ['a'], Refining(), tmp_path / 'work')
-    assert made.index['key'].to_pylist() == ['k1'] and texts_of(made, made.index) == [
+    assert [*values_of(made, made.index, 'key')] == ['k1'] and texts_of(made, made.index) == [
         row['content']
     ]
     assert json.loads(made.texts['extra'][0].as_py()) == dict(url='u')
@@ -222,12 +222,12 @@ def test_the_licence_of_a_row_wins_and_is_filtered_by(tmp_path):
     )
     spec = dict(files=f'{tmp_path}/a.jsonl', licence='CC0-1.0')
     made = refine([spec], ['a'], Refining(), tmp_path / 'work')
-    assert made.index['licence'].to_pylist() == [
+    assert [*values_of(made, made.index, 'licence')] == [
         'mit', 'MIT AND Apache-2.0', 'CC0-1.0', 'CC0-1.0', 'CC0-1.0', 'cc-by-nc-4.0',
     ]  # fmt: skip
     assert json.loads(made.texts['extra'][1].as_py()) == dict(license=['MIT', 'Apache-2.0'])
     few = refine([spec], ['a'], refining(dict(licences=['MIT', 'cc0-1.0'])), tmp_path / 'few')
-    assert few.index['licence'].to_pylist() == ['mit', 'CC0-1.0', 'CC0-1.0', 'CC0-1.0']
+    assert [*values_of(few, few.index, 'licence')] == ['mit', 'CC0-1.0', 'CC0-1.0', 'CC0-1.0']
     (tmp_path / 'b.jsonl').write_text(lines([dict(text=prose(1), license=dict(name='MIT'))]))
     with pytest.raises(LabError, match="'license' must be text or a list of texts, this is dict"):
         refine([dict(files=f'{tmp_path}/b.jsonl')], ['b'], Refining(), tmp_path / 'other')

@@ -390,7 +390,7 @@ def test_a_lazy_list_of_rows_is_the_dataset_that_a_list_is(tmp_path):
 
 
 def test_what_does_not_fit_is_refused_before_a_folder_is_made(tmp_path, monkeypatch):
-    from k2lab.corpus import estimate
+    from k2lab.scale import estimate
 
     monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
     monkeypatch.setattr(estimate, 'LARGE', 1)
