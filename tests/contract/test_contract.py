@@ -119,6 +119,12 @@ def anything(ours, theirs) -> bool:
 # (case, path, which values, why the lab's server may differ there); cases and paths are patterns
 DIFFERENT = [
     (
+        'tool_choice named',
+        r'finish_reason$',
+        lambda a, b: (a, b) == ('tool_calls', 'stop'),
+        'the lab says tool_calls wherever a tool is called; vLLM says stop if it was named',
+    ),
+    (
         'tool_choice|parallel',
         r'message\.content$',
         lambda a, b: (a, b) == (None, ''),
