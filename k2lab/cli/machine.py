@@ -303,9 +303,9 @@ def until_stopped(model: Model, cfg, progress: Progress, as_text: bool) -> int:
         with serving(cfg, model.place, log, tell=tell) as served:
             about = dict(base_url=f'{served.url}/v1', model=served.model, engine=cfg.engine)
             about |= key_place(served, cfg.key_env, home)
+            up = True
             progress.note('up; Ctrl-C stops it')
             announce(about | dict(log=str(log), ready_s=served.ready_s), as_text)
-            up = True
             served.process.wait()
             progress.note(
                 f'the server {ending(served.process.returncode)}: {last_line(log)} (log: {log})'
