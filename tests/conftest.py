@@ -58,6 +58,18 @@ def lean():
         yield
 
 
+@pytest.fixture(autouse=True)
+def forgotten(tmp_path_factory):
+    "Modules that a test imported from a temporary folder are forgotten: a later test's run would record them as code."
+    known, path, home = {*sys.modules}, [*sys.path], str(tmp_path_factory.getbasetemp())
+    yield
+    sys.path[:] = path
+    for name in {*sys.modules} - known:
+        file = getattr(sys.modules[name], '__dict__', {}).get('__file__')
+        if isinstance(file, str) and file.startswith(home):
+            del sys.modules[name]
+
+
 MODULE = '''
 from dataclasses import dataclass, field
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import enum
 import functools
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
@@ -22,17 +21,6 @@ from k2lab.text.chat import rendered
 from k2lab.text.masks import row_examples
 from k2lab.text.rows import read_rows
 from k2lab.text.typescript import typescript_tools
-
-
-@pytest.fixture(autouse=True)
-def modules():
-    "What a test imports is forgotten after it: the code of a later test's run is what was imported."
-    known, path = {*sys.modules}, [*sys.path]
-    yield
-    sys.path[:] = path
-    for name in {*sys.modules} - known:
-        if name.startswith('tools_of_') or name == 'beside':
-            del sys.modules[name]
 
 
 class Colour(enum.Enum):

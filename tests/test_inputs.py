@@ -633,7 +633,9 @@ def test_a_kernel_says_itself_what_it_is_and_a_chance_is_found(toy, monkeypatch,
     (spec / 'kernel.json').write_text(json.dumps(kernel))
     monkeypatch.setenv('JUPYTER_PATH', str(home))
     monkeypatch.setenv('K2LAB_RUN_KERNEL_NAME', 'other')
-    edit_stage(toy, 'after=value + step', 'after=__import__("os").urandom(4)[0] + step')
+    edit_stage(
+        toy, 'after=value + step', 'after=int.from_bytes(__import__("os").urandom(4), "big") + step'
+    )
     time.sleep(1.5)  # the start of a process is known to the second: what is older is known
     folder = execute('train_toy', campaign='c')
     record = read_run(folder)
