@@ -154,7 +154,7 @@ def evaluate(job):
     if calls:
         calls.ask_endpoint()
     taken = {
-        name: scores_of(job, name, [asked[m] for m in measures], tasks, calls)
+        name: scores_of(job, name, [asked[m] for m in measures if m in asked], tasks, calls)
         for name, measures in wanted.items()
     }
     for name in cfg.checkpoints:

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['ROW_FORMAT', 'EVALUATION', 'SAMPLING', 'DEVELOPMENT', 'SIDE_SEED', 'PACKAGE_HELDOUT', 'SAMPLE', 'MUCH', 'SUFFIX',
-           'PROMPT_KEYS', 'work', 'check_question_weights', 'check_evaluation_sources', 'Config', 'source_name',
-           'files_name', 'source_names', 'check_files', 'content_of', 'enter_files', 'check', 'plan', 'check_inputs',
-           'with_licence', 'Questions', 'own_sides', 'make_way', 'set_items', 'set_rows', 'side_questions',
-           'check_balance', 'training_weights', 'training_questions', 'heldout_of', 'domain_sides', 'function_sides',
-           'check_asked', 'domain_questions', 'reasoning_questions', 'as_text', 'traces_of', 'refine_settings',
-           'source_settings', 'refined_texts', 'sample_of', 'removed_of', 'tell_removed', 'Part', 'TextFile',
-           'parts_of', 'card_settings', 'weights_of', 'mixed_rows', 'weighed_rows', 'KeptOut', 'split_part',
+           'PROMPT_KEYS', 'SAVED', 'work', 'check_question_weights', 'check_evaluation_sources', 'Config',
+           'source_name', 'files_name', 'source_names', 'check_files', 'content_of', 'enter_files', 'check', 'plan',
+           'check_inputs', 'with_licence', 'Questions', 'own_sides', 'make_way', 'set_items', 'set_rows',
+           'side_questions', 'check_balance', 'training_weights', 'training_questions', 'heldout_of', 'domain_sides',
+           'function_sides', 'check_asked', 'domain_questions', 'reasoning_questions', 'as_text', 'traces_of',
+           'refine_settings', 'source_settings', 'refined_texts', 'sample_of', 'removed_of', 'tell_removed', 'Part',
+           'TextFile', 'parts_of', 'card_settings', 'weights_of', 'mixed_rows', 'weighed_rows', 'KeptOut', 'split_part',
            'heldout_files', 'publish_text', 'split_parts', 'first_documents', 'recall_questions', 'Prepared',
            'prepare_domain', 'kept_out', 'check_rows', 'check_questions', 'check_functions', 'publish_questions',
            'row_origin', 'functions_asked', 'gather_rejects', 'reasoning_origin', 'prepare_reasoning',
-           'show_first_rows', 'trivial_scores', 'prepare_corpora']
+           'show_first_rows', 'trivial_scores', 'why_not_saved', 'say_not_saved', 'prepare_corpora']
 
 # %% ../nbs/10_prepare_corpus.ipynb #0484b1b0
 import importlib.metadata
@@ -971,6 +971,42 @@ def trivial_scores(rows: list) -> dict:
     )
 
 
+SAVED = dict(
+    domain=('domain', 'domain_heldout', 'general', 'general_heldout', 'domain_sft')
+    + ('domain_questions', 'domain_questions_dev', 'domain_recall', 'domain_recall_dev'),
+    reasoning=(
+        'reasoning',
+        'reasoning_sft',
+        'reasoning_prompts',
+        'reasoning_eval',
+        'reasoning_eval_dev',
+    ),
+)  # what each mode can leave for later stages
+
+
+def why_not_saved(cfg, name: str) -> str:
+    "Why a mode left no file of a name, and what would make one."
+    if name.startswith('general') and not cfg.general_sources:
+        return 'there are no `general_sources`'
+    if name == 'domain_heldout':
+        return 'no document is held out; `heldout_percent: 5` holds out one in twenty'
+    if name == 'general_heldout':
+        return 'no document is held out; see `general_heldout_percent`'
+    return (
+        'there are no rows for it; a package among `sources`, `own_rows`, or more items make some'
+    )
+
+
+def say_not_saved(job):
+    "Enters why a name was not saved: a later stage must not take an older one for it, nor the demo's."
+    for name in SAVED[job.cfg.mode]:
+        if name not in job.record['saves']:
+            why = why_not_saved(job.cfg, name)
+            job.record.setdefault('not_saved', {})[name] = why
+            job.log(phase=f'no {name}: {why}')
+    job.write()
+
+
 def prepare_corpora(job):
     "The stage: publishes the files of the mode and card.json, their data cards and baselines."
     check_inputs(job)
@@ -984,6 +1020,7 @@ def prepare_corpora(job):
     card = dict(mode=job.cfg.mode, corpora=cards, question_steps=made.steps)
     write_text(job.folder / 'card.json', as_json(card, indent=1) + '\n')
     write_card_pages(job.folder)
+    say_not_saved(job)
     gather_rejects(job)
 
 

@@ -6,7 +6,8 @@
 __all__ = ['Mode', 'Reject', 'WORKERS', 'WHOLE', 'work', 'plan', 'Config', 'ask_locally', 'from_server', 'keep_answers',
            'ask_server', 'replayed', 'asked_rows', 'not_evaluated', 'Pair', 'by_length', 'wrong_pairs', 'candidates',
            'lost_why', 'pair_up', 'row_family', 'Preferences', 'preferences', 'verified_rows', 'quartiles', 'pair_card',
-           'get_replies', 'answered', 'sample', 'sampling_counts', 'note', 'publish_corpus', 'leave']
+           'get_replies', 'answered', 'is_whole', 'is_right', 'sample', 'sampling_counts', 'note', 'publish_corpus',
+           'leave']
 
 # %% ../nbs/50_sample_teacher.ipynb #dcdfed16
 import random
@@ -27,6 +28,7 @@ from .serving.client import Teacher
 from .tasks.eval_sets import eval_texts
 from .tasks.traces import not_asked
 from .tasks.verify import prompt_of, verify
+from .text.chat import markup_read
 from .text.rows import read_rows, write_rows
 from .training.metrics import prompts_of
 from .training.trainer import open_for
@@ -350,11 +352,25 @@ def answered(job, rows: list, replies: list) -> tuple[list, list]:
     return [row for row, _ in kept], [part for _, part in kept]
 
 
+def is_whole(text: str) -> bool:
+    "Whether a reply reads as one: a row with a second `<think>` within its thoughts is refused in training."
+    try:
+        markup_read(dict(role='assistant', content=text), 'reply')
+    except LabError:
+        return False
+    return True
+
+
+def is_right(row: dict, reply: Reply) -> bool:
+    "Whether a reply ends, answers its row, and can be learnt from."
+    return not reply.cut and verify(row, reply.text) and is_whole(reply.text)
+
+
 def sample(job):
     "Ask, verify, keep; leaves `dpo_pairs` and `dpo_pairs_heldout`, or `distill_corpus`."
     asked = asked_rows(job)
     rows, replies = answered(job, asked, get_replies(job, asked))
-    oks = [[not r.cut and verify(row, r.text) for r in part] for row, part in zip(rows, replies)]
+    oks = [[is_right(row, r) for r in part] for row, part in zip(rows, replies)]
     note(job, rows, replies, oks)
     job.record['sampling']['unanswered'] = len(asked) - len(rows)
     if job.cfg.mode == 'distill':
@@ -374,13 +390,14 @@ plan = partial(planned, 'sample_teacher')
 
 # %% ../nbs/50_sample_teacher.ipynb #e69497d2
 def sampling_counts(replies: list, oks: list) -> dict:
-    "Prompts, answers, right and cut ones, prompts with right and wrong answers, and tokens."
+    "Prompts, answers, right, cut and unreadable ones, prompts with right and wrong answers, and tokens."
     answers = [r for part in replies for r in part]
     return dict(
         prompts=len(replies),
         answers=len(answers),
         right=sum(map(sum, oks)),
         cut=sum(r.cut for r in answers),
+        not_whole=sum(not r.cut and not is_whole(r.text) for r in answers),
         mixed_prompts=sum(0 < sum(part) < len(part) for part in oks),
         tokens=sum(r.tokens for r in answers),
     )

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from .lab.config import LabError
+from .lab.names import NothingSaved
 from .models.load import Loading, generate
 from .scale.plan import planned
 from .text.masks import concatenate
@@ -97,7 +98,11 @@ def train(job):
 
 def log_continuations(job, model, tok, when: str):
     "What the model writes after the first line of a held-out domain document."
-    heads = [r['text'].split('\n')[0] + '\n' for r in read_rows(job.find('domain_heldout'))[:3]]
+    try:
+        documents = read_rows(job.find('domain_heldout'))[:3]
+    except NothingSaved:
+        documents = []  # nothing is held out
+    heads = [r['text'].split('\n')[0] + '\n' for r in documents]
     prompts = [tok(h, add_special_tokens=False)['input_ids'] for h in heads]
     for head, (reply,) in zip(heads, generate(model, tok, prompts, 40)):
         job.sample(when=when, prompt=head, text=reply.text)

@@ -811,6 +811,64 @@ def test_text_alone_needs_no_questions(prepared, tmp_path):
     assert train | heldout == everything and not train & heldout
 
 
+def test_later_stages_read_no_held_out_documents_of_others(tmp_path, monkeypatch):
+    "Nothing is held out of your files: neither the lab's own documents nor an older run's stand in for them."
+    from k2lab import prepare_corpus, train_continual_pretrain
+    from k2lab.lab.job import start
+    from k2lab.lab.launch import launch
+
+    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
+    (tmp_path / 'notes.jsonl').write_text(
+        ''.join(
+            json.dumps(dict(text=f'# {i} ' + ' '.join(f'w{i}x{j}' for j in range(80)))) + '\n'
+            for i in range(40)
+        )
+    )
+    source = dict(files=f'{tmp_path}/notes.jsonl', licence='CC0-1.0')
+
+    def run(stage, module, **changes):
+        job = start(stage, 'smoke', None, changes, campaign='mine')
+        launch(module.work, job)
+        return job.finish()
+
+    for percent in (15, None):
+        run(
+            'prepare_corpus',
+            prepare_corpus,
+            sources=[source],
+            questions=0,
+            limit=None,
+            heldout_percent=percent,
+        )
+    job = run('train_continual_pretrain', train_continual_pretrain)
+    checks = {c['name']: c for c in job.record['checks']}
+    why = checks['domain_bits_per_byte left out']['detail']
+    assert "prepare_corpus saved none: no document is held out; `heldout_percent: 5` holds" in why
+    assert 'domain_heldout' not in {p['name'] for p in job.record['parents']}
+    assert {m['measure'] for m in job.record['metrics']} == {'general_bits_per_byte'}
+    gate = dict(improves=['domain_bits_per_byte'])
+    with pytest.raises(LabError, match='or take domain_bits_per_byte out of the gate'):
+        run('train_continual_pretrain', train_continual_pretrain, gate=gate)
+    run(
+        'prepare_corpus',
+        prepare_corpus,
+        sources=[source],
+        questions=0,
+        limit=None,
+        heldout_percent=30,
+    )
+    job = run('train_continual_pretrain', train_continual_pretrain)
+    assert 'domain_bits_per_byte' in {m['measure'] for m in job.record['metrics']}
+
+
+def test_the_names_of_a_mode_are_those_of_the_pipeline():
+    from k2lab.lab.config import lab_path, read_yaml
+    from k2lab.prepare_corpus import SAVED
+
+    steps = read_yaml(lab_path('configs') / 'pipeline.yaml')['steps'][:2]
+    assert {s['changes']['mode']: s['saves'] for s in steps} == {k: [*v] for k, v in SAVED.items()}
+
+
 @pytest.mark.parametrize('mode', ['domain', 'reasoning'])
 def test_an_unknown_family_is_refused_in_either_mode(mode):
     with pytest.raises(LabError, match="'chian' .did you mean 'chain'"):

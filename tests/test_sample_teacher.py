@@ -102,3 +102,35 @@ def test_sampled_answers_have_a_seed_that_is_sent(served, tmp_path, monkeypatch)
     other = get_replies(job_of(tmp_path, monkeypatch, served, seed='5', **warm), rows)
     assert one == again != other
     assert any(a != b for a, b in one)  # each of the two has its own seed
+
+
+NESTED = '<think>time0 list0 map<think>0 list0 map1</think>1'  # the demo's teacher, seed 0
+
+
+@pytest.mark.parametrize(
+    'reply,right',
+    [
+        (NESTED, False),
+        ('<think>map0 map1</think>1', True),
+        ('1', True),
+        ('<think>one</think>1<think>', False),
+        ('<|tool_calls_section_begin|>1', False),
+    ],
+)
+def test_a_right_answer_that_training_would_refuse_is_not_right(reply, right, tmp_path):
+    from k2lab.models.load import open_tokenizer
+    from k2lab.sample_teacher import Reply, is_right, is_whole, sampling_counts
+    from k2lab.text.masks import encode_rows
+
+    row = dict(prompt='How many map in: time, list, map?', answer='1', family='count')
+    one = Reply(reply, 9, False)
+    assert is_right(row, one) is right
+    assert sampling_counts([[one]], [[right]])['not_whole'] == (not is_whole(reply))
+    learnt = dict(
+        messages=[dict(role='user', content=row['prompt']), dict(role='assistant', content=reply)]
+    )
+    if is_whole(reply):
+        assert encode_rows(open_tokenizer('smoke:k2'), [learnt])[1]['rows'] == 1
+    else:
+        with pytest.raises(LabError, match="the row that begins 'How many map in: .*message 1"):
+            encode_rows(open_tokenizer('smoke:k2'), [learnt])

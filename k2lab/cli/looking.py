@@ -154,6 +154,7 @@ def run_text(record: dict) -> str:
         f"  {name}: {save['bytes'] / 2**20:.2f} MiB in {save['files']} files"
         for name, save in record['saves'].items()
     ]
+    lines += [f'  no {name}: {why}' for name, why in record.get('not_saved', {}).items()]
     if record['metrics']:
         lines += [
             '',

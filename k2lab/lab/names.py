@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HUB_ID', 'COMMIT', 'open_place', 'at_commit', 'snapshot', 'snapshot_flaw', 'blob_sha', 'smoke_folder', 'content_at',
-           'commands', 'maker', 'missing_parent', 'none_stands', 'passed_over_here', 'parent_run', 'parent_in_env',
-           'parent_of', 'content_now', 'data_value', 'flaw_of', 'place_of', 'is_path_like', 'matching',
-           'matching_sha256', 'named_files']
+           'commands', 'maker', 'missing_parent', 'none_stands', 'is_alone', 'passed_over_here', 'NothingSaved',
+           'refuse_left_out', 'parent_run', 'parent_in_env', 'parent_of', 'content_now', 'data_value', 'flaw_of',
+           'place_of', 'is_path_like', 'matching', 'matching_sha256', 'named_files']
 
 # %% ../../nbs/lab/08_names.ipynb #4cf108b6
 import glob
@@ -22,6 +22,7 @@ from .inputs import content_sha256, files_sha256
 from k2lab.lab.records import (
     find_run,
     gate_failures,
+    left_none,
     not_taken,
     passed_over,
     promoted,
@@ -165,10 +166,26 @@ def none_stands(name: str, record: dict) -> LabError:
     )
 
 
+def is_alone(job) -> bool:
+    "Whether a run reads no others of its campaign: in `scratch` at smoke everything comes with the lab."
+    return (job.campaign, job.scale) == ('scratch', 'smoke')
+
+
 def passed_over_here(job, bare: str) -> list[dict]:
     "The newer runs of the job's campaign that left a name and cannot stand for it, newest first."
-    alone = (job.campaign, job.scale) == ('scratch', 'smoke')
-    return [] if alone else passed_over(job.folder.parent, bare, job.scale)
+    return [] if is_alone(job) else passed_over(job.folder.parent, bare, job.scale)
+
+
+class NothingSaved(LabError):
+    "A name that the newest run which could save it left out, for a reason that it gives."
+
+
+def refuse_left_out(job, bare: str):
+    "`NothingSaved` if the newest run of the job's campaign that could save a name says why it did not."
+    record = None if is_alone(job) else left_none(job.folder.parent, bare, job.scale)
+    if record:
+        run = Path(record['folder']).name
+        raise NothingSaved(f"'{bare}': {run} saved none: {record['not_saved'][bare]}")
 
 # %% ../../nbs/lab/08_names.ipynb #b418f81d
 def parent_run(job, bare: str, run: str) -> Path | None:
@@ -176,8 +193,8 @@ def parent_run(job, bare: str, run: str) -> Path | None:
     if run:
         here = f'{job.campaign}/{run}'
         return find_run(here if (lab_path('runs') / here).exists() else run)
-    alone = (job.campaign, job.scale) == ('scratch', 'smoke')
-    return None if alone else saved_by(job.folder.parent, bare, job.scale)
+    refuse_left_out(job, bare)
+    return None if is_alone(job) else saved_by(job.folder.parent, bare, job.scale)
 
 
 def parent_in_env(name: str, place: str) -> dict:

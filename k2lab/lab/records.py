@@ -7,8 +7,8 @@ __all__ = ['RUN_NAME', 'OLD_LINES', 'OPEN', 'WHY', 'READ', 'SHAPES', 'GONE', 'ne
            'edited', 'write_record', 'refuse_unknown', 'refuse_edited', 'whole', 'read_record', 'state_now', 'read_run',
            'amending', 'amend', 'iso_time', 'started_at', 'run_order', 'start_time', 'siblings', 'campaign_of',
            'unreadable_record', 'changed_at', 'read_or_mark', 'visible_folders', 'run_folders', 'runs', 'find_run',
-           'promoted', 'standing', 'gate_line_text', 'gate_failures', 'savers', 'not_taken', 'saved_by', 'passed_over',
-           'relocated', 'check_promotable', 'promote', 'lacks', 'drop_resume_files']
+           'promoted', 'standing', 'gate_line_text', 'gate_failures', 'ended', 'savers', 'left_none', 'not_taken',
+           'saved_by', 'passed_over', 'relocated', 'check_promotable', 'promote', 'lacks', 'drop_resume_files']
 
 # %% ../../nbs/lab/07_records.ipynb #48a0e45c
 import contextlib
@@ -354,18 +354,26 @@ def gate_failures(record: dict) -> str:
     return '; '.join(gate_line_text(line) for line in lines if not line['passed'])
 
 # %% ../../nbs/lab/07_records.ipynb #51b3497c
-def savers(home: Path, name: str, scale: str) -> Iterator[dict]:
-    "The complete runs of the campaign folder `home` that saved `name` at this scale, whole or not, newest first."
+def ended(home: Path, scale: str) -> Iterator[dict]:
+    "The complete runs of the campaign folder `home` at this scale, whole or not, newest first."
     records = [read_or_mark(p.parent) for p in home.glob('*/run.json')]
     for record in sorted(records, key=run_order, reverse=True):
         if record['status'] == 'unreadable':
             raise LabError(record['reason'])
-        if (
-            (record['status'] == 'complete' or record.get('edited'))
-            and record['scale'] == scale
-            and name in record['saves']
-        ):
+        if (record['status'] == 'complete' or record.get('edited')) and record['scale'] == scale:
             yield record
+
+
+def savers(home: Path, name: str, scale: str) -> Iterator[dict]:
+    "The complete runs of the campaign folder `home` that saved `name` at this scale, whole or not, newest first."
+    return (record for record in ended(home, scale) if name in record['saves'])
+
+
+def left_none(home: Path, name: str, scale: str) -> dict | None:
+    "The newest promoted run in the campaign folder `home` that could save `name`, if it says why it saved none."
+    about = lambda r: name in r['saves'] or name in r.get('not_saved', {})
+    newest = next((r for r in ended(home, scale) if about(r) and promoted(r)), None)
+    return newest if newest and name not in newest['saves'] else None
 
 
 def not_taken(record: dict, name: str) -> str:

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['REPLIES', 'PAIR_KEYS', 'conversation_of', 'check_learned', 'replies_of', 'extended', 'row_examples', 'encode_row',
-           'pair_row', 'encode_rows', 'mask_runs', 'mask_text', 'shorten', 'mask_html', 'chunks', 'concatenate']
+           'pair_row', 'pair_rows', 'encode_rows', 'mask_runs', 'mask_text', 'shorten', 'mask_html', 'chunks',
+           'concatenate']
 
 # %% ../../nbs/text/06_masks.ipynb #447a25a2
 import html
+from collections.abc import Callable, Iterator
 from itertools import groupby
 
 from ..lab.config import LabError, one_of
@@ -114,11 +116,28 @@ def pair_row(tok, row: dict, system: str = '') -> dict:
     return dict(zip(PAIR_KEYS, (prompt, chosen, rejected)))
 
 # %% ../../nbs/text/06_masks.ipynb #49bcbf0c
+def _of_each(rows: list, encode: Callable) -> Iterator:
+    "Yields `encode(row)`; a `LabError` says how the row begins, so that it is found in its file."
+    for row in rows:
+        try:
+            yield encode(row)
+        except LabError as why:
+            first = (row.get('messages') or [row])[0]
+            begins = next((v for v in (first.get('content'), row.get('prompt')) if v), row)
+            raise LabError(f'the row that begins {str(begins)[:80]!r}: {why}') from None
+
+
+def pair_rows(tok, pairs: list, system: str = '') -> list[dict]:
+    "`pair_row` of each preference; `LabError` with the beginning of one that is none."
+    return list(_of_each(pairs, lambda pair: pair_row(tok, pair, system)))
+
+
 def encode_rows(
     tok, rows: list, system: str = '', max_length: int = 1024, replies: str = 'all'
 ) -> tuple[list, dict]:
     "(examples, counts): those that fit into `max_length` tokens; counts of examples and tokens."
-    encoded = [e for row in rows for e in row_examples(tok, row, system, replies)]
+    examples = lambda row: row_examples(tok, row, system, replies)
+    encoded = [e for part in _of_each(rows, examples) for e in part]
     lengths = [len(e['input_ids']) for e in encoded]
     kept = [e for e, length in zip(encoded, lengths) if length <= max_length]
     if encoded and not kept:

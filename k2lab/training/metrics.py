@@ -23,7 +23,7 @@ from ..models.placement import in_parts
 from ..tasks.items import content_hash, item_of
 from ..tasks.verify import fact, prompt_of, truth, verify, without_format
 from ..text.chat import prompt_ids
-from ..text.masks import pair_row
+from ..text.masks import pair_rows
 
 # %% ../../nbs/training/00_metrics.ipynb #00de1f7f
 def right_padded(batch: list, pad: int, device):
@@ -271,7 +271,7 @@ def target_logps(model, tok, prompts: list, targets: list) -> list[float]:
 
 def pair_ids(tok, pairs: list, system: str) -> list[dict]:
     "`{'prompt_ids', 'chosen_ids', 'rejected_ids'}` for each preference row."
-    return [pair_row(tok, row, system) for row in pairs]
+    return pair_rows(tok, pairs, system)
 
 
 def preference_item(tok, row: dict, ids: dict, margin: float) -> dict:

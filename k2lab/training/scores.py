@@ -22,7 +22,7 @@ from typing import Any
 
 from ..lab.config import LabError, one_of
 from ..lab.files import fault_in
-from ..lab.names import data_value
+from ..lab.names import NothingSaved, data_value
 from ..lab.records import runs
 from ..models import load as load_module
 from ..models.adapters import dtype_of
@@ -185,6 +185,8 @@ def read_asked(job, measure: str) -> Asked:
     name = data_of(measure, job.cfg.side)
     try:
         rows = read_rows(job.find(name))
+    except NothingSaved:
+        raise
     except LabError as why:
         raise LabError(f'{why}; or leave {measure} out of measures') from None
     if measure in TEXTS:
@@ -194,8 +196,18 @@ def read_asked(job, measure: str) -> Asked:
 
 
 def read_all(job, measures: list) -> list[Asked]:
-    "What a list of measures asks, read before a model is opened."
-    return [read_asked(job, measure) for measure in measures]
+    """What a list of measures asks, read before a model is opened.
+
+    One of data that this campaign has none of is left out, and a check says why; `LabError` if the gate asks it."""
+    asked, gate = [], getattr(job.cfg, 'gate', {})
+    for measure in measures:
+        try:
+            asked.append(read_asked(job, measure))
+        except NothingSaved as why:
+            if measure in [*gate.get('improves', []), *gate.get('keeps', {})]:
+                raise LabError(f'{why}; or take {measure} out of the gate') from None
+            job.check(f'{measure} left out', True, str(why))
+    return asked
 
 # %% ../../nbs/training/04_scores.ipynb #8632fe60
 def weights_of(job, name: str) -> str:
