@@ -12,6 +12,7 @@ import pytest
 
 from k2lab import prepare_corpus
 from k2lab.corpus import duplicates, kernels, quotations
+from k2lab.corpus.readers import find_files
 from k2lab.lab.config import LabError
 from k2lab.lab.job import start
 from k2lab.tasks import eval_sets, splits
@@ -430,15 +431,20 @@ def test_no_published_file_holds_an_item(prepared, quoting):
     job.finish()
 
 
-def test_a_planted_leak_fails_the_run(prepared, monkeypatch):
-    rng = random.Random(5)
-    items = [prose(rng, 50) for _ in range(3)]
-    texts = corpus_with(rng, items[1], 4)
-    blind = lambda corpus, index, sets: (
+@pytest.fixture
+def blind(monkeypatch):
+    "The steps see no quotation."
+    seen = lambda corpus, index, sets: (
         index,
         dict(step='decontaminate', rows_in=len(index), rows_out=len(index), removed={}),
     )
-    monkeypatch.setattr(splits, 'without_contaminated', blind)
+    monkeypatch.setattr(splits, 'without_contaminated', seen)
+
+
+def test_many_planted_leaks_fail_the_run(prepared, blind):
+    rng = random.Random(5)
+    items = [prose(rng, 50) for _ in range(3)]
+    texts = corpus_with(rng, items[1], 16)
     job = prepared(texts, [dict(problem=item) for item in items], heldout_percent=20)
     check = checks_of(job)['no evaluation item occurs in domain']
     assert (
@@ -446,6 +452,45 @@ def test_a_planted_leak_fails_the_run(prepared, monkeypatch):
     )
     with pytest.raises(LabError, match='no evaluation item occurs in domain'):
         job.finish()
+
+
+@pytest.mark.parametrize('shard_mb', [None, 0.01])
+def test_a_few_planted_leaks_are_taken_out_and_counted(prepared, blind, shard_mb):
+    rng = random.Random(5)
+    items = [prose(rng, 50) for _ in range(3)]
+    texts = corpus_with(rng, items[1], 4)
+    questions = [dict(problem=item) for item in items]
+    job = prepared(texts, questions, heldout_percent=20, shard_mb=shard_mb, output='.jsonl.zst')
+    job.finish()
+    card = json.loads((job.folder / 'card.json').read_text())['corpora']
+    rows = [r for c in card for f in find_files(str(job.folder / c['file'])) for r in read_rows(f)]
+    assert {row['text'] for row in rows} == {*texts[4:]}
+    taken = [
+        s['rows_in'] - s['rows_out'] for c in card for s in c['steps'] if s['step'] == 'last search'
+    ]
+    assert sum(taken) in (3, 4) and sum(c['documents'] for c in card) == len(rows) == 60
+    detail = checks_of(job)['no evaluation item occurs in domain']['detail']
+    assert f'{taken[0]} rows that no step had found were taken out: row' in detail
+    assert 'holds 100% of mine, number 2' in detail and '0 quotations' in detail
+
+
+def test_a_short_page_with_a_word_more_is_not_trained_on(prepared):
+    "Found in a corpus of 1 GB: the runs of a short page end at the word, which is 95 % of its letters."
+    rng = random.Random(6)
+    page = (
+        'Cancel the scheduled jump due to timeout before end."""\n    milter waitinghandler\n\n'
+        '    waitinghandler.cancel_jump_scheduled_waiting()\n\n\n@testing.hookimpl(trylast=True)\n'
+        'def testing_exceptions_interact() -> None:\n    '
+    )
+    for seed in range(6):
+        texts = [page, page.replace('waitinghandler\n', 'waitinghandler\n\n something ', 1)]
+        texts += [prose(rng, 120) for _ in range(60)]
+        job = prepared(texts, [dict(text=ITEM)], heldout_percent=40, seed=seed)
+        job.finish()
+        train = texts_in(job, 'domain')
+        assert not any(t in train for t in texts[:2]) or not any(
+            t in texts_in(job, 'domain_heldout') for t in texts[:2]
+        )
 
 
 def test_a_page_that_many_documents_hold_is_not_held_out(prepared):

@@ -10,12 +10,14 @@ __all__ = ['WIDE', 'LENGTH', 'tokenizer_at', 'READ_AT_ONCE', 'STEPS', 'SLICE', '
            'sketches_of', 'refine', 'log_source', 'read_step', 'all_steps', 'passed', 'gone_of', 'remembered', 'shown',
            'unique', 'without_contaminated', 'asked_sha256', 'texts_sha256', 'texts_of', 'tables_of', 'in_order', 'mix',
            'amount_drawn', 'mix_amounts', 'mixed_index', 'Output', 'columns_in', 'write_file', 'write_shards',
-           'publish_texts', 'publish_tokens', 'lowest_hashed', 'cuts_of', 'pictures_of', 'texts_card']
+           'write_texts', 'Publication', 'publish_texts', 'publish_tokens', 'lowest_hashed', 'cuts_of', 'pictures_of',
+           'texts_card']
 
 # %% ../../nbs/corpus/08_pipeline.ipynb #a23b8481
 import hashlib
 import json
 import random
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -810,18 +812,8 @@ def write_shards(folder: Path, tables, output: Output, about: dict) -> list[dict
     return [dict(one, file=f'{folder.name}/{one["name"]}') for one in shards.done]
 
 
-def publish_texts(
-    job,
-    name: str,
-    corpus: Refined,
-    index,
-    format: str,
-    origin: str,
-    output: Output = Output(),
-) -> dict:
-    """Publishes the documents of an index as `<name>.jsonl`, or as `output` says.
-
-    Returns {format, licence, origin, sha256, file, columns}, and `files` where there are several."""
+def write_texts(path: Path, corpus: Refined, index, output: Output, about: dict) -> tuple:
+    "(manifests, {column: kind}) after writing the documents of an index to a file, or to a folder of shards."
     import pyarrow as pa
 
     schema = pa.schema([one for one in corpus.texts.schema if one.name not in WORK_COLUMNS])
@@ -832,18 +824,46 @@ def publish_texts(
             columns_in(table, columns, output.ending)
             yield table.cast(schema)
 
-    licence = ' AND '.join(sorted({*values_of(corpus, index, 'licence')}))
-    about = dict(format=format, licence=licence, origin=origin)
     if output.shard_mb is None:
-        with job.publishing(name, output.ending) as path:
-            (one,) = write_file(path, tables(), schema, about)
-        return about | dict(sha256=one['sha256'], file=path.name, columns=columns.kinds)
-    with job.publishing(name) as folder:
-        files = write_shards(folder, tables(), output, about)
+        return write_file(path, tables(), schema, about), columns.kinds
+    shutil.rmtree(path, ignore_errors=True)  # of a first writing, which held what it must not
+    return write_shards(path, tables(), output, about), columns.kinds
+
+
+@dataclass(frozen=True)
+class Publication:
+    "What a published file of documents says of itself, and how it is looked at before it is let out."
+
+    format: str
+    origin: Any  # index -> where its documents come from
+    output: Output = Output()
+    cleared: Any = (
+        None  # (path, index) -> the index without the rows that must not be in what was written
+    )
+
+
+def publish_texts(job, name: str, corpus: Refined, index, how: Publication) -> tuple:
+    """(index, card) after publishing the documents of an index as `<name>.jsonl`, or as `how.output` says.
+
+    The index is without the rows that `how.cleared` took out. The card: {format, licence, origin, sha256, file,
+    columns}, and `files` where there are several."""
+    output, single = how.output, how.output.shard_mb is None
+    with job.publishing(name, output.ending if single else '') as path:
+        written = str(path) if single else f'{path}/{name}-*{output.ending}'
+        while True:
+            licence = ' AND '.join(sorted({*values_of(corpus, index, 'licence')}))
+            about = dict(format=how.format, licence=licence, origin=how.origin(index))
+            files, kinds = write_texts(path, corpus, index, output, about)
+            rest = how.cleared(written, index) if how.cleared else index
+            if len(rest) == len(index):
+                break
+            index = rest
+    about['columns'] = kinds
+    if single:
+        return index, about | dict(sha256=files[0]['sha256'], file=path.name)
     known = [{key: file[key] for key in ('file', 'rows', 'bytes', 'sha256')} for file in files]
     digest = hashlib.sha256(''.join(file['sha256'] for file in files).encode()).hexdigest()
-    pattern = f'{name}/{name}-*{output.ending}'
-    return about | dict(sha256=digest, file=pattern, files=known, columns=columns.kinds)
+    return index, about | dict(sha256=digest, file=f'{name}/{name}-*{output.ending}', files=known)
 
 
 def publish_tokens(job, name: str, corpus: Refined, index, tokenizer: str, room: int) -> dict:
