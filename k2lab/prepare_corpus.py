@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROW_FORMAT', 'EVALUATION', 'SAMPLING', 'DEVELOPMENT', 'SIDE_SEED', 'PACKAGE_HELDOUT', 'SAMPLE', 'MUCH', 'FOUND',
            'SUFFIX', 'PROMPT_KEYS', 'SAVED', 'work', 'check_question_weights', 'check_evaluation_sources', 'Config',
-           'source_name', 'files_name', 'source_names', 'check_files', 'content_of', 'enter_files', 'check', 'plan',
+           'source_name', 'files_name', 'source_names', 'check_files', 'content_of', 'reads', 'check', 'plan',
            'check_inputs', 'with_licence', 'Questions', 'own_sides', 'make_way', 'set_items', 'set_rows',
            'side_questions', 'check_balance', 'training_weights', 'training_questions', 'heldout_of', 'domain_sides',
            'function_sides', 'check_asked', 'domain_questions', 'reasoning_questions', 'as_text', 'traces_of',
@@ -23,7 +23,6 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -281,16 +280,16 @@ def content_of(pattern: str, find=find_files) -> str:
     return files_sha256(known)
 
 
-def enter_files(job):
-    "Enter the files that the config names among the inputs of the run."
-    cfg = job.cfg
-    specs = cfg.sources + cfg.general_sources + cfg.question_sources + cfg.evaluation_sources
-    named = [spec.get('files', []) for spec in specs + cfg.trace_sources]
-    lists = [[files] if isinstance(files, str) else files for files in named]
-    for pattern in sum(lists, [*cfg.own_rows]):
-        job.saw(pattern, partial(content_of, pattern))
-    for pattern in cfg.eval_sets.values():
-        job.saw(pattern, partial(content_of, pattern, eval_files))
+def reads(config: dict) -> dict[str, str]:
+    "`{path or pattern: hash}` of the files that a mode reads; they are inputs of its run."
+    ours = ('sources', 'general_sources', 'question_sources', 'evaluation_sources')
+    lists = ours if config['mode'] == 'domain' else ('trace_sources',)
+    named = [spec.get('files', []) for key in lists for spec in config[key]]
+    patterns = sum(([one] if isinstance(one, str) else one for one in named), [*config['own_rows']])
+    read = {pattern: content_of(pattern) for pattern in patterns}
+    return read | {
+        pattern: content_of(pattern, eval_files) for pattern in config['eval_sets'].values()
+    }
 
 
 def check(cfg, env: dict):
@@ -1042,7 +1041,7 @@ def say_not_saved(job):
 def prepare_corpora(job):
     "The stage: publishes the files of the mode and card.json, their data cards and baselines."
     check_inputs(job)
-    enter_files(job)
+
     made = {'domain': prepare_domain, 'reasoning': prepare_reasoning}[job.cfg.mode](job)
     scores = {name: trivial_scores(rows) for name, rows in made.asked.items()}
     cards = [

@@ -861,6 +861,29 @@ def test_later_stages_read_no_held_out_documents_of_others(tmp_path, monkeypatch
     assert 'domain_bits_per_byte' in {m['measure'] for m in job.record['metrics']}
 
 
+def test_prepare_corpus_is_not_run_again_on_files_that_did_not_change(tmp_path, monkeypatch):
+    "Found by running a pipeline twice on notes of one's own: its first steps ran again, for the same files."
+    from k2lab import prepare_corpus
+    from k2lab.lab.job import start
+    from k2lab.lab.launch import launch
+    from k2lab.lab.records import read_run
+    from k2lab.lab.reproduce import stale
+
+    monkeypatch.setenv('K2LAB_LAB_RUNS_PATH', str(tmp_path / 'runs'))
+    for i in range(40):
+        (tmp_path / f'{i}.md').write_text(' '.join(f'w{i}x{j}' for j in range(80)))
+    files = dict(sources=[dict(files=f'{tmp_path}/*.md', licence='MIT')])
+    records = []
+    for mode in (dict(mode='domain', questions=0), dict(mode='reasoning')):
+        job = start('prepare_corpus', 'smoke', None, mode | files, campaign='c')
+        launch(prepare_corpus.work, job)
+        records.append(read_run(job.finish().folder))
+    data = lambda: [[w for w in stale(r) if w.startswith('data')] for r in records]
+    assert data() == [[], []]
+    (tmp_path / '7.md').write_text('another one')
+    assert data() == [[f'data {tmp_path}/*.md'], []]
+
+
 def test_the_names_of_a_mode_are_those_of_the_pipeline():
     from k2lab.lab.config import lab_path, read_yaml
     from k2lab.prepare_corpus import SAVED

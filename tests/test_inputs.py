@@ -18,7 +18,7 @@ from k2lab.lab import files, provenance, reproduce as again
 from k2lab.lab.config import LabError
 from k2lab.lab.files import check_published, read_sha256, sha256
 from k2lab.lab.inputs import KINDS, WITNESS, compare, executed_cells, inputs_of, run_half_sha256
-from k2lab.lab.job import prepare, start
+from k2lab.lab.job import config_of, prepare, start
 from k2lab.lab.provenance import code_state
 from k2lab.lab.records import read_run
 from k2lab.lab.reproduce import input_differences, verdict
@@ -231,20 +231,26 @@ def test_a_change_while_it_runs_is_named(toy, what):
     assert name in named(input_differences(record, record))  # two such runs are never the same
 
 
-def test_files_that_a_stage_opens_itself_are_inputs(toy):
-    from k2lab.prepare_corpus import Config, content_of, enter_files
+def test_files_that_a_stage_opens_in_its_own_way_are_inputs(toy):
+    from k2lab.lab.reproduce import stale
+    from k2lab.prepare_corpus import Config, content_of
 
     toy.write('own.jsonl', '{"text": "a"}')
     (toy.root / 'texts').mkdir()
     toy.write('texts/a.txt', 'a')
-    job = start('train_toy', 'smoke', campaign='c')
-    job.cfg, told = Config(sources=[{'files': 'texts/*.txt'}], own_rows=['own.jsonl']), job.cfg
-    enter_files(job)
-    job.cfg = told
-    assert job.record['inputs']['data'] == {n: content_of(n) for n in ('texts/*.txt', 'own.jsonl')}
+    config = config_of(Config(sources=[{'files': 'texts/*.txt'}], own_rows=['own.jsonl']))
+    own = 'from k2lab.prepare_corpus import reads as reads_of\n'
+    own += f'def reads(config):\n    return reads_of({config!r})\n\n\n'
+    edit_stage(toy, 'def train(job):', f'{own}def train(job):')
+    record = run()
+    read = {n: content_of(n) for n in ('texts/*.txt', 'own.jsonl')}
+    assert read.items() <= record['inputs']['data'].items()
+    data = lambda: [why for why in stale(record) if why.startswith('data')]
+    assert not data()
     toy.write('texts/b.txt', 'b')
-    job.finish()
-    assert [c['name'] for c in job.record['inputs_changed']] == ['texts/*.txt']
+    assert data() == ['data texts/*.txt']
+    changed = run(during=lambda job: toy.write('texts/c.txt', 'c'))
+    assert [c['name'] for c in changed['inputs_changed']] == ['texts/*.txt']
 
 
 @pytest.mark.parametrize('what', BEFORE)

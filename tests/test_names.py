@@ -409,3 +409,16 @@ def test_a_report_keeps_its_copy_in_a_folder_of_its_own(tmp_path):
     (tmp_path / 'run.json').touch()
     with pytest.raises(LabError, match='holds run.json, which no report has left there'):
         check_gallery(tmp_path)
+
+
+def test_kinds_of_mistakes_are_shown_as_mistakes():
+    "A notebook's error is known by the name of its class alone: kinds of `LabError` have the same."
+    import pickle
+
+    from k2lab.lab.names import NothingSaved
+    from k2lab.lab.runner import ending
+
+    shown = SimpleNamespace(ename=NothingSaved.__name__, evalue='no rows')
+    failed = type('PapermillExecutionError', (Exception,), vars(shown))('no rows')
+    assert ending(failed) == 'no rows'
+    assert type(pickle.loads(pickle.dumps(NothingSaved('no rows')))) is NothingSaved

@@ -6,8 +6,8 @@
 __all__ = ['PLANNED', 'SHELL_LINE', 'BY_HAND', 'check_sides', 'settle', 'published', 'measured_peaks', 'check_line', 'Job',
            'stage_module', 'config_of', 'check_saves', 'folder_named', 'claimed', 'new_record', 'submission',
            'check_told', 'whole_or_gone', 'asked_module', 'prepare', 'open_job', 'settings_of', 'started_after',
-           'own_inputs', 'enter_inputs', 'keep_diff', 'since', 'verify_inputs', 'half_again', 'data_again',
-           'watch_failures', 'claim', 'supersede', 'start']
+           'files_read', 'own_inputs', 'enter_inputs', 'keep_diff', 'since', 'verify_inputs', 'half_again',
+           'data_again', 'watch_failures', 'claim', 'supersede', 'start']
 
 # %% ../../nbs/lab/10_job.ipynb #1e7d3efa
 import contextlib
@@ -204,7 +204,7 @@ class Job(Evidence):
         self.began = time.monotonic()
         self.held: IO | None = None  # the lock of the run folder
         self.at_start: dict = {}  # hashes of the package's files when the run started
-        self.reads: dict = {}  # what the stage reads without `find`: name and how to hash it
+
         self.cells: Recording | None = None  # of a run by hand in Jupyter
         self.progress: Live | None = None
         self.finished = bool(record.get('seals'))  # nothing can be added any more
@@ -253,12 +253,6 @@ class Job(Evidence):
             self.write()
             self.tell_passed_over(parent)
         return place
-
-    def saw(self, name: str, content):
-        "Enter what a stage reads without `find` among its data: `content()` is its hash, asked again at the end."
-        self.reads[name] = content
-        self.record['inputs']['data'][name] = content()
-        self.write()
 
     def tell_passed_over(self, parent: dict):
         "Enter as a check which newer runs of a parent's name were passed over, and why."
@@ -578,13 +572,21 @@ def started_after(job: Job, parent: dict) -> dict:
     return start_time([read], started_at(job.record | {'folder': str(job.folder)}))
 
 
+def files_read(stage: str, config: dict) -> dict[str, str | None]:
+    """`{path or pattern: hash}` of the files that a configuration names to be read.
+
+    A stage that opens them in its own way, such as folders or web addresses, has a function `reads(config)` for it."""
+    own = getattr(stage_module(stage), 'reads', None)
+    return own(config) if own else named_files(config)
+
+
 def own_inputs(job: Job) -> dict[str, dict]:
     "The inputs of a job in this process now, kinds in the order of suspicion; of its data only the files it names."
     executed = (
         job.folder / '.notebook.ipynb'
     )  # the runner's copy; by hand it is the stage's own notebook
     found = inputs_here(job.stage, executed if job.record['by_runner'] else None)
-    found['data'] = named_files(config_of(job.cfg))
+    found['data'] = files_read(job.stage, config_of(job.cfg))
     return {kind: {} for kind in KINDS} | found | settings_of(job)
 
 
@@ -629,9 +631,8 @@ def verify_inputs(job: Job):
     again = {
         'code': code_here(),
         'package': installed(),
-        'data': named_files(config_of(job.cfg))
-        | {p['name']: data_again(p) for p in job.record['parents']}
-        | {name: content() for name, content in job.reads.items()},
+        'data': files_read(job.stage, config_of(job.cfg))
+        | {p['name']: data_again(p) for p in job.record['parents']},
         **settings_of(job),
     }
     files = {

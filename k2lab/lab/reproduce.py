@@ -273,7 +273,7 @@ from types import SimpleNamespace
 from .config import load_env, resolve, root, setting, stage_notebooks
 from .files import check_published, mask
 from .inputs import code_now, run_half_sha256
-from .job import config_of, data_again, stage_module
+from .job import config_of, data_again, files_read, stage_module
 from .names import matching_sha256, parent_of
 from .runner import kernel_environment
 
@@ -311,16 +311,14 @@ def kernel_here() -> dict[str, dict]:
         return {}
 
 
-def data_now(record: dict) -> dict[str, str | None]:
+def data_now(record: dict, config: dict) -> dict[str, str | None]:
     "`{name: content hash}` of what the names and paths that a run read lead to now; None for one that leads nowhere."
     folder, scale = Path(record['folder']), record['scale']
     campaign = folder.parent.name
     job = SimpleNamespace(campaign=campaign, scale=scale, folder=folder, env=load_env(scale))
-    names = {p['name'] for p in record['parents']}
-    return {
-        name: value_now(job, name) if name in names else matching_sha256(name)
-        for name in record['inputs'].get('data', {})
-    }
+    names, files = {p['name'] for p in record['parents']}, files_read(record['stage'], config)
+    gone = [name for name in record['inputs'].get('data', {}) if name not in names | {*files}]
+    return files | {n: matching_sha256(n) for n in gone} | {n: value_now(job, n) for n in names}
 
 
 def value_now(job, name: str) -> str | None:
@@ -347,7 +345,7 @@ def present_inputs(record: dict, config: dict | None = None) -> dict[str, dict]:
     return {
         'notebook': {'run half': notebook and run_half_sha256(notebook)},
         'code': code_now(was.get('code', {}), [*kernel_here().get('path', []), *sys.path]),
-        'data': data_now(record),
+        'data': data_now(record, config),
         'config': dotted(config),
         'env': dotted(cast(dict, mask(load_env(scale)))),
         **kernel_here(),
