@@ -613,7 +613,7 @@ def tell_removed(job, spec: dict, name: str, settings: Refining):
         preset = source_of(spec).preset or suggested_preset(source_of(spec))
         told = f'{removed.total()} of a sample of {len(table)} documents: {why}'
         other = f'presets: {", ".join(PRESETS)}'
-        job.log(phase=f'{name}: preset {preset} removes {told}; {other}')
+        job.log(phase=f'{name}: preset {preset} removes {told}; {other}', stays=True)
         job.check(f'{name}: preset {preset} removes much of it', True, f'{told}; {other}')
 
 # %% ../nbs/10_prepare_corpus.ipynb #c60e7fb4
@@ -1034,7 +1034,7 @@ def say_not_saved(job):
         if name not in job.record['saves']:
             why = why_not_saved(job.cfg, name)
             job.record.setdefault('not_saved', {})[name] = why
-            job.log(phase=f'no {name}: {why}')
+            job.log(phase=f'no {name}: {why}', stays=True)
     job.write()
 
 

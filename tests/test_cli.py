@@ -66,3 +66,20 @@ def test_mistakes_are_one_line(words, line, tmp_path, monkeypatch):
     with pytest.raises(LabError) as e:
         main(words)
     assert line in str(e.value) and '\n' not in str(e.value)
+
+
+def test_a_line_that_stays_is_no_progress(capsys):
+    "A long work says many things within half a minute; what its user must know is not among those left out."
+    from k2lab.cli.progress import Progress
+
+    progress = Progress('prepare_corpus', 1, 11)
+    for row in (
+        dict(phase='reading'),
+        dict(phase='reading', step=1),
+        dict(phase='no page', stays=True),
+    ):
+        progress(row)
+    assert (
+        capsys.readouterr().err
+        == '[1/11] prepare_corpus  reading\n[1/11] prepare_corpus  no page\n'
+    )

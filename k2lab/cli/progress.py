@@ -16,8 +16,11 @@ class Progress:
         self.began, self.printed, self.tty = time.monotonic(), 0, sys.stderr.isatty()
 
     def __call__(self, row: dict):
-        "Show one line of metrics.jsonl."
-        self.say(f'{self.head}  {describe(row)}')
+        "Show one line of metrics.jsonl; it stays if it says so."
+        if row.get('stays'):
+            self.note(describe(row))
+        else:
+            self.say(f'{self.head}  {describe(row)}')
 
     def say(self, text: str):
         "Put `text` on the line, or print it when enough time has passed."

@@ -279,7 +279,8 @@ class Job(Evidence):
     def log(self, **kv):
         """Append a line (step, loss, tokens_s ...) to metrics.jsonl; `t` is the time since the start in seconds.
 
-        `LabError` for a value that is no number, with the last loss that was one."""
+        A line with `stays=True` is left on the terminal. `LabError` for a value that is no number, with the last
+        loss that was one."""
         check_line(kv, self.good)
         self.add_line('metrics.jsonl', {**kv, 't': round(time.monotonic() - self.began, 3)})
 

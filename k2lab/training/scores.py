@@ -206,6 +206,7 @@ def read_all(job, measures: list) -> list[Asked]:
         except NothingSaved as why:
             if measure in [*gate.get('improves', []), *gate.get('keeps', {})]:
                 raise LabError(f'{why}; or take {measure} out of the gate') from None
+            job.log(phase=f'{measure} left out: {why}', stays=True)
             job.check(f'{measure} left out', True, str(why))
     return asked
 
