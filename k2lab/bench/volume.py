@@ -12,7 +12,7 @@ from pathlib import Path
 from k2lab.bench.harness import in_new_process, installed_texts
 
 FILE_MB = 100  # of a file of the corpus
-CHANGES = dict(general_sources=[], questions=0, tokenizer=None, limit=None, heldout_percent=0.05)
+CHANGES = dict(general_sources=[], questions=0, tokenizer=None, limit=None, heldout_percent=0.5)
 
 
 def turned(text: str, places: int) -> str:

@@ -92,6 +92,8 @@ def mean_cell(found: list[Cell]) -> Cell:
     cuts = [c.cut for c in found if c.cut is not None]
     cut = sum(cuts) / len(cuts) if cuts else None
     value = over_seeds([c.value for c in found])
+    if is_share(found[0].measure):  # Student's interval of a small share can reach below none of it
+        value = replace(value, low=max(value.low, 0.0), high=min(value.high, 1.0))
     return replace(found[0], value=value, change=change, cut=cut, place='', seeds=len(found))
 
 
