@@ -12,7 +12,8 @@ from pathlib import Path
 from k2lab.bench.harness import in_new_process, installed_texts
 
 FILE_MB = 100  # of a file of the corpus
-CHANGES = dict(general_sources=[], questions=0, tokenizer=None, limit=None, heldout_percent=0.5)
+CHANGES = dict(general_sources=[], questions=0, tokenizer=None, limit=None)
+HELD_MB = 0.2  # of what is held out, whatever the size
 
 
 def turned(text: str, places: int) -> str:
@@ -81,7 +82,8 @@ def volume(megabytes: float = 200, rounds: int = 2):
         size = in_new_process(write_corpus, corpus, megabytes)
         print(f'{size:.0f} MB in {len([*corpus.iterdir()])} files')
         for _ in range(rounds):
-            one = in_new_process(one_run, f'{corpus}/*.jsonl', runs, {})
+            held = dict(heldout_percent=100 * HELD_MB / size)
+            one = in_new_process(one_run, f'{corpus}/*.jsonl', runs, held)
             print(
                 f'{one["cpu_s"]} CPU s, {size / one["cpu_s"]:.1f} MB/s, peak {one["peak_mb"]} MB',
                 one,

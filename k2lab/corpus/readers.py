@@ -169,7 +169,7 @@ def open_raw(path: str):
 
 # %% ../../nbs/corpus/00_readers.ipynb #f7f3196c
 PIECE, BLOCK = 256 << 10, 128 << 10  # bytes read at once, written at once
-BATCH, LINE = 4 << 20, 64 << 20  # bytes of a table, of the longest line
+BATCH, LINE = 2 << 20, 64 << 20  # bytes of a table, of the longest line
 
 
 def split_lines(pieces, most: int = LINE):
