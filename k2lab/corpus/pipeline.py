@@ -16,6 +16,7 @@ __all__ = ['WIDE', 'LENGTH', 'tokenizer_at', 'READ_AT_ONCE', 'STEPS', 'SLICE', '
 # %% ../../nbs/corpus/08_pipeline.ipynb #a23b8481
 import hashlib
 import json
+import mmap
 import random
 import shutil
 from collections import Counter
@@ -338,16 +339,25 @@ def mapped(path: str, names=None):
     return table.select(names) if names else table
 
 
-def rows_in(table, rows) -> list:
-    "The rows with these ascending numbers of a table, a table for each batch that has some."
+def rows_in(path: str, rows, names=None) -> list:
+    """The rows with these ascending numbers of an Arrow file, a table for each batch that has some.
+
+    Pages of the file that were read leave the memory with their batch."""
     import numpy as np
     import pyarrow as pa
 
     parts, start = [], 0
-    for batch in table.to_batches():
+    with open(path, 'rb') as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    reader = pa.ipc.open_file(pa.py_buffer(pages))
+    for i in range(reader.num_record_batches):
+        batch = reader.get_batch(i)
         low, high = np.searchsorted(rows, (start, start + len(batch)))
         if low < high:
-            parts.append(pa.table(batch.take(pa.array(rows[low:high] - start))))
+            chosen = batch.select(names) if names else batch
+            parts.append(pa.table(chosen.take(pa.array(rows[low:high] - start))))
+            if hasattr(mmap, 'MADV_DONTNEED'):
+                pages.madvise(mmap.MADV_DONTNEED)
         start += len(batch)
     return parts
 
@@ -390,7 +400,7 @@ class Documents:
         parts = [mapped(self.paths[0], names).slice(0, 0)]
         for path, start, low, high in zip(self.paths, self.starts, cuts, cuts[1:]):
             if low < high:
-                parts += rows_in(mapped(path, names), rows[order[low:high]] - start)
+                parts += rows_in(path, rows[order[low:high]] - start, names)
         table = pa.concat_tables(parts, promote_options='default').combine_chunks()
         return table if (np.diff(order) > 0).all() else table.take(pa.array(np.argsort(order)))
 

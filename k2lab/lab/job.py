@@ -577,7 +577,7 @@ def files_read(stage: str, config: dict) -> dict[str, str | None]:
     """`{path or pattern: hash}` of the files that a configuration names to be read.
 
     A stage that opens them in its own way, such as folders or web addresses, has a function `reads(config)` for it."""
-    own = getattr(stage_module(stage), 'reads', None)
+    own = stage in stage_names() and getattr(stage_module(stage), 'reads', None)  # a selftest is no stage
     return own(config) if own else named_files(config)
 
 
