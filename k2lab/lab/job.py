@@ -573,11 +573,13 @@ def started_after(job: Job, parent: dict) -> dict:
     return start_time([read], started_at(job.record | {'folder': str(job.folder)}))
 
 
-def files_read(stage: str, config: dict) -> dict[str, str | None]:
+def files_read(stage: str, config: dict) -> dict[str, str]:
     """`{path or pattern: hash}` of the files that a configuration names to be read.
 
     A stage that opens them in its own way, such as folders or web addresses, has a function `reads(config)` for it."""
-    own = stage in stage_names() and getattr(stage_module(stage), 'reads', None)  # a selftest is no stage
+    own = stage in stage_names() and getattr(
+        stage_module(stage), 'reads', None
+    )  # a selftest is no stage
     return own(config) if own else named_files(config)
 
 

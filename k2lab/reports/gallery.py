@@ -122,5 +122,7 @@ def keep_gallery(report: Report, folder: Path):
             raise LabError(f'keep: {folder} would be {too_large(new)}')
         shutil.rmtree(folder / 'notebooks', ignore_errors=True)
         shutil.copytree(new, folder, dirs_exist_ok=True)
-    (folder / 'report.png').unlink(missing_ok=True)  # of another report, if no browser takes one now
+    (folder / 'report.png').unlink(
+        missing_ok=True
+    )  # of another report, if no browser takes one now
     take_picture(folder / 'report.html', folder / 'report.png')
