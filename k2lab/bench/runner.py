@@ -56,9 +56,9 @@ def launch_command(folder: Path) -> list[str]:
 
 def by_accelerate(campaign: str) -> Cost:
     "The cost of the same work by `accelerate launch`; `LabError` if it fails."
-    from k2lab.lab.job import prepare
+    from k2lab.lab.job import start
 
-    folder = prepare(STAGE, 'smoke', campaign, CHANGES).folder
+    folder = start(STAGE, 'smoke', None, CHANGES, campaign=campaign).folder
     command = launch_command(folder)
     began = time.monotonic()
     done = subprocess.run(command, cwd=root(), capture_output=True, text=True)
