@@ -846,6 +846,9 @@ def test_later_stages_read_no_held_out_documents_of_others(tmp_path, monkeypatch
     assert "prepare_corpus saved none: no document is held out; `heldout_percent: 5` holds" in why
     assert 'domain_heldout' not in {p['name'] for p in job.record['parents']}
     assert {m['measure'] for m in job.record['metrics']} == {'general_bits_per_byte'}
+    job = start('train_continual_pretrain', 'smoke', None, {}, campaign='mine')
+    job.env['data']['domain_heldout'] = str(tmp_path / 'notes.jsonl')  # a place of one's own
+    assert str(job.find('domain_heldout')) == str(tmp_path / 'notes.jsonl')
     gate = dict(improves=['domain_bits_per_byte'])
     with pytest.raises(LabError, match='or take domain_bits_per_byte out of the gate'):
         run('train_continual_pretrain', train_continual_pretrain, gate=gate)

@@ -847,9 +847,7 @@ class Publication:
     format: str
     origin: Any  # index -> where its documents come from
     output: Output = Output()
-    cleared: Any = (
-        None  # (path, index) -> the index without the rows that must not be in what was written
-    )
+    cleared: Any = None  # (path, index) -> the index without rows that must not be published
 
 
 def publish_texts(job, name: str, corpus: Refined, index, how: Publication) -> tuple:

@@ -228,10 +228,8 @@ def published_texts(path, format: str) -> Iterator[str]:
             raise LabError(reader.partial)
 
 
-MISSED, MISSED_SHARE = (
-    10,
-    0.01,
-)  # rows that are taken out at the end; with more of them a step has failed
+# rows that are taken out at the end, and as a share; with more of them a step has failed
+MISSED, MISSED_SHARE = 10, 0.01
 
 
 class LastSearch:

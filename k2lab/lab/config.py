@@ -30,9 +30,8 @@ class LabError(Exception):
     "A mistake its user can fix, in one line: what is wrong, where, and what would be right."
 
     def __init_subclass__(cls):
-        cls.__name__ = (
-            'LabError'  # the name that users see, and that tells a notebook's mistake from a fault
-        )
+        # the name that users see, and that tells a mistake in a notebook from a fault
+        cls.__name__ = 'LabError'
 
 # %% ../../nbs/lab/00_config.ipynb #4eb86ba6
 def did_you_mean(word: str, valid) -> str:

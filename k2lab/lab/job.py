@@ -577,9 +577,8 @@ def files_read(stage: str, config: dict) -> dict[str, str]:
     """`{path or pattern: hash}` of the files that a configuration names to be read.
 
     A stage that opens them in its own way, such as folders or web addresses, has a function `reads(config)` for it."""
-    own = stage in stage_names() and getattr(
-        stage_module(stage), 'reads', None
-    )  # a selftest is no stage
+    # a self-test is a run of no stage
+    own = stage in stage_names() and getattr(stage_module(stage), 'reads', None)
     return own(config) if own else named_files(config)
 
 

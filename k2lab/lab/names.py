@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HUB_ID', 'COMMIT', 'open_place', 'at_commit', 'snapshot', 'snapshot_flaw', 'blob_sha', 'smoke_folder', 'content_at',
            'commands', 'maker', 'missing_parent', 'none_stands', 'is_alone', 'passed_over_here', 'NothingSaved',
-           'refuse_left_out', 'parent_run', 'parent_in_env', 'parent_of', 'content_now', 'data_value', 'flaw_of',
-           'place_of', 'is_path_like', 'matching', 'matching_sha256', 'named_files']
+           'has_own_place', 'left_out', 'parent_run', 'parent_in_env', 'parent_of', 'content_now', 'data_value',
+           'flaw_of', 'place_of', 'is_path_like', 'matching', 'matching_sha256', 'named_files']
 
 # %% ../../nbs/lab/08_names.ipynb #4cf108b6
 import glob
@@ -180,12 +180,22 @@ class NothingSaved(LabError):
     "A name that the newest run which could save it left out, for a reason that it gives."
 
 
-def refuse_left_out(job, bare: str):
-    "`NothingSaved` if the newest run of the job's campaign that could save a name says why it did not."
-    record = None if is_alone(job) else left_none(job.folder.parent, bare, job.scale)
-    if record:
+def has_own_place(job, bare: str) -> bool:
+    "Whether env.yaml gives a name a place of the user's, not one that comes with the lab."
+    place = str({**job.env['models'], **job.env['data']}.get(bare, 'builtin:'))
+    return not place.startswith(('builtin:', 'smoke:'))
+
+
+def left_out(job, bare: str) -> bool:
+    """Whether the newest run of the job's campaign that could save a name saved none, and env.yaml has a place for it.
+
+    `NothingSaved` with the run's reason if there is no place of the user's: neither an older run's file nor one of
+    the lab's stands in."""
+    record = left_none(job.folder.parent, bare, job.scale)
+    if record and not has_own_place(job, bare):
         run = Path(record['folder']).name
         raise NothingSaved(f"'{bare}': {run} saved none: {record['not_saved'][bare]}")
+    return record is not None
 
 # %% ../../nbs/lab/08_names.ipynb #b418f81d
 def parent_run(job, bare: str, run: str) -> Path | None:
@@ -193,8 +203,9 @@ def parent_run(job, bare: str, run: str) -> Path | None:
     if run:
         here = f'{job.campaign}/{run}'
         return find_run(here if (lab_path('runs') / here).exists() else run)
-    refuse_left_out(job, bare)
-    return None if is_alone(job) else saved_by(job.folder.parent, bare, job.scale)
+    if is_alone(job) or left_out(job, bare):
+        return None
+    return saved_by(job.folder.parent, bare, job.scale)
 
 
 def parent_in_env(name: str, place: str) -> dict:

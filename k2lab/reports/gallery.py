@@ -122,7 +122,6 @@ def keep_gallery(report: Report, folder: Path):
             raise LabError(f'keep: {folder} would be {too_large(new)}')
         shutil.rmtree(folder / 'notebooks', ignore_errors=True)
         shutil.copytree(new, folder, dirs_exist_ok=True)
-    (folder / 'report.png').unlink(
-        missing_ok=True
-    )  # of another report, if no browser takes one now
+    # the old picture is of another report, if no browser takes one now
+    (folder / 'report.png').unlink(missing_ok=True)
     take_picture(folder / 'report.html', folder / 'report.png')
